@@ -1,0 +1,305 @@
+"""Frozen model configuration, read from and written to the checkpoint's config.json in one place each (spec section 3.5)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from xr0_engine.types import CheckpointError
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """Qwen3-VL vision tower. deepstack_layers: blocks whose output is tapped."""
+
+    depth: int
+    hidden_size: int
+    num_heads: int
+    intermediate_size: int
+    out_hidden_size: int
+    patch_size: int
+    spatial_merge_size: int
+    temporal_patch_size: int
+    in_channels: int
+    num_position_embeddings: int
+    deepstack_layers: tuple[int, ...]
+
+    @property
+    def patch_dim(self) -> int:
+        return self.in_channels * self.temporal_patch_size * self.patch_size**2
+
+    @property
+    def position_grid(self) -> int:
+        """Side of the square grid of learned position embeddings."""
+        return round(self.num_position_embeddings**0.5)
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Qwen3-VL language model."""
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    rms_eps: float
+    rope_theta: float
+    mrope_section: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class ActionHeadConfig:
+    """DiT action head.
+
+    local_window: how many actions back an action sees (None = all); position_offset: added to the positions of actions
+    that are not prefix. None and 0 are the released benchmark checkpoints' mode, 4 and 10 the post-training code's
+    (spec section 2.4). compat_bf16_time: round 1000 t and RoPE's inv_freq to bfloat16 as the released code does.
+    """
+
+    hidden_size: int
+    num_layers: int
+    head_dim: int
+    num_kv_heads: int
+    state_length: int
+    state_dim: int
+    action_length: int
+    action_dim: int
+    flow_steps: int = 5
+    local_window: int | None = None
+    position_offset: int = 0
+    compat_bf16_time: bool = False
+
+    @property
+    def num_heads(self) -> int:
+        return self.hidden_size // self.head_dim
+
+
+@dataclass(frozen=True)
+class TokenIds:
+    """Special tokens that the engine itself looks for."""
+
+    image: int
+    vision_start: int
+    vision_end: int
+
+
+@dataclass(frozen=True)
+class XR0Config:
+    """The whole model. std_epsilon is added to the statistics' std on decode: 0 as the hub code, 1e-6 as post-training."""
+
+    text: TextConfig
+    vision: VisionConfig
+    head: ActionHeadConfig
+    tokens: TokenIds
+    std_epsilon: float = 0.0
+    hf: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        problems = _contradictions(self)
+        if problems:
+            raise CheckpointError("config.json contradicts itself: " + "; ".join(problems))
+
+    @staticmethod
+    def load(folder: Path) -> XR0Config:
+        """Read folder/config.json. Raises CheckpointError if it is missing, no JSON, or of another model."""
+        path = folder / "config.json"
+        if not path.is_file():
+            raise CheckpointError(f"{folder} holds no config.json: not a checkpoint folder")
+        try:
+            hf = json.loads(path.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{path} is not valid JSON: {error}") from None
+        return XR0Config.from_hf(hf)
+
+    @staticmethod
+    def from_hf(hf: Mapping[str, Any]) -> XR0Config:
+        """Read the Hugging Face dictionary, as transformers 4 or 5 writes it. Raises CheckpointError naming what lacks."""
+        if not isinstance(hf, Mapping) or "vlm_config" not in hf or "dit_config" not in hf:
+            kind = hf.get("model_type", "unknown") if isinstance(hf, Mapping) else type(hf).__name__
+            raise CheckpointError(
+                f"config.json describes another model (model_type {kind!r}): XR-0 has `vlm_config` and `dit_config`"
+            )
+        try:
+            return _read(hf)
+        except KeyError as error:
+            raise CheckpointError(f"config.json lacks {error.args[0]!r}") from None
+        except (TypeError, ValueError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(f"config.json holds a value of the wrong kind: {error}") from None
+
+    def to_hf(self) -> dict[str, Any]:
+        """The inverse of from_hf; readable by transformers 4 (rope_theta) and 5 (rope_parameters)."""
+        text, vision, head = self.text, self.vision, self.head
+        rope = {"rope_type": "default", "mrope_section": list(text.mrope_section), "mrope_interleaved": True}
+        return {
+            "model_type": "xiaomi_robotics_0",
+            "torch_dtype": "bfloat16",
+            "vlm_config": {
+                "model_type": "qwen3_vl",
+                "image_token_id": self.tokens.image,
+                "vision_start_token_id": self.tokens.vision_start,
+                "vision_end_token_id": self.tokens.vision_end,
+                "tie_word_embeddings": True,
+                "text_config": {
+                    "model_type": "qwen3_vl_text",
+                    "vocab_size": text.vocab_size,
+                    "hidden_size": text.hidden_size,
+                    "num_hidden_layers": text.num_layers,
+                    "num_attention_heads": text.num_heads,
+                    "num_key_value_heads": text.num_kv_heads,
+                    "head_dim": text.head_dim,
+                    "intermediate_size": text.intermediate_size,
+                    "rms_norm_eps": text.rms_eps,
+                    "hidden_act": "silu",
+                    "attention_bias": False,
+                    "tie_word_embeddings": True,
+                    "rope_theta": text.rope_theta,
+                    "rope_scaling": rope,
+                    "rope_parameters": {**rope, "rope_theta": text.rope_theta},
+                },
+                "vision_config": {
+                    "model_type": "qwen3_vl_vision",
+                    "depth": vision.depth,
+                    "hidden_size": vision.hidden_size,
+                    "num_heads": vision.num_heads,
+                    "intermediate_size": vision.intermediate_size,
+                    "out_hidden_size": vision.out_hidden_size,
+                    "patch_size": vision.patch_size,
+                    "spatial_merge_size": vision.spatial_merge_size,
+                    "temporal_patch_size": vision.temporal_patch_size,
+                    "in_channels": vision.in_channels,
+                    "num_position_embeddings": vision.num_position_embeddings,
+                    "deepstack_visual_indexes": list(vision.deepstack_layers),
+                    "hidden_act": "gelu_pytorch_tanh",
+                },
+            },
+            "dit_config": {
+                "hidden_size": head.hidden_size,
+                "num_hidden_layers": head.num_layers,
+                "head_dim": head.head_dim,
+                "num_key_value_heads": head.num_kv_heads,
+            },
+            "action_length": head.action_length,
+            "action_dim": head.action_dim,
+            "state_length": head.state_length,
+            "state_dim": head.state_dim,
+            "flow_steps": head.flow_steps,
+            "local_window": head.local_window,
+            "position_offset": head.position_offset,
+            "compat_bf16_time": head.compat_bf16_time,
+            "std_epsilon": self.std_epsilon,
+        }
+
+
+def _read(hf: Mapping[str, Any]) -> XR0Config:
+    vlm, dit = hf["vlm_config"], hf["dit_config"]
+    text, vision = vlm["text_config"], vlm["vision_config"]
+    # transformers 5 moved rope_theta and rope_scaling into one dictionary, rope_parameters.
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    theta = rope.get("rope_theta", text.get("rope_theta"))
+    if theta is None:
+        raise KeyError("vlm_config.text_config.rope_theta")
+    for name, value, supported in (
+        ("vision hidden_act", vision.get("hidden_act", "gelu_pytorch_tanh"), "gelu_pytorch_tanh"),
+        ("text hidden_act", text.get("hidden_act", "silu"), "silu"),
+        ("text attention_bias", text.get("attention_bias", False), False),
+        ("rope_type", rope.get("rope_type", "default"), "default"),
+        ("mrope_interleaved", rope.get("mrope_interleaved", True), True),
+    ):
+        if value != supported:
+            raise CheckpointError(f"config.json: {name} is {value!r}; XR-0 has {supported!r}")
+    return XR0Config(
+        text=TextConfig(
+            vocab_size=int(text["vocab_size"]),
+            hidden_size=int(text["hidden_size"]),
+            num_layers=int(text["num_hidden_layers"]),
+            num_heads=int(text["num_attention_heads"]),
+            num_kv_heads=int(text["num_key_value_heads"]),
+            head_dim=int(text.get("head_dim", text["hidden_size"] // text["num_attention_heads"])),
+            intermediate_size=int(text["intermediate_size"]),
+            rms_eps=float(text.get("rms_norm_eps", 1e-6)),
+            rope_theta=float(theta),
+            mrope_section=tuple(int(part) for part in rope["mrope_section"]),  # type: ignore[arg-type]
+        ),
+        vision=VisionConfig(
+            depth=int(vision["depth"]),
+            hidden_size=int(vision["hidden_size"]),
+            num_heads=int(vision["num_heads"]),
+            intermediate_size=int(vision["intermediate_size"]),
+            out_hidden_size=int(vision["out_hidden_size"]),
+            patch_size=int(vision["patch_size"]),
+            spatial_merge_size=int(vision["spatial_merge_size"]),
+            temporal_patch_size=int(vision["temporal_patch_size"]),
+            in_channels=int(vision.get("in_channels", 3)),
+            num_position_embeddings=int(vision["num_position_embeddings"]),
+            deepstack_layers=tuple(int(layer) for layer in vision["deepstack_visual_indexes"]),
+        ),
+        head=ActionHeadConfig(
+            hidden_size=int(dit["hidden_size"]),
+            num_layers=int(dit["num_hidden_layers"]),
+            head_dim=int(dit["head_dim"]),
+            num_kv_heads=int(dit["num_key_value_heads"]),
+            state_length=int(hf["state_length"]),
+            state_dim=int(hf["state_dim"]),
+            action_length=int(hf["action_length"]),
+            action_dim=int(hf["action_dim"]),
+            flow_steps=int(hf.get("flow_steps", 5)),
+            local_window=None if hf.get("local_window") is None else int(hf["local_window"]),
+            position_offset=int(hf.get("position_offset", 0)),
+            compat_bf16_time=bool(hf.get("compat_bf16_time", False)),
+        ),
+        tokens=TokenIds(
+            image=int(vlm["image_token_id"]),
+            vision_start=int(vlm["vision_start_token_id"]),
+            vision_end=int(vlm["vision_end_token_id"]),
+        ),
+        std_epsilon=float(hf.get("std_epsilon", 0.0)),
+        hf=dict(hf),
+    )
+
+
+def _contradictions(config: XR0Config) -> list[str]:
+    text, vision, head = config.text, config.vision, config.head
+    not_positive = [
+        f"{part}.{name} is {value}"
+        for part, sizes in (("text", text), ("vision", vision), ("head", head))
+        for name, value in vars(sizes).items()
+        if type(value) in (int, float) and name not in ("local_window", "position_offset") and value <= 0
+    ]
+    if not_positive:
+        return not_positive
+    checks = [
+        (head.head_dim == text.head_dim, f"head_dim is {head.head_dim} in the DiT, {text.head_dim} in the VLM"),
+        (
+            head.num_kv_heads == text.num_kv_heads,
+            f"{head.num_kv_heads} KV heads in the DiT, {text.num_kv_heads} in the VLM",
+        ),
+        (head.num_layers <= text.num_layers, f"{head.num_layers} DiT layers read {text.num_layers} VLM layers"),
+        (head.hidden_size % head.head_dim == 0, f"DiT hidden_size {head.hidden_size} is no multiple of head_dim"),
+        (
+            head.num_heads % head.num_kv_heads == 0,
+            f"{head.num_heads} DiT heads are no multiple of {head.num_kv_heads} KV heads",
+        ),
+        (text.num_heads % text.num_kv_heads == 0, f"{text.num_heads} text heads, {text.num_kv_heads} KV heads"),
+        (
+            len(text.mrope_section) == 3 and sum(text.mrope_section) * 2 == text.head_dim,
+            f"mrope_section {list(text.mrope_section)} does not sum to half of head_dim {text.head_dim}",
+        ),
+        (vision.hidden_size % vision.num_heads == 0, "vision hidden_size is no multiple of its num_heads"),
+        (vision.out_hidden_size == text.hidden_size, "vision out_hidden_size differs from the text hidden_size"),
+        (vision.position_grid**2 == vision.num_position_embeddings, "num_position_embeddings is no square"),
+        (
+            all(0 <= layer < vision.depth for layer in vision.deepstack_layers)
+            and len(vision.deepstack_layers) <= text.num_layers,
+            f"deepstack_visual_indexes {list(vision.deepstack_layers)} do not fit {vision.depth} blocks",
+        ),
+        (head.local_window is None or head.local_window >= 0, f"local_window {head.local_window} is negative"),
+    ]
+    return [message for holds, message in checks if not holds]
