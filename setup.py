@@ -31,8 +31,8 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", "--build", str(build)], check=True)
         if not module.exists():
             self.warn(
-                "xr0_engine._C was not built (the reason is above); preprocessing uses NumPy instead. To get it, install a "
-                "C++17 compiler and Python's headers (Debian: apt-get install g++ python3-dev), then reinstall xr0-engine"
+                "xr0_engine._C was not built (the reason is above); preprocessing uses NumPy instead. To get it, install "
+                "a C++17 compiler and Python's headers (Debian: apt-get install g++ python3-dev), then reinstall."
             )
 
 

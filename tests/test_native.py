@@ -25,9 +25,7 @@ def restated(frame, patch=PATCH, temporal=TEMPORAL, merge=MERGE):
     values = (scaled - np.float32(0.5)) / np.float32(0.5)
     rows, columns = frame.shape[0] // patch, frame.shape[1] // patch
     patches = [
-        np.repeat(
-            values[y * patch : (y + 1) * patch, x * patch : (x + 1) * patch].transpose(2, 0, 1)[:, None], temporal, 1
-        )
+        values[y * patch : (y + 1) * patch, x * patch : (x + 1) * patch].transpose(2, 0, 1)
         for block_y in range(0, rows, merge)
         for block_x in range(0, columns, merge)
         for y in range(block_y, block_y + merge)
