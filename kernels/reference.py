@@ -1,0 +1,57 @@
+"""The PyTorch oracle of every op: what the kernels must compute, and the CPU backend.
+
+Shape legend: B batch, Q queries, N cached VLM tokens, H query heads, G KV heads (H a multiple of G), D head_dim.
+Norms, rotations and softmax run in float32 whatever the input dtype; results return in the input dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm over the last axis: statistics in float32, cast to x's dtype, then times weight (spec section 2.2)."""
+    if x.dtype == torch.float32:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    return F.rms_norm(x.float(), weight.shape, None, eps).to(x.dtype) * weight
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding, halves convention. x: (..., D); cos, sin: float32, broadcastable to x, each half repeated."""
+    first, second = x.float().chunk(2, dim=-1)
+    half = x.shape[-1] // 2
+    cos, sin = cos[..., :half], sin[..., :half]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    """Softmax attention with scale 1/sqrt(D) and grouped KV.
+
+    q: (B, H, Q, D); k, v: (B, G, N, D); mask: bool, broadcastable to (B, 1, Q, N), True = may attend. Returns (B, H, Q, D).
+    """
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def lambda_attention(q: Tensor, k: Tensor, v: Tensor, kv_keys: Tensor, kv_values: Tensor, mask: Tensor) -> Tensor:
+    """DiT attention over [cached VLM KV block ; own K, V] under the Lambda-shaped mask (spec sections 2.2 and 2.4).
+
+    q, k, v: (B, H, Q, D), q and k after their norms and RoPE; kv_keys, kv_values: (B, G, N, D);
+    mask: (B, 1, Q, N + Q) bool, True = may attend. Returns (B, H, Q, D). The two parts share one softmax and are never
+    concatenated, so the cached block is read where it lies.
+    """
+    batch, heads, queries, dim = q.shape
+    groups, cached = kv_keys.shape[1], kv_keys.shape[2]
+    grouped = q.reshape(batch, groups, heads // groups * queries, dim)
+    scores = torch.cat(
+        (
+            torch.matmul(grouped, kv_keys.transpose(-1, -2)).view(batch, heads, queries, cached),
+            torch.matmul(q, k.transpose(-1, -2)),
+        ),
+        dim=-1,
+    )
+    scores = (scores.float() * dim**-0.5).masked_fill(~mask, float("-inf"))
+    weights = scores.softmax(dim=-1).to(v.dtype)
+    over_cache = torch.matmul(weights[..., :cached].reshape(batch, groups, -1, cached), kv_values)
+    return over_cache.view(batch, heads, queries, dim) + torch.matmul(weights[..., cached:], v)

@@ -1,0 +1,279 @@
+"""Engine: a checkpoint on a device, ready to turn observations into action chunks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import overload
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xr0_engine import ops
+from xr0_engine.config import XR0Config
+from xr0_engine.decode import decode, encode_prefix
+from xr0_engine.embodiment import Embodiment, load_embodiment
+from xr0_engine.model.weights import load_model, read_index, resolve_checkpoint
+from xr0_engine.model.xr0 import XR0Model
+from xr0_engine.normalize import ActionStatistics, load_statistics, select_robot_type
+from xr0_engine.preprocess import Preprocessor
+from xr0_engine.prompt import PromptTokenizer
+from xr0_engine.types import ActionChunk, KVBlock, ModelInputs, Observation
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+class Engine:
+    """Make one with `Engine.from_pretrained`. One call at a time: an engine is not shared between threads.
+
+    A refused call (ValueError) changes nothing; the engine serves the next.
+    """
+
+    def __init__(
+        self,
+        model: XR0Model,
+        tokenizer: PromptTokenizer,
+        statistics: dict[str, ActionStatistics],
+        embodiment: Embodiment | None = None,
+        backend: str = "reference",
+    ) -> None:
+        self.model = model
+        self.config: XR0Config = model.config
+        self.statistics = statistics
+        self.backend = backend
+        self._preprocess = Preprocessor(model.config, tokenizer, statistics, embodiment)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        device: str = "auto",
+        dtype: str = "bfloat16",
+        backend: str = "auto",
+        embodiment: str | Path | Embodiment | None = None,
+    ) -> Engine:
+        """Load a checkpoint folder, or a Hugging Face hub id.
+
+        device: auto (a CUDA GPU if there is one), cpu, cuda, cuda:N. dtype: bfloat16, float16 or float32, whatever the
+        checkpoint stores. backend: auto, reference, triton or cuda; only auto may choose. embodiment: profile name, YAML
+        file or Embodiment for every observation; None picks the built-in profile by the observation's robot type.
+        Raises CheckpointError for a checkpoint that cannot be used, ValueError for a wrong argument,
+        NotImplementedError for a backend that this machine lacks. Nothing is loaded before everything is checked.
+        """
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype: expected {', '.join(DTYPES)}; got {dtype!r}")
+        chosen_backend, chosen_device = ops.resolve_backend(backend), ops.resolve_device(device)
+        if isinstance(embodiment, str | Path):
+            embodiment = load_embodiment(embodiment)
+        folder = resolve_checkpoint(path)
+        config = XR0Config.load(folder)
+        statistics = load_statistics(folder, config.head.action_dim, config.std_epsilon)
+        tokenizer = PromptTokenizer.load(folder, config.tokens)
+        model = load_model(config, read_index(folder), chosen_device, DTYPES[dtype])
+        return cls(model, tokenizer, statistics, embodiment, chosen_backend)
+
+    @property
+    def robot_types(self) -> tuple[str, ...]:
+        """The robot types that the checkpoint has action statistics for."""
+        return tuple(self.statistics)
+
+    def embodiment(self, robot_type: str | None = None) -> Embodiment:
+        """The profile used for a robot type (None: the checkpoint's only one)."""
+        return self._preprocess.embodiment(select_robot_type(self.statistics, robot_type))
+
+    def example(self, robot_type: str | None = None, image_size: tuple[int, int] = (480, 640)) -> Observation:
+        """A random but valid observation, always the same, to warm up and to measure with."""
+        robot_type = select_robot_type(self.statistics, robot_type)
+        rng = np.random.default_rng(0)
+        return Observation(
+            images={
+                view.key: rng.integers(0, 256, (*image_size, 3), dtype=np.uint8)
+                for view in self.embodiment(robot_type).views
+            },
+            instruction="Pick up the red cube and place it on the plate.",
+            state=rng.standard_normal(self.config.head.state_dim).astype(np.float32),
+            robot_type=robot_type,
+        )
+
+    def warm_up(self, cases: Sequence[Observation | Sequence[Observation]]) -> None:
+        """Run each case (an observation, or a batch of them) once, so that the first real call pays for no set-up."""
+        for case in cases:
+            self.infer([case] if isinstance(case, Observation) else case, seed=0)
+
+    @overload
+    def infer(
+        self,
+        observation: Observation,
+        prefix: np.ndarray | None = None,
+        noise: np.ndarray | None = None,
+        seed: int | None = None,
+    ) -> ActionChunk: ...
+
+    @overload
+    def infer(
+        self,
+        observation: Sequence[Observation],
+        prefix: Sequence[np.ndarray | None] | None = None,
+        noise: np.ndarray | None = None,
+        seed: int | None = None,
+    ) -> list[ActionChunk]: ...
+
+    def infer(self, observation, prefix=None, noise=None, seed=None):  # type: ignore[no-untyped-def]
+        """The next action chunk; a batch of observations gives a list of chunks.
+
+        prefix: (P, A) robot units, P <= T, the actions already committed, in the frame of this observation; they come
+        back unchanged as the chunk's first P. With a batch: one per observation, each an array or None.
+        noise: (T, A) float32, with a batch (B, T, A), where the flow starts; else seed (an int; row i of a batch uses
+        seed + i) gives it; else it is drawn anew. Raises ValueError for a wrong input, before any work on the device.
+        """
+        if isinstance(observation, Observation):
+            batch_noise = None if noise is None else np.asarray(noise)[None]
+            return self._infer([observation], [prefix], batch_noise, seed)[0]
+        observations = list(observation)
+        prefixes = [None] * len(observations) if prefix is None else list(prefix)
+        if len(prefixes) != len(observations):
+            raise ValueError(f"prefix: expected one per observation ({len(observations)}), got {len(prefixes)}")
+        return self._infer(observations, prefixes, noise, seed)
+
+    def prefill(self, observation: Observation | Sequence[Observation]) -> KVBlock:
+        """What the DiT reads of an observation (or batch), kept so that several chunks can be sampled from it."""
+        inputs = self._preprocess([observation] if isinstance(observation, Observation) else list(observation))
+        return self.model.prefill(inputs, self.model.encode_images(inputs))
+
+    def sample(
+        self,
+        kv_block: KVBlock,
+        state: np.ndarray | Tensor,
+        prefix: np.ndarray | Tensor | None = None,
+        noise: np.ndarray | Tensor | None = None,
+        seed: int | None = None,
+    ) -> Tensor:
+        """One chunk per row of a KV block, (B, T, A) float32, in the model's units.
+
+        state: (B, state_length, S); prefix: (B, P, A) in the model's units; noise: (B, T, A), else from seed as in infer.
+        Raises ValueError for wrong shapes or values that are not finite.
+        """
+        head = self.config.head
+        batch, length, width = kv_block.action_mask.shape
+        state_ = _checked("state", state, (batch, head.state_length, head.state_dim))
+        given = torch.zeros(batch, 0, width) if prefix is None else torch.as_tensor(prefix, dtype=torch.float32)
+        if given.ndim != 3 or given.shape[1] > length:
+            raise ValueError(f"prefix: expected (batch {batch}, at most {length}, {width}), got {tuple(given.shape)}")
+        given = _checked("prefix", given, (batch, given.shape[1], width))
+        padded = torch.zeros(batch, length, width)
+        padded[:, : given.shape[1]] = given
+        start = _noise(noise, seed, (batch, length, width))
+        return self.model.sample(kv_block, state_, start, padded, torch.full((batch,), given.shape[1]))
+
+    def _infer(
+        self,
+        observations: list[Observation],
+        prefixes: Sequence[np.ndarray | None],
+        noise: np.ndarray | None,
+        seed: int | None,
+    ) -> list[ActionChunk]:
+        clock = _StageClock(self.model.device)
+        inputs = self._preprocess(observations)
+        robot_types = [self._preprocess.resolve(observation)[0] for observation in observations]
+        start = _noise(noise, seed, tuple(inputs.action_mask.shape))
+        prefix, prefix_length = self._normalized_prefixes(inputs, prefixes, robot_types)
+        clock.mark("preprocess")
+        vision = self.model.encode_images(inputs)
+        clock.mark("vision")
+        kv = self.model.prefill(inputs, vision)
+        clock.mark("prefill")
+        sampled = self.model.sample(kv, inputs.state, start, prefix, prefix_length).cpu().numpy()
+        clock.mark("flow")
+        if not np.isfinite(sampled).all():
+            raise RuntimeError("the model gave actions that are not finite: the checkpoint is broken, or float16 overflowed")
+        decoded = []
+        for row, (given, robot_type) in enumerate(zip(prefixes, robot_types, strict=True)):
+            actions = decode(sampled[row], self.statistics[robot_type])
+            if given is not None:
+                actions[: len(given)] = given
+            decoded.append(actions)
+        clock.mark("decode")
+        timing = clock.finish()
+        return [
+            ActionChunk(
+                actions=actions,
+                normalized=normalized,
+                active_columns=self.statistics[robot_type].action_mask.any(0),
+                robot_type=robot_type,
+                prefix_length=int(length),
+                timestamp_s=observation.timestamp_s,
+                timing_ms=timing,
+            )
+            for actions, normalized, robot_type, length, observation in zip(
+                decoded, sampled, robot_types, prefix_length, observations, strict=True
+            )
+        ]
+
+    def _normalized_prefixes(
+        self, inputs: ModelInputs, prefixes: Sequence[np.ndarray | None], robot_types: list[str]
+    ) -> tuple[Tensor, Tensor]:
+        """(B, T, A) and (B,): each row's prefix in the model's units, padded, and its length."""
+        batch, length, width = inputs.action_mask.shape
+        padded = torch.zeros(batch, length, width)
+        lengths = torch.zeros(batch, dtype=torch.long)
+        for row, (given, robot_type) in enumerate(zip(prefixes, robot_types, strict=True)):
+            if given is None:
+                continue
+            given = np.asarray(given)
+            if given.ndim != 2 or given.shape[1] != width or len(given) > length:
+                raise ValueError(f"prefix: expected (at most {length}, {width}), got {given.shape}")
+            if given.dtype.kind not in "fiu" or not np.isfinite(given).all():
+                raise ValueError(f"prefix: expected finite numbers, got dtype {given.dtype} with NaN, inf or no numbers")
+            padded[row, : len(given)] = torch.from_numpy(encode_prefix(given, self.statistics[robot_type]))
+            lengths[row] = len(given)
+        return padded, lengths
+
+
+class _StageClock:
+    """Wall-clock milliseconds from mark to mark; on a GPU each mark waits for the work queued before it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._marks = [("start", self._now())]
+
+    def mark(self, stage: str) -> None:
+        self._marks.append((stage, self._now()))
+
+    def finish(self) -> dict[str, float]:
+        spans = {
+            stage: 1e3 * (end - begin)
+            for (_, begin), (stage, end) in zip(self._marks[:-1], self._marks[1:], strict=True)
+        }
+        return spans | {"total": 1e3 * (self._marks[-1][1] - self._marks[0][1])}
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+
+def _noise(noise: np.ndarray | Tensor | None, seed: int | None, shape: tuple[int, ...]) -> Tensor:
+    """float32 noise of the shape: as given, or row i from seed + i, or fresh."""
+    if noise is not None:
+        if seed is not None:
+            raise ValueError("noise, seed: expected at most one of them, got both")
+        return _checked("noise", noise, shape)
+    if seed is None:
+        return torch.randn(shape)
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**63 - shape[0]:
+        raise ValueError(f"seed: expected a whole number from 0 below 2**63, got {seed!r}")
+    rows = [torch.randn(shape[1:], generator=torch.Generator().manual_seed(int(seed) + row)) for row in range(shape[0])]
+    return torch.stack(rows)
+
+
+def _checked(name: str, value: np.ndarray | Tensor, shape: tuple[int, ...]) -> Tensor:
+    if np.asarray(value).dtype.kind not in "fiu":
+        raise ValueError(f"{name}: expected numbers, got dtype {np.asarray(value).dtype}")
+    tensor = torch.as_tensor(value, dtype=torch.float32)
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
+    if not bool(tensor.isfinite().all()):
+        raise ValueError(f"{name}: expected finite numbers, got NaN or inf")
+    return tensor

@@ -1,0 +1,1 @@
+"""The network: vision tower, language model, action head, and their weights."""

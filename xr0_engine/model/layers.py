@@ -1,0 +1,83 @@
+"""Layers that more than one part of the model is made of, and rotary tables."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xr0_engine import ops
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.rms_norm(x, self.weight, self.eps)
+
+
+class PackedLinears(nn.Module):
+    """Linear layers that read the same input and can share one GEMM.
+
+    Each keeps its own parameter under the checkpoint's name. `pack` makes these parameters slices of one tensor, which
+    `project` then multiplies at once; without packing (training) it runs them one by one. Packing is a matter of
+    storage alone, and does not survive moving or copying the module: pack on the final device, then load.
+    """
+
+    def __init__(self, in_features: int, parts: dict[str, int]) -> None:
+        super().__init__()
+        self.part_sizes = parts
+        self.packed: Tensor | None = None
+        for name, out_features in parts.items():
+            self.add_module(name, nn.Linear(in_features, out_features, bias=False))
+
+    def pack(self) -> None:
+        linears = [self.get_submodule(name) for name in self.part_sizes]
+        self.packed = torch.cat([linear.weight.data for linear in linears])
+        for linear, rows in zip(linears, self.packed.split(list(self.part_sizes.values())), strict=True):
+            linear.weight = nn.Parameter(rows, requires_grad=False)
+
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        if self.packed is not None:
+            return F.linear(x, self.packed).split(list(self.part_sizes.values()), dim=-1)
+        return tuple(self.get_submodule(name)(x) for name in self.part_sizes)
+
+
+class GatedMLP(PackedLinears):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, size: int, intermediate_size: int) -> None:
+        super().__init__(size, {"gate_proj": intermediate_size, "up_proj": intermediate_size})
+        self.down_proj = nn.Linear(intermediate_size, size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.project(x)
+        return self.down_proj(F.silu(gate) * up)
+
+
+def pack_linears(module: nn.Module) -> None:
+    """Pack every PackedLinears inside module."""
+    for part in module.modules():
+        if isinstance(part, PackedLinears):
+            part.pack()
+
+
+def inverse_frequencies(dim: int, theta: float, device: torch.device | None = None) -> Tensor:
+    """(dim / 2,) float32 rotary frequencies theta ** (-2j / dim)."""
+    return 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim))
+
+
+def mrope_tables(positions: Tensor, frequencies: Tensor, section: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    """Interleaved M-RoPE: frequency j turns with the axis (time, height, width)[j % 3] while its section lasts, else time.
+
+    positions: (3, B, N) integer; frequencies: (D / 2,) float32. Returns cos, sin: (B, 1, N, D) float32.
+    """
+    axis = torch.zeros(len(frequencies), dtype=torch.long, device=positions.device)
+    axis[1 : 3 * section[1] : 3] = 1
+    axis[2 : 3 * section[2] : 3] = 2
+    angles = positions[axis].permute(1, 2, 0).float() * frequencies.to(positions.device)
+    angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)
+    return angles.cos(), angles.sin()

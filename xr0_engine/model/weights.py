@@ -1,0 +1,206 @@
+"""Checkpoint files -> model parameters: strict, streamed, safetensors only (spec sections 2.1 and 3.5).
+
+Model parameters carry the checkpoint's names, but for the prefix `head.` that the action head's have in the model.
+Training checkpoints put `model.` before every name; both are read.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from xr0_engine.config import XR0Config
+from xr0_engine.model.dit import ActionHead
+from xr0_engine.model.vlm import VLM
+from xr0_engine.model.xr0 import XR0Model
+from xr0_engine.types import CheckpointError
+
+INDEX_FILE = "model.safetensors.index.json"
+TIED_LM_HEAD = "vlm.lm_head.weight"
+TRAINING_PREFIX = "model."
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+READ_WINDOW = 256 * 2**20
+"""Bytes read through one memory map before it is reopened: a map's pages count as resident until it is closed."""
+MAX_NAMED = 12
+"""Faults listed in one error before "and N more"."""
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_FILES = ["*.json", "*.safetensors"]
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a checkpoint keeps one tensor. key: its name in the file, training prefix included."""
+
+    file: Path
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def resolve_checkpoint(path: str | Path) -> Path:
+    """A local folder, or the local copy of a Hugging Face hub id such as `organisation/name`, downloaded if need be."""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise CheckpointError(f"{path} is a file; expected a checkpoint folder with config.json and *.safetensors")
+    if not HUB_ID.fullmatch(str(path)):
+        raise CheckpointError(f"there is no checkpoint folder {path}")
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(huggingface_hub.snapshot_download(str(path), allow_patterns=HUB_FILES))
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise CheckpointError(
+            f"there is no folder {path}, and the hub gave no checkpoint of that name ({type(error).__name__}: {error}). "
+            "Without a network, download it elsewhere and pass the folder"
+        ) from None
+
+
+def checkpoint_shapes(config: XR0Config) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor of a complete checkpoint, without the tied LM head."""
+    with torch.device("meta"):
+        vlm, head = VLM(config, complete=True), ActionHead(config)
+    return {f"vlm.{name}": tuple(p.shape) for name, p in vlm.named_parameters()} | head_shapes(head)
+
+
+def head_shapes(head: ActionHead) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(p.shape) for name, p in head.named_parameters()}
+
+
+def read_index(folder: Path) -> dict[str, StoredTensor]:
+    """Checkpoint name -> place, from the headers of the folder's safetensors files.
+
+    Raises CheckpointError that names every file that is missing, truncated or corrupt.
+    """
+    index = folder / INDEX_FILE
+    if index.is_file():
+        try:
+            weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError):
+            raise CheckpointError(f"{index} is corrupt: expected JSON with a `weight_map`") from None
+        names = sorted(set(map(str, weight_map.values())))
+        outside = [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]
+        if outside:
+            raise CheckpointError(f"{index} names files that are no safetensors of this folder: {', '.join(outside)}")
+        files = [folder / name for name in names]
+    else:
+        weight_map = {}
+        files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{folder} holds no *.safetensors weights (other formats are not read)")
+    stored, faults = read_headers(files)
+    if not faults:
+        for key, file in weight_map.items():
+            place = stored.get(_plain(key))
+            if place is None or place.file.name != file:
+                faults.append(f"{key} is not in {file}, where the index has it")
+    _raise_if(faults, f"checkpoint {folder} cannot be read")
+    return stored
+
+
+def read_headers(files: Iterable[Path]) -> tuple[dict[str, StoredTensor], list[str]]:
+    """The tensors of some safetensors files, and the faults found."""
+    stored: dict[str, StoredTensor] = {}
+    faults: list[str] = []
+    for file in files:
+        if not file.is_file():
+            faults.append(f"file {file.name} is missing")
+            continue
+        try:
+            with safe_open(file, framework="pt") as handle:
+                for key in handle.keys():
+                    part = handle.get_slice(key)
+                    name, dtype = _plain(key), part.get_dtype()
+                    if name in stored:
+                        faults.append(f"{name} is stored twice, in {stored[name].file.name} and {file.name}")
+                    elif dtype not in DTYPES:
+                        faults.append(f"{name} has dtype {dtype}; expected one of {', '.join(DTYPES)}")
+                    else:
+                        stored[name] = StoredTensor(file, key, tuple(part.get_shape()), DTYPES[dtype])
+        except SafetensorError as error:
+            faults.append(f"file {file.name} is truncated or corrupt ({error})")
+    return stored, faults
+
+
+def check_tensors(stored: Mapping[str, StoredTensor], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises one CheckpointError that names missing, unexpected and wrongly shaped tensors."""
+    faults = [f"missing {name} {list(shape)}" for name, shape in expected.items() if name not in stored]
+    faults += [f"unexpected {name}" for name in stored if name not in expected and name != TIED_LM_HEAD]
+    faults += [
+        f"{name} has shape {list(stored[name].shape)}, expected {list(shape)}"
+        for name, shape in expected.items()
+        if name in stored and stored[name].shape != shape
+    ]
+    _raise_if(faults, "the weights do not fit config.json")
+
+
+def load_model(
+    config: XR0Config, stored: Mapping[str, StoredTensor], device: torch.device, dtype: torch.dtype
+) -> XR0Model:
+    """A model with every parameter read from the checkpoint. Checks all names and shapes before reading any tensor."""
+    check_tensors(stored, checkpoint_shapes(config))
+    with torch.device("meta"):
+        model = XR0Model(config)
+    model.allocate(device, dtype)
+    fill_parameters(model, stored)
+    model.finish_loading()
+    return model
+
+
+def fill_parameters(model: nn.Module, stored: Mapping[str, StoredTensor]) -> None:
+    """Copy every parameter of model from its file, one file after the other, through short-lived memory maps."""
+    targets = {name.removeprefix("head."): parameter for name, parameter in model.named_parameters()}
+    order = sorted(targets, key=lambda name: (stored[name].file, stored[name].key))
+    total = sum(stored[name].num_bytes for name in order)
+    console = Console(stderr=True)
+    columns = (TextColumn("loading weights"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("weights", total=total)
+        for file, names in _windows(order, stored):
+            try:
+                with safe_open(file, framework="pt") as handle:
+                    for name in names:
+                        targets[name].data.copy_(handle.get_tensor(stored[name].key))
+                        progress.advance(task, stored[name].num_bytes)
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{file} cannot be read: {error}") from None
+
+
+def _windows(order: list[str], stored: Mapping[str, StoredTensor]) -> Iterable[tuple[Path, list[str]]]:
+    """Neighbouring tensors of one file, at most READ_WINDOW bytes (or one tensor) at a time."""
+    names: list[str] = []
+    size = 0
+    for name in order:
+        place = stored[name]
+        if names and (place.file != stored[names[0]].file or size + place.num_bytes > READ_WINDOW):
+            yield stored[names[0]].file, names
+            names, size = [], 0
+        names.append(name)
+        size += place.num_bytes
+    if names:
+        yield stored[names[0]].file, names
+
+
+def _plain(key: str) -> str:
+    return key.removeprefix(TRAINING_PREFIX)
+
+
+def _raise_if(faults: list[str], what: str) -> None:
+    if faults:
+        more = [f"and {len(faults) - MAX_NAMED} more"] if len(faults) > MAX_NAMED else []
+        raise CheckpointError(f"{what}: " + "; ".join(faults[:MAX_NAMED] + more))

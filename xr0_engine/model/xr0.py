@@ -1,0 +1,133 @@
+"""The whole network: images and tokens -> KV block -> normalised action chunk, on one device, by reference ops."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+from torch import Tensor, nn
+
+from xr0_engine.config import XR0Config
+from xr0_engine.flow import euler_sample, flow_times, prefix_positions
+from xr0_engine.model.dit import ActionHead, dit_geometry
+from xr0_engine.model.layers import pack_linears
+from xr0_engine.model.vlm import VLM, PromptHead
+from xr0_engine.types import KVBlock, ModelInputs, VisionTokens
+
+MAX_KEPT_HEADS = 16
+
+
+class XR0Model(nn.Module):
+    """Inference over loaded weights; weights.py allocates and fills it, then `finish_loading` makes what depends on them.
+
+    Shapes as in types.py. All methods run without autograd.
+    """
+
+    def __init__(self, config: XR0Config) -> None:
+        super().__init__()
+        self.config = config
+        self.vlm = VLM(config)
+        self.head = ActionHead(config)
+        self._modulations: Tensor | None = None
+        self._prompt_heads: OrderedDict[tuple[int, ...], PromptHead] = OrderedDict()
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.sink.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.head.sink.weight.dtype
+
+    def allocate(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Uninitialised storage in its final place, packed; every element must then be loaded."""
+        self.to(dtype)
+        self.to_empty(device=device)
+        pack_linears(self)
+        self.requires_grad_(False)
+        self.eval()
+
+    @torch.inference_mode()
+    def finish_loading(self) -> None:
+        """Make the adaLN table of all layers and steps: the time MLP never runs again."""
+        times = flow_times(self.config.head.flow_steps).to(self.device)
+        self._modulations = self.head.modulations(times)
+
+    @torch.inference_mode()
+    def encode_images(self, inputs: ModelInputs) -> VisionTokens:
+        return self.vlm.model.visual(inputs.pixel_values.to(self.device, self.dtype), inputs.image_grids)
+
+    @torch.inference_mode()
+    def prefill(self, inputs: ModelInputs, vision: VisionTokens) -> KVBlock:
+        """The keys and values that the DiT reads. Raises ValueError if image tokens and images do not match."""
+        language = self.vlm.model.language_model
+        is_image = inputs.input_ids == self.config.tokens.image
+        if int(is_image.sum()) != len(vision.tokens):
+            raise ValueError(f"input_ids hold {int(is_image.sum())} image tokens, the images give {len(vision.tokens)}")
+
+        head = self._prompt_head(inputs)
+        start = 0 if head is None else int((~inputs.attention_mask).sum(1).min()) + len(head)
+        image_index = is_image[:, start:].flatten().nonzero().squeeze(1).to(self.device)
+        x = language.embed_tokens(inputs.input_ids[:, start:].to(self.device))
+        x.view(-1, x.shape[-1])[image_index] = vision.tokens
+        mask = inputs.attention_mask.to(self.device)
+        positions = inputs.position_ids.to(self.device)
+        keys, values = language(
+            x, positions[..., start:], mask, self.config.head.num_layers, image_index, vision.deepstack, head
+        )
+        next_position = positions.masked_fill(~mask, -1).amax(-1) + 1
+        return KVBlock(keys, values, mask, next_position, inputs.action_mask.to(self.device, torch.float32))
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        kv: KVBlock,
+        state: Tensor,
+        noise: Tensor,
+        prefix: Tensor,
+        prefix_length: Tensor,
+        trace: list[Tensor] | None = None,
+    ) -> Tensor:
+        """One chunk per row, (B, T, A) float32.
+
+        state: (B, state_length, S); noise, prefix: (B, T, A), prefix read where the row's prefix_length (B,) covers it.
+        """
+        assert self._modulations is not None, "finish_loading was not called"
+        head, modulations = self.head, self._modulations
+        prefix_length = prefix_length.to(self.device)
+        geometry = dit_geometry(self.config.head, kv.next_position, kv.mask, prefix_length, noise.shape[1])
+        rope = head.rope(geometry)
+        context = head.context(state.to(self.device, self.dtype))
+
+        def velocity(z: Tensor, step: int) -> Tensor:
+            table = modulations[:, step : step + 1]
+            return head(z.to(self.dtype), context, table, rope, geometry.mask, kv.keys, kv.values)
+
+        return euler_sample(
+            velocity,
+            noise.to(self.device),
+            prefix.to(self.device),
+            prefix_positions(prefix_length, noise.shape[1]),
+            kv.action_mask,
+            self.config.head.flow_steps,
+            trace,
+        )
+
+    def _prompt_head(self, inputs: ModelInputs) -> PromptHead | None:
+        """The kept KV of the batch's common first tokens, computed on first use."""
+        if inputs.head_length == 0:
+            return None
+        pad = int((~inputs.attention_mask[0]).sum())
+        ids = inputs.input_ids[0, pad : pad + inputs.head_length]
+        key = tuple(ids.tolist())
+        if key not in self._prompt_heads:
+            language = self.vlm.model.language_model
+            x = language.embed_tokens(ids.to(self.device))[None]
+            positions = torch.arange(len(key), device=self.device).expand(3, 1, -1)
+            mask = torch.ones(1, len(key), dtype=torch.bool, device=self.device)
+            keys, values = language(x, positions, mask, self.config.text.num_layers)
+            self._prompt_heads[key] = PromptHead(keys[:, 0], values[:, 0])
+            if len(self._prompt_heads) > MAX_KEPT_HEADS:
+                self._prompt_heads.popitem(last=False)
+        self._prompt_heads.move_to_end(key)
+        return self._prompt_heads[key]
