@@ -20,7 +20,7 @@ class CMakeBuild(build_ext):
         module = Path(self.get_ext_fullpath(ext.name)).resolve()
         build = Path(self.build_temp).resolve()
         # Fresh: the cache of an earlier build may name tools of a build environment that is gone.
-        configure = ["cmake", "--fresh", "-G", "Ninja", "-S", str(SOURCE), "-B", str(build)]
+        configure = ["cmake", "--fresh", "--no-warn-unused-cli", "-G", "Ninja", "-S", str(SOURCE), "-B", str(build)]
         options = {
             "CMAKE_BUILD_TYPE": "Debug" if self.debug else "Release",
             "CMAKE_LIBRARY_OUTPUT_DIRECTORY": module.parent,
@@ -31,8 +31,8 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", "--build", str(build)], check=True)
         if not module.exists():
             self.warn(
-                "xr0_engine._C was not built (the reason is above); preprocessing uses NumPy instead. To get it, install "
-                "a C++17 compiler and Python's headers (Debian: apt-get install g++ python3-dev), then reinstall."
+                "xr0_engine._C was not built (reason above); preprocessing uses NumPy instead. To get it, install "
+                "a C++17 compiler and Python's headers, then xr0-engine again (Debian: apt-get install g++ python3-dev)"
             )
 
 

@@ -1,0 +1,144 @@
+"""`xr0 doctor`: what this machine can run, and what to do about the rest."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from xr0_engine import __version__
+from xr0_engine.cli import install_hint
+
+REQUIRED = ("numpy", "pillow", "tokenizers", "safetensors")
+OPTIONAL = {
+    "torch": "to run the model",
+    "triton": "for the GPU kernels",
+    "huggingface_hub": "to download checkpoints",
+    "matplotlib": "for plots",
+    "av": "for videos",
+    "gym_aloha": "for the simulated robot of `xr0 demo`",
+}
+"""Package that an extra installs -> what it is good for."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What doctor found.
+
+    ready: whether the model can run here at all. versions: package -> version, None if not installed.
+    gpus: the CUDA GPUs that torch can use. backends, native (the module _C) and rendering (MuJoCo without a display):
+    None if it works, else why not. remedies: missing part -> what to do about it.
+    """
+
+    ready: bool
+    versions: dict[str, str | None]
+    gpus: list[str]
+    backends: dict[str, str | None]
+    native: str | None
+    rendering: str | None
+    remedies: dict[str, str]
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON, for scripts.")] = False,
+) -> None:
+    """Check this machine: versions, GPUs, what can run the model, and how to get what is missing.
+
+    Exit code 0 if the model can run here, 1 if it cannot.
+    """
+    report = examine()
+    if as_json:
+        print(json.dumps(asdict(report), indent=2))
+    else:
+        _print(report)
+    raise typer.Exit(0 if report.ready else 1)
+
+
+def examine() -> Report:
+    """Look at this machine. Tries out rendering in short-lived processes; computes nothing on a GPU."""
+    versions = {package: _version(package) for package in (*REQUIRED, *OPTIONAL)}
+    gpus, backends = _compute(has_torch=versions["torch"] is not None)
+    native = None if find_spec("xr0_engine._C") else "not built at installation; NumPy does its work, only slower"
+    rendering = _rendering(has_simulator=versions["gym_aloha"] is not None)
+
+    remedies = {
+        package: f"{purpose}: {install_hint(package)}"
+        for package, purpose in OPTIONAL.items()
+        if versions[package] is None and (package != "triton" or gpus)
+    }
+    if native:
+        remedies["native module"] = "apt-get install g++ python3-dev, then install xr0-engine from source again"
+    if rendering and versions["gym_aloha"]:
+        remedies["rendering"] = "apt-get install libegl1 libgl1, or libosmesa6"
+    if versions["torch"] and not gpus and Path("/proc/driver/nvidia/version").exists():
+        remedies["GPU"] = "this torch cannot use the NVIDIA driver: install a CUDA build of torch that fits the driver"
+    return Report(
+        ready=backends["reference"] is None,
+        versions={"xr0-engine": __version__, "python": platform.python_version(), **versions},
+        gpus=gpus,
+        backends=backends,
+        native=native,
+        rendering=rendering,
+        remedies=remedies,
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _compute(has_torch: bool) -> tuple[list[str], dict[str, str | None]]:
+    if not has_torch:
+        return [], {"reference": "torch is not installed"}
+    import torch
+
+    from xr0_engine import ops
+
+    gpus = []
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        gpus.append(f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, compute capability {gpu.major}.{gpu.minor}")
+    return gpus, ops.backend_status()
+
+
+def _rendering(has_simulator: bool) -> str | None:
+    if not has_simulator:
+        return "the simulator is not installed"
+    from xr0_engine.sim import choose_renderer
+
+    try:
+        choose_renderer()
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+def _print(report: Report) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    rows = [(name, version or "not installed", version is not None) for name, version in report.versions.items()]
+    rows += [("GPU", gpu, True) for gpu in report.gpus] or [("GPU", "none that torch can use", False)]
+    rows += [(f"backend {name}", reason or "ready", reason is None) for name, reason in report.backends.items()]
+    rows += [("native module", report.native or "ready", report.native is None)]
+    rows += [("rendering", report.rendering or "ready", report.rendering is None)]
+    table = Table("part", "state", box=None)
+    for part, state, good in rows:
+        table.add_row(part, state, style=None if good else "yellow")
+    console = Console(markup=False)
+    console.print(table)
+    console.print("\nThe model can run here." if report.ready else "\nThe model cannot run here.")
+    if report.remedies:
+        remedies = Table("missing", "what to do", box=None)
+        for part, remedy in report.remedies.items():
+            remedies.add_row(part, remedy)
+        console.print(remedies)
