@@ -1,0 +1,107 @@
+"""What a user installs: the wheel's contents, built from a source distribution and, without a compiler, a checkout."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "xr0_engine"
+LINKED = ("kernels", "export", "training", "bench")
+NATIVE = f"xr0_engine/_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+NOT_SOURCES = shutil.ignore_patterns(".*", "__pycache__", "*.so", "*.egg-info", "build", "dist", "outputs", "tests")
+SETUP = [
+    sys.executable,
+    "-c",
+    "import setuptools.build_meta as backend, sys; getattr(backend, sys.argv[1])(sys.argv[2])",
+]
+
+
+def build(source: Path, kind: str, out: Path, **environment: str) -> Path:
+    """Run the build backend in this environment, as pip would in one of its own."""
+    out.mkdir()
+    command = [*SETUP, f"build_{kind}", str(out)]
+    subprocess.run(command, cwd=source, env={**os.environ, **environment}, check=True, capture_output=True)
+    (built,) = out.iterdir()
+    return built
+
+
+def names_in(wheel: Path) -> set[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return set(archive.namelist())
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A copy of this one, because a build leaves folders behind and packs what it finds in older ones."""
+    copy = tmp_path_factory.mktemp("checkout") / "source"
+    shutil.copytree(ROOT, copy, symlinks=True, ignore=NOT_SOURCES)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(checkout, tmp_path_factory):
+    """Names in the wheel that is built from the source distribution."""
+    work = tmp_path_factory.mktemp("build")
+    with tarfile.open(build(checkout, "sdist", work / "sdist")) as archive:
+        archive.extractall(work / "unpacked", filter="data")
+    (unpacked,) = (work / "unpacked").iterdir()
+    return names_in(build(unpacked, "wheel", work / "wheel"))
+
+
+def package_files(pattern: str) -> set[str]:
+    """Names that files of the package have in the wheel, those of the linked folders included."""
+    folders = (PACKAGE, *(path for path in PACKAGE.iterdir() if path.is_symlink()))
+    return {path.relative_to(ROOT).as_posix() for folder in folders for path in folder.rglob(pattern)}
+
+
+def test_only_top_level_name_is_the_package(wheel):
+    tops = {name.split("/")[0] for name in wheel}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"xr0_engine"}
+
+
+def test_every_module_is_in_the_wheel(wheel):
+    modules = package_files("*.py")
+    assert "xr0_engine/kernels/reference.py" in modules
+    assert modules - wheel == set()
+
+
+def test_data_files_are_in_the_wheel(wheel):
+    data = {"xr0_engine/py.typed", "xr0_engine/_C.pyi", *package_files("*.yaml")}
+    assert "xr0_engine/embodiments/libero.yaml" in data
+    assert data - wheel == set()
+
+
+def test_sources_of_the_native_module_are_not_in_the_wheel(wheel):
+    assert {name for name in wheel if name.endswith((".cpp", ".h", "CMakeLists.txt"))} == set()
+
+
+@pytest.mark.skipif(not (ROOT / NATIVE).exists(), reason="this machine did not build xr0_engine._C")
+def test_native_module_is_in_the_wheel(wheel):
+    assert NATIVE in wheel
+
+
+def test_checkout_without_compiler_gives_the_same_wheel_less_the_native_module(checkout, wheel, tmp_path):
+    without = names_in(build(checkout, "wheel", tmp_path / "wheel", CXX=str(tmp_path / "no-compiler")))
+    assert {name for name in without if ".dist-info" not in name} == {
+        name for name in wheel - {NATIVE} if ".dist-info" not in name
+    }
+
+
+def test_licence_is_in_the_wheel(wheel):
+    assert [name for name in wheel if name.endswith(".dist-info/licenses/LICENSE")]
+
+
+@pytest.mark.parametrize("name", LINKED)
+def test_linked_folder_is_a_relative_link(name):
+    link = PACKAGE / name
+    assert link.readlink() == Path("..", name)
+    assert link.is_dir()
