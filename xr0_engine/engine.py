@@ -14,7 +14,7 @@ from torch import Tensor
 from xr0_engine import ops
 from xr0_engine.config import XR0Config
 from xr0_engine.decode import decode, encode_prefix
-from xr0_engine.embodiment import Embodiment, load_embodiment
+from xr0_engine.embodiment import Embodiment, embodiment_for, load_embodiment
 from xr0_engine.model.weights import load_model, read_index, resolve_checkpoint
 from xr0_engine.model.xr0 import XR0Model
 from xr0_engine.normalize import ActionStatistics, load_statistics, select_robot_type
@@ -81,7 +81,8 @@ class Engine:
 
     def embodiment(self, robot_type: str | None = None) -> Embodiment:
         """The profile used for a robot type (None: the checkpoint's only one)."""
-        return self._preprocess.embodiment(select_robot_type(self.statistics, robot_type))
+        known = select_robot_type(self.statistics, robot_type)
+        return self._preprocess.embodiment or embodiment_for(known)
 
     def example(self, robot_type: str | None = None, image_size: tuple[int, int] = (480, 640)) -> Observation:
         """A random but valid observation, always the same, to warm up and to measure with."""

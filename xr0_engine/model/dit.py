@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from xr0_engine import ops
 from xr0_engine.config import ActionHeadConfig, XR0Config
+from xr0_engine.flow import euler_sample, flow_times, prefix_positions
 from xr0_engine.model.layers import GatedMLP, RMSNorm, inverse_frequencies, mrope_tables
+from xr0_engine.types import KVBlock
 
 DIT_RMS_EPS = 1e-6
 MLP_RATIO = 4
@@ -164,10 +166,7 @@ class ActionHead(nn.Module):
         self.sink = nn.Embedding(1, head.hidden_size)
 
     def modulations(self, t: Tensor) -> Tensor:
-        """t: (B,) float32 in [0, 1], 0 = noise. Returns (L, B, 6, 1, C): shift, 1 + scale, gate of attention, then of MLP.
-
-        Depends on t alone, so sampling makes one table for all its steps at load time.
-        """
+        """t: (B,) float32 in [0, 1], 0 = noise. Returns (L, B, 6, 1, C): shift, 1 + scale, gate of attention, then of MLP."""
         scaled = TIME_SCALE * t
         if self.config.compat_bf16_time:
             scaled = scaled.bfloat16().float()
@@ -176,6 +175,10 @@ class ActionHead(nn.Module):
         one = torch.zeros(6, 1, dtype=shared.dtype, device=shared.device)
         one[[1, 4]] = 1
         return (tables[:, None] + shared + one).unsqueeze(3)
+
+    def modulation_table(self) -> Tensor:
+        """modulations at every time of the sampling schedule, (L, steps, 6, 1, C): all that depends on time."""
+        return self.modulations(flow_times(self.config.flow_steps).to(self.sink.weight.device))
 
     def context(self, state: Tensor) -> Tensor:
         """state: (B, state_length, S). Returns the tokens before the actions, [sink, state]: (B, 1 + state_length, C)."""
@@ -206,3 +209,31 @@ class ActionHead(nn.Module):
         ):
             x = layer(x, modulation, *rope, layer_keys, layer_values, mask)
         return self.action_output_layer(x[:, context.shape[1] :])
+
+    def sample(
+        self,
+        kv: KVBlock,
+        state: Tensor,
+        noise: Tensor,
+        prefix: Tensor,
+        prefix_length: Tensor,
+        table: Tensor,
+        trace: list[Tensor] | None = None,
+    ) -> Tensor:
+        """One chunk per row, (B, T, A) float32, in the model's units (spec section 2.5).
+
+        state: (B, state_length, S); noise, prefix: (B, T, A), prefix read where the row's prefix_length (B,) covers it;
+        table: from modulation_table; trace, if given, receives z before each step and after the last.
+        """
+        device, dtype = self.sink.weight.device, self.sink.weight.dtype
+        prefix_length = prefix_length.to(device)
+        geometry = dit_geometry(self.config, kv.next_position, kv.mask, prefix_length, noise.shape[1])
+        rope = self.rope(geometry)
+        context = self.context(state.to(device, dtype))
+
+        def velocity(z: Tensor, step: int) -> Tensor:
+            return self(z.to(dtype), context, table[:, step : step + 1], rope, geometry.mask, kv.keys, kv.values)
+
+        is_prefix = prefix_positions(prefix_length, noise.shape[1])
+        steps = self.config.flow_steps
+        return euler_sample(velocity, noise.to(device), prefix.to(device), is_prefix, kv.action_mask, steps, trace)

@@ -46,8 +46,12 @@ class StoredTensor:
     dtype: torch.dtype
 
     @property
+    def num_elements(self) -> int:
+        return torch.Size(self.shape).numel()
+
+    @property
     def num_bytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
+        return self.num_elements * self.dtype.itemsize
 
 
 def resolve_checkpoint(path: str | Path) -> Path:

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from xr0_engine.config import XR0Config
-from xr0_engine.flow import euler_sample, flow_times, prefix_positions
-from xr0_engine.model.dit import ActionHead, dit_geometry
+from xr0_engine.model.dit import ActionHead
 from xr0_engine.model.layers import pack_linears
 from xr0_engine.model.vlm import VLM, PromptHead
 from xr0_engine.types import KVBlock, ModelInputs, VisionTokens
@@ -50,8 +49,7 @@ class XR0Model(nn.Module):
     @torch.inference_mode()
     def finish_loading(self) -> None:
         """Make the adaLN table of all layers and steps: the time MLP never runs again."""
-        times = flow_times(self.config.head.flow_steps).to(self.device)
-        self._modulations = self.head.modulations(times)
+        self._modulations = self.head.modulation_table()
 
     @torch.inference_mode()
     def encode_images(self, inputs: ModelInputs) -> VisionTokens:
@@ -88,30 +86,9 @@ class XR0Model(nn.Module):
         prefix_length: Tensor,
         trace: list[Tensor] | None = None,
     ) -> Tensor:
-        """One chunk per row, (B, T, A) float32.
-
-        state: (B, state_length, S); noise, prefix: (B, T, A), prefix read where the row's prefix_length (B,) covers it.
-        """
+        """As ActionHead.sample, with the table made at load time."""
         assert self._modulations is not None, "finish_loading was not called"
-        head, modulations = self.head, self._modulations
-        prefix_length = prefix_length.to(self.device)
-        geometry = dit_geometry(self.config.head, kv.next_position, kv.mask, prefix_length, noise.shape[1])
-        rope = head.rope(geometry)
-        context = head.context(state.to(self.device, self.dtype))
-
-        def velocity(z: Tensor, step: int) -> Tensor:
-            table = modulations[:, step : step + 1]
-            return head(z.to(self.dtype), context, table, rope, geometry.mask, kv.keys, kv.values)
-
-        return euler_sample(
-            velocity,
-            noise.to(self.device),
-            prefix.to(self.device),
-            prefix_positions(prefix_length, noise.shape[1]),
-            kv.action_mask,
-            self.config.head.flow_steps,
-            trace,
-        )
+        return self.head.sample(kv, state, noise, prefix, prefix_length, self._modulations, trace)
 
     def _prompt_head(self, inputs: ModelInputs) -> PromptHead | None:
         """The kept KV of the batch's common first tokens, computed on first use."""

@@ -1,0 +1,114 @@
+"""xr0 inspect: what a checkpoint holds, from its headers alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from xr0_engine.model.weights import StoredTensor
+
+PARTS = {
+    "vlm.model.visual.": "vision tower",
+    "vlm.model.language_model.": "language model",
+    "vlm.lm_head.": "language model head (tied, unused)",
+    "": "action head",
+}
+"""Start of a tensor's name -> part of the model; the first that fits."""
+
+
+def inspect(
+    checkpoint: Annotated[str, typer.Argument(help="Checkpoint folder or Hugging Face hub id.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Show a checkpoint's sizes, robot types and memory need, and check its tensors, without loading them.
+
+    Exit code 0: the checkpoint is complete; 2: it cannot be used, and the message says why.
+    """
+    from xr0_engine.config import XR0Config
+    from xr0_engine.embodiment import builtin_embodiments, load_embodiment
+    from xr0_engine.model.weights import check_tensors, checkpoint_shapes, read_index, resolve_checkpoint
+    from xr0_engine.normalize import load_statistics
+    from xr0_engine.prompt import PromptTokenizer
+
+    folder = resolve_checkpoint(checkpoint)
+    config = XR0Config.load(folder)
+    statistics = load_statistics(folder, config.head.action_dim, config.std_epsilon)
+    PromptTokenizer.load(folder, config.tokens)
+    stored = read_index(folder)
+    check_tensors(stored, checkpoint_shapes(config))
+    profiles = [load_embodiment(name) for name in builtin_embodiments()]
+    windowed = config.head.local_window is not None
+    report = {
+        "checkpoint": str(folder),
+        "tensors": len(stored),
+        "stored_bytes": sum(place.num_bytes for place in stored.values()),
+        "parameters": _parameters(stored),
+        "memory_gib": {
+            dtype: round(_loaded_parameters(config) * size / 2**30, 2) for dtype, size in {"bfloat16": 2, "float32": 4}.items()
+        },
+        "mask": f"windowed, {config.head.local_window} actions back" if windowed else "full_causal",
+        "position_offset": config.head.position_offset,
+        "flow_steps": config.head.flow_steps,
+        "sizes": {name: _sizes(part) for name, part in vars(config).items() if name in ("text", "vision", "head")},
+        "robot_types": {
+            name: {
+                "chunk_length": statistic.chunk_length,
+                "active_columns": int(statistic.action_mask.any(0).sum()),
+                "embodiment": next((profile.name for profile in profiles if name in profile.robot_types), None),
+            }
+            for name, statistic in statistics.items()
+        },
+    }
+    if as_json:
+        print(json.dumps(report, indent=1))
+    else:
+        _print_tables(report)
+
+
+def _parameters(stored: Mapping[str, StoredTensor]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for name, place in stored.items():
+        part = next(label for start, label in PARTS.items() if name.startswith(start))
+        counts[part] = counts.get(part, 0) + place.num_elements
+    return counts | {"total": sum(counts.values())}
+
+
+def _loaded_parameters(config: Any) -> int:
+    """Parameters that the engine keeps: without the last VLM layer's queries and MLP."""
+    import torch
+
+    from xr0_engine.model.xr0 import XR0Model
+
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in XR0Model(config).parameters())
+
+
+def _sizes(part: Any) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(part).items()}
+
+
+def _print_tables(report: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    parameters = Table("part", "parameters", title=report["checkpoint"])
+    for part, count in report["parameters"].items():
+        parameters.add_row(part, f"{count:,}")
+    console.print(parameters)
+    sizes = Table("part", "sizes", title="sizes")
+    for part, values in report["sizes"].items():
+        sizes.add_row(part, ", ".join(f"{name} {value}" for name, value in values.items()))
+    console.print(sizes)
+    robots = Table("robot type", "chunk length", "active columns", "embodiment", title="robot types")
+    for name, robot in report["robot_types"].items():
+        profile = robot["embodiment"] or "none built in: pass --embodiment"
+        robots.add_row(name, str(robot["chunk_length"]), str(robot["active_columns"]), profile)
+    console.print(robots)
+    console.print(f"mask: {report['mask']}, position offset {report['position_offset']}, {report['flow_steps']} flow steps")
+    memory = ", ".join(f"{gib} GiB in {dtype}" for dtype, gib in report["memory_gib"].items())
+    console.print(f"{report['tensors']} tensors, {report['stored_bytes'] / 2**30:.2f} GiB on disk; weights take {memory}")
