@@ -10,7 +10,7 @@ def frame_to_patches(
     temporal_patch_size: int = 2,
     merge_size: int = 2,
 ) -> None:
-    """Normalise a resized frame to [-1, 1] and write it as patches in Qwen's order (spec section 3.1), without the GIL.
+    """Normalise a resized frame and write it as patches in Qwen's order, without the GIL (spec section 3.1).
 
     frame: (H, W, 3) uint8 RGB, H and W multiples of patch_size * merge_size; pixels packed, any stride between rows.
     out: (H * W / patch_size**2, 3 * temporal_patch_size * patch_size**2) float32, C-contiguous, writable. Written whole:

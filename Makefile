@@ -1,0 +1,69 @@
+# `make help` lists what there is. Every target first sets up what it needs, and does so again only after a change.
+PYTHON ?= python3
+PYTEST_ARGS ?= -n 2
+
+VENV := .venv
+BIN := $(VENV)/bin
+CSRC := $(shell find csrc -type f)
+INSTALLED := $(VENV)/.installed
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo -n)
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint gpu-test clean
+
+help:
+	@echo "make demo      install, then drive a simulated two-armed robot with a small random model"
+	@echo "make test      install, then run the tests; PYTEST_ARGS selects, for example PYTEST_ARGS=tests/cli"
+	@echo "make lint      install, then check style, types and formatting"
+	@echo "make gpu-test  install with CUDA, then run the tests that need a GPU"
+	@echo "make clean     remove what was built; $(VENV) stays"
+	@echo
+	@echo "The installation goes to $(VENV). PYTHON chooses the interpreter (now: $(PYTHON), 3.10 to 3.13)."
+
+demo: $(INSTALLED)-cpu $(VENV)/.renders
+	$(BIN)/xr0 demo
+
+test: $(INSTALLED)-cpu $(VENV)/.renders
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(INSTALLED)-cpu
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(filter %.h %.cpp,$(CSRC))
+
+gpu-test: $(INSTALLED)-cuda
+	$(BIN)/python -c "import torch; torch.cuda.init()"
+	$(BIN)/python -m pytest -m gpu
+
+clean:
+	rm -rf build dist *.egg-info outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis xr0_engine/_C.*.so
+	rm -f $(INSTALLED)-* $(VENV)/.renders
+
+# $(call need,COMMAND,PACKAGES): if the command fails, install the Debian packages where we may, then insist on it.
+define need
+	@$(1) >/dev/null 2>&1 || { \
+	  echo "Installing $(2) ..."; \
+	  $(SUDO) apt-get update -qq && $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y $(2) >/dev/null; \
+	  $(1) || { echo "Please install what is missing, then run make again: apt-get install $(2)"; exit 1; }; }
+endef
+
+$(BIN)/python:
+	$(call need,$(PYTHON) -c "import ensurepip",python3-venv)
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp for each choice of torch: cpu or cuda. Without build isolation, so that a rebuild is quick.
+$(INSTALLED)-%: $(BIN)/python constraints.txt pyproject.toml setup.py CMakeLists.txt MANIFEST.in $(CSRC)
+	$(call need,command -v c++,g++)
+	$(call need,test -f "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h",python3-dev)
+	$(BIN)/pip install --quiet --constraint constraints.txt setuptools pybind11 cmake ninja
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[$*,sim,dev]'
+	@touch $@
+
+# The simulated robot's cameras need an OpenGL that draws without a display.
+$(VENV)/.renders: $(INSTALLED)-cpu
+	$(call need,$(BIN)/python -c "from xr0_engine.sim import choose_renderer; choose_renderer()",libegl1 libgl1)
+	@touch $@
