@@ -13,7 +13,7 @@ def frame_to_patches(
     """Normalise a resized frame and write it as patches in Qwen's order, without the GIL (spec section 3.1).
 
     frame: (H, W, 3) uint8 RGB, H and W multiples of patch_size * merge_size; pixels packed, any stride between rows.
-    out: (H * W / patch_size**2, 3 * temporal_patch_size * patch_size**2) float32, C-contiguous, writable. Written whole:
+    out: (H * W / patch_size**2, 3 * temporal_patch_size * patch_size**2) float32, C-contiguous, writable. Filled:
     the patches of one merge block follow each other, each patch is (channel, temporal, row, column).
     Raises ValueError if a dtype, shape, stride or flag is not as described, or a size is not in 1..1024.
     """
