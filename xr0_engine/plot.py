@@ -1,0 +1,227 @@
+"""Pictures of what the model saw and did: PNG through matplotlib, MP4 through PyAV, both imported when first needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from xr0_engine.decode import BIMANUAL_COLUMNS, LEFT, RIGHT
+from xr0_engine.embodiment import Embodiment
+from xr0_engine.types import ActionChunk, Observation
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+STYLE: dict[Any, Any] = {
+    "figure.facecolor": "white",
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "lines.linewidth": 1.5,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+}
+# Okabe and Ito's palette: told apart with any colour vision.
+COLORS = ("#D55E00", "#009E73", "#0072B2", "#CC79A7", "#E69F00", "#56B4E9")
+JOINTS = ("waist", "shoulder", "elbow", "forearm roll", "wrist angle", "wrist rotate")
+STAGES = ("preprocess", "vision", "prefill", "flow", "decode")
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Action columns of one kind, which share an axis. names: one per column, without the title."""
+
+    title: str
+    unit: str
+    columns: tuple[int, ...]
+    names: tuple[str, ...]
+
+
+def panels(layout: str, active_columns: np.ndarray) -> tuple[Panel, ...]:
+    """The active action columns in groups, left arm before right; layout `plain` tells nothing but their numbers."""
+    active = np.flatnonzero(active_columns)
+    if layout == "plain":
+        return tuple(Panel(f"column {column}", "robot units", (int(column),), ("",)) for column in active)
+    groups = []
+    for side, arm in (("left", LEFT), ("right", RIGHT)):
+        for kind, unit, part, names in (
+            ("position", "m", arm.position, ("x", "y", "z")),
+            ("rotation", "rad", arm.rotation, ("x", "y", "z")),
+            ("joints", "rad", arm.joints, JOINTS),
+            ("gripper", "robot units", arm.gripper, ("",)),
+        ):
+            columns = np.arange(BIMANUAL_COLUMNS)[part]
+            pairs = [(int(column), name) for column, name in zip(columns, names, strict=True) if column in active]
+            if pairs:
+                groups.append(Panel(f"{side} {kind}", unit, *zip(*pairs, strict=True)))
+    return tuple(groups)
+
+
+def plot_chunk(chunk: ActionChunk, observation: Observation, embodiment: Embodiment, path: Path) -> None:
+    """One chunk as curves over time beside the images that it comes from, as a PNG.
+
+    chunk.actions are drawn in robot units, at the times when embodiment.control_rate_hz executes them. Raises
+    ValueError if the chunk has no active column, OSError if path cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    groups = panels(embodiment.layout, chunk.active_columns)
+    if not groups:
+        raise ValueError(f"chunk: expected active columns, robot type {chunk.robot_type!r} has none")
+    rows = -(-len(groups) // 2)
+    time_s = np.arange(len(chunk.actions)) / embodiment.control_rate_hz
+    with _style():
+        figure = Figure(figsize=(13, max(1.7 * rows, 2.1 * len(embodiment.views)) + 0.7), layout="constrained")
+        picture_part, curve_part = figure.subfigures(1, 2, squeeze=False, width_ratios=(1, 3.4))[0]
+        figure.suptitle(f"{observation.instruction}   ·   {chunk.robot_type}", fontsize=12)
+        pictures = picture_part.subplots(len(embodiment.views), 1, squeeze=False)[:, 0]
+        for axes, view in zip(pictures, embodiment.views, strict=True):
+            _show_image(axes, observation.images[view.key])
+            axes.set_title(view.title)
+        grid = curve_part.subplots(rows, 2, sharex=True, squeeze=False)
+        # Down, then right: the left arm's panels above each other, the right arm's beside them.
+        for axes, panel in zip(grid.T.flat, groups, strict=False):
+            for column, name, color in zip(panel.columns, panel.names, COLORS, strict=False):
+                axes.plot(time_s, chunk.actions[:, column], color=color, label=name, marker=".", markersize=3)
+            axes.set_title(panel.title)
+            axes.set_ylabel(panel.unit)
+            axes.axhline(0, color="0.6", linewidth=0.6, zorder=0)
+            if chunk.prefix_length:
+                axes.axvspan(0, chunk.prefix_length / embodiment.control_rate_hz, color="0.9", zorder=0)
+            if len(panel.columns) > 1:
+                axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), handlelength=1)
+        for axes in list(grid.T.flat)[len(groups) :]:
+            axes.set_visible(False)
+        for axes in (grid.T.flat[min(rows, len(groups)) - 1], grid.T.flat[len(groups) - 1]):
+            axes.set_xlabel("time after the images (s)")
+            axes.tick_params(labelbottom=True)
+        if chunk.prefix_length:
+            curve_part.text(0.995, 0.005, "grey: the given prefix", ha="right", va="bottom", color="0.4")
+        figure.savefig(path, dpi=110)
+
+
+def plot_rollout(
+    observations: Sequence[Observation],
+    chunks: Sequence[ActionChunk],
+    measured: np.ndarray,
+    embodiment: Embodiment,
+    path: Path,
+    title: str,
+) -> None:
+    """A closed loop with a bimanual robot as a PNG: camera frames, joint trajectories and the latency of each stage.
+
+    observations, chunks: one pair per inference, timestamps in seconds from the start. measured: (K, 32), the state at
+    every control tick, in bimanual columns. Raises ValueError for a missing timestamp, OSError if path is not writable.
+    """
+    from matplotlib.figure import Figure
+
+    starts_s = [observation.timestamp_s for observation in observations if observation.timestamp_s is not None]
+    if len(starts_s) != len(observations):
+        raise ValueError("observations: expected a timestamp_s in each, got None")
+    shown = [observations[index] for index in spread(len(observations), 6)]
+    with _style():
+        figure = Figure(figsize=(15, 12.5), layout="constrained")
+        figure.suptitle(title, fontsize=13)
+        picture_part, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=(1.12, 1.3))[:, 0]
+        curve_part, bar_part = lower.subfigures(1, 2, width_ratios=(3, 1))
+        grid = picture_part.subplots(len(embodiment.views), len(shown), squeeze=False)
+        for column, observation in enumerate(shown):
+            grid[0, column].set_title(f"{observation.timestamp_s:.2f} s")
+            for row, view in enumerate(embodiment.views):
+                _show_image(grid[row, column], observation.images[view.key])
+        for row, view in enumerate(embodiment.views):
+            grid[row, 0].set_ylabel(view.title)
+        _plot_trajectories(curve_part, starts_s, observations, chunks, measured, embodiment.control_rate_hz)
+        _plot_latency(bar_part.subplots(), chunks)
+        figure.savefig(path, dpi=100)
+
+
+@contextmanager
+def video_writer(path: Path, width: int, height: int, rate_hz: int) -> Iterator[Callable[[np.ndarray], None]]:
+    """Write an H.264 MP4 frame by frame: the function it gives takes (height, width, 3) uint8 RGB; even sizes only.
+
+    Raises OSError if path cannot be written.
+    """
+    import av
+
+    with av.open(str(path), mode="w") as container:
+        stream = container.add_stream("libx264", rate=Fraction(rate_hz), options={"crf": "20", "preset": "veryfast"})
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        # Encoding ends when write returns: threads still at work would slow down what the caller measures next.
+        stream.thread_count = 1
+
+        def write(frame: np.ndarray) -> None:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+
+        yield write
+        container.mux(stream.encode(None))
+
+
+def _plot_trajectories(
+    part: Any,
+    starts_s: Sequence[float],
+    observations: Sequence[Observation],
+    chunks: Sequence[ActionChunk],
+    measured: np.ndarray,
+    rate_hz: float,
+) -> None:
+    """One small panel per joint: what was measured, and every chunk's prediction from where it was made."""
+    grid = part.subplots(7, 2, sharex=True)
+    for column_axes, side, arm in zip(grid.T, ("left", "right"), (LEFT, RIGHT), strict=True):
+        columns = [*range(BIMANUAL_COLUMNS)[arm.joints], *range(BIMANUAL_COLUMNS)[arm.gripper]]
+        for axes, column, name in zip(column_axes, columns, (*JOINTS, "gripper"), strict=True):
+            for start_s, observation, chunk in zip(starts_s, observations, chunks, strict=True):
+                steps = np.arange(len(chunk.actions)) + 1
+                predicted = observation.state.reshape(-1, BIMANUAL_COLUMNS)[-1, column] + chunk.actions[:, column]
+                axes.plot(start_s + steps / rate_hz, predicted, color=COLORS[0], linewidth=0.8, alpha=0.7)
+            axes.plot(np.arange(len(measured)) / rate_hz, measured[:, column], color=COLORS[2])
+            axes.set_ylabel(name, rotation=0, ha="right", va="center")
+        column_axes[0].set_title(f"{side} arm (rad; gripper 0 closed, 1 open)")
+        column_axes[-1].set_xlabel("simulated time (s)")
+    *predictions, executed = grid[0, 0].get_lines()
+    part.legend(
+        [executed, predictions[0]], ["executed", "predicted chunks"], loc="outside upper center", ncols=2, fontsize=10
+    )
+
+
+def _plot_latency(axes: Axes, chunks: Sequence[ActionChunk]) -> None:
+    """A bar for the median of each stage, a dot for each inference."""
+    stages = [stage for stage in (*STAGES, "total") if stage in chunks[0].timing_ms]
+    times_ms = np.array([[chunk.timing_ms[stage] for chunk in chunks] for stage in stages])
+    medians = np.median(times_ms, axis=1)
+    axes.barh(stages, medians, color=["0.55" if stage == "total" else COLORS[2] for stage in stages], height=0.5)
+    axes.plot(times_ms.ravel(), np.repeat(np.arange(len(stages)), len(chunks)), ".", color="black", alpha=0.5)
+    for row, median in enumerate(medians):
+        axes.annotate(f"{median:.1f}", (median, row), xytext=(5, 7), textcoords="offset points")
+    axes.invert_yaxis()
+    axes.set_xlabel("ms (bar: median, dot: one inference)")
+    axes.set_title("latency per inference")
+
+
+def _show_image(axes: Axes, image: np.ndarray) -> None:
+    axes.imshow(image)
+    axes.grid(False)
+    axes.set(xticks=[], yticks=[])
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def spread(count: int, at_most: int) -> list[int]:
+    """Indices of the first, the last, and evenly spread ones between."""
+    return np.unique(np.linspace(0, count - 1, min(count, at_most)).round().astype(int)).tolist()
+
+
+def _style() -> Any:
+    import matplotlib
+
+    return matplotlib.rc_context(STYLE)
