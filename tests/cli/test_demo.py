@@ -1,0 +1,97 @@
+"""xr0 demo: the closed loop from rendered frames to motion, end to end."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from xr0_engine.checkpoint import init_checkpoint
+from xr0_engine.cli import app
+
+STAGES = {"preprocess", "vision", "prefill", "flow", "decode", "total"}
+
+
+@pytest.fixture(autouse=True)
+def _simulator() -> None:
+    for package in ("gym_aloha", "av", "matplotlib"):
+        pytest.importorskip(package)
+    from xr0_engine.sim import choose_renderer
+
+    try:
+        choose_renderer()
+    except RuntimeError as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XR0_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_demo_makes_its_checkpoint_and_films_the_robot(cache, tmp_path):
+    import av
+
+    out = tmp_path / "made" / "demo"
+    result = CliRunner().invoke(app, ["demo", "--seconds", "0.4", "--out", str(out), "--json"])
+    assert result.exit_code == 0, result.stderr
+    facts = json.loads(result.stdout)
+    assert (facts["checkpoint"], facts["frames"], facts["inferences"]) == (None, 12, 2)
+    assert facts["latency_ms"].keys() == STAGES
+    for times in facts["latency_ms"].values():
+        assert 0 <= times["p50"] <= times["p90"] <= times["max"]
+    assert [folder.name for folder in cache.iterdir()] == ["tiny"]
+    with Image.open(facts["png"]) as picture:
+        assert (picture.format, facts["png"]) == ("PNG", str(out / "rollout.png"))
+        assert len(np.unique(np.asarray(picture.convert("L")))) > 50
+    with av.open(facts["mp4"]) as film:
+        assert film.streams.video[0].average_rate == 30
+        frames = [frame.to_ndarray(format="rgb24") for frame in film.decode(video=0)]
+    assert len(frames) == 12
+    assert frames[0].shape == (360, 3 * 480, 3)
+    # The arms have moved.
+    assert np.abs(frames[0].astype(int) - frames[-1].astype(int)).max() > 100
+
+
+def test_demo_prints_a_latency_table_and_says_that_the_weights_are_random(cache, tmp_path):
+    result = CliRunner().invoke(app, ["demo", "--seconds", "0.1", "--out", str(tmp_path)])
+    assert result.exit_code == 0, result.stderr
+    for text in (*STAGES, "p50", "p90", "max", "random weights", "aimlessly", "rollout.png", "rollout.mp4: 3 frames"):
+        assert text in result.stdout
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "61", "nan", "soon"])
+def test_seconds_out_of_range_exit_with_2(cache, tmp_path, seconds):
+    result = CliRunner().invoke(app, ["demo", f"--seconds={seconds}", "--out", str(tmp_path / "out")])
+    assert result.exit_code == 2
+    assert "seconds" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_empty_instruction_exits_with_2(cache, tmp_path):
+    result = CliRunner().invoke(app, ["demo", "--seconds", "0.1", "--out", str(tmp_path), "-t", ""])
+    assert result.exit_code == 2
+    assert "instruction" in result.stderr
+
+
+def test_output_folder_that_is_a_file_exits_with_2(cache, tmp_path):
+    (tmp_path / "out").touch()
+    result = CliRunner().invoke(app, ["demo", "--seconds", "0.1", "--out", str(tmp_path / "out")])
+    assert result.exit_code == 2
+    assert str(tmp_path / "out") in result.stderr
+
+
+def test_checkpoint_without_the_bimanual_robot_exits_with_2(tmp_path):
+    init_checkpoint(tmp_path / "tiny")
+    statistics = tmp_path / "tiny" / "preprocessor_config.json"
+    content = json.loads(statistics.read_text())
+    del content["action_config"]["bimanual"]
+    statistics.write_text(json.dumps(content))
+    result = CliRunner().invoke(app, ["demo", str(tmp_path / "tiny"), "--seconds", "0.1", "--out", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "'bimanual'" in result.stderr
+    assert "libero_all" in result.stderr

@@ -1,0 +1,156 @@
+"""`xr0 infer`: one observation from files, one action chunk out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+import typer
+
+if TYPE_CHECKING:
+    from xr0_engine.embodiment import Embodiment
+    from xr0_engine.types import ActionChunk
+
+SHOWN_STEPS = 6
+
+
+def infer(
+    checkpoint: Annotated[str, typer.Argument(help="Checkpoint folder, or a Hugging Face hub id.")],
+    instruction: Annotated[str, typer.Option("--instruction", "-t", help="What the robot shall do, in plain words.")],
+    image: Annotated[
+        list[str],
+        typer.Option(
+            "--image", "-i", metavar="VIEW=FILE", help="A camera image; once for every view, such as base=front.png."
+        ),
+    ],
+    state: Annotated[
+        str | None,
+        typer.Option(
+            help="Joint and gripper readings in the model's columns and the robot's own units: 0.1,-0.5,... or a .json "
+            "or .npy file. Zeros if not given."
+        ),
+    ] = None,
+    robot_type: Annotated[
+        str | None, typer.Option(help="Which of the checkpoint's action statistics to use; needed if it has several.")
+    ] = None,
+    embodiment: Annotated[
+        str | None,
+        typer.Option(help="Views and layout: a built-in profile or your own YAML file. Follows from the robot type."),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Repeatable result: the noise that the chunk grows from.")] = None,
+    prefix: Annotated[
+        Path | None,
+        typer.Option(help=".json or .npy file with the first actions, (P, columns), if they are already decided."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    backend: Annotated[str, typer.Option(help="auto, reference, triton or cuda.")] = "auto",
+    repeat: Annotated[int, typer.Option(min=1, help="Infer so often, report the last: the first pays for set-up.")] = 1,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the chunk beside the images.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the whole chunk as JSON.")] = False,
+) -> None:
+    """From camera images and an instruction to the robot's next actions.
+
+    `xr0 infer CHECKPOINT -i base=front.png -i left_wrist=hand.png -t "Open the drawer." --robot-type libero_all`
+    """
+    images = dict(_read_image(argument) for argument in image)
+    if len(images) != len(image):
+        raise ValueError(f"--image: expected every view once, got {', '.join(image)}")
+    given_state = None if state is None else _read_numbers("--state", state)
+    given_prefix = None if prefix is None else _read_numbers("--prefix", str(prefix))
+    if plot is not None and (plot.suffix.lower() != ".png" or not plot.parent.is_dir()):
+        raise ValueError(f"--plot: expected a .png file in an existing folder, got {plot}")
+
+    from xr0_engine.engine import Engine
+    from xr0_engine.types import Observation
+
+    engine = Engine.from_pretrained(checkpoint, device, dtype, backend, embodiment)
+    head = engine.config.head
+    observation = Observation(
+        images, instruction, np.zeros(head.state_dim, np.float32) if given_state is None else given_state, robot_type
+    )
+    for _ in range(repeat):
+        chunk = engine.infer(observation, prefix=given_prefix, seed=seed)
+    profile = engine.embodiment(robot_type)
+    if plot is not None:
+        from xr0_engine.plot import plot_chunk
+
+        plot_chunk(chunk, observation, profile, plot)
+    if as_json:
+        print(json.dumps(_as_json(chunk, profile)))
+    else:
+        _print_table(chunk, profile)
+
+
+def _read_image(argument: str) -> tuple[str, np.ndarray]:
+    from PIL import Image
+
+    view, separator, file = argument.partition("=")
+    if not (view and separator and file):
+        raise ValueError(f"--image: expected VIEW=FILE, such as base=front.png, got {argument!r}")
+    try:
+        with Image.open(file) as picture:
+            return view, np.asarray(picture.convert("RGB"))
+    # Pillow reports some broken PNG files as SyntaxError.
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"--image {view}: expected an image file (PNG, JPEG, ...), got {file}: {error}") from None
+
+
+def _read_numbers(option: str, text: str) -> np.ndarray:
+    """A table of numbers as float32: a .npy or .json file, or numbers with commas between them."""
+    try:
+        if text.endswith(".npy"):
+            return np.load(text, allow_pickle=False).astype(np.float32)
+        numbers = json.loads(Path(text).read_text()) if text.endswith(".json") else text.split(",")
+        return np.array(numbers, dtype=np.float32)
+    except (OSError, EOFError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{option}: expected numbers, or a .json or .npy file of numbers, got {text}: {error}"
+        ) from None
+
+
+def _as_json(chunk: ActionChunk, profile: Embodiment) -> dict[str, Any]:
+    from xr0_engine.plot import panels
+
+    groups = panels(profile.layout, chunk.active_columns)
+    return {
+        "robot_type": chunk.robot_type,
+        "control_rate_hz": profile.control_rate_hz,
+        "columns": {
+            column: f"{group.title} {name}".strip() + f" ({group.unit})"
+            for group in groups
+            for column, name in zip(group.columns, group.names, strict=True)
+        },
+        "actions": chunk.actions.tolist(),
+        "prefix_length": chunk.prefix_length,
+        "timestamp_s": chunk.timestamp_s,
+        "timing_ms": dict(chunk.timing_ms),
+    }
+
+
+def _print_table(chunk: ActionChunk, profile: Embodiment) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from xr0_engine.plot import panels, spread
+
+    steps = spread(len(chunk.actions), SHOWN_STEPS)
+    title = f"{chunk.robot_type}: {len(chunk.actions)} actions at {profile.control_rate_hz:g} Hz"
+    table = Table(title=title, box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("column", no_wrap=True)
+    for step in steps:
+        table.add_column(f"{step / profile.control_rate_hz:.2f} s", justify="right")
+    for group in panels(profile.layout, chunk.active_columns):
+        heading = f"[bold]{group.title} ({group.unit})"
+        if len(group.columns) > 1:
+            table.add_row(heading)
+        for column, name in zip(group.columns, group.names, strict=True):
+            values = (f"{chunk.actions[step, column]:+.3f}" for step in steps)
+            table.add_row(f"  {name}" if len(group.columns) > 1 else heading, *values)
+    console = Console()
+    console.print(table)
+    console.print(f"{len(steps)} of {len(chunk.actions)} actions shown, all with --json")
+    console.print("ms: " + ", ".join(f"{stage} {time_ms:.1f}" for stage, time_ms in chunk.timing_ms.items()))
