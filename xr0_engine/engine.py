@@ -188,7 +188,9 @@ class Engine:
         sampled = self.model.sample(kv, inputs.state, start, prefix, prefix_length).cpu().numpy()
         clock.mark("flow")
         if not np.isfinite(sampled).all():
-            raise RuntimeError("the model gave actions that are not finite: the checkpoint is broken, or float16 overflowed")
+            raise RuntimeError(
+                "the model gave actions that are not finite: the checkpoint is broken, or float16 overflowed"
+            )
         decoded = []
         for row, (given, robot_type) in enumerate(zip(prefixes, robot_types, strict=True)):
             actions = decode(sampled[row], self.statistics[robot_type])
@@ -225,8 +227,7 @@ class Engine:
             given = np.asarray(given)
             if given.ndim != 2 or given.shape[1] != width or len(given) > length:
                 raise ValueError(f"prefix: expected (at most {length}, {width}), got {given.shape}")
-            if given.dtype.kind not in "fiu" or not np.isfinite(given).all():
-                raise ValueError(f"prefix: expected finite numbers, got dtype {given.dtype} with NaN, inf or no numbers")
+            given = _checked("prefix", given, given.shape).numpy()
             padded[row, : len(given)] = torch.from_numpy(encode_prefix(given, self.statistics[robot_type]))
             lengths[row] = len(given)
         return padded, lengths
