@@ -6,11 +6,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cmake
+import ninja
 import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 SOURCE = Path(__file__).parent.resolve()
+# The tools of the build requirements, which need not be on PATH, rather than those of the system.
+CMAKE = str(Path(cmake.CMAKE_BIN_DIR, "cmake"))
+NINJA = str(Path(ninja.BIN_DIR, "ninja"))
 
 
 class CMakeBuild(build_ext):
@@ -20,15 +25,16 @@ class CMakeBuild(build_ext):
         module = Path(self.get_ext_fullpath(ext.name)).resolve()
         build = Path(self.build_temp).resolve()
         # Fresh: the cache of an earlier build may name tools of a build environment that is gone.
-        configure = ["cmake", "--fresh", "--no-warn-unused-cli", "-G", "Ninja", "-S", str(SOURCE), "-B", str(build)]
+        configure = [CMAKE, "--fresh", "--no-warn-unused-cli", "-G", "Ninja", "-S", str(SOURCE), "-B", str(build)]
         options = {
+            "CMAKE_MAKE_PROGRAM": NINJA,
             "CMAKE_BUILD_TYPE": "Debug" if self.debug else "Release",
             "CMAKE_LIBRARY_OUTPUT_DIRECTORY": module.parent,
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
         }
         subprocess.run([*configure, *(f"-D{name}={value}" for name, value in options.items())], check=True)
-        subprocess.run(["cmake", "--build", str(build)], check=True)
+        subprocess.run([CMAKE, "--build", str(build)], check=True)
         if not module.exists():
             self.warn(
                 "xr0_engine._C was not built (reason above); preprocessing uses NumPy instead. To get it, install "
