@@ -130,8 +130,7 @@ class Engine:
         seed + i) gives it; else it is drawn anew. Raises ValueError for a wrong input, before any work on the device.
         """
         if isinstance(observation, Observation):
-            batch_noise = None if noise is None else np.asarray(noise)[None]
-            return self._infer([observation], [prefix], batch_noise, seed)[0]
+            return self._infer([observation], [prefix], noise, seed)[0]
         observations = list(observation)
         prefixes = [None] * len(observations) if prefix is None else list(prefix)
         if len(prefixes) != len(observations):
@@ -257,10 +256,12 @@ class _StageClock:
 
 
 def _noise(noise: np.ndarray | Tensor | None, seed: int | None, shape: tuple[int, ...]) -> Tensor:
-    """float32 noise of the shape: as given, or row i from seed + i, or fresh."""
+    """float32 noise of the shape (batch, T, A): as given, or row i from seed + i, or fresh. A batch of one may be left out."""
     if noise is not None:
         if seed is not None:
             raise ValueError("noise, seed: expected at most one of them, got both")
+        if shape[0] == 1 and np.ndim(noise) == 2:
+            return _checked("noise", noise, shape[1:])[None]
         return _checked("noise", noise, shape)
     if seed is None:
         return torch.randn(shape)
