@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tarfile
 import zipfile
 from pathlib import Path
 
@@ -51,8 +50,7 @@ def checkout(tmp_path_factory):
 def wheel(checkout, tmp_path_factory):
     """Names in the wheel that is built from the source distribution."""
     work = tmp_path_factory.mktemp("build")
-    with tarfile.open(build(checkout, "sdist", work / "sdist")) as archive:
-        archive.extractall(work / "unpacked", filter="data")
+    shutil.unpack_archive(build(checkout, "sdist", work / "sdist"), work / "unpacked")
     (unpacked,) = (work / "unpacked").iterdir()
     return names_in(build(unpacked, "wheel", work / "wheel"))
 
