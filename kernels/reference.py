@@ -29,9 +29,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
     """Softmax attention with scale 1/sqrt(D) and grouped KV.
 
-    q: (B, H, Q, D); k, v: (B, G, N, D); mask: bool, broadcastable to (B, 1, Q, N), True = may attend. Returns (B, H, Q, D).
+    q: (B, H, Q, D); k, v: (B, G, N, D); mask: bool, broadcastable to (B, 1, Q, N), True = may attend.
+    Returns (B, H, Q, D).
     """
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
+    )
 
 
 def lambda_attention(q: Tensor, k: Tensor, v: Tensor, kv_keys: Tensor, kv_values: Tensor, mask: Tensor) -> Tensor:

@@ -9,10 +9,10 @@ import shutil
 
 import pytest
 import transformers
-from tests.support import load
 from tokenizers import Tokenizer
 from typer.testing import CliRunner
 
+from tests.support import load
 from xr0_engine import checkpoint
 from xr0_engine.checkpoint import ROBOTS, SIZES, init_checkpoint, published_config
 from xr0_engine.cli import app
@@ -65,7 +65,8 @@ def test_tokenizer_reads_a_prompt_as_qwens_does_in_length(tiny):
     assert 185 <= len(ids) <= 200
     assert (ids == config.tokens.image).sum() == 128
     text = Tokenizer.from_file(str(tiny / "tokenizer.json")).decode(ids.tolist())
-    assert text.startswith("user\nThe following observations") and text.endswith("<cot></cot>\n")
+    assert text.startswith("user\nThe following observations")
+    assert text.endswith("<cot></cot>\n")
 
 
 def test_transformers_reads_the_tokenizer_and_the_configuration(tiny):

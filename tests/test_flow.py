@@ -35,7 +35,7 @@ def test_prefix_is_clean_at_any_time():
 
 
 def test_the_true_velocity_leads_from_noise_to_action():
-    """With the training target as velocity, Euler integration arrives exactly: sampler and pair share one convention."""
+    """With the training target as velocity, Euler arrives exactly: sampler and pair share one convention."""
     noise, action = torch.randn(2, 2, 6, 3)
     is_prefix = prefix_positions(torch.tensor([2, 0]), 6)
     seen = []

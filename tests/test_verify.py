@@ -7,9 +7,9 @@ import shutil
 
 import pytest
 from safetensors.torch import load_file, save_file
-from tests.support import GOLDEN
 from typer.testing import CliRunner
 
+from tests.support import GOLDEN
 from xr0_engine.cli import app
 from xr0_engine.verify import golden_config, verify_folder
 

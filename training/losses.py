@@ -14,7 +14,8 @@ WEIGHT_RANGE = (0.5, 5.0)
 def error_weights(l1_error: Tensor, mask: Tensor) -> Tensor:
     """Weights from the model's own errors |generated - action|: relative to their mean over the mask, clamped.
 
-    Where the mask is 0 the error itself is clamped, as the released code does: only its unmasked frequency loss sees it.
+    Where the mask is 0 the error itself is clamped, as the released code does: only its unmasked frequency loss sees
+    it.
     """
     mean = (l1_error * mask).sum() / mask.sum()
     return torch.where(mask > 0, l1_error / mean, l1_error).clamp(*WEIGHT_RANGE)

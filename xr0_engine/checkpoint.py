@@ -1,7 +1,7 @@
-"""Make a complete random checkpoint in the released layout: for tests, demos and latency measurements without a download.
+"""Make a complete random checkpoint in the released layout: to test, show and measure without a download.
 
-Names, shapes, files and tokenizer have the form of a trained checkpoint (spec sections 2.1 and 3.5); the weights and the
-statistics are random, so its actions are aimless.
+Names, shapes, files and tokenizer have the form of a trained checkpoint (spec sections 2.1 and 3.5); the weights and
+the statistics are random, so its actions are aimless.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from xr0_engine.prompt import build_prompt
 SHARD_BYTES = 2 * 2**30
 DTYPE = torch.bfloat16
 TEXT_TOKENS = 700
-"""Size of the byte-level vocabulary, trained on the prompts below: words of a prompt are one token, as in Qwen's own."""
+"""Size of the byte-level vocabulary, trained on prompts so that their words are one token, as in Qwen's own."""
 SPECIAL_TOKENS = {
     "<|endoftext|>": 0,
     "<|im_start|>": 1,
@@ -104,8 +104,8 @@ SIZES = {"tiny": tiny_config, "small": small_config, "4b": published_config}
 def init_checkpoint(folder: Path, size: str = "tiny", seed: int = 0) -> None:
     """Write a random checkpoint of one of SIZES, bfloat16, reproducible from the seed.
 
-    Raises ValueError for an unknown size or a folder that holds something, OSError if the disk lacks the room. The folder
-    appears whole or not at all.
+    Raises ValueError for an unknown size or a folder that holds something, OSError if the disk lacks the room. The
+    folder appears whole or not at all.
     """
     if size not in SIZES:
         raise ValueError(f"size: expected {', '.join(SIZES)}; got {size!r}")
@@ -213,7 +213,7 @@ def _write_tokenizer(folder: Path, config: XR0Config) -> None:
         ),
     )
     first = config.tokens.image - SPECIAL_TOKENS["<|image_pad|>"]
-    # The library numbers added tokens itself, right after the vocabulary; only the file can put them where Qwen has them.
+    # The library numbers added tokens itself, right after the vocabulary; only the file can put them at Qwen's ids.
     content = json.loads(tokenizer.to_str())
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     content["model"]["vocab"] |= {token: first + offset for token, offset in SPECIAL_TOKENS.items()}

@@ -1,4 +1,4 @@
-"""Frozen model configuration, read from and written to the checkpoint's config.json in one place each (spec section 3.5)."""
+"""Frozen model configuration, read from and written to config.json in one place each (spec section 3.5)."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class TokenIds:
 
 @dataclass(frozen=True)
 class XR0Config:
-    """The whole model. std_epsilon is added to the statistics' std on decode: 0 as the hub code, 1e-6 as post-training."""
+    """The whole model. std_epsilon is added to std on decode: 0 as the hub code, 1e-6 as the post-training code."""
 
     text: TextConfig
     vision: VisionConfig
@@ -119,7 +119,7 @@ class XR0Config:
 
     @staticmethod
     def from_hf(hf: Mapping[str, Any]) -> XR0Config:
-        """Read the Hugging Face dictionary, as transformers 4 or 5 writes it. Raises CheckpointError naming what lacks."""
+        """Read the dictionary that transformers 4 or 5 writes. Raises CheckpointError that names what is missing."""
         if not isinstance(hf, Mapping) or "vlm_config" not in hf or "dit_config" not in hf:
             kind = hf.get("model_type", "unknown") if isinstance(hf, Mapping) else type(hf).__name__
             raise CheckpointError(

@@ -57,8 +57,8 @@ class Engine:
         """Load a checkpoint folder, or a Hugging Face hub id.
 
         device: auto (a CUDA GPU if there is one), cpu, cuda, cuda:N. dtype: bfloat16, float16 or float32, whatever the
-        checkpoint stores. backend: auto, reference, triton or cuda; only auto may choose. embodiment: profile name, YAML
-        file or Embodiment for every observation; None picks the built-in profile by the observation's robot type.
+        checkpoint stores. backend: auto, reference, triton or cuda; only auto may choose. embodiment: profile name,
+        YAML file or Embodiment for every observation; None picks the built-in profile by the observation's robot type.
         Raises CheckpointError for a checkpoint that cannot be used, ValueError for a wrong argument,
         NotImplementedError for a backend that this machine lacks. Nothing is loaded before everything is checked.
         """
@@ -152,8 +152,8 @@ class Engine:
     ) -> Tensor:
         """One chunk per row of a KV block, (B, T, A) float32, in the model's units.
 
-        state: (B, state_length, S); prefix: (B, P, A) in the model's units; noise: (B, T, A), else from seed as in infer.
-        Raises ValueError for wrong shapes or values that are not finite.
+        state: (B, state_length, S); prefix: (B, P, A) in the model's units; noise: (B, T, A), else from seed as in
+        infer. Raises ValueError for wrong shapes or values that are not finite.
         """
         head = self.config.head
         batch, length, width = kv_block.action_mask.shape
@@ -202,7 +202,7 @@ class Engine:
             ActionChunk(
                 actions=actions,
                 normalized=normalized,
-                active_columns=self.statistics[robot_type].action_mask.any(0),
+                active_columns=self.statistics[robot_type].action_mask.max(0) > 0,
                 robot_type=robot_type,
                 prefix_length=int(length),
                 timestamp_s=observation.timestamp_s,
@@ -256,7 +256,7 @@ class _StageClock:
 
 
 def _noise(noise: np.ndarray | Tensor | None, seed: int | None, shape: tuple[int, ...]) -> Tensor:
-    """float32 noise of the shape (batch, T, A): as given, or row i from seed + i, or fresh. A batch of one may be left out."""
+    """float32 noise of the shape (batch, T, A): as given ((T, A) for a batch of one), or from seed + row, or fresh."""
     if noise is not None:
         if seed is not None:
             raise ValueError("noise, seed: expected at most one of them, got both")

@@ -54,7 +54,7 @@ def resolve_backend(name: str) -> str:
 
 
 def resolve_device(name: str) -> torch.device:
-    """"auto" is the first CUDA GPU if there is one, else the CPU. Raises ValueError for a device that is not there."""
+    """auto is the first CUDA GPU if there is one, else the CPU. Raises ValueError for a device that is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -81,7 +81,7 @@ class ModelInputs:
 
 @dataclass(frozen=True)
 class VisionTokens:
-    """Vision tower output. tokens: (image tokens, hidden). deepstack: one such tensor per tap, for the first text layers."""
+    """Vision tower output. tokens: (image tokens, hidden); deepstack: the same per tap, for the first text layers."""
 
     tokens: Tensor
     deepstack: tuple[Tensor, ...]

@@ -1,8 +1,9 @@
 """Golden cases: run every one in a folder and measure how far this build is from it.
 
-The folder's format: `<model>.json` sizes, `<model>.weights.safetensors` under checkpoint names, `<model>.<case>.safetensors`
-inputs and expected results; and `<name>.safetensors` beside `<name>.py`, an action head of published sizes whose weights
-and inputs the script makes from seeds, with results named `<windowed|full>.prefix<P>.actions`. The scripts are executed.
+The folder's format: `<model>.json` sizes, `<model>.weights.safetensors` under checkpoint names,
+`<model>.<case>.safetensors` inputs and expected results; and `<name>.safetensors` beside `<name>.py`, an action head of
+published sizes whose weights and inputs the script makes from seeds, with results named
+`<windowed|full>.prefix<P>.actions`. The scripts are executed.
 """
 
 from __future__ import annotations
@@ -41,10 +42,10 @@ FLOAT32_SEEDED_MAX_ERROR = 1e-3
 FLOAT32_LOSS_ERROR = 2e-5
 """Relative: losses average thousands of such values."""
 LOW_PRECISION_ROUNDOFFS = 32
-"""bfloat16 and float16: root mean square of the difference over that of the value, in unit roundoffs of the type (2^-8 and
-2^-11). Each of some hundred results in sequence is rounded, independent errors add as a root, and networks of random
-weights amplify. That the errors in float16 are an eighth of those in bfloat16 shows that rounding is all there is; what
-the model computes is settled by float32, where a window or position off by one fails a hundredfold."""
+"""bfloat16 and float16: root mean square of the difference over that of the value, in unit roundoffs of the type (2^-8
+and 2^-11). Each of some hundred results in sequence is rounded, independent errors add as a root, and networks of
+random weights amplify. That the errors in float16 are an eighth of those in bfloat16 shows that rounding is all there
+is; what the model computes is settled by float32, where a window or position off by one fails a hundredfold."""
 SEEDED_MODES = {"windowed": (4, 10), "full": (None, 0)}
 SEEDED_RESULT = re.compile(r"(windowed|full)\.prefix(\d+)\.actions")
 
@@ -75,7 +76,9 @@ def verify_folder(folder: Path, backend: str, device: str, dtype: str) -> Iterat
     models = sorted(path for path in folder.glob("*.json") if path.with_suffix(".weights.safetensors").is_file())
     scripts = sorted(path for path in folder.glob("*.py") if path.with_suffix(".safetensors").is_file())
     if not models and not scripts:
-        raise ValueError(f"{folder} holds no golden cases: neither <model>.json with weights, nor <name>.py with results")
+        raise ValueError(
+            f"{folder} holds no golden cases: neither <model>.json with weights, nor <name>.py with results"
+        )
     for path in models:
         yield from _verify_model(path, *target)
     for path in scripts:
@@ -260,7 +263,8 @@ def _load(path: Path) -> dict[str, Tensor]:
 
 def _run_script(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.support import load, make_config, random_inputs
 from transformers import DynamicCache, Qwen3VLConfig, Qwen3VLModel
 
+from tests.support import load, make_config, random_inputs
 from xr0_engine.checkpoint import write_checkpoint
 from xr0_engine.config import XR0Config
 from xr0_engine.types import ModelInputs
@@ -174,5 +174,3 @@ def test_images_that_do_not_match_the_prompt_are_refused(checkpoint):
     one, two = random_inputs(config, *ONE_IMAGE), random_inputs(config, *TWO_VIEWS)
     with pytest.raises(ValueError, match="input_ids hold 4 image tokens, the images give 12"):
         model.prefill(one, model.encode_images(two))
-
-

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.support import make_config
 
+from tests.support import make_config
 from xr0_engine.model.dit import ActionHead, dit_geometry
 from xr0_engine.types import KVBlock
 

@@ -11,8 +11,8 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.support import CPU, ROOT, load, make_config
 
+from tests.support import CPU, ROOT, load, make_config
 from xr0_engine.checkpoint import init_checkpoint, published_config, write_checkpoint
 from xr0_engine.config import XR0Config
 from xr0_engine.model.weights import (

@@ -10,7 +10,9 @@ import typer
 
 def init(
     out: Annotated[Path, typer.Option(help="Folder to create; it must be absent or empty.")],
-    size: Annotated[str, typer.Option(help="tiny (5 MB), small (270 MB) or 4b (8.8 GiB, the published sizes).")] = "tiny",
+    size: Annotated[
+        str, typer.Option(help="tiny (5 MB), small (270 MB) or 4b (8.8 GiB, the published sizes).")
+    ] = "tiny",
     seed: Annotated[int, typer.Option(min=0, help="Same seed, same weights.")] = 0,
 ) -> None:
     """Make a complete checkpoint folder with random weights, to try and to measure without a download.

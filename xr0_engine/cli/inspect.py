@@ -48,7 +48,8 @@ def inspect(
         "stored_bytes": sum(place.num_bytes for place in stored.values()),
         "parameters": _parameters(stored),
         "memory_gib": {
-            dtype: round(_loaded_parameters(config) * size / 2**30, 2) for dtype, size in {"bfloat16": 2, "float32": 4}.items()
+            dtype: round(_loaded_parameters(config) * size / 2**30, 2)
+            for dtype, size in {"bfloat16": 2, "float32": 4}.items()
         },
         "mask": f"windowed, {config.head.local_window} actions back" if windowed else "full_causal",
         "position_offset": config.head.position_offset,
@@ -109,6 +110,10 @@ def _print_tables(report: dict[str, Any]) -> None:
         profile = robot["embodiment"] or "none built in: pass --embodiment"
         robots.add_row(name, str(robot["chunk_length"]), str(robot["active_columns"]), profile)
     console.print(robots)
-    console.print(f"mask: {report['mask']}, position offset {report['position_offset']}, {report['flow_steps']} flow steps")
+    console.print(
+        f"mask: {report['mask']}, position offset {report['position_offset']}, {report['flow_steps']} flow steps"
+    )
     memory = ", ".join(f"{gib} GiB in {dtype}" for dtype, gib in report["memory_gib"].items())
-    console.print(f"{report['tensors']} tensors, {report['stored_bytes'] / 2**30:.2f} GiB on disk; weights take {memory}")
+    console.print(
+        f"{report['tensors']} tensors, {report['stored_bytes'] / 2**30:.2f} GiB on disk; weights take {memory}"
+    )

@@ -19,7 +19,8 @@ def verify(
     """Check that this machine computes what the model is defined to compute.
 
     Runs every golden case of a folder through the engine and compares vision tokens, KV block, each flow step, actions
-    and training losses with the stored ones. Exit code 0: all within tolerance; 1: at least one is not; 2: no such cases.
+    and training losses with the stored ones. Exit code 0: all within tolerance; 1: at least one is not; 2: no such
+    cases.
     """
     from dataclasses import asdict
 

@@ -85,7 +85,7 @@ class TimeEmbedder(nn.Module):
         """scaled_time: (B,) float32, 1000 t. Returns (B, C). The sinusoid is float32 (spec section 2.3)."""
         index = torch.arange(TIME_FREQUENCIES, dtype=torch.float32, device=scaled_time.device)
         angles = scaled_time[:, None] * torch.exp(-math.log(10_000.0) * index / TIME_FREQUENCIES)
-        return self.mlp(torch.cat((angles.cos(), angles.sin()), dim=-1).to(self.mlp[0].weight.dtype))
+        return self.mlp(torch.cat((angles.cos(), angles.sin()), dim=-1).to(next(self.parameters()).dtype))
 
 
 class TimeProjector(nn.Module):
@@ -166,12 +166,12 @@ class ActionHead(nn.Module):
         self.sink = nn.Embedding(1, head.hidden_size)
 
     def modulations(self, t: Tensor) -> Tensor:
-        """t: (B,) float32 in [0, 1], 0 = noise. Returns (L, B, 6, 1, C): shift, 1 + scale, gate of attention, then of MLP."""
+        """t: (B,) float32, 0 = noise. Returns (L, B, 6, 1, C): shift, 1 + scale, gate of attention, then of MLP."""
         scaled = TIME_SCALE * t
         if self.config.compat_bf16_time:
             scaled = scaled.bfloat16().float()
         shared = self.t_projector(self.t_embedder(scaled))
-        tables = torch.stack([layer.adaln_table for layer in self.dit.layers])
+        tables = torch.stack([layer.get_parameter("adaln_table") for layer in self.dit.layers])
         one = torch.zeros(6, 1, dtype=shared.dtype, device=shared.device)
         one[[1, 4]] = 1
         return (tables[:, None] + shared + one).unsqueeze(3)
@@ -181,7 +181,7 @@ class ActionHead(nn.Module):
         return self.modulations(flow_times(self.config.flow_steps).to(self.sink.weight.device))
 
     def context(self, state: Tensor) -> Tensor:
-        """state: (B, state_length, S). Returns the tokens before the actions, [sink, state]: (B, 1 + state_length, C)."""
+        """state: (B, state_length, S). Returns the tokens [sink, state]: (B, 1 + state_length, C)."""
         sink = self.sink.weight.expand(len(state), 1, -1)
         return torch.cat((sink, self.state_projector(state)), dim=1)
 
@@ -202,11 +202,9 @@ class ActionHead(nn.Module):
         keys: Tensor,
         values: Tensor,
     ) -> Tensor:
-        """actions: (B, T, A), already times the action mask; keys, values: (L, B, G, N, D). Returns velocity (B, T, A)."""
+        """actions: (B, T, A), times the action mask; keys, values: (L, B, G, N, D). Returns velocity (B, T, A)."""
         x = torch.cat((context, self.action_projector(actions)), dim=1)
-        for layer, modulation, layer_keys, layer_values in zip(
-            self.dit.layers, modulations, keys, values, strict=True
-        ):
+        for layer, modulation, layer_keys, layer_values in zip(self.dit.layers, modulations, keys, values, strict=True):
             x = layer(x, modulation, *rope, layer_keys, layer_values, mask)
         return self.action_output_layer(x[:, context.shape[1] :])
 

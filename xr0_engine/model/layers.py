@@ -36,7 +36,7 @@ class PackedLinears(nn.Module):
 
     def pack(self) -> None:
         linears = [self.get_submodule(name) for name in self.part_sizes]
-        self.packed = torch.cat([linear.weight.data for linear in linears])
+        self.packed = torch.cat([linear.get_parameter("weight").data for linear in linears])
         for linear, rows in zip(linears, self.packed.split(list(self.part_sizes.values())), strict=True):
             linear.weight = nn.Parameter(rows, requires_grad=False)
 
@@ -71,7 +71,7 @@ def inverse_frequencies(dim: int, theta: float, device: torch.device | None = No
 
 
 def mrope_tables(positions: Tensor, frequencies: Tensor, section: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-    """Interleaved M-RoPE: frequency j turns with the axis (time, height, width)[j % 3] while its section lasts, else time.
+    """Interleaved M-RoPE: frequency j turns with axis (time, height, width)[j % 3] while its section lasts, else time.
 
     positions: (3, B, N) integer; frequencies: (D / 2,) float32. Returns cos, sin: (B, 1, N, D) float32.
     """

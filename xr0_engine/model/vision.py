@@ -1,7 +1,7 @@
 """Qwen3-VL vision tower: patches of all images in, merged tokens and DeepStack taps out (spec section 1).
 
-Shape legend: P patches of all images, C hidden, D head_dim. Patches come grouped by merge block, as preprocess.py orders
-them, so merging is a reshape.
+Shape legend: P patches of all images, C hidden, D head_dim. Patches come grouped by merge block, as preprocess.py
+orders them, so merging is a reshape.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Qwen3-VL language model, prefill only: token embeddings in, the KV cache that the DiT reads out (spec section 1).
 
-Shape legend: B batch, N tokens (left padded), M <= N tokens computed now, C hidden, H query heads, G KV heads, D head_dim.
-There is no LM head and no final norm, and the last layer computes keys and values only: actions need nothing else of it.
+Shape legend: B batch, N tokens (left padded), M <= N tokens computed now, C hidden, H query heads, G KV heads, D
+head_dim. There is no LM head and no final norm, and the last layer computes keys and values only: actions need nothing
+else of it.
 """
 
 from __future__ import annotations
@@ -57,11 +58,12 @@ class TextLayer(nn.Module):
             self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_eps)
             self.mlp = GatedMLP(config.hidden_size, config.intermediate_size)
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, keys: Tensor, values: Tensor
-    ) -> Tensor:
-        """x: (B, M, C). Writes its keys and values to the last M places of keys, values (B, G, N, D), which already hold
-        what comes before; mask: (B, 1, M, N) bool, or None = plain causal. Returns (B, M, C), unchanged if kv_only."""
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, keys: Tensor, values: Tensor) -> Tensor:
+        """x: (B, M, C). Returns the same shape, or x itself if kv_only.
+
+        Writes its keys and values to the last M places of keys, values (B, G, N, D), which already hold what comes
+        before; mask: (B, 1, M, N) bool, or None = plain causal.
+        """
         attn, tokens = self.self_attn, x.shape[1]
         *q, k, v = attn.heads(self.input_layernorm(x))
         keys[:, :, -tokens:] = ops.rotate(attn.k_norm(k), cos, sin)
@@ -100,9 +102,9 @@ class LanguageModel(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Prefill. Returns the keys and values of the last keep_layers layers, (keep_layers, B, G, N, D) each.
 
-        x: (B, M, C), the embeddings of the last M columns; the first N - M come from head, shifted by each row's padding.
-        positions: (3, B, M); mask: (B, N) bool, False = left padding; image_index: places of image tokens in the
-        flattened (B * M); deepstack: (image tokens, C) each, added there after the first layers.
+        x: (B, M, C), the embeddings of the last M columns; the first N - M come from head, shifted by each row's
+        padding. positions: (3, B, M); mask: (B, N) bool, False = left padding; image_index: places of image tokens in
+        the flattened (B * M); deepstack: (image tokens, C) each, added there after the first layers.
         """
         config, (batch, tokens), total = self.config, x.shape[:2], mask.shape[1]
         frequencies = inverse_frequencies(config.head_dim, config.rope_theta, x.device)
@@ -134,11 +136,16 @@ def _prefill_mask(mask: Tensor, tokens: int) -> Tensor:
     return ((column <= row) & mask[:, None, :] | (column == row))[:, None]
 
 
+class Towers(nn.Module):
+    def __init__(self, config: XR0Config, complete: bool) -> None:
+        super().__init__()
+        self.visual = VisionTower(config.vision)
+        self.language_model = LanguageModel(config.text, complete)
+
+
 class VLM(nn.Module):
     """Holds the two towers under the checkpoint's names: `vlm.model.visual.*`, `vlm.model.language_model.*`."""
 
     def __init__(self, config: XR0Config, complete: bool = False) -> None:
         super().__init__()
-        self.model = nn.Module()
-        self.model.visual = VisionTower(config.vision)
-        self.model.language_model = LanguageModel(config.text, complete)
+        self.model = Towers(config, complete)

@@ -70,8 +70,8 @@ def resolve_checkpoint(path: str | Path) -> Path:
         return Path(huggingface_hub.snapshot_download(str(path), allow_patterns=HUB_FILES))
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise CheckpointError(
-            f"there is no folder {path}, and the hub gave no checkpoint of that name ({type(error).__name__}: {error}). "
-            "Without a network, download it elsewhere and pass the folder"
+            f"there is no folder {path}, and the hub gave no checkpoint of that name. Without a network, download it "
+            f"elsewhere and pass the folder ({type(error).__name__}: {error})"
         ) from None
 
 
@@ -127,7 +127,7 @@ def read_headers(files: Iterable[Path]) -> tuple[dict[str, StoredTensor], list[s
             continue
         try:
             with safe_open(file, framework="pt") as handle:
-                for key in handle.keys():
+                for key in handle.keys():  # noqa: SIM118 (the handle is no dictionary)
                     part = handle.get_slice(key)
                     name, dtype = _plain(key), part.get_dtype()
                     if name in stored:

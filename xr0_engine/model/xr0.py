@@ -17,7 +17,7 @@ MAX_KEPT_HEADS = 16
 
 
 class XR0Model(nn.Module):
-    """Inference over loaded weights; weights.py allocates and fills it, then `finish_loading` makes what depends on them.
+    """Inference over loaded weights. weights.py allocates and fills it; `finish_loading` makes what depends on them.
 
     Shapes as in types.py. All methods run without autograd.
     """
