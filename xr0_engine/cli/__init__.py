@@ -36,7 +36,9 @@ EXTRAS = {
 
 
 def install_hint(module: str) -> str:
-    """The command that installs an optional package, a key of EXTRAS."""
+    """How to get an optional package, a key of EXTRAS."""
+    if module in ("gym_aloha", "dm_control") and sys.version_info >= (3, 13):
+        return "the simulator needs Python 3.12 or older (labmaze, which it uses, has no wheels for newer ones)"
     return f"pip install 'xr0-engine[{EXTRAS[module]}]'"
 
 
