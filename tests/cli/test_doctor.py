@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from xr0_engine import __version__
-from xr0_engine.cli import app, doctor
+from xr0_engine.cli import app, doctor, install_hint
 
 
 def run(*arguments: str):
@@ -50,7 +50,7 @@ def test_without_the_simulator_the_model_still_runs(lacking):
     report = json.loads(run("--json").stdout)
     assert report["ready"] is True
     assert report["rendering"] == "the simulator is not installed"
-    assert "xr0-engine[sim]" in report["remedies"]["gym_aloha"]
+    assert report["remedies"]["gym_aloha"].endswith(install_hint("gym_aloha"))
     assert "rendering" not in report["remedies"]
 
 
