@@ -63,7 +63,11 @@ $(INSTALLED)-%: $(BIN)/python constraints.txt pyproject.toml setup.py CMakeLists
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[$*,sim,dev]'
 	@touch $@
 
-# The simulated robot's cameras need an OpenGL that draws without a display.
+# The simulated robot's cameras need an OpenGL that draws without a display. Without the simulator (Python 3.13 cannot
+# have it) there is nothing to set up: its tests skip, and `xr0 demo` says why it cannot run.
+RENDER := from importlib.util import find_spec; from xr0_engine.sim import choose_renderer; \
+  find_spec("gym_aloha") and choose_renderer()
+
 $(VENV)/.renders: $(INSTALLED)-cpu
-	$(call need,$(BIN)/python -c "from xr0_engine.sim import choose_renderer; choose_renderer()",libegl1 libgl1)
+	$(call need,$(BIN)/python -c '$(RENDER)',libegl1 libgl1)
 	@touch $@
