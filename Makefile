@@ -47,7 +47,7 @@ clean:
 define need
 	@$(1) >/dev/null 2>&1 || { \
 	  echo "Installing $(2) ..."; \
-	  $(SUDO) apt-get update -qq && $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y $(2) >/dev/null; \
+	  $(SUDO) apt-get update -qq; $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y $(2) >/dev/null; \
 	  $(1) || { echo "Please install what is missing, then run make again: apt-get install $(2)"; exit 1; }; }
 endef
 
