@@ -23,7 +23,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.float().chunk(2, dim=-1)
     half = x.shape[-1] // 2
     cos, sin = cos[..., :half], sin[..., :half]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    turned = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
+    return torch.cat(turned, dim=-1).to(x.dtype)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
@@ -46,15 +47,16 @@ def lambda_attention(q: Tensor, k: Tensor, v: Tensor, kv_keys: Tensor, kv_values
     """
     batch, heads, queries, dim = q.shape
     groups, cached = kv_keys.shape[1], kv_keys.shape[2]
-    grouped = q.reshape(batch, groups, heads // groups * queries, dim)
-    scores = torch.cat(
-        (
-            torch.matmul(grouped, kv_keys.transpose(-1, -2)).view(batch, heads, queries, cached),
-            torch.matmul(q, k.transpose(-1, -2)),
-        ),
-        dim=-1,
+    scale, unread = dim**-0.5, q.new_empty(())
+    over_cache = torch.baddbmm(
+        unread, q.reshape(batch * groups, -1, dim), kv_keys.flatten(0, 1).transpose(1, 2), beta=0, alpha=scale
     )
-    scores = (scores.float() * dim**-0.5).masked_fill(~mask, float("-inf"))
-    weights = scores.softmax(dim=-1).to(v.dtype)
-    over_cache = torch.matmul(weights[..., :cached].reshape(batch, groups, -1, cached), kv_values)
-    return over_cache.view(batch, heads, queries, dim) + torch.matmul(weights[..., cached:], v)
+    over_own = torch.baddbmm(unread, q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), beta=0, alpha=scale)
+    scores = torch.cat(
+        (over_cache.view(batch, heads, queries, cached), over_own.view(batch, heads, queries, queries)), dim=-1
+    )
+    weights = scores.masked_fill_(~mask, float("-inf")).softmax(dim=-1, dtype=torch.float32).to(v.dtype)
+    on_cache, on_own = weights.split((cached, queries), dim=-1)
+    out = torch.bmm(on_cache.reshape(batch * groups, -1, cached), kv_values.flatten(0, 1))
+    out = torch.baddbmm(out.view(-1, queries, dim), on_own.flatten(0, 1), v.flatten(0, 1))
+    return out.view(batch, heads, queries, dim)

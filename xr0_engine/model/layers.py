@@ -23,8 +23,8 @@ class PackedLinears(nn.Module):
     """Linear layers that read the same input and can share one GEMM.
 
     Each keeps its own parameter under the checkpoint's name. `pack` makes these parameters slices of one tensor, which
-    `project` then multiplies at once; without packing (training) it runs them one by one. Packing is a matter of
-    storage alone, and does not survive moving or copying the module: pack on the final device, then load.
+    `project` then multiplies at once on a GPU. Packing is a matter of storage alone, and does not survive moving or
+    copying the module: pack on the final device, then load.
     """
 
     def __init__(self, in_features: int, parts: dict[str, int]) -> None:
@@ -41,7 +41,8 @@ class PackedLinears(nn.Module):
             linear.weight = nn.Parameter(rows, requires_grad=False)
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
-        if self.packed is not None:
+        # On a CPU one product is slower than several: what follows would read halves of its rows.
+        if self.packed is not None and x.is_cuda:
             return F.linear(x, self.packed).split(list(self.part_sizes.values()), dim=-1)
         return tuple(self.get_submodule(name)(x) for name in self.part_sizes)
 
