@@ -103,7 +103,7 @@ def _print(report: dict[str, Any]) -> None:
             table.add_column(column)
     for stage, samples in engine.items():
         row = [f"{value:.1f} ms" for value in (np.median(samples), np.percentile(samples, 90), np.max(samples))]
-        if released:
+        if released and stage in released:
             middle, low, high = ratio_with_spread(np.array(released[stage]), np.array(samples))
             row += [f"{np.median(released[stage]):.1f} ms", f"{middle:.2f}", f"{low:.2f} .. {high:.2f}"]
         table.add_row(stage, *row)
