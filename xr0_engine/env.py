@@ -1,4 +1,4 @@
-"""Every XR0_* environment variable that the installed package reads (setup.py reads XR0_BUILD_CUDA, XR0_CUDA_ARCHS)."""
+"""Every XR0_* environment variable that the package reads."""
 
 from __future__ import annotations
 

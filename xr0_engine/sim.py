@@ -147,6 +147,9 @@ def choose_renderer() -> None:
     mujoco or dm_control is first imported: they read it then. Raises RuntimeError with what failed, and the remedy.
     """
     if find_spec("gym_aloha") is None:
+        # dm-control needs labmaze, which has no wheels for later versions.
+        if sys.version_info >= (3, 13):
+            raise RuntimeError("the simulator needs Python 3.12 or older: make the environment with one")
         raise RuntimeError("the simulator is not installed: pip install 'xr0-engine[sim]'")
     if sys.platform != "linux":
         return
