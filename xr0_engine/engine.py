@@ -17,9 +17,8 @@ from xr0_engine.decode import decode, encode_prefix
 from xr0_engine.embodiment import Embodiment, embodiment_for, load_embodiment
 from xr0_engine.model.weights import load_model, read_index, resolve_checkpoint
 from xr0_engine.model.xr0 import XR0Model
-from xr0_engine.normalize import ActionStatistics, load_statistics, select_robot_type
+from xr0_engine.normalize import select_robot_type
 from xr0_engine.preprocess import Preprocessor
-from xr0_engine.prompt import PromptTokenizer
 from xr0_engine.types import ActionChunk, KVBlock, ModelInputs, Observation
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -31,19 +30,12 @@ class Engine:
     A refused call (ValueError) changes nothing; the engine serves the next.
     """
 
-    def __init__(
-        self,
-        model: XR0Model,
-        tokenizer: PromptTokenizer,
-        statistics: dict[str, ActionStatistics],
-        embodiment: Embodiment | None = None,
-        backend: str = "reference",
-    ) -> None:
+    def __init__(self, model: XR0Model, preprocess: Preprocessor, backend: str = "reference") -> None:
         self.model = model
         self.config: XR0Config = model.config
-        self.statistics = statistics
+        self.statistics = preprocess.statistics
         self.backend = backend
-        self._preprocess = Preprocessor(model.config, tokenizer, statistics, embodiment)
+        self._preprocess = preprocess
 
     @classmethod
     def from_pretrained(
@@ -68,11 +60,9 @@ class Engine:
         if isinstance(embodiment, str | Path):
             embodiment = load_embodiment(embodiment)
         folder = resolve_checkpoint(path)
-        config = XR0Config.load(folder)
-        statistics = load_statistics(folder, config.head.action_dim, config.std_epsilon)
-        tokenizer = PromptTokenizer.load(folder, config.tokens)
-        model = load_model(config, read_index(folder), chosen_device, DTYPES[dtype])
-        return cls(model, tokenizer, statistics, embodiment, chosen_backend)
+        preprocess = Preprocessor.load(folder, embodiment)
+        model = load_model(preprocess.config, read_index(folder), chosen_device, DTYPES[dtype])
+        return cls(model, preprocess, chosen_backend)
 
     @property
     def robot_types(self) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from PIL import Image
 
 from xr0_engine.config import VisionConfig, XR0Config
 from xr0_engine.embodiment import Embodiment, View, embodiment_for
-from xr0_engine.normalize import ActionStatistics, select_robot_type
+from xr0_engine.normalize import ActionStatistics, load_statistics, select_robot_type
 from xr0_engine.ops import frame_to_patches
 from xr0_engine.prompt import PromptTokenizer, head_length, normalize_instruction
 from xr0_engine.types import ModelInputs, Observation
@@ -146,6 +147,13 @@ class Preprocessor:
         self.statistics = statistics
         self.embodiment = embodiment
 
+    @classmethod
+    def load(cls, folder: Path, embodiment: Embodiment | None = None) -> Preprocessor:
+        """Read all but the weights of a checkpoint folder. Raises CheckpointError for a file that cannot be used."""
+        config = XR0Config.load(folder)
+        statistics = load_statistics(folder, config.head.action_dim, config.std_epsilon)
+        return cls(config, PromptTokenizer.load(folder, config.tokens), statistics, embodiment)
+
     def resolve(self, observation: Observation) -> tuple[str, Embodiment]:
         """The robot type and the embodiment profile that the observation means.
 
@@ -162,7 +170,7 @@ class Preprocessor:
         if not isinstance(observations, Sequence) or not observations:
             kind = "none" if isinstance(observations, Sequence) else type(observations).__name__
             raise ValueError(f"observations: expected a list of at least one Observation, got {kind}")
-        resolved = [self._checked(observation) for observation in observations]
+        resolved = [self.check(observation) for observation in observations]
         robot_types = [robot_type for robot_type, _ in resolved]
         lengths = {name: self.statistics[name].chunk_length for name in robot_types}
         if len(set(lengths.values())) > 1:
@@ -201,7 +209,8 @@ class Preprocessor:
             action_mask=torch.from_numpy(np.stack([self.statistics[name].action_mask for name in robot_types])),
         )
 
-    def _checked(self, observation: Observation) -> tuple[str, Embodiment]:
+    def check(self, observation: Observation) -> tuple[str, Embodiment]:
+        """resolve, and everything else about the observation. Raises ValueError that names the field at fault."""
         if not isinstance(observation, Observation):
             raise ValueError(f"observations: expected Observation, got {type(observation).__name__}")
         robot_type, embodiment = self.resolve(observation)

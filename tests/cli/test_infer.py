@@ -137,7 +137,11 @@ BASE, WRIST = "base={base}", "left_wrist={left_wrist}"
         *("prefix-empty", "robot-type", "embodiment", "plot-folder", "plot-suffix", "seed", "dtype"),
     ],
 )
-def test_wrong_input_exits_with_2_and_says_what_was_expected(checkpoint, cameras, tmp_path, images, more, message):
+def test_wrong_input_exits_with_2_and_says_what_was_expected(
+    checkpoint, cameras, tmp_path, images, more, message, monkeypatch
+):
+    if "--seed" not in more:
+        monkeypatch.setattr("xr0_engine.engine.load_model", lambda *_: pytest.fail("loaded the weights first"))
     files = dict(cameras)
     files |= {"text": tmp_path / "text.json", "ragged": tmp_path / "ragged.json", "empty": tmp_path / "empty.npy"}
     files["text"].write_text("no picture, no numbers")

@@ -63,14 +63,21 @@ def infer(
     if plot is not None and (plot.suffix.lower() != ".png" or not plot.parent.is_dir()):
         raise ValueError(f"--plot: expected a .png file in an existing folder, got {plot}")
 
+    from xr0_engine.embodiment import load_embodiment
     from xr0_engine.engine import Engine
+    from xr0_engine.model.weights import resolve_checkpoint
+    from xr0_engine.preprocess import Preprocessor
     from xr0_engine.types import Observation
 
-    engine = Engine.from_pretrained(checkpoint, device, dtype, backend, embodiment)
-    head = engine.config.head
-    observation = Observation(
-        images, instruction, np.zeros(head.state_dim, np.float32) if given_state is None else given_state, robot_type
-    )
+    # Everything but the weights is read and checked first: a misspelt view must not cost the loading of a big model.
+    folder = resolve_checkpoint(checkpoint)
+    own_profile = None if embodiment is None else load_embodiment(embodiment)
+    preprocess = Preprocessor.load(folder, own_profile)
+    if given_state is None:
+        given_state = np.zeros((preprocess.config.head.state_length, preprocess.config.head.state_dim), np.float32)
+    observation = Observation(images, instruction, given_state, robot_type)
+    preprocess.check(observation)
+    engine = Engine.from_pretrained(folder, device, dtype, backend, own_profile)
     for _ in range(repeat):
         chunk = engine.infer(observation, prefix=given_prefix, seed=seed)
     profile = engine.embodiment(robot_type)
