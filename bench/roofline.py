@@ -19,69 +19,29 @@ A model whose weights fit the processor's cache can beat these bounds: its bytes
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from types import MappingProxyType
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
-from xr0_engine.config import XR0Config
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
-if TYPE_CHECKING:
-    import torch
-
-    from xr0_engine.types import ModelInputs
+from xr0_engine.bench.cases import Setup, describe
+from xr0_engine.bench.ceilings import HERE, Ceilings, ceilings_for
+from xr0_engine.bench.results import Result, environment, write
+from xr0_engine.checkpoint import ROBOTS, SIZES
+from xr0_engine.config import VisionConfig, XR0Config
+from xr0_engine.embodiment import embodiment_for
+from xr0_engine.model.weights import resolve_checkpoint
+from xr0_engine.normalize import load_statistics, select_robot_type
+from xr0_engine.preprocess import orient, smart_resize
+from xr0_engine.types import ModelInputs
 
 STAGES = ("vision", "prefill", "flow")
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "fp8": 1, "int8": 1}
 """Bytes of a weight."""
-COPIED_BYTES = 2**28
-"""Of the copy that measures bandwidth: eight times the largest cache of a common CPU."""
-MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
-MEASURED_ROUNDS = 5
-
-
-@dataclass(frozen=True)
-class Ceilings:
-    """What a chip can do at most.
-
-    operations_s: dtype -> operations per second, dense, accumulated in float32 (int32 for int8); bytes_s: memory
-    bandwidth; source: datasheet or measured.
-    """
-
-    name: str
-    operations_s: Mapping[str, float]
-    bytes_s: float
-    source: str
-
-    def peak(self, dtype: str) -> float:
-        """Raises ValueError for a dtype whose peak is not known here."""
-        if dtype not in self.operations_s:
-            known = ", ".join(self.operations_s)
-            raise ValueError(f"dtype: the ceilings of {self.name} are known for {known}; got {dtype!r}")
-        return self.operations_s[dtype]
-
-
-def _chip(name: str, tera_bytes: float, source: str, half: float, **others: float) -> Ceilings:
-    """half: bfloat16 and float16, whose peaks are equal; others: dtype -> tera-operations per second."""
-    tera = {"bfloat16": half, "float16": half, **others}
-    return Ceilings(name, MappingProxyType({d: 1e12 * rate for d, rate in tera.items()}), 1e12 * tera_bytes, source)
-
-
-CHIPS: Mapping[str, Ceilings] = MappingProxyType(
-    {
-        chip.name: chip
-        for chip in (
-            _chip("a100", 2.039, "datasheet", 312, int8=624),
-            _chip("h100", 3.35, "datasheet", 989, fp8=1979, int8=1979),
-            _chip("h200", 4.3, "measured", 790),
-            _chip("l40s", 0.864, "datasheet", 362, fp8=733, int8=733),
-            _chip("rtx4090", 1.0, "datasheet", 165, fp8=330, int8=660),
-            _chip("rtx5090", 1.792, "datasheet", 209, fp8=419, int8=838),
-        )
-    }
-)
-"""SXM modules with 80 GB (a100, h100) and 141 GB (h200)."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +63,24 @@ class Workload:
         """What a call with these inputs costs, its prompt head known."""
         batch, tokens = inputs.input_ids.shape
         return Workload(inputs.image_grids, tokens, inputs.action_mask.shape[1], batch, inputs.head_length)
+
+    @staticmethod
+    def of_case(setup: Setup) -> tuple[XR0Config, Workload]:
+        """The case's nominal sizes, nothing kept, and the configuration. No weights are made or read.
+
+        Raises ValueError for an unknown size, CheckpointError for a checkpoint that cannot be used.
+        """
+        case = setup.case
+        if setup.checkpoint is None:
+            config, chunk_length = config_of_size(setup.size), ROBOTS[case.robot_type][0]
+        else:
+            folder = resolve_checkpoint(setup.checkpoint)
+            config = XR0Config.load(folder)
+            statistics = load_statistics(folder, config.head.action_dim, config.std_epsilon)
+            chunk_length = statistics[select_robot_type(statistics, case.robot_type)].chunk_length
+        image = np.empty((*case.image_size, 3), np.uint8)
+        grids = [_grid(orient(image, view), config.vision) for view in embodiment_for(case.robot_type).views]
+        return config, Workload(tuple(grids) * case.batch, case.tokens, chunk_length, case.batch)
 
 
 @dataclass(frozen=True)
@@ -158,6 +136,13 @@ class Precision:
     def attend(self, stage: str, name: str, count: int, pairs: int, width: int, elements: int) -> Operator:
         """pairs: of a query and a key that see each other, per head; width: heads x D; elements: moved."""
         return Operator(stage, name, count, 4 * pairs * width, 0, self.activation * elements, self.attention)
+
+
+def config_of_size(size: str) -> XR0Config:
+    """Raises ValueError for a size not in SIZES."""
+    if size not in SIZES:
+        raise ValueError(f"size: expected {', '.join(SIZES)}; got {size!r}")
+    return SIZES[size]()
 
 
 def operators(config: XR0Config, work: Workload, dtype: str) -> list[Operator]:
@@ -242,46 +227,85 @@ def _flow(config: XR0Config, work: Workload, precision: Precision) -> list[Opera
     ]
 
 
-def measure_ceilings(device: torch.device, dtype: str) -> Ceilings:
-    """What this machine reaches with the libraries at hand: a copy larger than its caches, a large square product.
+def _grid(image: np.ndarray, vision: VisionConfig) -> tuple[int, int]:
+    height, width = image.shape[:2]
+    height, width = smart_resize(height, width, vision.patch_size * vision.spatial_merge_size)
+    return height // vision.patch_size, width // vision.patch_size
 
-    dtype: bfloat16, float16 or float32. The best of some rounds, since a ceiling is looked for. Not yet measured on a
-    GPU. Raises ValueError for a dtype that torch cannot multiply everywhere.
+
+def run(setup: Setup, chip: str, list_operators: bool = False, command: str = "", json: Path | None = None) -> Result:
+    """Print the bounds of a case on a chip (a key of CHIPS, or HERE), and write them to json.
+
+    setup.dtype: a key of BYTES. Raises ValueError for what is wrong in setup or chip.
     """
-    import torch
+    config, work = Workload.of_case(setup)
+    found = operators(config, work, setup.dtype)
+    ceilings = ceilings_for(chip, setup)
+    bounds = bounds_ms(found, ceilings)
+    facts = {
+        "chip": ceilings.name,
+        "ceilings": {
+            "operations_s": dict(ceilings.operations_s),
+            "bytes_s": ceilings.bytes_s,
+            "source": ceilings.source,
+        },
+        "bound_ms": bounds,
+        "operators": [
+            asdict(op) | {"bound_ms": 1e3 * op.bound_s(ceilings), "limit": op.limit(ceilings)} for op in found
+        ],
+    }
+    result = Result(
+        kind="roofline",
+        command=command,
+        environment=environment(setup.prepare() if chip == HERE else "cpu"),
+        case=describe(setup, work.tokens, work.chunk_length),
+        boundary="stage",
+        backend="none",
+        series={},
+        facts=facts,
+    )
+    if json is not None:
+        write(result, json)
+    console = Console()
+    console.print(_operator_table(found, ceilings) if list_operators else _stage_table(found, ceilings))
+    rates = ", ".join(f"{rate / 1e12:.4g} T/s {dtype}" for dtype, rate in ceilings.operations_s.items())
+    console.print(
+        f"{setup.case.name}: {len(work.grids)} images, {work.tokens} tokens, chunk of {work.chunk_length}, batch "
+        f"{work.batch}, whole prompt computed.\n{ceilings.name}: {rates}, {ceilings.bytes_s / 1e12:.4g} TB/s "
+        f"({ceilings.source})."
+    )
+    return result
 
-    from xr0_engine.engine import DTYPES
 
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype: ceilings can be measured for {', '.join(DTYPES)}; got {dtype!r}")
-    source = torch.ones(COPIED_BYTES, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    size = MATMUL_SIZE[device.type]
-    a, b = torch.randn(2, size, size, device=device).to(DTYPES[dtype])
-    product = torch.empty_like(a)
-    copy_s = _best_seconds(lambda: target.copy_(source), device)
-    matmul_s = _best_seconds(lambda: torch.mm(a, b, out=product), device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    return Ceilings(name, {dtype: 2 * size**3 / matmul_s}, 2 * COPIED_BYTES / copy_s, "measured")
+def _stage_table(found: Sequence[Operator], ceilings: Ceilings) -> Table:
+    table = _table("stage", "GOP", "GB", "bound", "by memory")
+    for stage in (*STAGES, "total"):
+        part = [op for op in found if stage in (op.stage, "total")]
+        by_memory = sum(op.bound_s(ceilings) for op in part if op.limit(ceilings) == "memory")
+        whole = sum(op.bound_s(ceilings) for op in part)
+        table.add_row(stage, *_sums(part), f"{1e3 * whole:.3f} ms", f"{by_memory / whole:.0%}")
+    return table
 
 
-def _best_seconds(call: Callable[[], object], device: torch.device) -> float:
-    import torch
+def _operator_table(found: Sequence[Operator], ceilings: Ceilings) -> Table:
+    table = _table("operator", "runs", "GOP", "GB", "bound", "by")
+    for stage in STAGES:
+        for op in (op for op in found if op.stage == stage):
+            bound = f"{1e3 * op.bound_s(ceilings):.3f} ms"
+            table.add_row(f"{stage}: {op.name}", str(op.count), *_sums([op]), bound, op.limit(ceilings))
+        table.add_section()
+    whole = sum(op.bound_s(ceilings) for op in found)
+    table.add_row("total", "", *_sums(found), f"{1e3 * whole:.3f} ms", "")
+    return table
 
-    best = float("inf")
-    for _ in range(1 + MEASURED_ROUNDS):
-        begin = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - begin)
-    return best
+
+def _table(first: str, *others: str) -> Table:
+    table = Table(first, box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
+    for column in others:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
 
 
-def ceilings_for(chip: str, device: torch.device, dtype: str) -> Ceilings:
-    """Of a chip in CHIPS, or measured on device for `here`. Raises ValueError for an unknown name."""
-    if chip == "here":
-        return measure_ceilings(device, dtype)
-    if chip not in CHIPS:
-        raise ValueError(f"chip: expected here, {', '.join(CHIPS)}; got {chip!r}")
-    return CHIPS[chip]
+def _sums(part: Sequence[Operator]) -> tuple[str, str]:
+    operations, moved = sum(op.count * op.operations for op in part), sum(op.count * op.num_bytes for op in part)
+    return f"{operations / 1e9:.2f}", f"{moved / 1e9:.3f}"

@@ -10,8 +10,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.support import CPU, random_inputs
+from xr0_engine.bench import ceilings as ceilings_
 from xr0_engine.bench import roofline
-from xr0_engine.bench.roofline import CHIPS, Ceilings, Workload, bounds_ms, operators
+from xr0_engine.bench.cases import CASES, Setup
+from xr0_engine.bench.ceilings import CHIPS, Ceilings
+from xr0_engine.bench.results import read
+from xr0_engine.bench.roofline import Workload, bounds_ms, operators
 from xr0_engine.checkpoint import published_config, tiny_config
 from xr0_engine.model.xr0 import XR0Model
 
@@ -135,8 +139,10 @@ def test_limit_and_bound_of_an_operator():
     [
         pytest.param(lambda: operators(tiny_config(), LIBERO, "int4"), "dtype: expected .*'int4'", id="dtype"),
         pytest.param(lambda: CHIPS["h200"].peak("fp8"), "h200 are known for bfloat16, float16; got 'fp8'", id="peak"),
-        pytest.param(lambda: roofline.ceilings_for("gtx", CPU, "float32"), "chip: expected here, .*'gtx'", id="chip"),
-        pytest.param(lambda: roofline.measure_ceilings(CPU, "fp8"), "measured for .*'fp8'", id="measured"),
+        pytest.param(
+            lambda: ceilings_.ceilings_for("gtx", Setup(CASES["libero"])), "chip: expected here, .*'gtx'", id="chip"
+        ),
+        pytest.param(lambda: ceilings_.measure_ceilings(CPU, "fp8"), "measured for .*'fp8'", id="measured"),
     ],
 )
 def test_refused(call, message):
@@ -145,10 +151,35 @@ def test_refused(call, message):
 
 
 def test_measured_ceilings_are_rates(monkeypatch):
-    monkeypatch.setattr(roofline, "COPIED_BYTES", 1000)
-    monkeypatch.setitem(roofline.MATMUL_SIZE, "cpu", 10)
+    monkeypatch.setattr(ceilings_, "COPIED_BYTES", 1000)
+    monkeypatch.setitem(ceilings_.MATMUL_SIZE, "cpu", 10)
     ticks = iter(range(1000))
-    monkeypatch.setattr(roofline.time, "perf_counter", lambda: 0.5 * next(ticks))
-    measured = roofline.ceilings_for("here", CPU, "float32")
+    monkeypatch.setattr(ceilings_.time, "perf_counter", lambda: 0.5 * next(ticks))
+    measured = ceilings_.ceilings_for("here", Setup(CASES["libero"], device="cpu", dtype="float32"))
     assert (measured.bytes_s, measured.operations_s) == (2 * 1000 / 0.5, {"float32": 2 * 10**3 / 0.5})
     assert measured.source == "measured"
+
+
+@pytest.mark.parametrize(("case", "expected"), [("libero", LIBERO), ("bimanual", BIMANUAL)])
+def test_workload_of_case(case, expected):
+    assert Workload.of_case(Setup(CASES[case], size="4b")) == (published_config(), expected)
+
+
+def test_run_prints_and_writes(tmp_path, capsys):
+    roofline.run(Setup(CASES["bimanual"], size="4b", dtype="fp8"), "rtx4090", json=tmp_path / "roofline.json")
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert next(line for line in lines if line.startswith(" total")).split()[-3:-1] == ["10.672", "ms"]
+    result = read(tmp_path / "roofline.json")
+    assert result.facts["bound_ms"]["total"] == pytest.approx(10.672, abs=5e-4)
+    assert sum(op["bound_ms"] for op in result.facts["operators"]) == pytest.approx(result.facts["bound_ms"]["total"])
+    assert (result.case["tokens"], result.case["chunk_length"], result.case["dtype"]) == (315, 30, "fp8")
+
+
+def test_run_lists_operators(capsys):
+    roofline.run(Setup(CASES["libero"], size="tiny"), "h200", list_operators=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert sum(line.startswith((" vision: ", " prefill: ", " flow: ")) for line in lines) == len(
+        operators(tiny_config(), LIBERO, "bfloat16")
+    )
