@@ -19,9 +19,9 @@ A model whose weights fit the processor's cache can beat these bounds: its bytes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich import box
@@ -30,7 +30,7 @@ from rich.table import Table
 
 from xr0_engine.bench.cases import Setup, describe
 from xr0_engine.bench.ceilings import HERE, Ceilings, ceilings_for
-from xr0_engine.bench.results import Result, environment, write
+from xr0_engine.bench.results import Result, environment
 from xr0_engine.checkpoint import ROBOTS, SIZES
 from xr0_engine.config import VisionConfig, XR0Config
 from xr0_engine.embodiment import embodiment_for
@@ -233,28 +233,16 @@ def _grid(image: np.ndarray, vision: VisionConfig) -> tuple[int, int]:
     return height // vision.patch_size, width // vision.patch_size
 
 
-def run(setup: Setup, chip: str, list_operators: bool = False, command: str = "", json: Path | None = None) -> Result:
-    """Print the bounds of a case on a chip (a key of CHIPS, or HERE), and write them to json.
+def measure(setup: Setup, chip: str, command: str) -> Result:
+    """The bounds of a case on a chip (a key of CHIPS, or HERE).
 
     setup.dtype: a key of BYTES. Raises ValueError for what is wrong in setup or chip.
     """
     config, work = Workload.of_case(setup)
     found = operators(config, work, setup.dtype)
     ceilings = ceilings_for(chip, setup)
-    bounds = bounds_ms(found, ceilings)
-    facts = {
-        "chip": ceilings.name,
-        "ceilings": {
-            "operations_s": dict(ceilings.operations_s),
-            "bytes_s": ceilings.bytes_s,
-            "source": ceilings.source,
-        },
-        "bound_ms": bounds,
-        "operators": [
-            asdict(op) | {"bound_ms": 1e3 * op.bound_s(ceilings), "limit": op.limit(ceilings)} for op in found
-        ],
-    }
-    result = Result(
+    listed = [asdict(op) | {"bound_ms": 1e3 * op.bound_s(ceilings), "limit": op.limit(ceilings)} for op in found]
+    return Result(
         kind="roofline",
         command=command,
         environment=environment(setup.prepare() if chip == HERE else "cpu"),
@@ -262,40 +250,39 @@ def run(setup: Setup, chip: str, list_operators: bool = False, command: str = ""
         boundary="stage",
         backend="none",
         series={},
-        facts=facts,
+        facts={"ceilings": asdict(ceilings), "bound_ms": bounds_ms(found, ceilings), "operators": listed},
     )
-    if json is not None:
-        write(result, json)
+
+
+def show(result: Result, list_operators: bool = False) -> None:
+    """A table of 80 columns: stages, or every operator."""
+    found, case, ceilings = result.facts["operators"], result.case, result.facts["ceilings"]
     console = Console()
-    console.print(_operator_table(found, ceilings) if list_operators else _stage_table(found, ceilings))
-    rates = ", ".join(f"{rate / 1e12:.4g} T/s {dtype}" for dtype, rate in ceilings.operations_s.items())
+    console.print(_operator_table(found) if list_operators else _stage_table(found))
+    rates = ", ".join(f"{rate / 1e12:.4g} T/s {dtype}" for dtype, rate in ceilings["operations_s"].items())
     console.print(
-        f"{setup.case.name}: {len(work.grids)} images, {work.tokens} tokens, chunk of {work.chunk_length}, batch "
-        f"{work.batch}, whole prompt computed.\n{ceilings.name}: {rates}, {ceilings.bytes_s / 1e12:.4g} TB/s "
-        f"({ceilings.source})."
+        f"{case['name']}, {case['size']}: {len(case['views'])} views, {case['tokens']} tokens, chunk of "
+        f"{case['chunk_length']}, batch {case['batch']}, whole prompt computed.\n"
+        f"{ceilings['name']}: {rates}, {ceilings['bytes_s'] / 1e12:.4g} TB/s ({ceilings['source']})."
     )
-    return result
 
 
-def _stage_table(found: Sequence[Operator], ceilings: Ceilings) -> Table:
+def _stage_table(found: Sequence[Mapping[str, Any]]) -> Table:
     table = _table("stage", "GOP", "GB", "bound", "by memory")
     for stage in (*STAGES, "total"):
-        part = [op for op in found if stage in (op.stage, "total")]
-        by_memory = sum(op.bound_s(ceilings) for op in part if op.limit(ceilings) == "memory")
-        whole = sum(op.bound_s(ceilings) for op in part)
-        table.add_row(stage, *_sums(part), f"{1e3 * whole:.3f} ms", f"{by_memory / whole:.0%}")
+        part = [op for op in found if stage in (op["stage"], "total")]
+        by_memory = sum(op["bound_ms"] for op in part if op["limit"] == "memory")
+        table.add_row(stage, *_sums(part), f"{by_memory / sum(op['bound_ms'] for op in part):.0%}")
     return table
 
 
-def _operator_table(found: Sequence[Operator], ceilings: Ceilings) -> Table:
+def _operator_table(found: Sequence[Mapping[str, Any]]) -> Table:
     table = _table("operator", "runs", "GOP", "GB", "bound", "by")
     for stage in STAGES:
-        for op in (op for op in found if op.stage == stage):
-            bound = f"{1e3 * op.bound_s(ceilings):.3f} ms"
-            table.add_row(f"{stage}: {op.name}", str(op.count), *_sums([op]), bound, op.limit(ceilings))
+        for op in (op for op in found if op["stage"] == stage):
+            table.add_row(f"{stage}: {op['name']}", str(op["count"]), *_sums([op]), op["limit"])
         table.add_section()
-    whole = sum(op.bound_s(ceilings) for op in found)
-    table.add_row("total", "", *_sums(found), f"{1e3 * whole:.3f} ms", "")
+    table.add_row("total", "", *_sums(found), "")
     return table
 
 
@@ -306,6 +293,7 @@ def _table(first: str, *others: str) -> Table:
     return table
 
 
-def _sums(part: Sequence[Operator]) -> tuple[str, str]:
-    operations, moved = sum(op.count * op.operations for op in part), sum(op.count * op.num_bytes for op in part)
-    return f"{operations / 1e9:.2f}", f"{moved / 1e9:.3f}"
+def _sums(part: Sequence[Mapping[str, Any]]) -> tuple[str, str, str]:
+    operations = sum(op["count"] * op["operations"] for op in part)
+    moved = sum(op["count"] * (op["weight_bytes"] + op["activation_bytes"]) for op in part)
+    return f"{operations / 1e9:.2f}", f"{moved / 1e9:.3f}", f"{sum(op['bound_ms'] for op in part):.3f} ms"

@@ -14,7 +14,7 @@ from xr0_engine.bench import ceilings as ceilings_
 from xr0_engine.bench import roofline
 from xr0_engine.bench.cases import CASES, Setup
 from xr0_engine.bench.ceilings import CHIPS, Ceilings
-from xr0_engine.bench.results import read
+from xr0_engine.bench.results import read, write
 from xr0_engine.bench.roofline import Workload, bounds_ms, operators
 from xr0_engine.checkpoint import published_config, tiny_config
 from xr0_engine.model.xr0 import XR0Model
@@ -165,21 +165,22 @@ def test_workload_of_case(case, expected):
     assert Workload.of_case(Setup(CASES[case], size="4b")) == (published_config(), expected)
 
 
-def test_run_prints_and_writes(tmp_path, capsys):
-    roofline.run(Setup(CASES["bimanual"], size="4b", dtype="fp8"), "rtx4090", json=tmp_path / "roofline.json")
-    lines = capsys.readouterr().out.splitlines()
-    assert max(map(len, lines)) <= 80
-    assert next(line for line in lines if line.startswith(" total")).split()[-3:-1] == ["10.672", "ms"]
+def test_result_and_its_table(tmp_path, capsys):
+    measured = roofline.measure(Setup(CASES["bimanual"], size="4b", dtype="fp8"), "rtx4090", "xr0 bench roofline")
+    write(measured, tmp_path / "roofline.json")
     result = read(tmp_path / "roofline.json")
     assert result.facts["bound_ms"]["total"] == pytest.approx(10.672, abs=5e-4)
     assert sum(op["bound_ms"] for op in result.facts["operators"]) == pytest.approx(result.facts["bound_ms"]["total"])
     assert (result.case["tokens"], result.case["chunk_length"], result.case["dtype"]) == (315, 30, "fp8")
-
-
-def test_run_lists_operators(capsys):
-    roofline.run(Setup(CASES["libero"], size="tiny"), "h200", list_operators=True)
+    roofline.show(result)
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
-    assert sum(line.startswith((" vision: ", " prefill: ", " flow: ")) for line in lines) == len(
-        operators(tiny_config(), LIBERO, "bfloat16")
-    )
+    assert next(line for line in lines if line.startswith(" total")).split()[-3:-1] == ["10.672", "ms"]
+
+
+def test_table_of_operators(capsys):
+    roofline.show(roofline.measure(Setup(CASES["libero"], size="tiny"), "h200", ""), list_operators=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    listed = [line for line in lines if line.startswith((" vision: ", " prefill: ", " flow: "))]
+    assert len(listed) == len(operators(tiny_config(), LIBERO, "bfloat16"))
