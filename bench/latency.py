@@ -1,122 +1,192 @@
-"""The engine's latency per stage, against the released way unless told otherwise: one run, the two taking turns.
+"""The engine's latency against the released way to run the model: one run, the rivals taking turns.
 
-python -m xr0_engine.bench.latency --size small --robot-type bimanual --threads 1
+Rivals: `engine`; `released`, the structure of the released code; `compiled`, the same under torch.compile.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-from xr0_engine.bench.baseline import ReleasedModel
-from xr0_engine.bench.timing import StageTimes, ratio_with_spread, take_turns
-from xr0_engine.checkpoint import SIZES, init_checkpoint
-from xr0_engine.engine import DTYPES, Engine
-from xr0_engine.types import Observation
+from xr0_engine.bench.cases import HeadSubject, Setup, Subject
+from xr0_engine.bench.results import Result, environment
+from xr0_engine.bench.tables import footer, latency_table
+from xr0_engine.bench.timing import (
+    WARM_UP,
+    CallTimer,
+    StageTimes,
+    check_boundary,
+    peak_memory_bytes,
+    ratio_with_spread,
+    reset_peak_memory,
+    run,
+)
+from xr0_engine.engine import DTYPES
 
-WARM_UP = 2
-GATE = {"float32": 1e-3, "bfloat16": 0.15}
-"""Relative RMS between the two before anything is timed; in bfloat16 each rounds in its own places."""
+PARTS = ("all", "dit")
+GATE = {"float32": 1e-3, "bfloat16": 0.15, "float16": 0.03}
+"""Relative RMS between the rivals before anything is timed; below float32 each rounds in its own places."""
+
+Rival = tuple[Callable[[], StageTimes], Callable[[], np.ndarray]]
+"""What is timed, and what gives the actions that are checked: (B, T, A), in the model's units."""
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--checkpoint", type=Path, help="checkpoint folder; default: a random one of --size")
-    parser.add_argument("--size", choices=SIZES, default="small")
-    parser.add_argument("--robot-type", default="bimanual", help="decides views and chunk length")
-    parser.add_argument("--views", type=int, nargs=2, default=(480, 640), metavar=("HEIGHT", "WIDTH"))
-    parser.add_argument("--dtype", choices=GATE, default="float32")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--alone", action="store_true", help="measure the engine only")
-    parser.add_argument("--json", action="store_true", help="print every sample as JSON")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint = options.checkpoint
-        if checkpoint is None:
-            checkpoint = Path(folder) / options.size
-            init_checkpoint(checkpoint, options.size)
-        report = measure(checkpoint, options)
-    if options.json:
-        print(json.dumps(report))
+def measure(
+    setup: Setup,
+    rounds: int,
+    command: str,
+    part: str = "all",
+    boundary: str | None = None,
+    alone: bool = False,
+    attention: str = "sdpa",
+    compiled: bool = False,
+) -> tuple[Result, BaseException | None]:
+    """The result, and what cut it short, if anything did.
+
+    part: of PARTS, the whole model or the action head alone, which needs no checkpoint. boundary: infer or stage (the
+    default) for the whole model, flow for the head. alone: the engine without rivals; attention: of the rivals;
+    compiled: torch.compile joins them. Raises ValueError for a wrong argument, NotImplementedError for what this
+    machine or version lacks, RuntimeError if the rivals disagree: nothing is timed then.
+    """
+    if part not in PARTS:
+        raise ValueError(f"part: expected one of {', '.join(PARTS)}; got {part!r}")
+    if rounds < 1:
+        raise ValueError(f"rounds: expected at least 1, got {rounds}")
+    if alone and (compiled or attention != "sdpa"):
+        raise ValueError("alone: expected no options of the rivals (compile, attention) beside it")
+    boundary = check_boundary(boundary or ("flow" if part == "dit" else "stage"), _boundaries(part))
+    variants = {} if alone else {"released": False} | ({"compiled": True} if compiled else {})
+    if part == "dit":
+        head_subject = HeadSubject.make(setup)
+        device, case, backend = head_subject.state.device, head_subject.describe(), "reference"
+        rivals = _head_rivals(head_subject, attention, variants)
     else:
-        _print(report)
+        subject = Subject.load(setup)
+        device, case, backend = subject.engine.model.device, subject.describe(), subject.engine.backend
+        rivals = _model_rivals(subject, boundary, attention, variants)
+    errors = _gate(rivals, setup.dtype)
+
+    reset_peak_memory(device)
+    series, reason = run({name: timed for name, (timed, _) in rivals.items()}, rounds, WARM_UP)
+    result = Result(
+        kind="latency",
+        command=command,
+        environment=environment(device),
+        case=case,
+        boundary=boundary,
+        backend=backend,
+        series=series,
+        facts={
+            "part": part,
+            "attention": attention,
+            "warm_up": WARM_UP,
+            # Rivals share a process: what they hold counts together.
+            "peak_memory_bytes": peak_memory_bytes(device),
+            "error_against_engine": errors,
+        },
+        complete=reason is None,
+    )
+    return result, reason
 
 
-def measure(checkpoint: Path, options: argparse.Namespace) -> dict[str, Any]:
-    engine = Engine.from_pretrained(checkpoint, device="cpu", dtype=options.dtype)
-    observation = engine.example(options.robot_type, tuple(options.views))
-    length = engine.statistics[options.robot_type].chunk_length
-    noise = torch.randn(1, length, engine.config.head.action_dim, generator=torch.Generator().manual_seed(0))
-    rivals: dict[str, Callable[[], StageTimes]] = {
-        "engine": lambda: engine.infer(observation, noise=noise.numpy()).timing_ms
-    }
-    if not options.alone:
-        released = _checked_rival(checkpoint, engine, observation, noise, options)
-        rivals = {"released": released} | rivals
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("measuring", total=len(rivals) * (options.rounds + WARM_UP))
-        samples = take_turns(rivals, options.rounds, WARM_UP, lambda: progress.advance(task))
-    return {
-        "case": f"{checkpoint.name}, {options.robot_type}, views {options.views[1]}x{options.views[0]}, batch 1",
-        "boundary": "infer(), whole call, host preprocessing included",
-        "dtype": options.dtype,
-        "threads": options.threads,
-        "machine": f"{_processor()}, torch {torch.__version__}",
-        "milliseconds": {name: {s: v.tolist() for s, v in stages.items()} for name, stages in samples.items()},
-    }
+def _boundaries(part: str) -> tuple[str, ...]:
+    return ("flow",) if part == "dit" else ("stage", "infer")
 
 
-def _checked_rival(
-    checkpoint: Path, engine: Engine, observation: Observation, noise: Tensor, options: argparse.Namespace
-) -> Callable[[], StageTimes]:
-    """The released way, after it has given the engine's actions: what computes something else is not compared."""
-    head, device = engine.model.head, engine.model.device
-    released = ReleasedModel(checkpoint, engine.config, head, device, DTYPES[options.dtype])
-    embodiment, statistics = engine.embodiment(options.robot_type), engine.statistics[options.robot_type]
-    ours = engine.infer(observation, noise=noise.numpy()).normalized
-    theirs, _ = released.infer(observation, embodiment, statistics, noise)
-    error = float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
-    if not error < GATE[options.dtype]:
-        raise SystemExit(f"nothing was timed: the two differ by {error:.1e}, more than {GATE[options.dtype]:.0e}")
-    return lambda: released.infer(observation, embodiment, statistics, noise)[1]
+def _model_rivals(subject: Subject, boundary: str, attention: str, variants: dict[str, bool]) -> dict[str, Rival]:
+    engine, setup = subject.engine, subject.setup
+    profile, statistics = engine.embodiment(setup.case.robot_type), engine.statistics[setup.case.robot_type]
+    # The calls end with the actions on the host, so the wall clock is right on a GPU too.
+    timer = CallTimer(torch.device("cpu"))
+
+    def rival(call: Callable[[], tuple[np.ndarray, StageTimes]]) -> Rival:
+        timed = (lambda: call()[1]) if boundary == "stage" else (lambda: {"total": timer(call)})
+        return timed, lambda: call()[0]
+
+    def ours() -> tuple[np.ndarray, StageTimes]:
+        chunks = subject.infer()
+        return np.stack([chunk.normalized for chunk in chunks]), chunks[0].timing_ms
+
+    rivals = {"engine": rival(ours)}
+    for name, compiled in variants.items():
+        # Only the rivals need transformers.
+        from xr0_engine.bench.baseline import ReleasedModel
+
+        model = ReleasedModel(
+            subject.folder, engine.config, engine.model.head, DTYPES[setup.dtype], attention, compiled
+        )
+        inputs = (subject.observations, profile, statistics, subject.noise, subject.prefixes)
+        rivals[name] = rival(partial(model.infer, *inputs))
+    return rivals
 
 
-def _print(report: dict[str, Any]) -> None:
-    released, engine = report["milliseconds"].get("released"), report["milliseconds"]["engine"]
-    table = Table("stage", "engine p50", "p90", "max", title=report["case"])
-    if released:
-        for column in ("released p50", "released / engine", "quartiles"):
-            table.add_column(column)
-    for stage, samples in engine.items():
-        row = [f"{value:.1f} ms" for value in (np.median(samples), np.percentile(samples, 90), np.max(samples))]
-        if released and stage in released:
-            middle, low, high = ratio_with_spread(np.array(released[stage]), np.array(samples))
-            row += [f"{np.median(released[stage]):.1f} ms", f"{middle:.2f}", f"{low:.2f} .. {high:.2f}"]
-        table.add_row(stage, *row)
+def _head_rivals(subject: HeadSubject, attention: str, variants: dict[str, bool]) -> dict[str, Rival]:
+    timer = CallTimer(subject.state.device)
+    kv, dtype = subject.kv, subject.head.sink.weight.dtype
+    cache = list(zip(kv.keys, kv.values, strict=True))
+
+    def rival(sample: Callable[[], Tensor]) -> Rival:
+        return (lambda: {"total": timer(sample)}), (lambda: sample().cpu().numpy())
+
+    rivals = {"engine": rival(subject.sample)}
+    for name, compiled in variants.items():
+        # Only the rivals need transformers.
+        from xr0_engine.bench.baseline import ReleasedHead
+
+        head = ReleasedHead(subject.head, attention, compiled)
+        inputs = (kv.next_position, kv.mask, subject.state.to(dtype), subject.noise, kv.action_mask)
+        rivals[name] = rival(partial(head.sample, cache, *inputs, subject.prefix, subject.prefix_length))
+    return rivals
+
+
+def _gate(rivals: dict[str, Rival], dtype: str) -> dict[str, float]:
+    """Each rival's error against the engine. What computes something else is not compared: RuntimeError."""
+    ours = rivals["engine"][1]()
+    errors = {}
+    for name in [name for name in rivals if name != "engine"]:
+        try:
+            theirs = rivals[name][1]()
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise RuntimeError(f"torch.compile does not work here, leave it out: {reason}") from None
+        errors[name] = relative_rms(ours, theirs)
+        if not errors[name] < GATE[dtype]:
+            raise RuntimeError(
+                f"nothing was timed: engine and {name} differ by {errors[name]:.1e}, more than {GATE[dtype]:.0e}"
+            )
+    return errors
+
+
+def relative_rms(values: np.ndarray, reference: np.ndarray) -> float:
+    return float(np.linalg.norm(values - reference) / np.linalg.norm(reference))
+
+
+def show(result: Result) -> None:
+    """Tables of 80 columns."""
     console = Console()
-    console.print(table)
-    console.print(f"{report['boundary']}; {report['dtype']}, {report['threads']} threads; {report['machine']}")
+    console.print(latency_table(result))
+    rivals = [name for name in result.series if name != "engine"]
+    if rivals:
+        console.print(_ratio_table(result, rivals))
+    console.print(footer(result), markup=False, highlight=False)
 
 
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
-if __name__ == "__main__":
-    main()
+def _ratio_table(result: Result, rivals: list[str]) -> Table:
+    table = Table(title="time over engine's", box=None)
+    table.add_column("stage")
+    for rival in rivals:
+        table.add_column(rival, justify="right")
+        table.add_column("quartiles", justify="right")
+    for stage, samples in result.series["engine"].items():
+        row = []
+        for rival in rivals:
+            middle, low, high = ratio_with_spread(np.array(result.series[rival][stage]), np.array(samples))
+            row += [f"{middle:.2f}", f"{low:.2f} to {high:.2f}"]
+        table.add_row(stage, *row)
+    return table

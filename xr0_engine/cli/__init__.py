@@ -1,10 +1,12 @@
 """The command `xr0`. Each command is a function in a file of its own, both named as the command.
 
-To add one, write xr0_engine/cli/<command>.py with `def <command>(...)`, and list it in COMMANDS. A command file imports
-what is heavy inside its function, so that `xr0 --help` stays quick and works without the optional packages.
+To add one, write xr0_engine/cli/<command>.py with `def <command>(...)`, and list it in COMMANDS; one with commands of
+its own has a Typer `app` of that name instead. A command file imports what is heavy inside its functions, so that `xr0 --help` stays
+quick and works without the optional packages.
 
-Exit codes: 0 done; 1 done, and the answer is no (`verify`, `doctor`); 2 a mistake in the call or its files, or
-something this machine lacks, told in one line; 130 interrupted. Anything else is a bug and shows its traceback.
+Exit codes: 0 done; 1 done, and the answer is no (`verify`, `doctor`, `bench compare`); 2 a mistake in the call or its
+files, or something this machine lacks, told in one line; 130 interrupted. Anything else is a bug and shows its
+traceback.
 """
 
 from __future__ import annotations
@@ -20,12 +22,13 @@ from typer.core import TyperGroup
 
 from xr0_engine import __version__
 
-COMMANDS = ("demo", "init", "infer", "verify", "inspect", "doctor")
+COMMANDS = ("demo", "init", "infer", "verify", "inspect", "doctor", "bench")
 
 EXTRAS = {
     "torch": "cpu",
     "huggingface_hub": "cpu",
     "triton": "cuda",
+    "transformers": "dev",
     "matplotlib": "plot",
     "av": "sim",
     "gym_aloha": "sim",
@@ -51,8 +54,11 @@ class _Commands(TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in COMMANDS:
             return None
+        module = import_module(f"{__name__}.{cmd_name}")
+        if hasattr(module, "app"):
+            return typer.main.get_command(module.app)
         single = typer.Typer(add_completion=False, rich_markup_mode="markdown")
-        single.command(cmd_name)(getattr(import_module(f"{__name__}.{cmd_name}"), cmd_name))
+        single.command(cmd_name)(getattr(module, cmd_name))
         return typer.main.get_command(single)
 
     def invoke(self, ctx: Any) -> Any:

@@ -1,0 +1,165 @@
+"""xr0 bench: measurements that anyone can repeat, each a function of xr0_engine.bench."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from xr0_engine.bench.cases import Setup
+    from xr0_engine.bench.results import Result
+
+CaseName = Annotated[str, typer.Option("--case", help="libero, bimanual or stress.")]
+Size = Annotated[str, typer.Option(help="Random weights: tiny, small or 4b (8.8 GiB, the published sizes).")]
+Checkpoint = Annotated[str | None, typer.Option(help="Your own checkpoint instead: folder or Hugging Face hub id.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Dtype = Annotated[str, typer.Option(help="bfloat16, float16 or float32.")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; torch's choice if not given.")]
+Rounds = Annotated[int, typer.Option(help="How often each is measured.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write every sample and the environment here.")]
+
+app = typer.Typer(name="bench", no_args_is_help=True, add_completion=False, rich_markup_mode="markdown")
+
+
+@app.callback()
+def _bench() -> None:
+    """Measure the engine on this machine: latency, throughput, cold start, steadiness.
+
+    Random checkpoints (`--size`) are made on first use and kept in XR0_CACHE; nothing is downloaded. Ctrl-C keeps what
+    was measured so far, marked as incomplete.
+    """
+
+
+@app.command()
+def latency(
+    case: CaseName = "libero",
+    size: Size = "small",
+    checkpoint: Checkpoint = None,
+    device: Device = "auto",
+    dtype: Dtype = "bfloat16",
+    threads: Threads = None,
+    rounds: Rounds = 100,
+    part: Annotated[str, typer.Option(help="all, or dit: the action head alone, which needs no checkpoint.")] = "all",
+    boundary: Annotated[
+        str | None, typer.Option(help="What is timed: stage (each stage) or infer (the whole call at once).")
+    ] = None,
+    alone: Annotated[
+        bool, typer.Option("--alone", help="Only the engine, without the released way beside it.")
+    ] = False,
+    attention: Annotated[str, typer.Option(help="Attention of the released way: sdpa, eager or flash.")] = "sdpa",
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="A third rival: the released way under torch.compile (takes minutes).")
+    ] = False,
+    json_file: JsonFile = None,
+) -> None:
+    """The engine against the released way to run the model, per stage, taking turns in one run.
+
+    Nothing is timed before both have given the same actions. A dash stands for a percentile that so few rounds cannot
+    tell: p99 takes 100 rounds, p99.9 takes 1000.
+    """
+    from xr0_engine.bench import latency as module
+
+    _check_file(json_file)
+    setup = _setup(case, size, checkpoint, device, dtype, threads)
+    _deliver(
+        *module.measure(setup, rounds, _command(), part, boundary, alone, attention, compiled), module.show, json_file
+    )
+
+
+@app.command()
+def throughput(
+    case: CaseName = "libero",
+    size: Size = "small",
+    checkpoint: Checkpoint = None,
+    device: Device = "auto",
+    dtype: Dtype = "bfloat16",
+    threads: Threads = None,
+    rounds: Rounds = 20,
+    batches: Annotated[str, typer.Option(help="Batch sizes, with commas.")] = "1,2,4,8",
+    json_file: JsonFile = None,
+) -> None:
+    """Chunks per second against batch size."""
+    from xr0_engine.bench import throughput as module
+
+    _check_file(json_file)
+    setup = _setup(case, size, checkpoint, device, dtype, threads)
+    try:
+        sizes = [int(word) for word in batches.split(",")]
+    except ValueError:
+        raise ValueError(f"batches: expected whole numbers with commas between, got {batches!r}") from None
+    _deliver(*module.measure(setup, sizes, rounds, _command()), module.show, json_file)
+
+
+@app.command()
+def coldstart(
+    case: CaseName = "libero",
+    size: Size = "small",
+    checkpoint: Checkpoint = None,
+    device: Device = "auto",
+    dtype: Dtype = "bfloat16",
+    threads: Threads = None,
+    rounds: Annotated[int, typer.Option(help="How many processes are started.")] = 5,
+    evict: Annotated[
+        bool, typer.Option("--evict", help="Ask the kernel to drop the weights from its page cache before each.")
+    ] = False,
+    json_file: JsonFile = None,
+) -> None:
+    """From the start of a fresh process to its first action, weights on disk."""
+    from xr0_engine.bench import coldstart as module
+
+    _check_file(json_file)
+    setup = _setup(case, size, checkpoint, device, dtype, threads)
+    _deliver(*module.measure(setup, rounds, evict, _command()), module.show, json_file)
+
+
+@app.command()
+def jitter(
+    case: CaseName = "libero",
+    size: Size = "small",
+    checkpoint: Checkpoint = None,
+    device: Device = "auto",
+    dtype: Dtype = "bfloat16",
+    threads: Threads = None,
+    rate: Annotated[float, typer.Option(help="Ticks per second.")] = 30.0,
+    seconds: Annotated[float, typer.Option(help="How long the loop runs.")] = 10.0,
+    json_file: JsonFile = None,
+) -> None:
+    """A control loop of fixed rate that infers in every tick: tail of the latency, missed deadlines, steadiness."""
+    from xr0_engine.bench import jitter as module
+
+    _check_file(json_file)
+    setup = _setup(case, size, checkpoint, device, dtype, threads)
+    _deliver(*module.measure(setup, rate, seconds, _command()), module.show, json_file)
+
+
+def _setup(case: str, size: str, checkpoint: str | None, device: str, dtype: str, threads: int | None) -> Setup:
+    from xr0_engine.bench.cases import Setup, find_case
+
+    return Setup(find_case(case), size, checkpoint, device, dtype, threads)
+
+
+def _command() -> str:
+    """What was typed, for the result."""
+    return shlex.join(["xr0", *sys.argv[1:]])
+
+
+def _check_file(file: Path | None) -> None:
+    """Before minutes of measuring, not after."""
+    if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
+        raise ValueError(f"--json: expected a file in a folder that exists, got {file}")
+
+
+def _deliver(result: Result, reason: BaseException | None, show: Callable[[Any], None], json_file: Path | None) -> None:
+    """Write and show what was measured; what cut it short then takes its course."""
+    from xr0_engine.bench.results import write
+
+    if json_file is not None:
+        write(result, json_file)
+    show(result)
+    if reason is not None:
+        raise reason
