@@ -1,8 +1,8 @@
 """The command `xr0`. Each command is a function in a file of its own, both named as the command.
 
 To add one, write xr0_engine/cli/<command>.py with `def <command>(...)`, and list it in COMMANDS; one with commands of
-its own has a Typer `app` of that name instead. A command file imports what is heavy inside its functions, so that `xr0 --help` stays
-quick and works without the optional packages.
+its own has a Typer `app` of that name instead. A command file imports what is heavy inside its functions, so that
+`xr0 --help` stays quick and works without the optional packages.
 
 Exit codes: 0 done; 1 done, and the answer is no (`verify`, `doctor`, `bench compare`); 2 a mistake in the call or its
 files, or something this machine lacks, told in one line; 130 interrupted. Anything else is a bug and shows its

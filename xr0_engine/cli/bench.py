@@ -1,4 +1,4 @@
-"""xr0 bench: measurements that anyone can repeat, each a function of xr0_engine.bench."""
+"""xr0 bench: measurements that anyone can repeat, each command a module of xr0_engine.bench."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ app = typer.Typer(name="bench", no_args_is_help=True, add_completion=False, rich
 
 @app.callback()
 def _bench() -> None:
-    """Measure the engine on this machine: latency, throughput, cold start, steadiness.
+    """Measure the engine on this machine, against its rivals, its bounds and its past.
 
     Random checkpoints (`--size`) are made on first use and kept in XR0_CACHE; nothing is downloaded. Ctrl-C keeps what
     was measured so far, marked as incomplete.
@@ -137,6 +137,86 @@ def jitter(
     _deliver(*module.measure(setup, rate, seconds, _command()), module.show, json_file)
 
 
+@app.command()
+def ablate(
+    case: CaseName = "libero",
+    size: Size = "small",
+    checkpoint: Checkpoint = None,
+    device: Device = "auto",
+    dtype: Dtype = "bfloat16",
+    threads: Threads = None,
+    rounds: Rounds = 20,
+    json_file: JsonFile = None,
+) -> None:
+    """What each optimisation buys on this machine: the engine against itself without one of them."""
+    from xr0_engine.bench import ablate as module
+
+    _check_file(json_file)
+    setup = _setup(case, size, checkpoint, device, dtype, threads)
+    _deliver(*module.measure(setup, rounds, _command()), module.show, json_file)
+
+
+@app.command()
+def roofline(
+    case: CaseName = "libero",
+    size: Size = "4b",
+    checkpoint: Checkpoint = None,
+    device: Device = "auto",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16, float32, fp8 or int8.")] = "bfloat16",
+    threads: Threads = None,
+    chip: Annotated[
+        str,
+        typer.Option(help="a100, h100, h200, l40s, rtx4090, rtx5090; here: what this machine is measured to reach."),
+    ] = "rtx4090",
+    operators: Annotated[bool, typer.Option("--operators", help="List every operator, not only the stages.")] = False,
+    json_file: JsonFile = None,
+) -> None:
+    """The least that a case can take on a chip: arithmetic and memory traffic of every operator. Times nothing."""
+    from functools import partial
+
+    from xr0_engine.bench import roofline as module
+
+    _check_file(json_file)
+    setup = _setup(case, size, checkpoint, device, dtype, threads)
+    _deliver(module.measure(setup, chip, _command()), None, partial(module.show, list_operators=operators), json_file)
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def compare(
+    arguments: Annotated[
+        list[str],
+        typer.Argument(help="Result files: A and B, or A, B and A again. With --run-against: options of latency."),
+    ],
+    threshold: Annotated[str, typer.Option(help="How much slower B may be, beyond noise.")] = "5%",
+    series: Annotated[str | None, typer.Option(help="Only this series, such as engine.")] = None,
+    run_against: Annotated[
+        Path | None, typer.Option(help="Measure A (this other checkout), B (this one) and A again, taking turns.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(help="With --run-against: processes of each.")] = 2,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the comparison here.")] = None,
+) -> None:
+    """A regression gate: exit code 1 if B is slower than A past the threshold, beyond the machine's own noise."""
+    from xr0_engine.bench import compare as module
+
+    _check_file(json_file)
+    code = module.run(arguments, threshold, series, run_against, repeats, json_file)
+    if code:
+        raise typer.Exit(code)
+
+
+@app.command()
+def report(
+    files: Annotated[list[Path], typer.Argument(help="Result files, written with --json.")],
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+) -> None:
+    """One self-contained HTML page: stages against their bound, histograms, throughput, ablation."""
+    from xr0_engine.bench import report as module
+
+    _check_file(out, "--out")
+    module.run(files, out)
+    print(f"wrote {out}")
+
+
 def _setup(case: str, size: str, checkpoint: str | None, device: str, dtype: str, threads: int | None) -> Setup:
     from xr0_engine.bench.cases import Setup, find_case
 
@@ -148,10 +228,10 @@ def _command() -> str:
     return shlex.join(["xr0", *sys.argv[1:]])
 
 
-def _check_file(file: Path | None) -> None:
+def _check_file(file: Path | None, option: str = "--json") -> None:
     """Before minutes of measuring, not after."""
     if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
-        raise ValueError(f"--json: expected a file in a folder that exists, got {file}")
+        raise ValueError(f"{option}: expected a file in a folder that exists, got {file}")
 
 
 def _deliver(result: Result, reason: BaseException | None, show: Callable[[Any], None], json_file: Path | None) -> None:
