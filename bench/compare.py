@@ -125,7 +125,7 @@ def compare(runs: Sequence[Result], threshold: float = 0.05, series: str | None 
         raise ValueError(f"results: expected A B, A B A, or one file with series A, B and A2; got {len(runs)} files")
     notes = _check_comparable(runs)
     if len(runs) == 1:
-        taken = [{"": runs[0].series[role]} for role in ROLES if role in runs[0].series]
+        taken: list[Series] = [{"": runs[0].series[role]} for role in ROLES if role in runs[0].series]
         if not {"A", "B"} <= runs[0].series.keys():
             raise ValueError(f"a single result needs series named A, B and A2, got {', '.join(runs[0].series)}")
     else:

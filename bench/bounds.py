@@ -1,0 +1,46 @@
+"""Which bound a measurement is held against: its own, or that of a roofline of the same case and machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from xr0_engine.bench.results import Result
+
+MACHINE = ("device", "processor", "threads")
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """stage -> milliseconds at least, `total` among them; chip: whose."""
+
+    chip: str = ""
+    ms: Mapping[str, float] = field(default_factory=dict)
+
+    def reached(self, stage: str, median_ms: float | None) -> float | None:
+        """The share of the bound, 1 if it is met; None if either is unknown."""
+        return self.ms[stage] / median_ms if stage in self.ms and median_ms else None
+
+
+def bounds_of(result: Result, others: Iterable[Result]) -> Bounds:
+    """The result's own bound, else that of a roofline among the others: of the same case, and of ceilings that were
+    measured on the same machine. Without stages if there is none."""
+    if "bound_ms" in result.facts:
+        return Bounds(str(result.facts.get("chip", "")), result.facts["bound_ms"])
+    if result.kind not in ("latency", "jitter"):
+        return Bounds()
+    for other in others:
+        if other.kind == "roofline" and other.case == result.case and _same_machine(result, other):
+            bound = other.facts["bound_ms"]
+            # The action head alone has one stage.
+            ms = {"total": bound["flow"]} if result.boundary == "flow" else bound
+            return Bounds(str(other.facts["chip"]), ms)
+    return Bounds()
+
+
+def _same_machine(measured: Result, roofline: Result) -> bool:
+    """A roofline of ceilings measured on the spot (`--chip here`) is named after its device. A chip by name may differ
+    from its namesake in clocks, memory or cooling."""
+    chip = str(roofline.facts["chip"])
+    on_the_spot = chip == roofline.environment.get("device") or chip.startswith("CPU")
+    return on_the_spot and all(measured.environment.get(key) == roofline.environment.get(key) for key in MACHINE)
