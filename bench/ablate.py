@@ -13,9 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from rich import box
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -23,7 +21,8 @@ from torch import Tensor, nn
 from xr0_engine import ops
 from xr0_engine.bench.cases import Setup, Subject
 from xr0_engine.bench.results import Result, environment
-from xr0_engine.bench.timing import WARM_UP, ratio_with_spread, take_turns
+from xr0_engine.bench.tables import footer, number
+from xr0_engine.bench.timing import ratio_with_spread, run
 from xr0_engine.engine import Engine
 from xr0_engine.flow import euler_sample, flow_times, prefix_positions
 from xr0_engine.model.dit import ActionHead, DiT, DiTAttention, DiTLayer, dit_geometry
@@ -93,7 +92,7 @@ def variants(subject: Subject) -> dict[str, Variant]:
     if ops.native is None:
         found = {
             "native image path": Variant(
-                "preprocess", "patches are cut by NumPy", _within(_numpy_patches, subject.infer)
+                "preprocess", "images become patches by Pillow and NumPy", _within(_numpy_patches, subject.infer)
             )
         } | found
     if model.device.type == "cuda":
@@ -271,10 +270,7 @@ def measure(setup: Setup, rounds: int, command: str) -> tuple[Result, BaseExcept
     found = variants(subject)
     errors = check(subject.infer, found, setup.dtype)
     calls = {ENGINE: _timed(subject.infer)} | {name: _timed(variant.infer) for name, variant in found.items()}
-    stopped: list[BaseException] = []
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("measuring", total=len(calls) * (rounds + WARM_UP))
-        samples = take_turns(calls, rounds, WARM_UP, lambda: progress.advance(task), stopped.append)
+    series, reason = run(calls, rounds)
     result = Result(
         kind="ablate",
         command=command,
@@ -282,15 +278,15 @@ def measure(setup: Setup, rounds: int, command: str) -> tuple[Result, BaseExcept
         case=subject.describe(),
         boundary="stage",
         backend=subject.engine.backend,
-        series={name: {stage: v.tolist() for stage, v in stages.items()} for name, stages in samples.items()},
+        series=series,
         facts={
             "stages": {name: variant.stage for name, variant in found.items()},
             "instead": {name: variant.instead for name, variant in found.items()},
             "error_against_engine": errors,
         },
-        complete=not stopped,
+        complete=reason is None,
     )
-    return result, stopped[0] if stopped else None
+    return result, reason
 
 
 def _timed(infer: Infer) -> Callable[[], Mapping[str, float]]:
@@ -299,27 +295,22 @@ def _timed(infer: Infer) -> Callable[[], Mapping[str, float]]:
 
 def show(result: Result) -> None:
     """A table of 80 columns."""
-    table = Table("without", "stage", box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
+    case = result.case
+    table = Table(title=f"{case['name']}, {case['size']}, batch {case['batch']}, {case['dtype']}, ms", box=None)
+    for column in ("without", "stage"):
+        table.add_column(column)
     for column in ("ms", "with", "bought", "ratio", "quartiles"):
         table.add_column(column, justify="right", no_wrap=True)
     for name, stage in result.facts["stages"].items():
         without, engine = np.array(result.series[name][stage]), np.array(result.series[ENGINE][stage])
         middle, low, high = ratio_with_spread(without, engine)
-        table.add_row(
-            name,
-            stage,
-            f"{np.median(without):.2f}",
-            f"{np.median(engine):.2f}",
-            f"{np.median(without - engine):+.2f}",
-            f"{middle:.2f}",
-            f"{low:.2f}..{high:.2f}",
-        )
+        bought = f"{np.median(without - engine):+.2f}"
+        medians = number(float(np.median(without))), number(float(np.median(engine)))
+        table.add_row(name, stage, *medians, bought, f"{middle:.2f}", f"{low:.2f} .. {high:.2f}")
     console = Console()
     console.print(table)
-    total = np.array(result.series[ENGINE]["total"])
-    case = result.case
     console.print(
-        f"{case['name']}, {case['size']}, batch {case['batch']}, {case['dtype']}, {result.environment['threads']} "
-        f"threads; the whole engine {np.median(total):.1f} ms, median of {len(total)} rounds"
-        f"{'' if result.complete else ', cut short'}."
+        f"The whole engine takes {number(float(np.median(result.series[ENGINE]['total'])))} ms. Where the quartiles "
+        "enclose 1, the machine's noise hides what is bought."
     )
+    console.print(footer(result), markup=False, highlight=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -77,6 +78,12 @@ def measure_ceilings(device: torch.device, dtype: str) -> Ceilings:
     matmul_s = _best_seconds(lambda: torch.mm(a, b, out=product), device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     return Ceilings(name, {dtype: 2 * size**3 / matmul_s}, 2 * COPIED_BYTES / copy_s, "measured")
+
+
+def rates(ceilings: Mapping[str, Any]) -> str:
+    """Ceilings, as a result's facts hold them, in words."""
+    peaks = [f"{rate / 1e12:.3g} T/s in {dtype}" for dtype, rate in ceilings["operations_s"].items()]
+    return ", ".join([*peaks, f"{ceilings['bytes_s'] / 1e12:.3g} TB/s"])
 
 
 def _best_seconds(call: Callable[[], object], device: torch.device) -> float:

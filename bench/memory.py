@@ -11,13 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
-from xr0_engine.bench.roofline import Workload
+from xr0_engine.bench.roofline import FLOAT32_BYTES, Workload
 from xr0_engine.config import XR0Config
 from xr0_engine.engine import DTYPES
 from xr0_engine.model.xr0 import XR0Model
-
-FLOAT32 = 4
-"""Bytes of a rotary table's element."""
 
 
 @dataclass(frozen=True)
@@ -79,10 +76,10 @@ def _vision(config: XR0Config, work: Workload, size: int) -> int:
     # after the attention, the normed one; then the inner layer before and after GELU, or Q, K, V, the rotated Q, and
     # K while it is turned in float32 (copied if it was not, halves, joined).
     mlp = size * 2 * vision.intermediate_size
-    attention = size * 4 * width + FLOAT32 * width * (2 if size == FLOAT32 else 3)
+    attention = size * 4 * width + FLOAT32_BYTES * width * (2 if size == FLOAT32_BYTES else 3)
     row = size * (vision.patch_dim + 4 * width) + max(mlp, attention)
     taps = patches // vision.spatial_merge_size**2 * vision.out_hidden_size * len(vision.deepstack_layers)
-    rotary = 2 * FLOAT32 * width // vision.num_heads
+    rotary = 2 * FLOAT32_BYTES * width // vision.num_heads
     return patches * (row + rotary) + size * taps
 
 
@@ -95,7 +92,7 @@ def _prefill(config: XR0Config, work: Workload, size: int) -> int:
     row = 4 * text.hidden_size + 4 * text.intermediate_size + 3 * q_width + 2 * kv_width
     # One scratch place beside the layers kept.
     cache = (config.head.num_layers + 1) * work.batch * work.tokens * 2 * kv_width
-    return size * (rows * row + cache) + 2 * FLOAT32 * rows * text.head_dim
+    return size * (rows * row + cache) + 2 * FLOAT32_BYTES * rows * text.head_dim
 
 
 def _flow(config: XR0Config, work: Workload, size: int) -> int:
@@ -107,6 +104,6 @@ def _flow(config: XR0Config, work: Workload, size: int) -> int:
     # The scores, apart and joined, and their softmax in float32, of a float32 copy if they were not; Q, K and V before
     # and after the norms and rotations.
     pairs = work.batch * head.num_heads * queries * (work.tokens + queries)
-    softmax = FLOAT32 * pairs * (1 if size == FLOAT32 else 2)
+    softmax = FLOAT32_BYTES * pairs * (1 if size == FLOAT32_BYTES else 2)
     attention = rows * 10 * head.hidden_size + 2 * pairs
     return max(size * mlp, size * attention + softmax)

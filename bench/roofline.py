@@ -24,12 +24,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from xr0_engine.bench.cases import Setup, describe
-from xr0_engine.bench.ceilings import HERE, Ceilings, ceilings_for
+from xr0_engine.bench.ceilings import HERE, Ceilings, ceilings_for, rates
 from xr0_engine.bench.results import Result, environment
 from xr0_engine.checkpoint import ROBOTS, SIZES
 from xr0_engine.config import VisionConfig, XR0Config
@@ -42,6 +41,7 @@ from xr0_engine.types import ModelInputs
 STAGES = ("vision", "prefill", "flow")
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "fp8": 1, "int8": 1}
 """Bytes of a weight."""
+FLOAT32_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,11 @@ class Workload:
 
 @dataclass(frozen=True)
 class Operator:
-    """One operator at one place of the model. count: how often it runs in a call; operations, weight_bytes and
-    activation_bytes: of one run; dtype: whose peak bounds the arithmetic."""
+    """One operator at one place of the model.
+
+    count: how often it runs in a call; operations, weight_bytes, activation_bytes: of one run; dtype: whose peak bounds
+    the arithmetic; shape: of a GEMM (rows, inputs, outputs), of others empty.
+    """
 
     stage: str
     name: str
@@ -95,6 +98,7 @@ class Operator:
     weight_bytes: float
     activation_bytes: float
     dtype: str
+    shape: tuple[int, ...] = ()
 
     @property
     def num_bytes(self) -> float:
@@ -131,7 +135,8 @@ class Precision:
         """rows x inputs times inputs x outputs."""
         operations = 2 * rows * inputs * outputs
         moved = self.activation * rows * (inputs + outputs)
-        return Operator(stage, name, count, operations, self.weight * inputs * outputs, moved, self.gemm)
+        shape = (rows, inputs, outputs)
+        return Operator(stage, name, count, operations, self.weight * inputs * outputs, moved, self.gemm, shape)
 
     def attend(self, stage: str, name: str, count: int, pairs: int, width: int, elements: int) -> Operator:
         """pairs: of a query and a key that see each other, per head; width: heads x D; elements: moved."""
@@ -250,7 +255,12 @@ def measure(setup: Setup, chip: str, command: str) -> Result:
         boundary="stage",
         backend="none",
         series={},
-        facts={"ceilings": asdict(ceilings), "bound_ms": bounds_ms(found, ceilings), "operators": listed},
+        facts={
+            "chip": ceilings.name,
+            "ceilings": asdict(ceilings),
+            "bound_ms": bounds_ms(found, ceilings),
+            "operators": listed,
+        },
     )
 
 
@@ -258,12 +268,13 @@ def show(result: Result, list_operators: bool = False) -> None:
     """A table of 80 columns: stages, or every operator."""
     found, case, ceilings = result.facts["operators"], result.case, result.facts["ceilings"]
     console = Console()
-    console.print(_operator_table(found) if list_operators else _stage_table(found))
-    rates = ", ".join(f"{rate / 1e12:.4g} T/s {dtype}" for dtype, rate in ceilings["operations_s"].items())
+    table = _operator_table(found) if list_operators else _stage_table(found)
+    table.title = f"{case['name']}, {case['size']}, batch {case['batch']}, {case['dtype']}, on {ceilings['name']}"
+    console.print(table)
     console.print(
-        f"{case['name']}, {case['size']}: {len(case['views'])} views, {case['tokens']} tokens, chunk of "
-        f"{case['chunk_length']}, batch {case['batch']}, whole prompt computed.\n"
-        f"{ceilings['name']}: {rates}, {ceilings['bytes_s'] / 1e12:.4g} TB/s ({ceilings['source']})."
+        f"{len(case['views'])} views, {case['tokens']} tokens, all computed, chunk of {case['chunk_length']}.\n"
+        f"{ceilings['name']}: {rates(ceilings)}; {ceilings['source']}.",
+        highlight=False,
     )
 
 
@@ -281,13 +292,12 @@ def _operator_table(found: Sequence[Mapping[str, Any]]) -> Table:
     for stage in STAGES:
         for op in (op for op in found if op["stage"] == stage):
             table.add_row(f"{stage}: {op['name']}", str(op["count"]), *_sums([op]), op["limit"])
-        table.add_section()
     table.add_row("total", "", *_sums(found), "")
     return table
 
 
 def _table(first: str, *others: str) -> Table:
-    table = Table(first, box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(first, box=None)
     for column in others:
         table.add_column(column, justify="right", no_wrap=True)
     return table
