@@ -1,60 +1,119 @@
 #include "xr0/patches.h"
 
+#include <algorithm>
 #include <cstdint>
+#include <map>
+#include <memory>
+#include <mutex>
 #include <string>
+#include <thread>
+#include <vector>
 
+#include "dispatch.h"
 #include "ops.h"
 
 namespace py = pybind11;
 
 namespace {
 
-std::string shape_of(const py::array& array) {
-    std::string text = "(";
+// Far above any camera; keeps every index within 32 bits and every table small.
+constexpr int64_t kMaxSide = 32768;
+// Of the processor that the model was trained with.
+constexpr int64_t kMaxAspect = 200;
+constexpr int64_t kMaxLayout = 1024;
+constexpr int64_t kMaxThreads = 1024;
+
+struct Job {
+    xr0::Frame frame;
+    xr0::Resize resize;
+    std::shared_ptr<const xr0::Axis> columns;
+    std::shared_ptr<const xr0::Axis> rows;
+    int64_t first_patch;
+    int32_t block_rows;
+};
+
+std::string pair_of(int64_t height, int64_t width) {
+    return "(" + std::to_string(height) + ", " + std::to_string(width) + ")";
+}
+
+std::string describe(const py::array& array) {
+    std::string text = static_cast<std::string>(py::str(array.dtype())) + " (";
     for (py::ssize_t axis = 0; axis < array.ndim(); ++axis) {
         text += (axis == 0 ? "" : ", ") + std::to_string(array.shape(axis));
     }
     return text + (array.ndim() == 1 ? ",)" : ")");
 }
 
-std::string describe(const py::array& array) {
-    return static_cast<std::string>(py::str(array.dtype())) + " " + shape_of(array);
+void check_range(const char* name, int64_t value, int64_t max) {
+    if (value < 1 || value > max) {
+        throw py::value_error(std::string(name) + ": expected 1 to " + std::to_string(max) + ", got " +
+                              std::to_string(value));
+    }
 }
 
-void check_layout(const xr0::PatchLayout& layout) {
-    // The upper bound is far above any real model and keeps every product of these sizes within 64 bits.
-    for (const auto& [name, value] :
-         {std::pair{"patch_size", layout.patch_size}, std::pair{"temporal_patch_size", layout.temporal_patch_size},
-          std::pair{"merge_size", layout.merge_size}}) {
-        if (value < 1 || value > 1024) {
-            throw py::value_error(std::string(name) + ": expected 1 to 1024, got " + std::to_string(value));
+const xr0::RowFunctions& choose(const std::optional<std::string>& instruction_set) {
+    const auto usable = usable_row_functions();
+    if (!instruction_set) {
+        return *usable.front();
+    }
+    std::string names;
+    for (const xr0::RowFunctions* functions : usable) {
+        if (*instruction_set == functions->name) {
+            return *functions;
         }
+        names += (names.empty() ? "" : ", ") + std::string(functions->name);
+    }
+    throw py::value_error("instruction_set: this processor has " + names + "; got '" + *instruction_set + "'");
+}
+
+void check_size(const std::string& name, int64_t height, int64_t width) {
+    const auto [low, high] = std::minmax(height, width);
+    if (low < 1 || high > kMaxSide) {
+        throw py::value_error(name + ": expected height and width of 1 to " + std::to_string(kMaxSide) + ", got " +
+                              pair_of(height, width));
+    }
+    if (high > kMaxAspect * low) {
+        throw py::value_error(name + ": expected an aspect ratio of at most " + std::to_string(kMaxAspect) +
+                              ", got height and width " + pair_of(height, width));
     }
 }
 
-void check_frame(const py::array& frame, const xr0::PatchLayout& layout) {
+xr0::Frame checked_frame(const py::array& frame, const std::string& name, bool bgr) {
     if (!py::isinstance<py::array_t<uint8_t>>(frame) || frame.ndim() != 3 || frame.shape(2) != xr0::kChannels) {
-        throw py::value_error("frame: expected uint8 (height, width, 3), got " + describe(frame));
+        throw py::value_error(name + ": expected uint8 (height, width, 3), got " + describe(frame));
     }
-    const int64_t block = layout.patch_size * layout.merge_size;
-    if (frame.shape(0) == 0 || frame.shape(1) == 0 || frame.shape(0) % block != 0 || frame.shape(1) % block != 0) {
-        throw py::value_error("frame: expected height and width to be positive multiples of " + std::to_string(block) +
-                              ", got " + shape_of(frame));
+    check_size(name, frame.shape(0), frame.shape(1));
+    xr0::Frame checked{static_cast<const uint8_t*>(frame.data()),
+                       static_cast<int32_t>(frame.shape(0)),
+                       static_cast<int32_t>(frame.shape(1)),
+                       frame.strides(0),
+                       frame.strides(1),
+                       frame.strides(2),
+                       bgr};
+    if (checked.channel_stride == -1) {
+        // A view with its channels reversed is as good as packed, read the other way round.
+        checked.pixels -= xr0::kChannels - 1;
+        checked.channel_stride = 1;
+        checked.bgr = !bgr;
     }
-    if (frame.strides(1) != xr0::kChannels || frame.strides(2) != 1) {
-        throw py::value_error("frame: expected packed pixels (strides (any, 3, 1)), got strides (" +
-                              std::to_string(frame.strides(0)) + ", " + std::to_string(frame.strides(1)) + ", " +
-                              std::to_string(frame.strides(2)) + ")");
+    return checked;
+}
+
+void check_target(const std::string& name, int64_t height, int64_t width, int64_t block) {
+    if (height % block != 0 || width % block != 0) {
+        throw py::value_error(name + ": expected multiples of patch_size * merge_size = " + std::to_string(block) +
+                              ", got " + pair_of(height, width));
     }
+    check_size(name, height, width);
 }
 
 void check_out(const py::array& out, int64_t patches, int64_t patch_dim) {
-    if (!py::isinstance<py::array_t<float>>(out) || out.ndim() != 2 || out.shape(0) != patches ||
-        out.shape(1) != patch_dim) {
-        throw py::value_error("out: expected float32 (" + std::to_string(patches) + ", " + std::to_string(patch_dim) +
-                              "), got " + describe(out));
+    const bool known = py::isinstance<py::array_t<float>>(out) || py::isinstance<py::array_t<uint16_t>>(out);
+    if (!known || out.ndim() != 2 || out.shape(0) != patches || out.shape(1) != patch_dim) {
+        throw py::value_error("out: expected float32, or uint16 for bfloat16, " + pair_of(patches, patch_dim) +
+                              ", got " + describe(out));
     }
-    const bool aligned = reinterpret_cast<std::uintptr_t>(out.data()) % alignof(float) == 0;
+    const bool aligned = reinterpret_cast<std::uintptr_t>(out.data()) % out.itemsize() == 0;
     if ((out.flags() & py::array::c_style) == 0 || !aligned) {
         throw py::value_error("out: expected an aligned, C-contiguous array");
     }
@@ -63,21 +122,126 @@ void check_out(const py::array& out, int64_t patches, int64_t patch_dim) {
     }
 }
 
+// Cameras keep their size: the tables of the last sizes are kept too.
+std::shared_ptr<const xr0::Axis> axis_for(int32_t in, int32_t out) {
+    constexpr std::size_t kKept = 64;
+    static std::mutex mutex;
+    static std::map<std::pair<int32_t, int32_t>, std::shared_ptr<const xr0::Axis>> axes;
+    const std::lock_guard lock(mutex);
+    if (const auto found = axes.find({in, out}); found != axes.end()) {
+        return found->second;
+    }
+    auto axis = std::make_shared<const xr0::Axis>(in, out);
+    if (axes.size() >= kKept) {
+        axes.clear();
+    }
+    axes.emplace(std::pair{in, out}, axis);
+    return axis;
+}
+
+// Rows of merge blocks begin to end - 1, counted through all jobs.
+template <typename T>
+void work(const std::vector<Job>& jobs, const xr0::PatchLayout& layout, const xr0::RowFunctions& functions,
+          int64_t begin, int64_t end, xr0::Scratch& scratch, T* out) {
+    int64_t start = 0;
+    for (const Job& job : jobs) {
+        const auto first = std::max<int64_t>(begin - start, 0);
+        const auto last = std::min<int64_t>(end - start, job.block_rows);
+        if (first < last) {
+            xr0::image_to_patches(job.frame, job.resize, layout, functions, static_cast<int32_t>(first),
+                                  static_cast<int32_t>(last), scratch, out + job.first_patch * layout.patch_dim());
+        }
+        start += job.block_rows;
+    }
+}
+
+struct JoinAll {
+    std::vector<std::thread> threads;
+    ~JoinAll() {
+        for (std::thread& thread : threads) {
+            thread.join();
+        }
+    }
+};
+
+template <typename T>
+void work_on_threads(const std::vector<Job>& jobs, const xr0::PatchLayout& layout, const xr0::RowFunctions& functions,
+                     int64_t threads, T* out) {
+    int64_t total = 0;
+    for (const Job& job : jobs) {
+        total += job.block_rows;
+    }
+    threads = std::min(threads, total);
+    std::vector<xr0::Scratch> scratch(static_cast<std::size_t>(threads));
+    for (xr0::Scratch& own : scratch) {
+        for (const Job& job : jobs) {
+            own.reserve(job.resize);
+        }
+    }
+    JoinAll others;
+    const auto part = [&](int64_t number) {
+        work(jobs, layout, functions, total * number / threads, total * (number + 1) / threads, scratch[number], out);
+    };
+    for (int64_t number = 1; number < threads; ++number) {
+        others.threads.emplace_back(part, number);
+    }
+    if (threads > 0) {
+        part(0);
+    }
+}
+
 }  // namespace
 
-void frame_to_patches(const py::array& frame, py::array out, int64_t patch_size, int64_t temporal_patch_size,
-                      int64_t merge_size) {
-    const xr0::PatchLayout layout{patch_size, temporal_patch_size, merge_size};
-    check_layout(layout);
-    check_frame(frame, layout);
-    const int64_t height = frame.shape(0);
-    const int64_t width = frame.shape(1);
-    const int64_t area = patch_size * patch_size;
-    check_out(out, height * width / area, xr0::kChannels * temporal_patch_size * area);
+std::vector<std::string> instruction_sets() {
+    std::vector<std::string> names;
+    for (const xr0::RowFunctions* functions : usable_row_functions()) {
+        names.emplace_back(functions->name);
+    }
+    return names;
+}
 
-    const auto* source = static_cast<const uint8_t*>(frame.data());
-    const std::ptrdiff_t row_stride = frame.strides(0);
-    auto* target = static_cast<float*>(out.mutable_data());
+void images_to_patches(const std::vector<py::array>& frames, const std::vector<std::pair<int64_t, int64_t>>& sizes,
+                       py::array out, int64_t patch_size, int64_t temporal_patch_size, int64_t merge_size,
+                       const std::vector<bool>& vertical_first, bool bgr, int64_t threads,
+                       const std::optional<std::string>& instruction_set) {
+    check_range("patch_size", patch_size, kMaxLayout);
+    check_range("temporal_patch_size", temporal_patch_size, kMaxLayout);
+    check_range("merge_size", merge_size, kMaxLayout);
+    check_range("threads", threads, kMaxThreads);
+    const xr0::RowFunctions& functions = choose(instruction_set);
+    const xr0::PatchLayout layout{static_cast<int32_t>(patch_size), static_cast<int32_t>(temporal_patch_size),
+                                  static_cast<int32_t>(merge_size)};
+    if (frames.size() != sizes.size()) {
+        throw py::value_error("sizes: expected one (height, width) for each of " + std::to_string(frames.size()) +
+                              " frames, got " + std::to_string(sizes.size()));
+    }
+    if (!vertical_first.empty() && vertical_first.size() != frames.size()) {
+        throw py::value_error("vertical_first: expected none, or one for each of " + std::to_string(frames.size()) +
+                              " frames, got " + std::to_string(vertical_first.size()));
+    }
+    std::vector<Job> jobs;
+    int64_t patches = 0;
+    for (std::size_t i = 0; i < frames.size(); ++i) {
+        const std::string at = "[" + std::to_string(i) + "]";
+        const auto [height, width] = sizes[i];
+        check_target("sizes" + at, height, width, layout.block());
+        Job job{checked_frame(frames[i], "frames" + at, bgr), {}, {}, {}, patches, 0};
+        job.columns = axis_for(job.frame.width, static_cast<int32_t>(width));
+        job.rows = axis_for(job.frame.height, static_cast<int32_t>(height));
+        job.resize = {job.columns->view(), job.rows->view(), static_cast<int32_t>(height), static_cast<int32_t>(width),
+                      !vertical_first.empty() && vertical_first[i]};
+        job.block_rows = static_cast<int32_t>(height / layout.block());
+        jobs.push_back(std::move(job));
+        patches += height * width / layout.slice();
+    }
+    check_out(out, patches, layout.patch_dim());
+
+    void* const target = out.mutable_data();
+    const bool bfloat16 = out.itemsize() == sizeof(uint16_t);
     const py::gil_scoped_release without_gil;
-    xr0::frame_to_patches(source, row_stride, height, width, layout, target);
+    if (bfloat16) {
+        work_on_threads(jobs, layout, functions, threads, static_cast<uint16_t*>(target));
+    } else {
+        work_on_threads(jobs, layout, functions, threads, static_cast<float*>(target));
+    }
 }

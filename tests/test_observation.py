@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from xr0_engine.config import ActionHeadConfig, TextConfig, TokenIds, VisionConfig, XR0Config
 from xr0_engine.embodiment import View, load_embodiment
 from xr0_engine.normalize import ActionStatistics
-from xr0_engine.preprocess import Preprocessor, image_to_patches
+from xr0_engine.preprocess import Preprocessor, images_to_patches
 from xr0_engine.prompt import PromptTokenizer, build_prompt
 from xr0_engine.types import Observation
 
@@ -93,9 +93,8 @@ def test_single_observation():
 def test_views_go_in_the_order_of_the_profile_and_are_turned():
     images = observation().images
     inputs = PREPROCESS([observation(images=dict(reversed(images.items())))])
-    base, _ = image_to_patches(images["base"][::-1, ::-1], VISION)
-    wrist, _ = image_to_patches(images["left_wrist"][::-1, ::-1], VISION)
-    np.testing.assert_array_equal(inputs.pixel_values, np.concatenate([base, wrist]))
+    turned = [np.ascontiguousarray(images[key][::-1, ::-1]) for key in ("base", "left_wrist")]
+    np.testing.assert_array_equal(inputs.pixel_values, images_to_patches(turned, VISION)[0])
 
 
 def test_batch_rows_equal_single_rows():
@@ -202,7 +201,7 @@ MALFORMED = {
 @pytest.mark.parametrize(("changed", "match"), MALFORMED.values(), ids=MALFORMED)
 def test_malformed_observation_is_refused_before_any_work(changed, match, monkeypatch):
     # The faulty row is the last: no image of the rows before it may have been touched.
-    monkeypatch.setattr("xr0_engine.preprocess.image_to_patches", lambda *_: pytest.fail("work before the checks"))
+    monkeypatch.setattr("xr0_engine.preprocess.images_to_patches", lambda *_: pytest.fail("work before the checks"))
     with pytest.raises(ValueError, match=match):
         PREPROCESS([observation(), observation(**changed)])
 

@@ -18,7 +18,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
 
 from xr0_engine.config import VisionConfig
 from xr0_engine.embodiment import View
-from xr0_engine.preprocess import MAX_PIXELS, MIN_PIXELS, image_to_patches, orient, position_ids, smart_resize
+from xr0_engine.preprocess import MAX_PIXELS, MIN_PIXELS, images_to_patches, orient, position_ids, smart_resize
 
 GOLDEN = [
     path
@@ -46,9 +46,9 @@ def reference_processor():
 
 
 def assert_as_reference(image, processor):
-    patches, grid = image_to_patches(image, VISION)
+    patches, (grid,) = images_to_patches([image], VISION)
     reference = processor(images=[image], input_data_format="channels_last", return_tensors="np")
-    assert patches.dtype == np.float32
+    assert patches.dtype == torch.float32
     assert [[1, *grid]] == reference["image_grid_thw"].tolist()
     np.testing.assert_array_equal(patches, reference["pixel_values"])
 

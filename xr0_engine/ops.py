@@ -7,9 +7,12 @@ raises; only "auto" may choose.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 
 import numpy as np
+import PIL
 import torch
+from PIL import Image
 
 from xr0_engine.kernels.reference import attention, lambda_attention, rms_norm, rotate
 
@@ -23,13 +26,14 @@ else:
 __all__ = [
     "attention",
     "backend_status",
-    "frame_to_patches",
+    "images_to_patches",
     "lambda_attention",
     "native",
     "resolve_backend",
     "resolve_device",
     "rms_norm",
     "rotate",
+    "vertical_first",
 ]
 
 
@@ -68,25 +72,63 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def frame_to_patches(frame: np.ndarray, patch: int, temporal: int, merge: int) -> np.ndarray:
-    """Normalise a resized frame and cut it into patches in Qwen's order (spec section 3.1).
+def images_to_patches(
+    images: Sequence[np.ndarray],
+    sizes: Sequence[tuple[int, int]],
+    patch: int,
+    temporal: int,
+    merge: int,
+    out: torch.Tensor,
+    threads: int = 1,
+) -> torch.Tensor:
+    """Resize images as Pillow does (bicubic), normalise them, and cut them into patches in Qwen's order (spec 3.1).
 
-    frame: (H, W, 3) uint8, H and W multiples of patch * merge. Returns (H / patch * W / patch, 3 * temporal * patch**2)
-    float32. Native where _C was built, NumPy otherwise, bit for bit the same.
+    images: (H, W, 3) uint8 RGB each, any strides. sizes: the (height, width) to resize each to, multiples of patch *
+    merge. out: (all images' patches, 3 * temporal * patch**2) float32 or bfloat16 on the CPU, C-contiguous; filled
+    image by image and returned. threads: how many to use at most. Native where _C was built, Pillow and NumPy on one
+    thread otherwise, bit for bit the same. Raises ValueError if an image, a size or out is not as described.
     """
-    height, width, channels = frame.shape
-    out = np.empty((height // patch * (width // patch), channels * temporal * patch * patch), np.float32)
+    if out.device.type != "cpu" or out.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"out: expected a float32 or bfloat16 tensor on the CPU, got {out.dtype} on {out.device}")
     if native is None:
-        _C.frame_to_patches(frame, out, patch, temporal, merge)
+        array = out.view(torch.uint16).numpy() if out.dtype == torch.bfloat16 else out.numpy()
+        first = [vertical_first(image.shape, size) for image, size in zip(images, sizes, strict=True)]
+        _C.images_to_patches(images, sizes, array, patch, temporal, merge, first, threads=threads)
         return out
+    rows = [height // patch * (width // patch) for height, width in sizes]
+    expected = (sum(rows), 3 * temporal * patch * patch)
+    if out.shape != expected:
+        raise ValueError(f"out: expected shape {expected}, got {tuple(out.shape)}")
+    for image, (height, width), target in zip(images, sizes, out.split(rows), strict=True):
+        target.copy_(torch.from_numpy(_pillow_patches(image, height, width, patch, temporal, merge)))
+    return out
+
+
+def vertical_first(shape: Sequence[int], size: tuple[int, int]) -> bool:
+    """Whether the installed Pillow resizes rows before columns, which decides what is rounded in between.
+
+    shape: (height, width, ...) before, size: (height, width) after. Pillow chooses so for tall images: from 13.0 on
+    where the height shrinks by more than twice as many pixels as the width, in 12.2 and 12.3 where it is more than 100
+    times the width and shrinks, before that never.
+    """
+    height, width = shape[:2]
+    shrinks_by = height - size[0]
+    if PILLOW >= (13, 0):
+        return shrinks_by > max(0, 2 * (width - size[1]))
+    return PILLOW >= (12, 2) and shrinks_by > 0 and height > 100 * width
+
+
+def _pillow_patches(image: np.ndarray, height: int, width: int, patch: int, temporal: int, merge: int) -> np.ndarray:
+    frame = np.ascontiguousarray(image)
+    if frame.shape[:2] != (height, width):
+        frame = np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC))
     blocks = PIXEL_VALUES[frame].reshape(
-        height // (patch * merge), merge, patch, width // (patch * merge), merge, patch, channels
+        height // (patch * merge), merge, patch, width // (patch * merge), merge, patch, 3
     )
     # -> block row, block column, row in block, column in block, channel, patch row, patch column
     ordered = blocks.transpose(0, 3, 1, 4, 6, 2, 5)
-    target = out.reshape(*ordered.shape[:5], temporal, patch, patch)
-    target[...] = ordered[:, :, :, :, :, None]
-    return out
+    repeated = np.repeat(ordered[:, :, :, :, :, None], temporal, axis=5)
+    return repeated.reshape(height // patch * (width // patch), -1)
 
 
 def _pixel_values() -> np.ndarray:
@@ -97,3 +139,6 @@ def _pixel_values() -> np.ndarray:
 
 PIXEL_VALUES = _pixel_values()
 """(256,) float32: what each 8-bit channel value becomes."""
+
+PILLOW = tuple(int(part) for part in PIL.__version__.split(".")[:2])
+"""(major, minor) of the installed Pillow."""

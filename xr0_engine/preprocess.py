@@ -11,12 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
+from xr0_engine import ops
 from xr0_engine.config import VisionConfig, XR0Config
 from xr0_engine.embodiment import Embodiment, View, embodiment_for
 from xr0_engine.normalize import ActionStatistics, load_statistics, select_robot_type
-from xr0_engine.ops import frame_to_patches
 from xr0_engine.prompt import PromptTokenizer, head_length, normalize_instruction
 from xr0_engine.types import ModelInputs, Observation
 
@@ -45,29 +44,28 @@ def smart_resize(height: int, width: int, factor: int = 32) -> tuple[int, int]:
     return new_height, new_width
 
 
-def image_to_patches(image: np.ndarray, vision: VisionConfig) -> tuple[np.ndarray, tuple[int, int]]:
-    """Resize an image and cut it into normalised patches (spec section 3.1).
+def images_to_patches(
+    images: Sequence[np.ndarray], vision: VisionConfig, threads: int = 1
+) -> tuple[torch.Tensor, tuple[tuple[int, int], ...]]:
+    """Resize images and cut them into normalised patches (spec section 3.1).
 
-    image: (H, W, 3) uint8 RGB, any strides. Returns the patches, (grid_h * grid_w, patch_dim) float32 in [-1, 1], those
-    of one merge block in sequence, and (grid_h, grid_w). Raises ValueError for an aspect ratio above 200.
+    images: (H, W, 3) uint8 RGB each, any strides. threads: how many to use at most. Returns the patches of all images
+    in sequence, (grid_h * grid_w + ..., patch_dim) float32 in [-1, 1], those of one merge block together, and (grid_h,
+    grid_w) of each image. Raises ValueError for an aspect ratio above 200.
     """
-    height, width = image.shape[:2]
-    height, width = smart_resize(height, width, vision.patch_size * vision.spatial_merge_size)
-    frame = np.ascontiguousarray(image)
-    if frame.shape[:2] != (height, width):
-        frame = np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC))
-    patches = frame_to_patches(frame, vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size)
-    return patches, (height // vision.patch_size, width // vision.patch_size)
+    patch, merge = vision.patch_size, vision.spatial_merge_size
+    sizes = [smart_resize(image.shape[0], image.shape[1], patch * merge) for image in images]
+    grids = tuple((height // patch, width // patch) for height, width in sizes)
+    out = torch.empty(sum(height * width for height, width in grids), vision.patch_dim)
+    return ops.images_to_patches(images, sizes, patch, vision.temporal_patch_size, merge, out, threads), grids
 
 
 def orient(image: np.ndarray, view: View) -> np.ndarray:
-    """The image as the view's profile wants it: turned by 180 degrees first, then cropped. (H, W, 3) uint8 both."""
+    """The image as the view's profile wants it: turned by 180 degrees first, then cropped.
+
+    (H, W, 3) uint8; the result is a view of it."""
     if view.rotate_180:
-        turned = np.empty_like(image)
-        # Channel by channel: six times as fast as copying the reversed image at once.
-        for channel in range(image.shape[2]):
-            turned[..., channel] = image[::-1, ::-1, channel]
-        image = turned
+        image = image[::-1, ::-1]
     height, width = image.shape[:2]
     kept_height, kept_width = _kept(height, view.center_crop), _kept(width, view.center_crop)
     top, left = (height - kept_height) // 2, (width - kept_width) // 2
@@ -176,13 +174,14 @@ class Preprocessor:
         if len(set(lengths.values())) > 1:
             raise ValueError(f"observations: expected one chunk length in a batch, got {lengths}")
 
-        patches: list[np.ndarray] = []
-        grids: list[list[tuple[int, int]]] = []
-        for observation, (_, embodiment) in zip(observations, resolved, strict=True):
-            images = [orient(observation.images[view.key], view) for view in embodiment.views]
-            processed = [image_to_patches(image, self.config.vision) for image in images]
-            patches += [image_patches for image_patches, _ in processed]
-            grids.append([grid for _, grid in processed])
+        images = [
+            orient(observation.images[view.key], view)
+            for observation, (_, embodiment) in zip(observations, resolved, strict=True)
+            for view in embodiment.views
+        ]
+        patches, grids = images_to_patches(images, self.config.vision, torch.get_num_threads())
+        remaining = iter(grids)
+        grids_of_row = [[next(remaining) for _ in embodiment.views] for _, embodiment in resolved]
 
         tokens, merge = self.config.tokens, self.config.vision.spatial_merge_size
         prompts = [
@@ -191,18 +190,18 @@ class Preprocessor:
                 [height * width // merge**2 for height, width in row_grids],
                 observation.instruction,
             )
-            for observation, (_, embodiment), row_grids in zip(observations, resolved, grids, strict=True)
+            for observation, (_, embodiment), row_grids in zip(observations, resolved, grids_of_row, strict=True)
         ]
         input_ids, attention = _pad_left(prompts, self.tokenizer.pad_id)
         positions = [
             position_ids(ids, mask, row_grids, tokens.image, merge)
-            for ids, mask, row_grids in zip(input_ids, attention, grids, strict=True)
+            for ids, mask, row_grids in zip(input_ids, attention, grids_of_row, strict=True)
         ]
         return ModelInputs(
             input_ids=torch.from_numpy(input_ids),
             attention_mask=torch.from_numpy(attention),
-            pixel_values=torch.from_numpy(np.concatenate(patches)),
-            image_grids=tuple(grid for row_grids in grids for grid in row_grids),
+            pixel_values=patches,
+            image_grids=grids,
             position_ids=torch.from_numpy(np.stack(positions, axis=1)),
             head_length=_common_head(prompts, tokens.vision_start),
             state=torch.from_numpy(np.stack([_state(observation.state, self.config) for observation in observations])),

@@ -1,59 +1,211 @@
-// A resized camera frame to the vision tower's patches, in one pass (spec section 3.1).
+// Camera frame to the vision tower's patches in one pass: resize, normalise, order (spec section 3.1).
 #pragma once
 
-#include <array>
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <vector>
+
+#include "xr0/resample.h"
+#include "xr0/rows.h"
 
 namespace xr0 {
 
-inline constexpr int kChannels = 3;
-
 struct PatchLayout {
-    int64_t patch_size;
-    int64_t temporal_patch_size;
-    int64_t merge_size;
+    int32_t patch_size;
+    int32_t temporal_patch_size;
+    int32_t merge_size;
+
+    int32_t block() const { return patch_size * merge_size; }
+    std::ptrdiff_t slice() const { return std::ptrdiff_t{patch_size} * patch_size; }
+    std::ptrdiff_t patch_dim() const { return kChannels * temporal_patch_size * slice(); }
 };
 
-// What each 8-bit value becomes: scaled in double, rounded to float, then normalised with mean and std 0.5 in float,
-// each step rounded as the processor that the model was trained with rounds it.
-inline std::array<float, 256> pixel_values() {
-    std::array<float, 256> values{};
-    for (int i = 0; i < 256; ++i) {
-        const auto scaled = static_cast<float>(i * (1.0 / 255.0));
-        values[i] = (scaled - 0.5F) / 0.5F;
+// Strides are in bytes and may have any sign. pixels points to the first channel of the first pixel.
+struct Frame {
+    const uint8_t* pixels;
+    int32_t height;
+    int32_t width;
+    std::ptrdiff_t row_stride;
+    std::ptrdiff_t pixel_stride;
+    std::ptrdiff_t channel_stride;
+    bool bgr;
+};
+
+struct Resize {
+    AxisView columns;
+    AxisView rows;
+    int32_t height;
+    int32_t width;
+    // Which pass comes first decides what is rounded in between.
+    bool vertical_first;
+};
+
+// What one thread needs to work on frames up to some size; made by who calls image_to_patches, which allocates nothing.
+class Scratch {
+  public:
+    void reserve(const Resize& resize) {
+        const auto packed = (std::size_t(resize.columns.in) + resize.columns.taps) * kChannels + kRowSlack;
+        packed_row_ = std::max(packed_row_, round_up(packed));
+        plane_ = std::max(plane_, round_up(std::size_t(resize.columns.outputs)));
+        taps_ = std::max(taps_, std::size_t(resize.rows.taps));
+        packed_.resize(packed_row_ * kRowGroup);
+        ring_.resize(ring_row() * (taps_ + kRowGroup));
+        planes_.resize(kChannels * plane_ * kRowGroup);
+        window_.resize(taps_);
     }
-    return values;
+
+    std::ptrdiff_t plane() const { return static_cast<std::ptrdiff_t>(plane_); }
+    // A group of rows of pixels, as long as the frame's.
+    uint8_t* packed(int row) { return packed_.data() + packed_row_ * row; }
+    // Rows after the first pass: those of one window and the next group.
+    uint8_t* ring(int32_t row) { return ring_.data() + ring_row() * (std::size_t(row) % (taps_ + kRowGroup)); }
+    // A group of finished rows.
+    uint8_t* planes(int row) { return planes_.data() + kChannels * plane_ * row; }
+    const uint8_t** window() { return window_.data(); }
+
+  private:
+    static std::size_t round_up(std::size_t bytes) { return (bytes + kPlaneStep - 1) / kPlaneStep * kPlaneStep; }
+    std::size_t ring_row() const { return std::max(kChannels * plane_, packed_row_); }
+
+    std::size_t packed_row_ = 0;
+    std::size_t plane_ = 0;
+    std::size_t taps_ = 0;
+    std::vector<uint8_t> packed_;
+    std::vector<uint8_t> ring_;
+    std::vector<uint8_t> planes_;
+    std::vector<const uint8_t*> window_;
+};
+
+inline void copy_packed(const Frame& frame, int32_t row, uint8_t* out) {
+    const uint8_t* pixel = frame.pixels + row * frame.row_stride;
+    if (frame.pixel_stride == kChannels && frame.channel_stride == 1) {
+        std::memcpy(out, pixel, static_cast<std::size_t>(frame.width) * kChannels);
+        return;
+    }
+    for (int32_t x = 0; x < frame.width; ++x, pixel += frame.pixel_stride, out += kChannels) {
+        for (int channel = 0; channel < kChannels; ++channel) {
+            out[channel] = pixel[channel * frame.channel_stride];
+        }
+    }
 }
 
-// frame: height rows of width RGB pixels, row_stride bytes from one row to the next; pixels within a row are packed.
-// out: height * width / patch_size^2 patches of (channel, temporal, row, column). The patches of one merge block follow
-// each other; a still frame fills every temporal slice. height and width are multiples of patch_size * merge_size.
-inline void frame_to_patches(const uint8_t* frame, std::ptrdiff_t row_stride, int64_t height, int64_t width,
-                             const PatchLayout& layout, float* out) {
-    static const std::array<float, 256> values = pixel_values();
-    const auto [patch, temporal, merge] = layout;
-    const int64_t block = patch * merge;
-    const int64_t slice = patch * patch;
-    for (int64_t block_y = 0; block_y < height; block_y += block) {
-        for (int64_t block_x = 0; block_x < width; block_x += block) {
-            for (int64_t y = block_y; y < block_y + block; y += patch) {
-                for (int64_t x = block_x; x < block_x + block; x += patch) {
-                    for (int channel = 0; channel < kChannels; ++channel) {
-                        const float* first = out;
-                        for (int64_t row = y; row < y + patch; ++row) {
-                            const uint8_t* pixel = frame + row * row_stride + x * kChannels + channel;
-                            for (int64_t column = 0; column < patch; ++column) {
-                                *out++ = values[pixel[column * kChannels]];
-                            }
-                        }
-                        for (int64_t copy = 1; copy < temporal; ++copy, out += slice) {
-                            std::memcpy(out, first, static_cast<std::size_t>(slice) * sizeof(float));
-                        }
-                    }
-                }
+// Makes the rows of the resized frame, from top to bottom.
+class Resizer {
+  public:
+    Resizer(const Frame& frame, const Resize& resize, const RowFunctions& functions, int32_t first_row,
+            Scratch& scratch)
+        : frame_(frame),
+          resize_(resize),
+          functions_(functions),
+          scratch_(scratch),
+          group_(first_row),
+          next_(resize.rows.first[first_row]) {}
+
+    // Three planes, scratch.plane() bytes apart, valid until the next call. Called for every row in turn.
+    const uint8_t* row(int32_t y) {
+        if (!resize_.vertical_first) {
+            window_over(y, &Resizer::resize_columns);
+            functions_.vertical(scratch_.window(), resize_.rows, y, static_cast<int32_t>(kChannels * scratch_.plane()),
+                                scratch_.planes(0));
+            return scratch_.planes(0);
+        }
+        if ((y - group_) % kRowGroup == 0) {
+            make_group(y);
+        }
+        return scratch_.planes((y - group_) % kRowGroup);
+    }
+
+  private:
+    // Rows of frames after the first pass, as many as the window of output row y needs.
+    void window_over(int32_t y, void (Resizer::*make)()) {
+        const int32_t first = resize_.rows.first[y];
+        const int32_t taps = resize_.rows.taps;
+        while (next_ < std::min(first + taps, frame_.height)) {
+            (this->*make)();
+        }
+        for (int32_t tap = 0; tap < taps; ++tap) {
+            // Behind the last row all weights are zero.
+            scratch_.window()[tap] = scratch_.ring(std::min(first + tap, frame_.height - 1));
+        }
+    }
+
+    void resize_columns() {
+        const uint8_t* sources[kRowGroup];
+        uint8_t* targets[kRowGroup];
+        for (int i = 0; i < kRowGroup; ++i) {
+            const int32_t row = std::min(next_ + i, frame_.height - 1);
+            const int slot = row - next_;
+            if (slot == i) {
+                copy_packed(frame_, row, scratch_.packed(i));
             }
+            sources[i] = scratch_.packed(slot);
+            targets[i] = scratch_.ring(row);
+        }
+        functions_.horizontal(sources, resize_.columns, targets, scratch_.plane());
+        next_ += kRowGroup;
+    }
+
+    void copy_row() {
+        copy_packed(frame_, next_, scratch_.ring(next_));
+        ++next_;
+    }
+
+    void make_group(int32_t y) {
+        const uint8_t* sources[kRowGroup];
+        uint8_t* targets[kRowGroup];
+        const int32_t bytes = (frame_.width * kChannels + kPlaneStep - 1) / kPlaneStep * kPlaneStep;
+        for (int i = 0; i < kRowGroup; ++i) {
+            const int slot = std::min(y + i, resize_.height - 1) - y;
+            if (slot == i) {
+                window_over(y + i, &Resizer::copy_row);
+                functions_.vertical(scratch_.window(), resize_.rows, y + i, bytes, scratch_.packed(i));
+            }
+            sources[i] = scratch_.packed(slot);
+            targets[i] = scratch_.planes(slot);
+        }
+        functions_.horizontal(sources, resize_.columns, targets, scratch_.plane());
+    }
+
+    const Frame& frame_;
+    const Resize& resize_;
+    const RowFunctions& functions_;
+    Scratch& scratch_;
+    const int32_t group_;
+    int32_t next_;
+};
+
+inline void emit(const RowFunctions& functions, const uint8_t* values, const RowLayout& layout, float* out) {
+    functions.emit_float32(values, layout, out);
+}
+
+inline void emit(const RowFunctions& functions, const uint8_t* values, const RowLayout& layout, uint16_t* out) {
+    functions.emit_bfloat16(values, layout, out);
+}
+
+// The patches of the rows of merge blocks begin to end - 1. out: all patches of the frame, each (channel, temporal,
+// row, column); the patches of one merge block follow each other; a still frame fills every temporal slice. The new
+// height and width are multiples of a merge block's. T: float, or uint16_t for bfloat16.
+template <typename T>
+void image_to_patches(const Frame& frame, const Resize& resize, const PatchLayout& layout,
+                      const RowFunctions& functions, int32_t begin, int32_t end, Scratch& scratch, T* out) {
+    const int32_t patch = layout.patch_size;
+    const int32_t merge = layout.merge_size;
+    const std::ptrdiff_t slice = layout.slice();
+    const std::ptrdiff_t patch_dim = layout.patch_dim();
+    const int32_t columns = resize.width / patch;
+    const RowLayout row_layout{columns, patch, layout.temporal_patch_size, merge, slice, patch_dim};
+    Resizer resizer(frame, resize, functions, begin * layout.block(), scratch);
+    for (int32_t y = begin * layout.block(); y < end * layout.block(); ++y) {
+        const uint8_t* const planes = resizer.row(y);
+        const std::ptrdiff_t first_patch =
+            std::ptrdiff_t{y / layout.block()} * merge * columns + y / patch % merge * merge;
+        T* const row = out + first_patch * patch_dim + y % patch * patch;
+        for (int channel = 0; channel < kChannels; ++channel) {
+            const std::ptrdiff_t target = frame.bgr ? kChannels - 1 - channel : channel;
+            emit(functions, planes + channel * scratch.plane(), row_layout,
+                 row + target * layout.temporal_patch_size * slice);
         }
     }
 }
