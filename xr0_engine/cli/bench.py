@@ -138,6 +138,26 @@ def jitter(
 
 
 @app.command()
+def kernels(
+    case: CaseName = "libero",
+    size: Size = "small",
+    checkpoint: Checkpoint = None,
+    device: Device = "auto",
+    dtype: Dtype = "bfloat16",
+    threads: Threads = None,
+    rounds: Rounds = 20,
+    backend: Annotated[str, typer.Option(help="auto, reference, triton or cuda.")] = "auto",
+    json_file: JsonFile = None,
+) -> None:
+    """Every op and GEMM of a case alone, beside its bound on this machine. Makes and reads no weights."""
+    from xr0_engine.bench import kernels as module
+
+    _check_file(json_file)
+    setup = _setup(case, size, checkpoint, device, dtype, threads)
+    _deliver(*module.measure(setup, rounds, _command(), backend), module.show, json_file)
+
+
+@app.command()
 def ablate(
     case: CaseName = "libero",
     size: Size = "small",
