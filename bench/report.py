@@ -95,9 +95,8 @@ def _figures(result: Result, series: Series, bounds: Bounds) -> list[str]:
     if max(map(len, series.values())) > 1:
         in_turn = result.kind != "kernels"
         medians = {rival: {s: float(np.median(v)) for s, v in stages.items()} for rival, stages in series.items()}
-        caption = f"{'Stages one after the other' if in_turn else 'Kernels'}, medians" + (
-            ", and the bound inside each bar" if bounds.ms else ""
-        )
+        caption = "Stages one after the other, medians" if in_turn else "Kernels, medians"
+        caption += ", and the bound inside each bar" if bounds.ms else ""
         label = f"bound ({bounds.chip})" if bounds.chip else "bound"
         chart = charts.timeline(medians, bounds.ms, caption, in_turn)
         drawn.append(figure(caption, chart, series, label if bounds.ms else None))
@@ -141,8 +140,8 @@ def _tiles(result: Result, series: Series, bounds: Bounds) -> str:
     if "missed_deadlines" in result.facts:
         tiles.append(("ticks missed", f"{result.facts['missed_deadlines']} of {result.facts['ticks']}"))
     if "peak_memory_bytes" in result.facts:
-        label = "peak memory, all rivals" if result.kind == "latency" and len(series) > 1 else "peak memory"
-        tiles.append((label, _gibibytes(result.facts["peak_memory_bytes"])))
+        # Of the process: rivals share it.
+        tiles.append(("peak memory", _gibibytes(result.facts["peak_memory_bytes"])))
     shown = "".join(f"<div><dt>{escape(label)}</dt><dd>{escape(value)}</dd></div>" for label, value in tiles)
     return f'<dl class="tiles">{shown}</dl>' if tiles else ""
 

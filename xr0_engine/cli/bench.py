@@ -204,9 +204,9 @@ def roofline(
 @app.command(context_settings={"ignore_unknown_options": True})
 def compare(
     arguments: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(help="Result files: A and B, or A, B and A again. With --run-against: options of latency."),
-    ],
+    ] = None,
     threshold: Annotated[str, typer.Option(help="How much slower B may be, beyond noise.")] = "5%",
     series: Annotated[str | None, typer.Option(help="Only this series, such as engine.")] = None,
     run_against: Annotated[
@@ -219,21 +219,33 @@ def compare(
     from xr0_engine.bench import compare as module
 
     _check_file(json_file)
-    code = module.run(arguments, threshold, series, run_against, repeats, json_file)
+    code = module.run(arguments or [], threshold, series, run_against, repeats, json_file)
     if code:
         raise typer.Exit(code)
 
 
 @app.command()
 def report(
-    files: Annotated[list[Path], typer.Argument(help="Result files, written with --json.")],
+    files: Annotated[list[Path] | None, typer.Argument(help="Result files, written with --json.")] = None,
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+    table: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Instead, write README.md there: its latest results.")
+    ] = None,
 ) -> None:
-    """One self-contained HTML page: stages against their bound, histograms, throughput, ablation."""
+    """One self-contained HTML page: stages against their bound, histograms, throughput, ablation.
+
+    A roofline of the same case with `--chip here` gives the others their bound.
+    """
+    from xr0_engine.bench import readme
     from xr0_engine.bench import report as module
 
+    if table is not None:
+        if files:
+            raise ValueError(f"--table: expected no result files beside it, got {len(files)}")
+        print(f"wrote {readme.run(table)}")
+        return
     _check_file(out, "--out")
-    module.run(files, out)
+    module.run(files or [], out)
     print(f"wrote {out}")
 
 
