@@ -1,6 +1,7 @@
 # `make help` lists what there is. Every target first sets up what it needs, and does so again only after a change.
 PYTHON ?= python3
 PYTEST_ARGS ?= -n 2
+FUZZ_SECONDS ?= 60
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,13 +13,16 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint gpu-test clean
+.PHONY: help demo test lint gpu-test bench clean
 
 help:
 	@echo "make demo      install, then drive a simulated two-armed robot with a small random model"
 	@echo "make test      install, then run the tests; PYTEST_ARGS selects, for example PYTEST_ARGS=tests/cli"
 	@echo "make lint      install, then check style, types and formatting"
 	@echo "make gpu-test  install with CUDA, then run the tests that need a GPU"
+	@echo "make bench     install, then time every kernel; results go to outputs/kernels.json"
+	@echo "make sanitize  test the native module under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make fuzz      fuzz the native module's sizes and strides for FUZZ_SECONDS (now: $(FUZZ_SECONDS))"
 	@echo "make clean     remove what was built; $(VENV) stays"
 	@echo
 	@echo "The installation goes to $(VENV). PYTHON chooses the interpreter (now: $(PYTHON), 3.10 to 3.13)."
@@ -38,6 +42,39 @@ lint: $(INSTALLED)-cpu
 gpu-test: $(INSTALLED)-cuda
 	$(BIN)/python -c "import torch; torch.cuda.init()"
 	$(BIN)/python -m pytest -m gpu
+
+bench: $(INSTALLED)-$(if $(shell command -v nvidia-smi),cuda,cpu)
+	@mkdir -p outputs
+	$(BIN)/python -m pytest bench/suite.py --benchmark-only --benchmark-sort=fullname \
+	  --benchmark-columns=min,median,iqr,rounds --benchmark-json=outputs/kernels.json
+
+# CMake settings of a build of csrc/ outside of the package.
+CONFIGURE = $(BIN)/cmake -G Ninja -S . -B $@ -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+  -DPython_EXECUTABLE=$(abspath $(BIN))/python -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
+
+# The tests run in a copy of the sources with the instrumented module in its place. Python itself is not instrumented:
+# the sanitizer has to be loaded first, and Python's own leaks are not looked for.
+sanitize: build/sanitize
+	rm -rf $</tree && mkdir $</tree
+	cp -a xr0_engine kernels export training bench tests pyproject.toml $</tree
+	rm -f $</tree/xr0_engine/_C.*.so && cp $</_C.*.so $</tree/xr0_engine
+	cd $</tree && LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 $(abspath $(BIN))/python -m pytest tests/test_native.py
+
+build/sanitize: $(INSTALLED)-cpu $(CSRC) CMakeLists.txt
+	$(CONFIGURE) -DXR0_SANITIZE=ON
+	$(BIN)/cmake --build $@
+	@touch $@
+
+fuzz: build/fuzz
+	mkdir -p $</corpus
+	$</fuzz_patches -max_total_time=$(FUZZ_SECONDS) -timeout=10 -max_len=40 -len_control=0 $</corpus
+
+build/fuzz: $(INSTALLED)-cpu $(CSRC) CMakeLists.txt
+	$(call need,command -v clang++,clang)
+	$(CONFIGURE) -DXR0_FUZZ=ON -DCMAKE_CXX_COMPILER=clang++
+	$(BIN)/cmake --build $@
+	@touch $@
 
 clean:
 	rm -rf build dist *.egg-info outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis xr0_engine/_C.*.so
