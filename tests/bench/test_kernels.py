@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.support import CPU
-from xr0_engine.bench import kernels
+from xr0_engine.bench import kernels, suite
 from xr0_engine.bench.cases import CASES, Setup
 from xr0_engine.bench.ceilings import Ceilings
 from xr0_engine.bench.kernels import Kernel, check, kernel_specs, random_tensors
@@ -71,6 +71,30 @@ def test_result_and_its_table(tmp_path, capsys):
     assert max(map(len, lines)) <= 80
     lines = [line.strip() for line in lines]
     assert [name for name in names if any(line.startswith(f"{name} ") for line in lines)] == names
+
+
+class OneCall:
+    """Stands in for pytest-benchmark's fixture."""
+
+    def __init__(self):
+        self.extra_info = {}
+        self.rounds = 0
+
+    def pedantic(self, call, setup, rounds, warmup_rounds):
+        setup()
+        call()
+        self.rounds = rounds
+
+
+def test_suite_times_what_was_checked(monkeypatch):
+    monkeypatch.setattr(suite, "DEVICE", CPU)
+    monkeypatch.setattr(suite, "DTYPE", "float32")
+    spec = kernel_specs(tiny_config(), WORK, "float32")[0]
+    benchmark = OneCall()
+    suite.test_kernel(benchmark, spec, TOY)
+    assert benchmark.rounds == suite.ROUNDS
+    assert benchmark.extra_info["bound_ms"] == spec.bound_ms(TOY)
+    assert benchmark.extra_info["error_against_float64"] < kernels.GATE["float32"]
 
 
 @pytest.mark.parametrize(
