@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from xr0_engine.bench.results import Result
 
 MACHINE = ("device", "processor", "threads")
+NEAR = 0.05
+"""How far the numbers of tokens may lie apart: a roofline counts Qwen's tokens, a random checkpoint has its own."""
 
 
 @dataclass(frozen=True)
@@ -23,19 +26,24 @@ class Bounds:
 
 
 def bounds_of(result: Result, others: Iterable[Result]) -> Bounds:
-    """The result's own bound, else that of a roofline among the others: of the same case, and of ceilings that were
-    measured on the same machine. Without stages if there is none."""
+    """The result's own bound, else that of a roofline among the others: of the same case, but for a few tokens, and of
+    ceilings that were measured on the same machine. Without stages if there is none."""
     if "bound_ms" in result.facts:
         return Bounds(str(result.facts.get("chip", "")), result.facts["bound_ms"])
     if result.kind not in ("latency", "jitter"):
         return Bounds()
     for other in others:
-        if other.kind == "roofline" and other.case == result.case and _same_machine(result, other):
+        if other.kind == "roofline" and _same_case(result.case, other.case) and _same_machine(result, other):
             bound = other.facts["bound_ms"]
             # The action head alone has one stage.
             ms = {"total": bound["flow"]} if result.boundary == "flow" else bound
-            return Bounds(str(other.facts["chip"]), ms)
+            return Bounds(f"{other.facts['chip']}, {other.case['tokens']} tokens", ms)
     return Bounds()
+
+
+def _same_case(measured: Mapping[str, Any], roofline: Mapping[str, Any]) -> bool:
+    tokens, counted = measured.get("tokens", 0), roofline["tokens"]
+    return {**measured, "tokens": counted} == roofline and abs(tokens - counted) <= NEAR * counted
 
 
 def _same_machine(measured: Result, roofline: Result) -> bool:

@@ -19,7 +19,7 @@ WIDE, HALF = 1040, 500
 FONT = 12
 LETTER = 6.6
 """Width of a letter at FONT, on the generous side: what is measured is only how much room a label needs."""
-BINS = 48
+FEWEST_BINS, MOST_BINS = 12, 48
 MOST_POINTS = 360
 """More points than this in one line are not to be told apart."""
 
@@ -82,7 +82,7 @@ def timeline(
         stages.append("total")
     join = sum if in_turn else max
     ends = [join(v for s, v in times.items() if s != "total" or len(times) == 1) for times in series.values()]
-    high = max(*ends, *(times.get("total", 0) for times in series.values()))
+    high = max(*ends, *(times.get("total", 0) for times in series.values())) or 1.0
     left, bar, gap, top = _label_room(stages), 16, 12, 8
     x = Axis(0, high, left, WIDE - 74)
     y = float(top)
@@ -114,7 +114,9 @@ def timeline(
 def histogram(samples: Samples, deadlines: Mapping[str, float], title: str) -> str:
     """How many rounds took how long. deadlines: label -> milliseconds; those on the axis are drawn."""
     x, beyond = _time_axis(samples, 52, HALF - 16)
-    edges = np.linspace(x.low, x.high, BINS + 1)
+    longest = max(len(values) for values in samples.values())
+    bins = min(max(round(2 * longest**0.5), FEWEST_BINS), MOST_BINS)
+    edges = np.linspace(x.low, x.high, bins + 1)
     counts = {name: np.histogram(np.asarray(values), edges)[0] for name, values in samples.items()}
     top, bottom = 36, 264
     y = Axis(0, max(1, *(int(found.max()) for found in counts.values())), bottom, top)
@@ -125,7 +127,7 @@ def histogram(samples: Samples, deadlines: Mapping[str, float], title: str) -> s
             outline.append(f"V{y(count)}H{x(edges[index + 1])}")
         marks.append(f'<path class="area s{number}" d="{"".join(outline)}V{bottom}Z"/>')
     marks += _deadlines(x, top, bottom, deadlines)
-    for index in range(BINS):
+    for index in range(bins):
         if any(found[index] for found in counts.values()):
             told = "; ".join(f"{name}: {found[index]}" for name, found in counts.items())
             tip = f"{milliseconds(edges[index])} to {milliseconds(edges[index + 1])} ms: rounds of {told}"
@@ -147,7 +149,7 @@ def distribution(samples: Samples, deadlines: Mapping[str, float], title: str) -
             steps.append(f"H{x(values[index])}V{y(100 * (index + 1) / len(values))}")
         marks.append(f'<path class="line s{number}" d="{"".join(steps)}H{x.end}"/>')
     marks += _deadlines(x, top, bottom, deadlines)
-    edges = np.linspace(x.low, x.high, BINS + 1)
+    edges = np.linspace(x.low, x.high, MOST_BINS + 1)
     for low, high in pairwise(edges):
         told = "; ".join(f"{name}: {np.mean(values <= high):.1%}" for name, values in ordered.items())
         marks.append(_hover(x(low), top, x(high) - x(low), bottom - top, f"done by {milliseconds(high)} ms: {told}"))
@@ -160,7 +162,7 @@ def rounds(samples: Samples, deadlines: Mapping[str, float], title: str) -> str:
     group = math.ceil(longest / MOST_POINTS)
     unit = "round" if group == 1 else f"round; the slowest of every {group} is drawn"
     radius = 2 if longest > MOST_POINTS / 4 else 3.5
-    high = max(max(values) for values in samples.values())
+    high = max(max(values) for values in samples.values()) or 1.0
     top, bottom = 28, 208
     left = _label_room([milliseconds(high)])
     right = WIDE - 84

@@ -27,7 +27,8 @@ No result has been committed yet. Nothing was measured on a GPU so far.
 """
 LEGEND = """
 Milliseconds. A dash: too few rounds to tell, or no bound known. Missed: rounds longer than 33.3 ms (30 Hz) and 10 ms
-(100 Hz). Of bound: the bound of the same case with this machine's measured ceilings, over p50.
+(100 Hz). Of bound: the bound of the same case with this machine's measured ceilings, over p50. A random checkpoint's
+tokenizer makes prompts a few tokens shorter than the bound counts.
 """
 
 

@@ -57,7 +57,8 @@ def machine(result: Result) -> str:
     """The GPU, or the processor and how many threads of it."""
     known = result.environment
     device = str(known.get("device", "unknown device"))
-    return f"{known.get('processor', 'unknown CPU')}, {known.get('threads')} threads" if device == "cpu" else device
+    threads = "1 thread" if known.get("threads") == 1 else f"{known.get('threads')} threads"
+    return f"{known.get('processor', 'unknown CPU')}, {threads}" if device == "cpu" else device
 
 
 def _section(number: int, name: str, result: Result, bounds: Bounds) -> str:
@@ -175,7 +176,8 @@ def _percentiles(result: Result, series: Series, bounds: Bounds) -> str:
 def _rivals(series: Series) -> list[str]:
     drawn, rows = [], []
     for number, (rival, stages) in enumerate(series.items()):
-        for stage in (stage for stage in stages if rival != OURS and stage in series[OURS]):
+        # A stage too short for the clock has no ratio.
+        for stage in (s for s in stages if rival != OURS and min(series[OURS].get(s, [0.0])) > 0):
             middle, low, high = ratio_with_spread(np.asarray(stages[stage]), np.asarray(series[OURS][stage]))
             told = f"{middle:.2f} (quartiles {low:.2f} to {high:.2f})"
             drawn.append(Bar(f"{rival}: {stage}", middle, low, high, number, f"{rival} / {OURS}, {stage}: {told}"))
@@ -212,11 +214,13 @@ def _ablation(series: Series, facts: Mapping[str, Any]) -> list[str]:
 
 def _throughput(series: Series, batches: Mapping[str, int]) -> list[str]:
     times = [(float(batch), float(np.median(series[name][TOTAL]))) for name, batch in batches.items() if name in series]
-    times.sort()
+    times = sorted(point for point in times if point[1] > 0)
+    if not times:
+        return []
     chunks = {OURS: [(batch, 1000 * batch / median_ms) for batch, median_ms in times]}
     left = figure("Chunks per second", charts.curve(chunks, "batch", "chunks / s", "Chunks per second by batch"))
     right = figure("Median time of a call", charts.curve({OURS: times}, "batch", "ms", "Time of a call by batch"))
-    return [f'<div class="pair">{left}{right}</div>'] if times else []
+    return [f'<div class="pair">{left}{right}</div>']
 
 
 def _operators(operators: Sequence[Mapping[str, Any]]) -> str:
