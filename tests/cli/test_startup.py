@@ -32,6 +32,7 @@ def start(*arguments: str) -> str:
         pytest.param("import xr0_engine", id="package"),
         pytest.param(start("--help"), id="xr0 --help"),
         *(pytest.param(start(name, "--help"), id=f"xr0 {name} --help") for name in cli.COMMANDS),
+        pytest.param(start("bench", "latency", "--help"), id="xr0 bench latency --help"),
     ],
 )
 def test_start_imports_nothing_heavy(code):

@@ -1,0 +1,134 @@
+"""xr0 bench as it is called: files, tables, exit codes. What is measured is tested in tests/bench."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from typer.testing import CliRunner
+
+from xr0_engine.bench.cases import Subject
+from xr0_engine.bench.results import read
+from xr0_engine.cli import app
+from xr0_engine.cli.bench import app as bench_app
+
+COMMANDS = [command.callback.__name__ for command in bench_app.registered_commands]
+MEASURING = ("latency", "throughput", "coldstart", "jitter", "kernels", "ablate")
+TINY = ("--size", "tiny", "--device", "cpu", "--dtype", "float32", "--threads", "1")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XR0_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("COLUMNS", "80")
+        yield
+
+
+def bench(*arguments: str):
+    return CliRunner().invoke(app, ["bench", *arguments])
+
+
+def test_help_lists_every_command():
+    result = bench("--help")
+    assert result.exit_code == 0
+    assert [name for name in COMMANDS if name not in result.output] == []
+    assert {*MEASURING, "roofline", "compare", "report"} <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_command_has_help(name):
+    result = bench(name, "--help")
+    assert result.exit_code == 0
+    assert f" bench {name} [OPTIONS]" in result.output
+
+
+def test_latency_writes_its_result_and_prints_a_table(tmp_path):
+    file = tmp_path / "latency.json"
+    result = bench("latency", *TINY, "--rounds", "2", "--json", str(file))
+    assert result.exit_code == 0, result.stderr
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    for text in ("libero, tiny, batch 1, float32", "prefill", "quartiles", "2 rounds", "1 of "):
+        assert text in result.stdout
+    written = read(file)
+    assert written.complete
+    assert len(written.series["released"]["total"]) == 2
+
+
+def test_throughput_takes_batch_sizes():
+    result = bench("throughput", *TINY, "--rounds", "1", "--batches", "1, 2")
+    assert result.exit_code == 0, result.stderr
+    assert "chunks per second" in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 80
+
+
+def test_jitter_runs_a_loop():
+    result = bench("jitter", *TINY, "--rate", "2", "--seconds", "0.5")
+    assert result.exit_code == 0, result.stderr
+    assert "of 1 deadlines missed" in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("name", MEASURING)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        pytest.param(("--case", "kitchen"), "case: expected one of libero, bimanual, stress; got 'kitchen'", id="case"),
+        pytest.param(("--device", "cuda:99"), "device 'cuda:99': this machine has", id="missing GPU"),
+        pytest.param(("--threads", "0"), "threads: expected at least 1", id="threads"),
+        pytest.param(("--json", "/nowhere/at/all.json"), "--json: expected a file in a folder that exists", id="file"),
+    ],
+)
+def test_mistake_is_one_line_and_exits_with_2(name, options, message):
+    result = bench(name, *TINY, *options)
+    assert result.exit_code == 2
+    assert len(result.stderr.splitlines()) == 1
+    assert f"xr0: error: {message}" in result.stderr
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize("name", [name for name in MEASURING if name != "jitter"])
+def test_wrong_rounds_exit_with_2(name):
+    result = bench(name, *TINY, "--rounds", "0")
+    assert result.exit_code == 2
+    assert "rounds" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        pytest.param(("latency", "--boundary", "replay"), "it needs CUDA graphs", id="replay"),
+        pytest.param(("latency", "--boundary", "websocket"), "it needs the server", id="websocket"),
+        pytest.param(("latency", "--part", "tail"), "part: expected one of all, dit", id="part"),
+        pytest.param(("throughput", "--batches", "1;2"), "batches: expected whole numbers", id="batches"),
+        pytest.param(("jitter", "--rate", "0"), "rate: expected more than 0", id="rate"),
+        pytest.param(("report", "none.json"), "none.json", id="no such result"),
+    ],
+)
+def test_impossible_wish_exits_with_2(arguments, message):
+    name, *options = arguments
+    result = bench(name, *(TINY if name != "report" else ()), *options)
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("reason", "exit_code"), [(KeyboardInterrupt(), 130), (ValueError("worn out"), 2)], ids=["Ctrl-C", "error"]
+)
+def test_interrupted_run_leaves_a_valid_file(monkeypatch, tmp_path, reason, exit_code):
+    infer, calls = Subject.infer, itertools.count()
+
+    def interrupted(self):
+        # The gate, two rounds of warm-up and one that counts come before.
+        if next(calls) == 1 + 2 + 1:
+            raise reason
+        return infer(self)
+
+    monkeypatch.setattr(Subject, "infer", interrupted)
+    file = tmp_path / "latency.json"
+    result = bench("latency", *TINY, "--alone", "--rounds", "9", "--json", str(file))
+    assert result.exit_code == exit_code
+    assert "INTERRUPTED" in result.stdout
+    written = read(file)
+    assert not written.complete
+    assert len(written.series["engine"]["total"]) == 1
