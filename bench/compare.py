@@ -283,9 +283,10 @@ def _print(comparison: Comparison) -> None:
     table.add_column("stage")
     for column in ("A ms", "B ms", "B / A", "interval", "noise", ""):
         table.add_column(column, justify="right", no_wrap=True)
+    alone = len({row.series for row in comparison.rows}) == 1
     for row in comparison.rows:
         table.add_row(
-            escape(_label(row.series, row.stage)),
+            escape(_label("" if alone else row.series, row.stage)),
             ", ".join(f"{value:.4g}" for value in row.a_ms),
             f"{row.b_ms:.4g}",
             f"{row.ratio:.3f}",
@@ -297,7 +298,7 @@ def _print(comparison: Comparison) -> None:
     console.print(table)
     console.print(
         f"medians; intervals: {1 - FALSE_ALARMS:.0%}, all rows together; noise from {comparison.against}; "
-        f"slower: beyond noise and {comparison.threshold:.3g}",
+        f"slower: beyond noise and {100 * comparison.threshold:.3g} %",
         highlight=False,
     )
     for note in comparison.notes:
