@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -78,6 +78,12 @@ def measure_ceilings(device: torch.device, dtype: str) -> Ceilings:
     matmul_s = _best_seconds(lambda: torch.mm(a, b, out=product), device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     return Ceilings(name, {dtype: 2 * size**3 / matmul_s}, 2 * COPIED_BYTES / copy_s, "measured")
+
+
+def highest(first: Ceilings, second: Ceilings) -> Ceilings:
+    """Of two measurements of one machine: what disturbs one lowers it, so the higher rates are the ceilings."""
+    peaks = {dtype: max(rate, second.operations_s[dtype]) for dtype, rate in first.operations_s.items()}
+    return replace(first, operations_s=peaks, bytes_s=max(first.bytes_s, second.bytes_s))
 
 
 def rates(ceilings: Mapping[str, Any]) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from xr0_engine import ops
 from xr0_engine.bench.cases import Setup, describe
-from xr0_engine.bench.ceilings import COPIED_BYTES, Ceilings, measure_ceilings, rates
+from xr0_engine.bench.ceilings import COPIED_BYTES, Ceilings, highest, measure_ceilings, rates
 from xr0_engine.bench.results import Result, environment
 from xr0_engine.bench.roofline import FLOAT32_BYTES, Operator, Precision, Workload, operators
 from xr0_engine.bench.tables import footer, number
@@ -233,6 +233,8 @@ def measure(setup: Setup, rounds: int, command: str, backend: str = "auto") -> t
 
     with torch.inference_mode():
         series, reason = run({backend: one_round}, rounds)
+    if reason is None:
+        ceilings = highest(ceilings, measure_ceilings(device, setup.dtype))
     result = Result(
         kind="kernels",
         command=command,

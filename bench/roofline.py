@@ -269,7 +269,7 @@ def show(result: Result, list_operators: bool = False) -> None:
     found, case, ceilings = result.facts["operators"], result.case, result.facts["ceilings"]
     console = Console()
     table = _operator_table(found) if list_operators else _stage_table(found)
-    table.title = f"{case['name']}, {case['size']}, batch {case['batch']}, {case['dtype']}, on {ceilings['name']}"
+    table.title = f"{case['name']}, {case['size']}, batch {case['batch']}, {case['dtype']}"
     console.print(table)
     console.print(
         f"{len(case['views'])} views, {case['tokens']} tokens, all computed, chunk of {case['chunk_length']}.\n"

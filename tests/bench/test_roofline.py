@@ -160,6 +160,12 @@ def test_measured_ceilings_are_rates(monkeypatch):
     assert measured.source == "measured"
 
 
+def test_highest_ceilings():
+    one = Ceilings("toy", {"float32": 3.0}, 1.0, "measured")
+    other = Ceilings("toy", {"float32": 2.0}, 4.0, "measured")
+    assert ceilings_.highest(one, other) == Ceilings("toy", {"float32": 3.0}, 4.0, "measured")
+
+
 @pytest.mark.parametrize(("case", "expected"), [("libero", LIBERO), ("bimanual", BIMANUAL)])
 def test_workload_of_case(case, expected):
     assert Workload.of_case(Setup(CASES[case], size="4b")) == (published_config(), expected)
