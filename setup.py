@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,8 @@ class CMakeBuild(build_ext):
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
         }
+        # XR0_BUILD_CUDA: auto (where nvcc is found), 0 or 1. XR0_CUDA_ARCHS: for example "89;90".
+        options |= {name: os.environ[name] for name in ("XR0_BUILD_CUDA", "XR0_CUDA_ARCHS") if name in os.environ}
         subprocess.run([*configure, *(f"-D{name}={value}" for name, value in options.items())], check=True)
         subprocess.run([CMAKE, "--build", str(build)], check=True)
         if not module.exists():

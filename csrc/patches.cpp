@@ -2,13 +2,13 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <map>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <thread>
 #include <vector>
 
+#include "axes.h"
+#include "checks.h"
 #include "dispatch.h"
 #include "ops.h"
 
@@ -16,11 +16,6 @@ namespace py = pybind11;
 
 namespace {
 
-// Far above any camera; keeps every index within 32 bits and every table small.
-constexpr int64_t kMaxSide = 32768;
-// Of the processor that the model was trained with.
-constexpr int64_t kMaxAspect = 200;
-constexpr int64_t kMaxLayout = 1024;
 constexpr int64_t kMaxThreads = 1024;
 
 struct Job {
@@ -32,23 +27,12 @@ struct Job {
     int32_t block_rows;
 };
 
-std::string pair_of(int64_t height, int64_t width) {
-    return "(" + std::to_string(height) + ", " + std::to_string(width) + ")";
-}
-
 std::string describe(const py::array& array) {
     std::string text = static_cast<std::string>(py::str(array.dtype())) + " (";
     for (py::ssize_t axis = 0; axis < array.ndim(); ++axis) {
         text += (axis == 0 ? "" : ", ") + std::to_string(array.shape(axis));
     }
     return text + (array.ndim() == 1 ? ",)" : ")");
-}
-
-void check_range(const char* name, int64_t value, int64_t max) {
-    if (value < 1 || value > max) {
-        throw py::value_error(std::string(name) + ": expected 1 to " + std::to_string(max) + ", got " +
-                              std::to_string(value));
-    }
 }
 
 const xr0::RowFunctions& choose(const std::optional<std::string>& instruction_set) {
@@ -64,18 +48,6 @@ const xr0::RowFunctions& choose(const std::optional<std::string>& instruction_se
         names += (names.empty() ? "" : ", ") + std::string(functions->name);
     }
     throw py::value_error("instruction_set: this processor has " + names + "; got '" + *instruction_set + "'");
-}
-
-void check_size(const std::string& name, int64_t height, int64_t width) {
-    const auto [low, high] = std::minmax(height, width);
-    if (low < 1 || high > kMaxSide) {
-        throw py::value_error(name + ": expected height and width of 1 to " + std::to_string(kMaxSide) + ", got " +
-                              pair_of(height, width));
-    }
-    if (high > kMaxAspect * low) {
-        throw py::value_error(name + ": expected an aspect ratio of at most " + std::to_string(kMaxAspect) +
-                              ", got height and width " + pair_of(height, width));
-    }
 }
 
 xr0::Frame checked_frame(const py::array& frame, const std::string& name, bool bgr) {
@@ -99,14 +71,6 @@ xr0::Frame checked_frame(const py::array& frame, const std::string& name, bool b
     return checked;
 }
 
-void check_target(const std::string& name, int64_t height, int64_t width, int64_t block) {
-    if (height % block != 0 || width % block != 0) {
-        throw py::value_error(name + ": expected multiples of patch_size * merge_size = " + std::to_string(block) +
-                              ", got " + pair_of(height, width));
-    }
-    check_size(name, height, width);
-}
-
 void check_out(const py::array& out, int64_t patches, int64_t patch_dim) {
     const bool known = py::isinstance<py::array_t<float>>(out) || py::isinstance<py::array_t<uint16_t>>(out);
     if (!known || out.ndim() != 2 || out.shape(0) != patches || out.shape(1) != patch_dim) {
@@ -120,23 +84,6 @@ void check_out(const py::array& out, int64_t patches, int64_t patch_dim) {
     if (!out.writeable()) {
         throw py::value_error("out: expected a writable array, got a read-only one");
     }
-}
-
-// Cameras keep their size: the tables of the last sizes are kept too.
-std::shared_ptr<const xr0::Axis> axis_for(int32_t in, int32_t out) {
-    constexpr std::size_t kKept = 64;
-    static std::mutex mutex;
-    static std::map<std::pair<int32_t, int32_t>, std::shared_ptr<const xr0::Axis>> axes;
-    const std::lock_guard lock(mutex);
-    if (const auto found = axes.find({in, out}); found != axes.end()) {
-        return found->second;
-    }
-    auto axis = std::make_shared<const xr0::Axis>(in, out);
-    if (axes.size() >= kKept) {
-        axes.clear();
-    }
-    axes.emplace(std::pair{in, out}, axis);
-    return axis;
 }
 
 // Rows of merge blocks begin to end - 1, counted through all jobs.
@@ -204,20 +151,12 @@ void images_to_patches(const std::vector<py::array>& frames, const std::vector<s
                        py::array out, int64_t patch_size, int64_t temporal_patch_size, int64_t merge_size,
                        const std::vector<bool>& vertical_first, bool bgr, int64_t threads,
                        const std::optional<std::string>& instruction_set) {
-    check_range("patch_size", patch_size, kMaxLayout);
-    check_range("temporal_patch_size", temporal_patch_size, kMaxLayout);
-    check_range("merge_size", merge_size, kMaxLayout);
+    const xr0::PatchLayout layout = checked_layout(patch_size, temporal_patch_size, merge_size);
     check_range("threads", threads, kMaxThreads);
     const xr0::RowFunctions& functions = choose(instruction_set);
-    const xr0::PatchLayout layout{static_cast<int32_t>(patch_size), static_cast<int32_t>(temporal_patch_size),
-                                  static_cast<int32_t>(merge_size)};
-    if (frames.size() != sizes.size()) {
-        throw py::value_error("sizes: expected one (height, width) for each of " + std::to_string(frames.size()) +
-                              " frames, got " + std::to_string(sizes.size()));
-    }
-    if (!vertical_first.empty() && vertical_first.size() != frames.size()) {
-        throw py::value_error("vertical_first: expected none, or one for each of " + std::to_string(frames.size()) +
-                              " frames, got " + std::to_string(vertical_first.size()));
+    check_count("sizes", sizes.size(), frames.size());
+    if (!vertical_first.empty()) {
+        check_count("vertical_first", vertical_first.size(), frames.size());
     }
     std::vector<Job> jobs;
     int64_t patches = 0;

@@ -235,7 +235,7 @@ def test_bad_arrays_are_refused(frame, size, out, message):
         ("threads", 0, "1 to 1024, got 0"),
         ("vertical_first", [True, True], "one for each of 1 frames, got 2"),
         ("instruction_set", "sse9", "portable; got 'sse9'"),
-        ("sizes", [SIZE, SIZE], "one .* for each of 1 frames, got 2"),
+        ("sizes", [SIZE, SIZE], "one for each of 1 frames, got 2"),
     ],
 )
 def test_bad_options_are_refused(name, value, message):
@@ -255,9 +255,9 @@ def test_other_objects_are_refused(frame):
     [
         (
             torch.empty(OUT_SHAPE, dtype=torch.float64),
-            "expected a float32 or bfloat16 tensor .* got torch.float64",
+            "expected float32 or bfloat16 on cpu or cuda, got torch.float64",
         ),
-        (torch.empty(OUT_SHAPE, device="meta"), "on the CPU, got torch.float32 on meta"),
+        (torch.empty(OUT_SHAPE, device="meta"), "got torch.float32 on meta"),
         (torch.empty(7, PATCH_DIM), "out: expected .*got .*\\(7, 1536\\)"),
     ],
     ids=["dtype", "device", "shape"],

@@ -34,3 +34,36 @@ def images_to_patches(
     fastest. Neither changes a bit of the result.
     Raises ValueError if a dtype, shape, stride, flag or size is not as described, TypeError for other kinds of objects.
     """
+
+def cuda_fault(device: int = 0) -> str | None:
+    """Why the CUDA operators cannot use a GPU, None if they can."""
+
+def resize_table(in_size: int, out_size: int) -> NDArray[np.int32]:
+    """What images_to_patches_cuda needs of one axis of a resize: (out_size * (1 + taps),), to be copied to the GPU.
+
+    For each output the first of its taps input samples; then, for each output, the samples' weights, times 2**22.
+    Raises ValueError for a size that is not in 1..32768.
+    """
+
+def images_to_patches_cuda(
+    frames: Sequence[tuple[int, tuple[int, int], tuple[int, int, int]]],
+    sizes: Sequence[tuple[int, int]],
+    columns: Sequence[tuple[int, int]],
+    rows: Sequence[tuple[int, int]],
+    out: int,
+    bfloat16: bool,
+    temporal_patch_size: int,
+    merge_size: int,
+    vertical_first: Sequence[bool],
+    bgr: bool,
+    device: int,
+    stream: int,
+) -> None:
+    """images_to_patches on a GPU, in one launch; the same bits. Asynchronous. Not yet run on a GPU.
+
+    frames: 1 to 16 of (address, (height, width), strides in bytes), uint8. columns, rows: the address of a
+    resize_table on the GPU and its taps, for each frame. out: address of as many float32 or bfloat16 values as
+    images_to_patches fills. stream: a cudaStream_t. patch_size is 16. All memory is the GPU's, and stays as it is until
+    the stream has done the work. Nothing is allocated: the call can be captured in a CUDA graph.
+    Raises ValueError if a value, a size or the place of a memory is not as described, RuntimeError without a GPU.
+    """

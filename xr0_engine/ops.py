@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import PIL
@@ -84,21 +85,22 @@ def images_to_patches(
     """Resize images as Pillow does (bicubic), normalise them, and cut them into patches in Qwen's order (spec 3.1).
 
     images: (H, W, 3) uint8 RGB each, any strides. sizes: the (height, width) to resize each to, multiples of patch *
-    merge. out: (all images' patches, 3 * temporal * patch**2) float32 or bfloat16 on the CPU, C-contiguous; filled
-    image by image and returned. threads: how many to use at most. Native where _C was built, Pillow and NumPy on one
-    thread otherwise, bit for bit the same. Raises ValueError if an image, a size or out is not as described.
+    merge. out: (all images' patches, 3 * temporal * patch**2) float32 or bfloat16, C-contiguous; filled image by image
+    and returned. threads: how many to use at most. On the CPU native where _C was built, Pillow and NumPy on one thread
+    otherwise. If out is on a GPU, the images are uploaded at once and processed there, on the current stream; not yet
+    run on a GPU. All three give the same bits. Raises ValueError if an image, a size or out is not as described,
+    NotImplementedError if out is on a GPU and _C was built without CUDA or patch is not 16.
     """
-    if out.device.type != "cpu" or out.dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"out: expected a float32 or bfloat16 tensor on the CPU, got {out.dtype} on {out.device}")
+    if out.device.type not in ("cpu", "cuda") or out.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"out: expected float32 or bfloat16 on cpu or cuda, got {out.dtype} on {out.device}")
+    first = [vertical_first(image.shape, size) for image, size in zip(images, sizes, strict=True)]
+    if out.device.type == "cuda":
+        return _patches_on_gpu(images, sizes, patch, temporal, merge, out, first)
     if native is None:
         array = out.view(torch.uint16).numpy() if out.dtype == torch.bfloat16 else out.numpy()
-        first = [vertical_first(image.shape, size) for image, size in zip(images, sizes, strict=True)]
         _C.images_to_patches(images, sizes, array, patch, temporal, merge, first, threads=threads)
         return out
-    rows = [height // patch * (width // patch) for height, width in sizes]
-    expected = (sum(rows), 3 * temporal * patch * patch)
-    if out.shape != expected:
-        raise ValueError(f"out: expected shape {expected}, got {tuple(out.shape)}")
+    rows = _patch_rows(sizes, patch, temporal, out)
     for image, (height, width), target in zip(images, sizes, out.split(rows), strict=True):
         target.copy_(torch.from_numpy(_pillow_patches(image, height, width, patch, temporal, merge)))
     return out
@@ -116,6 +118,64 @@ def vertical_first(shape: Sequence[int], size: tuple[int, int]) -> bool:
     if PILLOW >= (13, 0):
         return shrinks_by > max(0, 2 * (width - size[1]))
     return PILLOW >= (12, 2) and shrinks_by > 0 and height > 100 * width
+
+
+def _patch_rows(sizes: Sequence[tuple[int, int]], patch: int, temporal: int, out: torch.Tensor) -> list[int]:
+    """Patches of each image. Raises ValueError if they do not fill out."""
+    rows = [height // patch * (width // patch) for height, width in sizes]
+    expected = (sum(rows), 3 * temporal * patch * patch)
+    if out.shape != expected or not out.is_contiguous():
+        contiguous = "contiguous" if out.is_contiguous() else "not contiguous"
+        raise ValueError(f"out: expected contiguous and shape {expected}, got {contiguous} {tuple(out.shape)}")
+    return rows
+
+
+def _patches_on_gpu(
+    images: Sequence[np.ndarray],
+    sizes: Sequence[tuple[int, int]],
+    patch: int,
+    temporal: int,
+    merge: int,
+    out: torch.Tensor,
+    first: list[bool],
+) -> torch.Tensor:
+    if reason := native or _C.cuda_fault(out.device.index):
+        raise NotImplementedError(f"patches on {out.device}: {reason}; make them on the CPU and copy them")
+    if patch != 16:
+        raise NotImplementedError(f"patch: the GPU's operator has 16 only, got {patch}; the CPU's has any")
+    _patch_rows(sizes, patch, temporal, out)
+    # One pinned buffer: one copy, which does not hold up the host.
+    offsets = np.cumsum([0, *(image.size for image in images)]).tolist()
+    staging = torch.empty(offsets[-1], dtype=torch.uint8, pin_memory=True)
+    for image, begin, end in zip(images, offsets, offsets[1:], strict=False):
+        np.copyto(staging.numpy()[begin:end].reshape(image.shape), image, casting="no")
+    pixels = staging.to(out.device, non_blocking=True)
+    columns = [_table(image.shape[1], size[1], out.device) for image, size in zip(images, sizes, strict=True)]
+    rows = [_table(image.shape[0], size[0], out.device) for image, size in zip(images, sizes, strict=True)]
+    _C.images_to_patches_cuda(
+        frames=[
+            (pixels.data_ptr() + begin, image.shape[:2], (3 * image.shape[1], 3, 1))
+            for image, begin in zip(images, offsets, strict=False)
+        ],
+        sizes=sizes,
+        columns=[(table.data_ptr(), taps) for table, taps in columns],
+        rows=[(table.data_ptr(), taps) for table, taps in rows],
+        out=out.data_ptr(),
+        bfloat16=out.dtype == torch.bfloat16,
+        temporal_patch_size=temporal,
+        merge_size=merge,
+        vertical_first=first,
+        bgr=False,
+        device=out.device.index,
+        stream=torch.cuda.current_stream(out.device).cuda_stream,
+    )
+    return out
+
+
+@lru_cache(maxsize=64)
+def _table(in_size: int, out_size: int, device: torch.device) -> tuple[torch.Tensor, int]:
+    table = torch.from_numpy(_C.resize_table(in_size, out_size)).to(device)
+    return table, table.numel() // out_size - 1
 
 
 def _pillow_patches(image: np.ndarray, height: int, width: int, patch: int, temporal: int, merge: int) -> np.ndarray:
