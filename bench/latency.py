@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from xr0_engine import ops
 from xr0_engine.bench.cases import HeadSubject, Setup, Subject
 from xr0_engine.bench.results import Result, environment
 from xr0_engine.bench.tables import footer, latency_table
@@ -64,7 +65,7 @@ def measure(
     variants = {} if alone else {"released": False} | ({"compiled": True} if compiled else {})
     if part == "dit":
         head_subject = HeadSubject.make(setup)
-        device, case, backend = head_subject.state.device, head_subject.describe(), "reference"
+        device, case, backend = head_subject.state.device, head_subject.describe(), ops.resolve_backend("auto")
         rivals = _head_rivals(head_subject, attention, variants)
     else:
         subject = Subject.load(setup)
