@@ -1,4 +1,4 @@
-"""What is measured: three cases, with inputs fabricated from the checkpoint's own configuration and pinned seeds."""
+"""What is measured: some cases, with inputs fabricated from the checkpoint's own configuration and pinned seeds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from xr0_engine import ops
 from xr0_engine.checkpoint import ROBOTS, SIZES, init_checkpoint
 from xr0_engine.config import XR0Config
-from xr0_engine.embodiment import embodiment_for
+from xr0_engine.embodiment import Embodiment, embodiment_for, load_embodiment
 from xr0_engine.engine import DTYPES, Engine
 from xr0_engine.env import cache_dir
 from xr0_engine.model.dit import ActionHead
@@ -34,9 +34,9 @@ LONG_INSTRUCTION = (
 class Case:
     """One situation of a robot.
 
-    image_size: (height, width) of every view as the camera gives it. tokens: length of the prompt with Qwen's own
-    tokenizer, for what is measured without a prompt. prefix_length: actions already committed. instruction: None is
-    the one of Engine.example.
+    profile: of embodiment.py, for other views than the robot type's own. image_size: (height, width) of every view as
+    the camera gives it. tokens: length of the prompt with Qwen's own tokenizer, for what is measured without a prompt.
+    prefix_length: actions already committed. instruction: None is the one of Engine.example.
     """
 
     name: str
@@ -46,6 +46,11 @@ class Case:
     prefix_length: int = 0
     batch: int = 1
     instruction: str | None = None
+    profile: str | None = None
+
+    @property
+    def embodiment(self) -> Embodiment:
+        return embodiment_for(self.robot_type) if self.profile is None else load_embodiment(self.profile)
 
     def observations(self, engine: Engine) -> list[Observation]:
         """One per row of the batch, always the same; the first row's images are Engine.example's."""
@@ -74,6 +79,8 @@ CASES = {
     for case in (
         Case("libero", "libero_all", (256, 256), tokens=194),
         Case("bimanual", "bimanual", (480, 640), tokens=315),
+        # Long chunks from two cameras: the bimanual statistics behind LIBERO's views.
+        Case("two_views", "bimanual", (480, 640), tokens=226, profile="libero"),
         Case("stress", "bimanual", (480, 640), tokens=378, prefix_length=6, batch=8, instruction=LONG_INSTRUCTION),
     )
 }
@@ -143,7 +150,7 @@ class Subject:
         """Raises ValueError for what is wrong in setup, CheckpointError for a checkpoint that cannot be used."""
         device, case = setup.prepare(), setup.case
         folder = setup.folder()
-        engine = Engine.from_pretrained(folder, str(device), setup.dtype)
+        engine = Engine.from_pretrained(folder, str(device), setup.dtype, embodiment=case.profile)
         return cls(setup, folder, engine, case.observations(engine), case.prefixes(engine), case.noise(engine))
 
     def infer(self) -> list[ActionChunk]:
@@ -151,7 +158,7 @@ class Subject:
 
     def describe(self) -> dict[str, Any]:
         """The case, as Result holds it."""
-        inputs = Preprocessor.load(self.folder)(self.observations)
+        inputs = Preprocessor.load(self.folder, self.setup.case.embodiment)(self.observations)
         return describe(self.setup, inputs.input_ids.shape[1], self.noise.shape[1])
 
 
@@ -232,7 +239,7 @@ def describe(setup: Setup, tokens: int, chunk_length: int) -> dict[str, Any]:
         "name": case.name,
         "size": setup.size if setup.checkpoint is None else Path(setup.checkpoint).name,
         "robot_type": case.robot_type,
-        "views": [list(case.image_size) for _ in embodiment_for(case.robot_type).views],
+        "views": [list(case.image_size) for _ in case.embodiment.views],
         "tokens": tokens,
         "chunk_length": chunk_length,
         "prefix_length": case.prefix_length,

@@ -32,7 +32,6 @@ from xr0_engine.bench.ceilings import HERE, Ceilings, ceilings_for, rates
 from xr0_engine.bench.results import Result, environment
 from xr0_engine.checkpoint import ROBOTS, SIZES
 from xr0_engine.config import VisionConfig, XR0Config
-from xr0_engine.embodiment import embodiment_for
 from xr0_engine.model.weights import resolve_checkpoint
 from xr0_engine.normalize import load_statistics, select_robot_type
 from xr0_engine.preprocess import orient, smart_resize
@@ -79,7 +78,7 @@ class Workload:
             statistics = load_statistics(folder, config.head.action_dim, config.std_epsilon)
             chunk_length = statistics[select_robot_type(statistics, case.robot_type)].chunk_length
         image = np.empty((*case.image_size, 3), np.uint8)
-        grids = [_grid(orient(image, view), config.vision) for view in embodiment_for(case.robot_type).views]
+        grids = [_grid(orient(image, view), config.vision) for view in case.embodiment.views]
         return config, Workload(tuple(grids) * case.batch, case.tokens, chunk_length, case.batch)
 
 

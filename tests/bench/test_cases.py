@@ -29,6 +29,7 @@ def tiny(name: str, **changes) -> Setup:
 EXPECTED = {
     "libero": ([[256, 256]] * 2, 10, 0, 1),
     "bimanual": ([[480, 640]] * 3, 30, 0, 1),
+    "two_views": ([[480, 640]] * 2, 30, 0, 1),
     "stress": ([[480, 640]] * 3, 30, 6, 8),
 }
 
@@ -71,7 +72,7 @@ def test_inputs_are_the_same_every_time(name):
 
 
 def test_unknown_case_lists_the_known():
-    with pytest.raises(ValueError, match="case: expected one of libero, bimanual, stress; got 'kitchen'"):
+    with pytest.raises(ValueError, match="case: expected one of libero, bimanual, two_views, stress; got 'kitchen'"):
         find_case("kitchen")
     assert find_case("libero") is CASES["libero"]
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from xr0_engine.bench.cases import Setup
     from xr0_engine.bench.results import Result
 
-CaseName = Annotated[str, typer.Option("--case", help="libero, bimanual or stress.")]
+CaseName = Annotated[str, typer.Option("--case", help="libero, bimanual, two_views or stress.")]
 Size = Annotated[str, typer.Option(help="Random weights: tiny, small or 4b (8.8 GiB, the published sizes).")]
 Checkpoint = Annotated[str | None, typer.Option(help="Your own checkpoint instead: folder or Hugging Face hub id.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
