@@ -122,7 +122,7 @@ void work_on_threads(const std::vector<Job>& jobs, const xr0::PatchLayout& layou
     std::vector<xr0::Scratch> scratch(static_cast<std::size_t>(threads));
     for (xr0::Scratch& own : scratch) {
         for (const Job& job : jobs) {
-            own.reserve(job.resize);
+            own.reserve(job.resize, layout);
         }
     }
     JoinAll others;

@@ -42,6 +42,7 @@ void horizontal(const uint8_t* const* rows, const AxisView& axis, uint8_t* const
     const int32_t* digits = axis.digits;
     for (int32_t x = 0; x < axis.outputs; x += kOutputStep) {
         Sums sums[kOutputStep];
+#pragma GCC unroll 4
         for (int i = 0; i < kOutputStep; ++i) {
             std::ptrdiff_t at = static_cast<std::ptrdiff_t>(axis.first[x + i]) * kChannels;
             for (int32_t tap = 0; tap < axis.taps; tap += kTapStep, digits += kDigits, at += kTapStep * kChannels) {

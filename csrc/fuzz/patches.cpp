@@ -37,7 +37,7 @@ void compare(const xr0::Frame& frame, const xr0::Resize& resize, const xr0::Patc
     const auto patches = [&](const xr0::RowFunctions& functions) {
         std::vector<T> out(values);
         xr0::Scratch scratch;
-        scratch.reserve(resize);
+        scratch.reserve(resize, layout);
         const int32_t blocks = resize.height / layout.block();
         // In two parts, as two threads would.
         xr0::image_to_patches(frame, resize, layout, functions, 0, blocks / 2, scratch, out.data());

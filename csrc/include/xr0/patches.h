@@ -45,15 +45,16 @@ struct Resize {
 // What one thread needs to work on frames up to some size; made by who calls image_to_patches, which allocates nothing.
 class Scratch {
   public:
-    void reserve(const Resize& resize) {
+    void reserve(const Resize& resize, const PatchLayout& layout) {
         const auto packed = (std::size_t(resize.columns.in) + resize.columns.taps) * kChannels + kRowSlack;
         packed_row_ = std::max(packed_row_, round_up(packed));
         plane_ = std::max(plane_, round_up(std::size_t(resize.columns.outputs)));
         taps_ = std::max(taps_, std::size_t(resize.rows.taps));
         packed_.resize(packed_row_ * kRowGroup);
         ring_.resize(ring_row() * (taps_ + kRowGroup));
-        planes_.resize(kChannels * plane_ * kRowGroup);
-        window_.resize(taps_);
+        finished_ = std::size_t(layout.patch_size) + kRowGroup;
+        planes_.resize(kChannels * plane_ * finished_);
+        window_.resize(std::max(taps_, finished_));
     }
 
     std::ptrdiff_t plane() const { return static_cast<std::ptrdiff_t>(plane_); }
@@ -61,8 +62,9 @@ class Scratch {
     uint8_t* packed(int row) { return packed_.data() + packed_row_ * row; }
     // Rows after the first pass: those of one window and the next group.
     uint8_t* ring(int32_t row) { return ring_.data() + ring_row() * (std::size_t(row) % (taps_ + kRowGroup)); }
-    // A group of finished rows.
-    uint8_t* planes(int row) { return planes_.data() + kChannels * plane_ * row; }
+    // Finished rows: those of one row of patches and the next group. Three planes each, plane() bytes apart.
+    uint8_t* planes(int32_t row) { return planes_.data() + kChannels * plane_ * (std::size_t(row) % finished_); }
+    // Room for pointers to the rows of a window or of a patch.
     const uint8_t** window() { return window_.data(); }
 
   private:
@@ -72,6 +74,7 @@ class Scratch {
     std::size_t packed_row_ = 0;
     std::size_t plane_ = 0;
     std::size_t taps_ = 0;
+    std::size_t finished_ = 0;
     std::vector<uint8_t> packed_;
     std::vector<uint8_t> ring_;
     std::vector<uint8_t> planes_;
@@ -103,18 +106,17 @@ class Resizer {
           group_(first_row),
           next_(resize.rows.first[first_row]) {}
 
-    // Three planes, scratch.plane() bytes apart, valid until the next call. Called for every row in turn.
-    const uint8_t* row(int32_t y) {
-        if (!resize_.vertical_first) {
-            window_over(y, &Resizer::resize_columns);
-            functions_.vertical(scratch_.window(), resize_.rows, y, static_cast<int32_t>(kChannels * scratch_.plane()),
-                                scratch_.planes(0));
-            return scratch_.planes(0);
+    // Makes at least row y, into scratch.planes(y). Called for every row in turn.
+    void make(int32_t y) {
+        if (resize_.vertical_first) {
+            if ((y - group_) % kRowGroup == 0) {
+                make_group(y);
+            }
+            return;
         }
-        if ((y - group_) % kRowGroup == 0) {
-            make_group(y);
-        }
-        return scratch_.planes((y - group_) % kRowGroup);
+        window_over(y, &Resizer::resize_columns);
+        functions_.vertical(scratch_.window(), resize_.rows, y, static_cast<int32_t>(kChannels * scratch_.plane()),
+                            scratch_.planes(y));
     }
 
   private:
@@ -163,7 +165,7 @@ class Resizer {
                 functions_.vertical(scratch_.window(), resize_.rows, y + i, bytes, scratch_.packed(i));
             }
             sources[i] = scratch_.packed(slot);
-            targets[i] = scratch_.planes(slot);
+            targets[i] = scratch_.planes(y + slot);
         }
         functions_.horizontal(sources, resize_.columns, targets, scratch_.plane());
     }
@@ -176,12 +178,12 @@ class Resizer {
     int32_t next_;
 };
 
-inline void emit(const RowFunctions& functions, const uint8_t* values, const RowLayout& layout, float* out) {
-    functions.emit_float32(values, layout, out);
+inline void emit(const RowFunctions& functions, const uint8_t* const* rows, const EmitLayout& layout, float* out) {
+    functions.emit_float32(rows, layout, out);
 }
 
-inline void emit(const RowFunctions& functions, const uint8_t* values, const RowLayout& layout, uint16_t* out) {
-    functions.emit_bfloat16(values, layout, out);
+inline void emit(const RowFunctions& functions, const uint8_t* const* rows, const EmitLayout& layout, uint16_t* out) {
+    functions.emit_bfloat16(rows, layout, out);
 }
 
 // The patches of the rows of merge blocks begin to end - 1. out: all patches of the frame, each (channel, temporal,
@@ -192,21 +194,19 @@ void image_to_patches(const Frame& frame, const Resize& resize, const PatchLayou
                       const RowFunctions& functions, int32_t begin, int32_t end, Scratch& scratch, T* out) {
     const int32_t patch = layout.patch_size;
     const int32_t merge = layout.merge_size;
-    const std::ptrdiff_t slice = layout.slice();
-    const std::ptrdiff_t patch_dim = layout.patch_dim();
-    const int32_t columns = resize.width / patch;
-    const RowLayout row_layout{columns, patch, layout.temporal_patch_size, merge, slice, patch_dim};
+    const EmitLayout emit_layout{resize.width / patch, patch,    layout.temporal_patch_size, merge,
+                                 scratch.plane(),      frame.bgr};
     Resizer resizer(frame, resize, functions, begin * layout.block(), scratch);
-    for (int32_t y = begin * layout.block(); y < end * layout.block(); ++y) {
-        const uint8_t* const planes = resizer.row(y);
-        const std::ptrdiff_t first_patch =
-            std::ptrdiff_t{y / layout.block()} * merge * columns + y / patch % merge * merge;
-        T* const row = out + first_patch * patch_dim + y % patch * patch;
-        for (int channel = 0; channel < kChannels; ++channel) {
-            const std::ptrdiff_t target = frame.bgr ? kChannels - 1 - channel : channel;
-            emit(functions, planes + channel * scratch.plane(), row_layout,
-                 row + target * layout.temporal_patch_size * slice);
+    for (int32_t patch_row = begin * merge; patch_row < end * merge; ++patch_row) {
+        for (int32_t y = patch_row * patch; y < (patch_row + 1) * patch; ++y) {
+            resizer.make(y);
         }
+        for (int32_t row = 0; row < patch; ++row) {
+            scratch.window()[row] = scratch.planes(patch_row * patch + row);
+        }
+        const std::ptrdiff_t first_patch =
+            std::ptrdiff_t{patch_row / merge} * merge * emit_layout.patches + patch_row % merge * merge;
+        emit(functions, scratch.window(), emit_layout, out + first_patch * layout.patch_dim());
     }
 }
 

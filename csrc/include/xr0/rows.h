@@ -35,14 +35,14 @@ struct AxisView {
     const int32_t* halves;   // [outputs][taps / 2][2]: two signed 16-bit numbers each; number h counts 65536^h
 };
 
-// Where the values of one plane of one row go.
-struct RowLayout {
-    int32_t patches;            // pieces that the row is cut into
-    int32_t patch;              // values of a piece
-    int32_t temporal;           // times that each piece is written
-    int32_t merge;              // pieces of a merge block, whose patches follow each other
-    std::ptrdiff_t copy_step;   // values from one writing of a piece to the next
-    std::ptrdiff_t patch_step;  // values from one patch to the next
+// Where the values of one row of patches go: out is [patch][channel][temporal][row][column], merge blocks together.
+struct EmitLayout {
+    int32_t patches;       // in the row
+    int32_t patch;         // rows and columns of a patch
+    int32_t temporal;      // times that each slice is written
+    int32_t merge;         // patches of a merge block that are in the row
+    std::ptrdiff_t plane;  // bytes from one plane of a row to the next
+    bool bgr;              // order of the planes
 };
 
 struct RowFunctions {
@@ -51,8 +51,9 @@ struct RowFunctions {
     void (*horizontal)(const uint8_t* const* rows, const AxisView& axis, uint8_t* const* out, std::ptrdiff_t plane);
     // rows: those of the window of output number `output`; they and out have `bytes`, a multiple of kPlaneStep.
     void (*vertical)(const uint8_t* const* rows, const AxisView& axis, int32_t output, int32_t bytes, uint8_t* out);
-    void (*emit_float32)(const uint8_t* values, const RowLayout& layout, float* out);
-    void (*emit_bfloat16)(const uint8_t* values, const RowLayout& layout, uint16_t* out);
+    // rows: as many as a patch has, kChannels planes each. out: the first patch; written from front to back.
+    void (*emit_float32)(const uint8_t* const* rows, const EmitLayout& layout, float* out);
+    void (*emit_bfloat16)(const uint8_t* const* rows, const EmitLayout& layout, uint16_t* out);
 };
 
 extern const RowFunctions kRowsPortable;

@@ -56,14 +56,15 @@ inline void vertical_generic(const uint8_t* const* rows, const AxisView& axis, i
 // to float, equals the division for all 256 values.
 inline float normalised(uint8_t value) { return (static_cast<float>(value) / 255.0F - 0.5F) / 0.5F; }
 
-inline void convert(const uint8_t* values, int32_t count, float* out) {
+// The restriction lets the compiler vectorise.
+inline void convert(const uint8_t* __restrict values, int32_t count, float* __restrict out) {
     for (int32_t i = 0; i < count; ++i) {
         out[i] = normalised(values[i]);
     }
 }
 
 // To the nearest bfloat16, ties to even; there is no NaN to look after.
-inline void convert(const uint8_t* values, int32_t count, uint16_t* out) {
+inline void convert(const uint8_t* __restrict values, int32_t count, uint16_t* __restrict out) {
     for (int32_t i = 0; i < count; ++i) {
         const float value = normalised(values[i]);
         uint32_t bits;
@@ -73,23 +74,34 @@ inline void convert(const uint8_t* values, int32_t count, uint16_t* out) {
 }
 
 template <int kPatch, typename T>
-inline void emit_pieces(const uint8_t* values, const RowLayout& layout, T* out) {
-    const int32_t patch = kPatch != 0 ? kPatch : layout.patch;
-    for (int32_t block = 0; block < layout.patches; block += layout.merge) {
-        T* piece = out + static_cast<std::ptrdiff_t>(block) * layout.merge * layout.patch_step;
-        for (int32_t i = 0; i < layout.merge; ++i, values += patch, piece += layout.patch_step) {
-            convert(values, patch, piece);
-            for (int32_t copy = 1; copy < layout.temporal; ++copy) {
-                std::memcpy(piece + copy * layout.copy_step, piece, static_cast<std::size_t>(patch) * sizeof(T));
+inline void emit_patches(const uint8_t* const* rows, const EmitLayout& layout, T* out) {
+    const std::ptrdiff_t patch = kPatch != 0 ? kPatch : layout.patch;
+    const std::ptrdiff_t slice = patch * patch;
+    const std::ptrdiff_t merge_row = std::ptrdiff_t{layout.merge} * kChannels * layout.temporal * slice;
+    for (int32_t number = 0; number < layout.patches; ++number) {
+        for (int channel = 0; channel < kChannels; ++channel) {
+            const std::ptrdiff_t plane = layout.plane * (layout.bgr ? kChannels - 1 - channel : channel);
+            for (std::ptrdiff_t row = 0; row < patch; ++row) {
+                convert(rows[row] + plane + number * patch, static_cast<int32_t>(patch), out + row * patch);
             }
+            const T* const first = out;
+            for (int32_t copy = 1; copy < layout.temporal; ++copy) {
+                out += slice;
+                std::memcpy(out, first, static_cast<std::size_t>(slice) * sizeof(T));
+            }
+            out += slice;
+        }
+        if ((number + 1) % layout.merge == 0) {
+            // The block's other rows lie in between.
+            out += (layout.merge - 1) * merge_row;
         }
     }
 }
 
 // The published patch size is a constant to the compiler.
 template <typename T>
-inline void emit_generic(const uint8_t* values, const RowLayout& layout, T* out) {
-    layout.patch == 16 ? emit_pieces<16>(values, layout, out) : emit_pieces<0>(values, layout, out);
+inline void emit_generic(const uint8_t* const* rows, const EmitLayout& layout, T* out) {
+    layout.patch == 16 ? emit_patches<16>(rows, layout, out) : emit_patches<0>(rows, layout, out);
 }
 
 }  // namespace
