@@ -28,7 +28,8 @@ def build(source: Path, kind: str, out: Path, **environment: str) -> Path:
     """Run the build backend in this environment, as pip would in one of its own; without CUDA, which adds no file."""
     out.mkdir()
     command = [*SETUP, f"build_{kind}", str(out)]
-    subprocess.run(command, cwd=source, env={**os.environ, "XR0_BUILD_CUDA": "0", **environment}, check=True, capture_output=True)
+    environment = {**os.environ, "XR0_BUILD_CUDA": "0", **environment}
+    subprocess.run(command, cwd=source, env=environment, check=True, capture_output=True)
     (built,) = out.iterdir()
     return built
 

@@ -28,8 +28,10 @@ __all__ = [
     "attention",
     "backend_status",
     "images_to_patches",
+    "instruction_sets",
     "lambda_attention",
     "native",
+    "native_cuda_fault",
     "resolve_backend",
     "resolve_device",
     "rms_norm",
@@ -104,6 +106,16 @@ def images_to_patches(
     for image, (height, width), target in zip(images, sizes, out.split(rows), strict=True):
         target.copy_(torch.from_numpy(_pillow_patches(image, height, width, patch, temporal, merge)))
     return out
+
+
+def instruction_sets() -> list[str]:
+    """What the native module uses on this CPU, fastest first; empty where it was not built."""
+    return _C.instruction_sets() if native is None else []
+
+
+def native_cuda_fault() -> str | None:
+    """Why the native module cannot use a GPU here, None if it can."""
+    return native or _C.cuda_fault()
 
 
 def vertical_first(shape: Sequence[int], size: tuple[int, int]) -> bool:

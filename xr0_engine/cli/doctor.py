@@ -32,8 +32,9 @@ class Report:
     """What doctor found.
 
     ready: whether the model can run here at all. versions: package -> version, None if not installed.
-    gpus: the CUDA GPUs that torch can use. backends, native (the module _C) and rendering (MuJoCo without a display):
-    None if it works, else why not. remedies: missing part -> what to do about it.
+    gpus: the CUDA GPUs that torch can use. backends, native (the module _C), native_cuda (its part for GPUs) and
+    rendering (MuJoCo without a display): None if it works, else why not. instruction_sets: what _C uses on this CPU,
+    fastest first. remedies: missing part -> what to do about it.
     """
 
     ready: bool
@@ -41,6 +42,8 @@ class Report:
     gpus: list[str]
     backends: dict[str, str | None]
     native: str | None
+    native_cuda: str | None
+    instruction_sets: list[str]
     rendering: str | None
     remedies: dict[str, str]
 
@@ -64,7 +67,7 @@ def examine() -> Report:
     """Look at this machine. Tries out rendering in short-lived processes; computes nothing on a GPU."""
     versions = {package: _version(package) for package in (*REQUIRED, *OPTIONAL)}
     gpus, backends = _compute(has_torch=versions["torch"] is not None)
-    native = None if find_spec("xr0_engine._C") else "not built at installation; NumPy does its work, only slower"
+    native, native_cuda, instruction_sets = _native(has_torch=versions["torch"] is not None)
     rendering = _rendering(has_simulator=versions["gym_aloha"] is not None)
 
     remedies = {
@@ -74,6 +77,8 @@ def examine() -> Report:
     }
     if native:
         remedies["native module"] = "apt-get install g++ python3-dev, then install xr0-engine from source again"
+    elif native_cuda and gpus:
+        remedies["native CUDA part"] = "install xr0-engine from source again, with nvcc on PATH and XR0_BUILD_CUDA=1"
     if rendering and versions["gym_aloha"]:
         remedies["rendering"] = "apt-get install libegl1 libgl1, or libosmesa6"
     if versions["torch"] and not gpus and Path("/proc/driver/nvidia/version").exists():
@@ -84,6 +89,8 @@ def examine() -> Report:
         gpus=gpus,
         backends=backends,
         native=native,
+        native_cuda=native_cuda,
+        instruction_sets=instruction_sets,
         rendering=rendering,
         remedies=remedies,
     )
@@ -110,6 +117,17 @@ def _compute(has_torch: bool) -> tuple[list[str], dict[str, str | None]]:
     return gpus, ops.backend_status()
 
 
+def _native(has_torch: bool) -> tuple[str | None, str | None, list[str]]:
+    if find_spec("xr0_engine._C") is None:
+        missing = "not built at installation"
+        return f"{missing}; Pillow and NumPy do its work, only slower", missing, []
+    if not has_torch:
+        return None, "torch is not installed", []
+    from xr0_engine import ops
+
+    return None, ops.native_cuda_fault(), ops.instruction_sets()
+
+
 def _rendering(has_simulator: bool) -> str | None:
     if not has_simulator:
         return "the simulator is not installed"
@@ -129,7 +147,9 @@ def _print(report: Report) -> None:
     rows = [(name, version or "not installed", version is not None) for name, version in report.versions.items()]
     rows += [("GPU", gpu, True) for gpu in report.gpus] or [("GPU", "none that torch can use", False)]
     rows += [(f"backend {name}", reason or "ready", reason is None) for name, reason in report.backends.items()]
-    rows += [("native module", report.native or "ready", report.native is None)]
+    sets = f"ready: {', '.join(report.instruction_sets)}" if report.instruction_sets else "ready"
+    rows += [("native module", report.native or sets, report.native is None)]
+    rows += [("native CUDA part", report.native_cuda or "ready", report.native_cuda is None)]
     rows += [("rendering", report.rendering or "ready", report.rendering is None)]
     table = Table("part", "state", box=None)
     for part, state, good in rows:
