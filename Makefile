@@ -70,7 +70,7 @@ bench-gpu: $(INSTALLED)-cuda
 
 # CMake settings of a build of csrc/ outside of the package.
 CONFIGURE = $(BIN)/cmake -G Ninja -S . -B $@ -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
-  -DPython_EXECUTABLE=$(abspath $(BIN))/python -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
+  -DPython_EXECUTABLE=$(abspath $(BIN))/python -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) -DXR0_BUILD_CUDA=0
 
 # The tests run in a copy of the sources with the instrumented module in its place. Python itself is not instrumented:
 # the sanitizer has to be loaded first, and Python's own leaks are not looked for.
