@@ -62,6 +62,16 @@ def test_kernels_fit_every_target(arch, tmp_path):
         assert int(shared) <= MOST_SHARED_BYTES
 
 
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+def test_kernel_gives_the_hosts_bits_when_run_on_the_cpu(tmp_path):
+    sources = [ROOT / "csrc" / "tests" / "patches_cuda_on_cpu.cpp", ROOT / "csrc" / "rows_portable.cpp"]
+    include = ["-I", ROOT / "csrc", "-I", ROOT / "csrc" / "include"]
+    command = ["c++", "-std=c++20", "-O1", "-pthread", "-ffp-contract=off", *include, *sources, "-o", tmp_path / "run"]
+    subprocess.run(command, check=True)
+    run = subprocess.run([tmp_path / "run"], check=True, capture_output=True, text=True)
+    assert run.stdout == "30 cases\n"
+
+
 @pytest.mark.skipif(not NO_GPU, reason="this machine has a GPU")
 def test_without_a_gpu_the_call_says_so():
     with pytest.raises(RuntimeError, match=r"GPU 0 cannot be used: (no GPU with a driver|.*built without CUDA)"):
