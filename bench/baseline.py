@@ -148,7 +148,9 @@ class ReleasedModel:
         observations: of one robot type, prompts of one length; noise: (B, T, A) float32; prefixes: as Engine.infer.
         """
         clock = Stopwatch(self.device)
-        images = [orient(each.images[view.key], view) for each in observations for view in embodiment.views]
+        # A turned image is a view with negative strides, which the processor would be slow to read.
+        turned = (orient(each.images[view.key], view) for each in observations for view in embodiment.views)
+        images = [np.ascontiguousarray(image) for image in turned]
         pixels = self.processor(images, return_tensors="pt")
         grids = pixels["image_grid_thw"]
         merge, views = self.config.vision.spatial_merge_size**2, len(embodiment.views)

@@ -73,7 +73,9 @@ def test_jitter_runs_a_loop():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        pytest.param(("--case", "kitchen"), "case: expected one of libero, bimanual, two_views, stress; got 'kitchen'", id="case"),
+        pytest.param(
+            ("--case", "kitchen"), "case: expected one of libero, bimanual, two_views, stress; got 'kitchen'", id="case"
+        ),
         pytest.param(("--device", "cuda:99"), "device 'cuda:99': this machine has", id="missing GPU"),
         pytest.param(("--threads", "0"), "threads: expected at least 1", id="threads"),
         pytest.param(("--json", "/nowhere/at/all.json"), "--json: expected a file in a folder that exists", id="file"),
