@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from xr0_engine.preprocess import position_ids
 from xr0_engine.types import ModelInputs
 
 ROOT = Path(__file__).parent.parent
-GOLDEN = ROOT.parent / "shared" / "golden"
+GOLDEN = Path(os.environ.get("XR0_GOLDEN", ROOT.parent / "shared" / "golden"))
 CPU = torch.device("cpu")
 
 

@@ -136,6 +136,21 @@ def test_low_precision_stays_near_float32(engine, folder, dtype):
     assert 0 < error < 32 * torch.finfo(getattr(torch, dtype)).eps / 2
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_gpu_stays_near_the_cpu(engine, folder, dtype):
+    on_gpu = Engine.from_pretrained(folder, device="cuda", dtype=dtype)
+    observation = engine.example("bimanual")
+    prefix = engine.infer(observation, seed=1).actions[:4]
+    batch = [observation, engine.example("bimanual", (240, 320))]
+    roundoffs = 32 * torch.finfo(getattr(torch, dtype)).eps / 2
+    for given_ in ([None, None], [prefix, None]):
+        expected = engine.infer(batch, prefix=given_, seed=0)
+        for ours, truth in zip(on_gpu.infer(batch, prefix=given_, seed=0), expected, strict=True):
+            error = np.linalg.norm(ours.normalized - truth.normalized) / np.linalg.norm(truth.normalized)
+            assert error < max(roundoffs, SAME)
+
+
 def test_warm_up_changes_nothing(engine, folder):
     fresh = Engine.from_pretrained(folder, device="cpu", dtype="float32")
     cases = [fresh.example("libero_all"), [fresh.example("bimanual"), fresh.example("bimanual", (240, 320))]]

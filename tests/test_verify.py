@@ -30,6 +30,14 @@ def test_every_golden_case_passes(dtype):
     assert len(seeded) == sum(len(load_file(p.with_suffix(".safetensors"))) for p in GOLDEN.glob("*.py")) > 0
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_every_golden_case_passes_on_a_gpu(dtype):
+    comparisons = list(verify_folder(GOLDEN, "reference", "cuda", dtype))
+    assert comparisons
+    assert [c for c in comparisons if not c.passed] == []
+
+
 @pytest.fixture
 def one_case(tmp_path):
     """A folder with the smallest model and one case, to tamper with."""
