@@ -131,6 +131,8 @@ def test_init_then_inspect(tmp_path):
     report = json.loads(result.stdout)
     assert report["tensors"] == len(checkpoint_shapes(SIZES["tiny"]()))
     assert report["parameters"]["total"] == sum(n for part, n in report["parameters"].items() if part != "total")
+    memory = report["memory_bytes"]
+    assert report["stored_bytes"] < memory["bfloat16"] < memory["float32"] < 2.1 * memory["bfloat16"]
     assert report["robot_types"]["bimanual"] == {"chunk_length": 30, "active_columns": 26, "embodiment": "bimanual"}
     table = runner.invoke(app, ["inspect", str(tmp_path / "x")])
     assert table.exit_code == 0

@@ -28,6 +28,8 @@ def inspect(
 
     Exit code 0: the checkpoint is complete; 2: it cannot be used, and the message says why.
     """
+    from xr0_engine.bench.memory import memory_need
+    from xr0_engine.bench.roofline import Workload
     from xr0_engine.config import XR0Config
     from xr0_engine.embodiment import builtin_embodiments, load_embodiment
     from xr0_engine.model.weights import check_tensors, checkpoint_shapes, read_index, resolve_checkpoint
@@ -42,15 +44,14 @@ def inspect(
     check_tensors(stored, checkpoint_shapes(config))
     profiles = [load_embodiment(name) for name in builtin_embodiments()]
     windowed = config.head.local_window is not None
+    # Three views of 640x480, as long a prompt as they make, 30 actions.
+    typical = Workload(((16, 20),) * 3, tokens=315, chunk_length=30, batch=1)
     report = {
         "checkpoint": str(folder),
         "tensors": len(stored),
         "stored_bytes": sum(place.num_bytes for place in stored.values()),
         "parameters": _parameters(stored),
-        "memory_gib": {
-            dtype: round(_loaded_parameters(config) * size / 2**30, 2)
-            for dtype, size in {"bfloat16": 2, "float32": 4}.items()
-        },
+        "memory_bytes": {dtype: memory_need(config, typical, dtype).peak for dtype in ("bfloat16", "float32")},
         "mask": f"windowed, {config.head.local_window} actions back" if windowed else "full_causal",
         "position_offset": config.head.position_offset,
         "flow_steps": config.head.flow_steps,
@@ -78,16 +79,6 @@ def _parameters(stored: Mapping[str, StoredTensor]) -> dict[str, int]:
     return counts | {"total": sum(counts.values())}
 
 
-def _loaded_parameters(config: Any) -> int:
-    """Parameters that the engine keeps: without the last VLM layer's queries and MLP."""
-    import torch
-
-    from xr0_engine.model.xr0 import XR0Model
-
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in XR0Model(config).parameters())
-
-
 def _sizes(part: Any) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(part).items()}
 
@@ -113,7 +104,10 @@ def _print_tables(report: dict[str, Any]) -> None:
     console.print(
         f"mask: {report['mask']}, position offset {report['position_offset']}, {report['flow_steps']} flow steps"
     )
-    memory = ", ".join(f"{gib} GiB in {dtype}" for dtype, gib in report["memory_gib"].items())
-    console.print(
-        f"{report['tensors']} tensors, {report['stored_bytes'] / 2**30:.2f} GiB on disk; weights take {memory}"
-    )
+    memory = ", ".join(f"{_size(count)} in {dtype}" for dtype, count in report["memory_bytes"].items())
+    console.print(f"{report['tensors']} tensors, {_size(report['stored_bytes'])} on disk")
+    console.print(f"memory of one inference, weights included (three 640x480 views, 30 actions): {memory}")
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
