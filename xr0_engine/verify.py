@@ -44,8 +44,8 @@ FLOAT32_LOSS_ERROR = 2e-5
 LOW_PRECISION_ROUNDOFFS = 32
 """bfloat16 and float16: root mean square of the difference over that of the value, in unit roundoffs of the type (2^-8
 and 2^-11). Each of some hundred results in sequence is rounded, independent errors add as a root, and networks of
-random weights amplify. That the errors in float16 are an eighth of those in bfloat16 shows that rounding is all there
-is; what the model computes is settled by float32, where a window or position off by one fails a hundredfold."""
+random weights amplify. That the errors in float16 are about an eighth of those in bfloat16 shows that rounding is all
+there is; what the model computes is settled by float32, where a window or position off by one fails a hundredfold."""
 SEEDED_MODES = {"windowed": (4, 10), "full": (None, 0)}
 SEEDED_RESULT = re.compile(r"(windowed|full)\.prefix(\d+)\.actions")
 
