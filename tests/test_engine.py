@@ -149,6 +149,10 @@ def test_gpu_stays_near_the_cpu(engine, folder, dtype):
         for ours, truth in zip(on_gpu.infer(batch, prefix=given_, seed=0), expected, strict=True):
             error = np.linalg.norm(ours.normalized - truth.normalized) / np.linalg.norm(truth.normalized)
             assert error < max(roundoffs, SAME)
+    # What a sample gives lies on the GPU, and may be the next one's prefix.
+    kv_block, state = on_gpu.prefill(observation), observation.state[None, None]
+    sampled = on_gpu.sample(kv_block, state, seed=0)
+    assert torch.equal(on_gpu.sample(kv_block, state, prefix=sampled[:, :3], seed=1)[:, :3], sampled[:, :3])
 
 
 def test_warm_up_changes_nothing(engine, folder):
@@ -233,9 +237,10 @@ def test_batch_arguments_must_fit_together(engine):
     [
         ({"state": np.zeros((1, 32))}, "state: expected shape"),
         ({"prefix": np.zeros((1, 31, 32))}, "prefix: expected"),
+        ({"prefix": np.full((1, 2, 32), "a")}, "prefix: expected numbers"),
         ({"noise": np.zeros((2, 30, 32))}, "noise: expected shape"),
     ],
-    ids=["state", "prefix", "noise"],
+    ids=["state", "prefix", "prefix-words", "noise"],
 )
 def test_bad_sample_arguments_are_refused(engine, arguments, message):
     kv_block = engine.prefill(engine.example("bimanual"))

@@ -148,10 +148,10 @@ class Engine:
         head = self.config.head
         batch, length, width = kv_block.action_mask.shape
         state_ = _checked("state", state, (batch, head.state_length, head.state_dim))
-        given = torch.zeros(batch, 0, width) if prefix is None else torch.as_tensor(prefix, dtype=torch.float32)
-        if given.ndim != 3 or given.shape[1] > length:
-            raise ValueError(f"prefix: expected (batch {batch}, at most {length}, {width}), got {tuple(given.shape)}")
-        given = _checked("prefix", given, (batch, given.shape[1], width))
+        shape = (batch, 0, width) if prefix is None else np.shape(prefix)
+        if len(shape) != 3 or shape[1] > length:
+            raise ValueError(f"prefix: expected (batch {batch}, at most {length}, {width}), got {tuple(shape)}")
+        given = torch.zeros(shape) if prefix is None else _checked("prefix", prefix, (batch, shape[1], width))
         padded = torch.zeros(batch, length, width)
         padded[:, : given.shape[1]] = given
         start = _noise(noise, seed, (batch, length, width))
@@ -262,9 +262,11 @@ def _noise(noise: np.ndarray | Tensor | None, seed: int | None, shape: tuple[int
 
 
 def _checked(name: str, value: np.ndarray | Tensor, shape: tuple[int, ...]) -> Tensor:
-    if np.asarray(value).dtype.kind not in "fiu":
-        raise ValueError(f"{name}: expected numbers, got dtype {np.asarray(value).dtype}")
-    tensor = torch.as_tensor(value, dtype=torch.float32)
+    """The value as float32 on the host, wherever it was."""
+    array = value.detach().float().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+    if array.dtype.kind not in "fiu":
+        raise ValueError(f"{name}: expected numbers, got dtype {array.dtype}")
+    tensor = torch.as_tensor(array, dtype=torch.float32)
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
     if not bool(tensor.isfinite().all()):
