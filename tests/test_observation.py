@@ -143,11 +143,11 @@ def test_robot_types_of_different_chunk_length_do_not_share_a_batch():
 
 def test_resolve():
     bridge = load_embodiment("bridge")
-    assert PREPROCESS.resolve(observation()) == ("libero_all", LIBERO)
-    assert preprocessor(bridge).resolve(observation()) == ("libero_all", bridge)
-    assert preprocessor(libero_all=statistics()).resolve(observation(robot_type=None)) == ("libero_all", LIBERO)
+    assert PREPROCESS.resolve("libero_all") == ("libero_all", LIBERO)
+    assert preprocessor(bridge).resolve("libero_all") == ("libero_all", bridge)
+    assert preprocessor(libero_all=statistics()).resolve(None) == ("libero_all", LIBERO)
     with pytest.raises(ValueError, match="no built-in embodiment profile lists 'droid_pt'"):
-        preprocessor(droid_pt=statistics()).resolve(observation(robot_type="droid_pt"))
+        preprocessor(droid_pt=statistics()).resolve("droid_pt")
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.int64, np.uint8])

@@ -14,7 +14,7 @@ from torch import Tensor
 from xr0_engine import ops
 from xr0_engine.config import XR0Config
 from xr0_engine.decode import decode, encode_prefix
-from xr0_engine.embodiment import Embodiment, embodiment_for, load_embodiment
+from xr0_engine.embodiment import Embodiment, load_embodiment
 from xr0_engine.model.weights import load_model, read_index, resolve_checkpoint
 from xr0_engine.model.xr0 import XR0Model
 from xr0_engine.normalize import select_robot_type
@@ -71,8 +71,7 @@ class Engine:
 
     def embodiment(self, robot_type: str | None = None) -> Embodiment:
         """The profile used for a robot type (None: the checkpoint's only one)."""
-        known = select_robot_type(self.statistics, robot_type)
-        return self._preprocess.embodiment or embodiment_for(known)
+        return self._preprocess.resolve(robot_type)[1]
 
     def example(self, robot_type: str | None = None, image_size: tuple[int, int] = (480, 640)) -> Observation:
         """A random but valid observation, always the same, to warm up and to measure with."""
@@ -166,7 +165,7 @@ class Engine:
     ) -> list[ActionChunk]:
         clock = _StageClock(self.model.device)
         inputs = self._preprocess(observations)
-        robot_types = [self._preprocess.resolve(observation)[0] for observation in observations]
+        robot_types = [self._preprocess.resolve(observation.robot_type)[0] for observation in observations]
         start = _noise(noise, seed, tuple(inputs.action_mask.shape))
         prefix, prefix_length = self._normalized_prefixes(inputs, prefixes, robot_types)
         clock.mark("preprocess")

@@ -152,12 +152,12 @@ class Preprocessor:
         statistics = load_statistics(folder, config.head.action_dim, config.std_epsilon)
         return cls(config, PromptTokenizer.load(folder, config.tokens), statistics, embodiment)
 
-    def resolve(self, observation: Observation) -> tuple[str, Embodiment]:
-        """The robot type and the embodiment profile that the observation means.
+    def resolve(self, robot_type: str | None) -> tuple[str, Embodiment]:
+        """The robot type and the embodiment profile that an observation's robot type means; None is the only one.
 
         Raises ValueError that lists the known robot types, or says that no built-in profile is for this one.
         """
-        robot_type = select_robot_type(self.statistics, observation.robot_type)
+        robot_type = select_robot_type(self.statistics, robot_type)
         return robot_type, self.embodiment or embodiment_for(robot_type)
 
     def __call__(self, observations: Sequence[Observation]) -> ModelInputs:
@@ -212,7 +212,7 @@ class Preprocessor:
         """resolve, and everything else about the observation. Raises ValueError that names the field at fault."""
         if not isinstance(observation, Observation):
             raise ValueError(f"observations: expected Observation, got {type(observation).__name__}")
-        robot_type, embodiment = self.resolve(observation)
+        robot_type, embodiment = self.resolve(observation.robot_type)
         validate_observation(observation, embodiment, self.config)
         return robot_type, embodiment
 
