@@ -113,12 +113,13 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # One stamp for each choice of torch: cpu or cuda. No build isolation: a rebuild is quick. Older pips than the pinned one
-# can take hours to resolve the requirements.
+# can take hours to resolve the requirements. openpi-client comes alone: its pin of NumPy below 2 is out of date.
 $(INSTALLED)-%: $(BIN)/python constraints.txt pyproject.toml setup.py CMakeLists.txt MANIFEST.in $(CSRC)
 	$(call need,command -v c++,g++)
 	$(call need,test -f "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h",python3-dev)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt pip setuptools pybind11 cmake ninja
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[$*,sim,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[$*,sim,serve,ray,train,export,tensorrt,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps openpi-client
 	@touch $@
 
 # The simulated robot's cameras need an OpenGL that draws without a display. Without the simulator (Python 3.13 cannot
