@@ -1,0 +1,138 @@
+"""The PyTorch oracle of the fused ops: same signatures as the kernels', float32 inside, results rounded once.
+
+Tactics and workspaces say how a kernel runs, never what it computes: the oracles take and ignore them.
+Shape legend: B batch, M rows, Q queries, N keys, H query heads, G KV heads, D head_dim, C columns, T actions, A action
+columns.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from xr0_engine.kernels import reference
+from xr0_engine.kernels.arguments import STATS_COLUMNS, StatsOut, Tactic, Workspace
+
+
+def write_stats(x: Tensor, stats: StatsOut) -> None:
+    """Fill stats from the rows x, (B, M, N) float32, as StatsOut describes."""
+    padded = F.pad(x, (0, -x.shape[-1] % STATS_COLUMNS))
+    second = padded if stats.weight is None else (F.pad(stats.weight, (0, -x.shape[-1] % STATS_COLUMNS)) * padded) ** 2
+    for column, values in enumerate((padded**2, second)):
+        stats.sums[..., column] = values.unflatten(-1, (-1, STATS_COLUMNS)).sum(-1).movedim(-1, 0)
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, *, causal: bool, tactic: Tactic, workspace: Workspace
+) -> None:
+    """As kernels/attention.py: attention."""
+    rows, keys = q.shape[2], k.shape[2]
+    mask = torch.ones(rows, keys, dtype=torch.bool, device=q.device).tril(keys - rows) if causal else None
+    mixed = reference.attention(q.float(), k.float(), v.float(), mask)
+    out.copy_(mixed.transpose(1, 2).flatten(2))
+
+
+def lambda_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_keys: Tensor,
+    kv_values: Tensor,
+    begin: Tensor,
+    end: Tensor,
+    out: Tensor,
+    *,
+    window: int | None,
+    context: int,
+    tactic: Tactic,
+    workspace: Workspace,
+) -> None:
+    """As kernels/attention.py: lambda_attention."""
+    cached = torch.arange(kv_keys.shape[2], device=q.device)
+    valid = (cached >= begin[:, None]) & (cached < end[:, None])
+    token = torch.arange(q.shape[2], device=q.device)
+    distance = token[:, None] - token
+    own = distance >= 0
+    if window is not None:
+        own &= (token < context) | (distance <= window)
+    mask = torch.cat((valid[:, None, :].expand(-1, len(token), -1), own.expand(len(q), -1, -1)), dim=-1)[:, None]
+    # What lies outside the valid range is never read by the kernel, and need not be finite.
+    keys, values = (x.float().masked_fill(~valid[:, None, :, None], 0.0) for x in (kv_keys, kv_values))
+    mixed = reference.lambda_attention(q.float(), k.float(), v.float(), keys, values, mask)
+    out.copy_(mixed.transpose(1, 2).flatten(2))
+
+
+def start_flow(
+    noise: Tensor,
+    prefix: Tensor,
+    prefix_length: Tensor,
+    action_mask: Tensor,
+    in_weight: Tensor,
+    z: Tensor,
+    hidden: Tensor,
+) -> None:
+    """As kernels/flow.py: start_flow."""
+    token = torch.arange(noise.shape[1], device=noise.device)
+    z.copy_(torch.where((token < prefix_length[:, None])[..., None], prefix, noise))
+    hidden.copy_(F.gelu((z * action_mask) @ in_weight.float().T, approximate="tanh"))
+
+
+def euler_step(
+    x: Tensor,
+    sums: Tensor,
+    eps: float,
+    out_weight1: Tensor,
+    out_weight2: Tensor,
+    z: Tensor,
+    z_next: Tensor,
+    prefix_length: Tensor,
+    action_mask: Tensor,
+    dt: float,
+    in_weight: Tensor | None,
+    hidden: Tensor | None,
+) -> None:
+    """As kernels/flow.py: euler_step."""
+    row_scale = torch.rsqrt(sums[..., 0].sum(0) / x.shape[-1] + eps)[..., None]
+    velocity = F.gelu((row_scale * x) @ out_weight1.float().T, approximate="tanh") @ out_weight2.float().T
+    token = torch.arange(x.shape[1], device=x.device)
+    z_next.copy_(torch.where((token < prefix_length[:, None])[..., None], z, z + dt * velocity))
+    if hidden is not None and in_weight is not None:
+        hidden.copy_(F.gelu((z_next * action_mask) @ in_weight.float().T, approximate="tanh"))
+
+
+def dit_rope_tables(
+    next_position: Tensor,
+    prefix_length: Tensor,
+    frequencies: Tensor,
+    axes: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    context: int,
+    offset: int,
+) -> None:
+    """As kernels/flow.py: dit_rope_tables."""
+    token = torch.arange(cos.shape[1], device=cos.device)
+    positions = next_position[..., None] + token + offset * (token >= context + prefix_length[:, None])
+    rope_tables(positions, frequencies, axes, cos, sin)
+
+
+def rope_tables(positions: Tensor, frequencies: Tensor, axes: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """As kernels/embed.py: rope_tables."""
+    angles = positions[axes.long()].permute(1, 2, 0).float() * frequencies
+    cos.copy_(angles.cos())
+    sin.copy_(angles.sin())
+
+
+def embed(ids: Tensor, table: Tensor, image_index: Tensor, image_tokens: Tensor, out: Tensor, stats: StatsOut) -> None:
+    """As kernels/embed.py: embed."""
+    is_image = (image_index >= 0)[..., None]
+    x = torch.where(is_image, image_tokens[image_index.clamp(min=0)], table[ids]).float()
+    out.copy_(x)
+    write_stats(x, stats)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor) -> None:
+    """As kernels/embed.py: layer_norm."""
+    out.copy_(F.layer_norm(x.float(), x.shape[-1:], weight.float(), bias.float(), eps))
