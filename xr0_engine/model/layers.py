@@ -71,14 +71,18 @@ def inverse_frequencies(dim: int, theta: float, device: torch.device | None = No
     return 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim))
 
 
-def mrope_tables(positions: Tensor, frequencies: Tensor, section: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-    """Interleaved M-RoPE: frequency j turns with axis (time, height, width)[j % 3] while its section lasts, else time.
-
-    positions: (3, B, N) integer; frequencies: (D / 2,) float32. Returns cos, sin: (B, 1, N, D) float32.
-    """
-    axis = torch.zeros(len(frequencies), dtype=torch.long, device=positions.device)
+def mrope_axes(count: int, section: tuple[int, int, int], device: torch.device | None = None) -> Tensor:
+    """(count,) int64: interleaved M-RoPE: frequency j turns with axis (time, height, width)[j % 3] while its section
+    lasts, else with time."""
+    axis = torch.zeros(count, dtype=torch.long, device=device)
     axis[1 : 3 * section[1] : 3] = 1
     axis[2 : 3 * section[2] : 3] = 2
+    return axis
+
+
+def mrope_tables(positions: Tensor, frequencies: Tensor, section: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    """positions: (3, B, N) integer; frequencies: (D / 2,) float32. Returns cos, sin: (B, 1, N, D) float32."""
+    axis = mrope_axes(len(frequencies), section, positions.device)
     angles = positions[axis].permute(1, 2, 0).float() * frequencies.to(positions.device)
     angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)
     return angles.cos(), angles.sin()

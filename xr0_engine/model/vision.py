@@ -111,8 +111,7 @@ class VisionTower(nn.Module):
 
     def forward(self, patches: Tensor, grids: tuple[tuple[int, int], ...]) -> VisionTokens:
         """patches: (P, patch_dim) in the tower's dtype; grids: (height, width) in patches, per image."""
-        tables = [self._tables(grid) for grid in grids]
-        positions, cos, sin = (torch.cat(parts) for parts in zip(*tables, strict=True))
+        positions, cos, sin = self.tables(grids)
         runs = [(len(list(run)), height * width) for (height, width), run in groupby(grids)]
         x = self.patch_embed(patches) + positions
         deepstack = []
@@ -121,6 +120,11 @@ class VisionTower(nn.Module):
             if index in self.config.deepstack_layers:
                 deepstack.append(self.deepstack_merger_list[self.config.deepstack_layers.index(index)](x))
         return VisionTokens(self.merger(x), tuple(deepstack))
+
+    def tables(self, grids: tuple[tuple[int, int], ...]) -> tuple[Tensor, Tensor, Tensor]:
+        """All that depends on the images' sizes alone: position embeddings (P, C), rotary cos and sin (P, 1, D)."""
+        positions, cos, sin = (torch.cat(parts) for parts in zip(*map(self._tables, grids), strict=True))
+        return positions, cos, sin
 
     def _tables(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
         """Interpolated position embeddings (patches, C) and rotary cos, sin (patches, 1, D) of one image size, kept."""
