@@ -11,14 +11,19 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+def _why_no_gpu() -> str | None:
+    import torch
+
+    return None if torch.cuda.is_available() else "needs a CUDA GPU, and torch finds none"
+
+
+# Without a GPU, Triton's kernels run in its interpreter. Triton reads it on import.
+if _why_no_gpu():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     needing_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if needing_gpu and (reason := _why_no_gpu()):
         for item in needing_gpu:
             item.add_marker(pytest.mark.skip(reason=reason))
-
-
-def _why_no_gpu() -> str | None:
-    import torch
-
-    return None if torch.cuda.is_available() else "needs a CUDA GPU, and torch finds none"
