@@ -7,12 +7,14 @@ columns.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from xr0_engine.kernels import reference
-from xr0_engine.kernels.arguments import STATS_COLUMNS, StatsOut, Tactic, Workspace
+from xr0_engine.kernels.arguments import STATS_COLUMNS, InputNorm, Residual, StatsOut, Tactic, Weight, Workspace
 
 
 def write_stats(x: Tensor, stats: StatsOut) -> None:
@@ -136,3 +138,114 @@ def embed(ids: Tensor, table: Tensor, image_index: Tensor, image_tokens: Tensor,
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor) -> None:
     """As kernels/embed.py: layer_norm."""
     out.copy_(F.layer_norm(x.float(), x.shape[-1:], weight.float(), bias.float(), eps))
+
+
+def compute_dtype(x: Tensor, weight: Weight) -> torch.dtype:
+    """What a product's factors are rounded to: the weight's dtype, for 8-bit weights the input's, at most 16 bits."""
+    if weight.data.element_size() > 1:
+        return weight.data.dtype
+    return torch.bfloat16 if x.dtype == torch.float32 else x.dtype
+
+
+def product(x: Tensor, weight: Weight, bias: Tensor | None, col_scale: Tensor | None, norm: InputNorm | None) -> Tensor:
+    """norm(x * col_scale) @ weight^T + bias, (B, M, N) float32: what every product of the model starts with.
+
+    Factors are rounded to compute_dtype, and the norm is applied to the rows of the result (InputNorm).
+    """
+    scaled = x.float() if col_scale is None else x.float() * col_scale.float()
+    rounded = scaled.to(compute_dtype(x, weight)).float()
+    result = rounded @ weight.data.float().T
+    if weight.scale is not None:
+        result = result * weight.scale
+    if norm is not None:
+        first, second = (norm.sums.sum(0) / x.shape[-1])[..., None, :].unbind(-1)
+        if norm.kind == "layer":
+            assert norm.column_sums is not None, "layer normalisation needs column_sums"
+            result = (result - second * norm.column_sums) * torch.rsqrt(first - second**2 + norm.eps)
+        else:
+            inverse = torch.rsqrt(first + norm.eps)
+            if norm.kind == "double_rms":
+                inverse = inverse * torch.rsqrt(inverse**2 * second + norm.eps)
+            result = result * inverse
+    return result if bias is None else result + bias.float()
+
+
+def linear(
+    x: Tensor,
+    weight: Weight,
+    out: Tensor,
+    *,
+    bias: Tensor | None = None,
+    col_scale: Tensor | None = None,
+    norm: InputNorm | None = None,
+    activation: Literal["gelu", "gelu_tanh"] | None = None,
+    residual: Residual | None = None,
+    stats: StatsOut | None = None,
+    tactic: Tactic,
+    workspace: Workspace,
+) -> None:
+    """As kernels/linear.py: linear."""
+    y = product(x, weight, bias, col_scale, norm)
+    if activation is not None:
+        y = F.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
+    if residual is not None:
+        base = residual.x.float()
+        if residual.sums is not None:
+            assert residual.weight is not None, "a normalised residual needs the norm's weight"
+            mean_square = residual.sums[..., :1].sum(0) / y.shape[-1]
+            base = base * torch.rsqrt(mean_square + residual.eps) * residual.weight
+        y = base + (y if residual.gate is None else residual.gate * y)
+        if residual.extra is not None:
+            assert residual.extra_index is not None, "extra rows need extra_index"
+            rows = residual.extra[residual.extra_index.clamp(min=0).long()].float()
+            y = y + torch.where((residual.extra_index >= 0)[..., None], rows, 0.0)
+    if stats is not None:
+        write_stats(y, stats)
+    out.copy_(y)
+
+
+def swiglu(
+    x: Tensor,
+    weight: Weight,
+    out: Tensor,
+    *,
+    bias: Tensor | None = None,
+    col_scale: Tensor | None = None,
+    norm: InputNorm | None = None,
+    tactic: Tactic,
+    workspace: Workspace,
+) -> None:
+    """As kernels/linear.py: swiglu."""
+    gate, up = product(x, weight, bias, col_scale, norm).chunk(2, dim=-1)
+    out.copy_(F.silu(gate) * up)
+
+
+def qkv(
+    x: Tensor,
+    weight: Weight,
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    *,
+    bias: Tensor | None = None,
+    col_scale: Tensor | None = None,
+    norm: InputNorm | None = None,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = 1e-6,
+    cos: Tensor,
+    sin: Tensor,
+    tactic: Tactic,
+    workspace: Workspace,
+) -> None:
+    """As kernels/qkv.py: qkv."""
+    groups, dim = k.shape[1], k.shape[-1]
+    heads = 0 if q is None else q.shape[1]
+    y = product(x, weight, bias, col_scale, norm).unflatten(-1, (-1, dim)).transpose(1, 2)
+    parts = y.split((heads, groups, groups), dim=1)
+    cos, sin = (table.repeat(1, 1, 2)[:, None] for table in (cos, sin))
+    for part, head_weight, target in ((parts[0], q_weight, q), (parts[1], k_weight, k)):
+        if target is not None:
+            normed = part if head_weight is None else reference.rms_norm(part, head_weight.float(), eps)
+            target.copy_(reference.rotate(normed, cos, sin))
+    v.copy_(parts[2])
