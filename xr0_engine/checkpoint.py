@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -119,11 +119,17 @@ def write_checkpoint(folder: Path, config: XR0Config, seed: int = 0) -> None:
     """As init_checkpoint, for any configuration; the folder must be absent or empty."""
     shapes = checkpoint_shapes(config)
     num_bytes = sum(torch.Size(shape).numel() for shape in shapes.values()) * DTYPE.itemsize
-    with _all_or_nothing(folder, num_bytes) as target:
+    with all_or_nothing(folder, num_bytes) as target:
         (target / "config.json").write_text(json.dumps(config.to_hf(), indent=2), encoding="utf-8")
         (target / STATISTICS_FILE).write_text(json.dumps(_preprocessor(config, seed)), encoding="utf-8")
         _write_tokenizer(target, config)
-        _write_weights(target, shapes, seed)
+        numbered = {name: index for index, name in enumerate(shapes)}
+        write_weights(
+            target,
+            shapes,
+            DTYPE,
+            lambda names: {name: _random_weight(name, shapes[name], seed, numbered[name]) for name in names},
+        )
 
 
 def _token_ids(first: int) -> TokenIds:
@@ -134,24 +140,28 @@ def _token_ids(first: int) -> TokenIds:
     )
 
 
-def _write_weights(folder: Path, shapes: dict[str, tuple[int, ...]], seed: int) -> None:
+def write_weights(
+    folder: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    tensors: Callable[[list[str]], dict[str, torch.Tensor]],
+) -> None:
+    """Safetensors shards of at most SHARD_BYTES, and their index. tensors: the values, in dtype, of one shard's names."""
     shards: list[list[str]] = [[]]
     room = SHARD_BYTES
     for name, shape in shapes.items():
-        size = torch.Size(shape).numel() * DTYPE.itemsize
+        size = torch.Size(shape).numel() * dtype.itemsize
         if shards[-1] and size > room:
             shards.append([])
             room = SHARD_BYTES
         shards[-1].append(name)
         room -= size
     weight_map = {}
-    numbered = {name: index for index, name in enumerate(shapes)}
     for number, names in enumerate(track(shards, "writing weights", disable=len(shards) == 1), start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {name: _random_weight(name, shapes[name], seed, numbered[name]) for name in names}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        save_file(tensors(names), folder / file, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(names, file))
-    total = sum(torch.Size(shape).numel() for shape in shapes.values()) * DTYPE.itemsize
+    total = sum(torch.Size(shape).numel() for shape in shapes.values()) * dtype.itemsize
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / INDEX_FILE).write_text(json.dumps(index, indent=2), encoding="utf-8")
 
@@ -231,12 +241,15 @@ def _write_tokenizer(folder: Path, config: XR0Config) -> None:
 
 
 @contextmanager
-def _all_or_nothing(folder: Path, num_bytes: int) -> Iterator[Path]:
-    """A temporary sibling that becomes folder on success and vanishes on any failure."""
+def all_or_nothing(folder: Path, num_bytes: int) -> Iterator[Path]:
+    """A temporary sibling that becomes folder on success and vanishes on any failure.
+
+    folder: absent or empty. Raises OSError if its disk has less than num_bytes free.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder.parent).free
     if free < num_bytes:
-        message = f"{folder.parent} has {free / 2**30:.1f} GiB free; the checkpoint takes {num_bytes / 2**30:.1f} GiB"
+        message = f"{folder.parent} has {free / 2**30:.1f} GiB free; {folder.name} takes {num_bytes / 2**30:.1f} GiB"
         raise OSError(errno.ENOSPC, message)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
