@@ -12,13 +12,16 @@ if TYPE_CHECKING:
     from xr0_engine.config import XR0Config
     from xr0_engine.embodiment import load_embodiment
     from xr0_engine.engine import Engine
+    from xr0_engine.serve.client import AsyncClient, Client
     from xr0_engine.types import ActionChunk, CheckpointError, KVBlock, Observation
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
     "ActionChunk",
+    "AsyncClient",
     "CheckpointError",
+    "Client",
     "Engine",
     "KVBlock",
     "Observation",
@@ -29,7 +32,9 @@ __all__ = [
 
 _HOMES = {
     "ActionChunk": "types",
+    "AsyncClient": "serve.client",
     "CheckpointError": "types",
+    "Client": "serve.client",
     "Engine": "engine",
     "KVBlock": "types",
     "Observation": "types",

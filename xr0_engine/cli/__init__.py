@@ -22,12 +22,14 @@ from typer.core import TyperGroup
 
 from xr0_engine import __version__
 
-COMMANDS = ("demo", "init", "infer", "verify", "inspect", "doctor", "bench")
+COMMANDS = ("demo", "init", "infer", "verify", "inspect", "doctor", "bench", "data", "serve")
 
 EXTRAS = {
     "torch": "cpu",
     "huggingface_hub": "cpu",
     "triton": "cuda",
+    "prometheus_client": "serve",
+    "ray": "ray",
     "transformers": "dev",
     "matplotlib": "plot",
     "av": "sim",

@@ -1,0 +1,110 @@
+"""`xr0 serve`: a checkpoint for robots to reach over the network."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from xr0_engine.engine import Engine
+    from xr0_engine.serve.server import Server
+
+
+def serve(
+    checkpoint: Annotated[str, typer.Argument(help="Checkpoint folder, or a Hugging Face hub id.")],
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 for every one of this machine.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    embodiment: Annotated[
+        str | None,
+        typer.Option(help="Views and layout: a built-in profile or your own YAML file. Follows from the robot type."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    backend: Annotated[str, typer.Option(help="auto, reference, triton or cuda.")] = "auto",
+    image_size: Annotated[
+        str, typer.Option(metavar="WIDTHxHEIGHT", help="Of the robot's images, to warm up with.")
+    ] = "640x480",
+    max_prefix: Annotated[int, typer.Option(min=0, help="Longest prefix that the checkpoint was trained for.")] = 6,
+    api_keys: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="API keys, one a line; also from XR0_API_KEYS, with commas.")
+    ] = None,
+    allow_anyone: Annotated[
+        bool, typer.Option("--allow-anyone", help="Without keys, serve other machines all the same.")
+    ] = False,
+    tls_cert: Annotated[Path | None, typer.Option(metavar="FILE.pem", help="Certificate, for wss://.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(metavar="FILE.pem", help="Its private key.")] = None,
+    max_clients: Annotated[int, typer.Option(min=1, help="Connected at once.")] = 32,
+    max_rate: Annotated[float, typer.Option(min=0.1, help="Requests per second of one client.")] = 200.0,
+    max_message_mb: Annotated[int, typer.Option(min=1, help="Largest request, in MiB.")] = 32,
+) -> None:
+    """Serve chunks over websockets: to xr0_engine.Client, to openpi's client, and a status page to browsers.
+
+    `xr0 serve CHECKPOINT`, then open http://localhost:8000. SIGTERM or Ctrl-C answers what was asked, then ends.
+    """
+    from xr0_engine import env
+    from xr0_engine.serve.access import read_keys, tls_context
+    from xr0_engine.serve.server import Server, ServerConfig
+    from xr0_engine.serve.worker import EngineThread
+
+    size = _read_size(image_size)
+    config = ServerConfig(
+        host=host,
+        port=port,
+        keys=read_keys(api_keys, env.api_keys()),
+        allow_anyone=allow_anyone,
+        tls=tls_context(tls_cert, tls_key),
+        max_clients=max_clients,
+        max_message_bytes=max_message_mb << 20,
+        max_requests_per_s=max_rate,
+        max_prefix=max_prefix,
+    )
+
+    def load() -> Engine:
+        from xr0_engine.engine import Engine
+
+        return Engine.from_pretrained(checkpoint, device, dtype, backend, embodiment)
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    run(Server(EngineThread(load, size), config))
+
+
+def run(server: Server) -> None:
+    """Serve until SIGTERM or SIGINT; a second one ends the process at once."""
+    import asyncio
+
+    async def until_signal() -> None:
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def shut_down() -> None:
+            stop.set()
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, shut_down)
+        await server.run(stop, lambda port: _announce(server, port))
+
+    asyncio.run(until_signal())
+
+
+def _announce(server: Server, port: int) -> None:
+    config = server.config
+    secure = "s" if config.tls is not None else ""
+    print(
+        f"listening on ws{secure}://{config.host}:{port}, status page http{secure}://{config.host}:{port}", flush=True
+    )
+
+
+def _read_size(text: str) -> tuple[int, int]:
+    """WIDTHxHEIGHT as (height, width)."""
+    width, _, height = text.partition("x")
+    if not (width.isdecimal() and height.isdecimal() and int(width) > 0 and int(height) > 0):
+        raise ValueError(f"--image-size: expected WIDTHxHEIGHT such as 640x480, got {text!r}")
+    return int(height), int(width)

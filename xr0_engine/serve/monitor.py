@@ -1,0 +1,183 @@
+"""What the server knows of itself: Prometheus metrics, and the state that the status page draws."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from xr0_engine.types import ActionChunk, Observation
+
+BUCKETS_MS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096, 8192)
+"""Upper edges of the latency histogram, on the page and in the metrics."""
+
+RECENT = 2000
+"""Requests whose latencies the page shows."""
+
+_BUCKETS_S = tuple(edge / 1000 for edge in BUCKETS_MS)
+
+
+@dataclass
+class ClientRecord:
+    """What was seen of one client. last_observation, last_chunk: of its newest answered request."""
+
+    address: str
+    connected_at: float = field(default_factory=time.time)
+    answered: int = 0
+    errors: int = 0
+    superseded: int = 0
+    last_answer_at: float | None = None
+    last_total_ms: float | None = None
+    rate_hz: float = 0.0
+    last_observation: Observation | None = None
+    last_chunk: ActionChunk | None = None
+
+
+class Monitor:
+    """Counts requests and remembers the latest; used by the event loop's thread alone."""
+
+    def __init__(self) -> None:
+        self.started_at = time.time()
+        self.clients: dict[int, ClientRecord] = {}
+        self.results: dict[str, int] = {}
+        self._recent: deque[tuple[float, float]] = deque(maxlen=RECENT)
+        self._numbers = 0
+        self._registry = CollectorRegistry()
+        self._requests = Counter("xr0_requests", "Requests by result.", ["result"], registry=self._registry)
+        self._clients = Gauge("xr0_clients", "Clients connected.", registry=self._registry)
+        self._ready = Gauge("xr0_ready", "1 while requests are answered.", registry=self._registry)
+        self._total, self._inference, self._queue, self._overhead = (
+            Histogram(name, text, buckets=_BUCKETS_S, registry=self._registry)
+            for name, text in (
+                ("xr0_request_seconds", "Request received to reply encoded."),
+                ("xr0_inference_seconds", "In the engine."),
+                ("xr0_queue_seconds", "Waiting for its turn."),
+                ("xr0_overhead_seconds", "All that is neither engine nor waiting."),
+            )
+        )
+        self._stages = Histogram(
+            "xr0_stage_seconds", "Stages of the engine.", ["stage"], buckets=_BUCKETS_S, registry=self._registry
+        )
+
+    def set_ready(self, ready: bool) -> None:
+        self._ready.set(ready)
+
+    def connected(self, address: str) -> int:
+        """A new client; its number."""
+        self._numbers += 1
+        self.clients[self._numbers] = ClientRecord(address)
+        self._clients.set(len(self.clients))
+        return self._numbers
+
+    def disconnected(self, number: int) -> None:
+        del self.clients[number]
+        self._clients.set(len(self.clients))
+
+    def answered(
+        self, number: int, observation: Observation, chunk: ActionChunk, timing_ms: Mapping[str, float]
+    ) -> None:
+        """timing_ms: queue_ms, infer_ms, total_ms."""
+        total, infer, queue = timing_ms["total_ms"], timing_ms["infer_ms"], timing_ms["queue_ms"]
+        self._count("answered")
+        self._recent.append((total, infer))
+        self._total.observe(total / 1e3)
+        self._inference.observe(infer / 1e3)
+        self._queue.observe(queue / 1e3)
+        self._overhead.observe(max(0.0, total - infer - queue) / 1e3)
+        for stage, milliseconds in chunk.timing_ms.items():
+            self._stages.labels(stage).observe(milliseconds / 1e3)
+        record = self.clients[number]
+        now = time.time()
+        if record.last_answer_at is not None:
+            rate = 1 / max(now - record.last_answer_at, 1e-3)
+            record.rate_hz += 0.2 * (rate - record.rate_hz)
+        record.answered += 1
+        record.last_answer_at, record.last_total_ms = now, total
+        record.last_observation, record.last_chunk = observation, chunk
+
+    def refused(self, number: int, kind: str) -> None:
+        """A request that got an error of that kind."""
+        self._count(kind)
+        record = self.clients[number]
+        if kind == "superseded":
+            record.superseded += 1
+        else:
+            record.errors += 1
+
+    def rejected(self, reason: str) -> None:
+        """A connection that was not let in."""
+        self._count(reason)
+
+    def prometheus(self) -> bytes:
+        return generate_latest(self._registry)
+
+    def snapshot(self) -> dict[str, Any]:
+        """What the page draws, as JSON's kinds of values."""
+        totals = [total for total, _ in self._recent]
+        inferences = [infer for _, infer in self._recent]
+        return {
+            "uptime_s": time.time() - self.started_at,
+            "results": self.results,
+            "buckets_ms": BUCKETS_MS,
+            "latency": {"total": _histogram(totals), "inference": _histogram(inferences)},
+            "percentiles_ms": {"total": _percentiles(totals), "inference": _percentiles(inferences)},
+            "clients": [_client(number, record) for number, record in self.clients.items()],
+            "latest": self._latest(),
+        }
+
+    def _count(self, result: str) -> None:
+        self.results[result] = self.results.get(result, 0) + 1
+        self._requests.labels(result).inc()
+
+    def _latest(self) -> dict[str, Any] | None:
+        answered = [item for item in self.clients.items() if item[1].last_chunk is not None]
+        if not answered:
+            return None
+        number, record = max(answered, key=lambda item: item[1].last_answer_at or 0.0)
+        chunk, observation = record.last_chunk, record.last_observation
+        assert chunk is not None
+        assert observation is not None
+        columns = np.flatnonzero(chunk.active_columns)
+        return {
+            "client": number,
+            "instruction": observation.instruction,
+            "robot_type": chunk.robot_type,
+            "views": {view: list(image.shape[1::-1]) for view, image in observation.images.items()},
+            "columns": columns.tolist(),
+            "actions": [[round(float(value), 5) for value in row] for row in chunk.actions[:, columns]],
+            "prefix_length": chunk.prefix_length,
+            "timing_ms": {stage: round(float(value), 3) for stage, value in chunk.timing_ms.items()},
+            "frame": record.answered,
+        }
+
+
+def _client(number: int, record: ClientRecord) -> dict[str, Any]:
+    return {
+        "number": number,
+        "address": record.address,
+        "connected_s": time.time() - record.connected_at,
+        "answered": record.answered,
+        "errors": record.errors,
+        "superseded": record.superseded,
+        "rate_hz": record.rate_hz,
+        "idle_s": None if record.last_answer_at is None else time.time() - record.last_answer_at,
+        "last_total_ms": record.last_total_ms,
+    }
+
+
+def _histogram(values: Iterable[float]) -> list[int]:
+    """How many fall under each edge of BUCKETS_MS and over the one before; the last counts those over all."""
+    edges = np.array(BUCKETS_MS, dtype=float)
+    return np.bincount(np.searchsorted(edges, list(values)), minlength=len(edges) + 1).tolist()
+
+
+def _percentiles(values: list[float]) -> dict[str, float] | None:
+    if not values:
+        return None
+    p50, p90, p99 = np.percentile(values, [50, 90, 99])
+    return {"p50": float(p50), "p90": float(p90), "p99": float(p99), "max": max(values)}

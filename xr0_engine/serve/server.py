@@ -1,0 +1,510 @@
+"""The server: websockets in, chunks out, and a few pages over HTTP on the same port (docs/serving.md).
+
+The event loop reads and answers; inference runs in the Backend. A client has at most one request waiting, its newest,
+and at most one at work; clients take turns in the order in which they came to wait, which is round robin.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import ssl
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from http import HTTPStatus
+from importlib.resources import files
+from types import TracebackType
+
+from websockets.asyncio.server import Server as WebsocketServer
+from websockets.asyncio.server import ServerConnection, serve
+from websockets.datastructures import Headers
+from websockets.exceptions import ConnectionClosed
+from websockets.http11 import Request as HttpRequest
+from websockets.http11 import Response
+
+from xr0_engine.serve.access import check_bind, is_allowed
+from xr0_engine.serve.images import encode_jpeg
+from xr0_engine.serve.monitor import Monitor
+from xr0_engine.serve.protocol import (
+    DEFAULT_PORT,
+    Busy,
+    PolicyFailed,
+    PolicyMetadata,
+    Refused,
+    Request,
+    ServerError,
+    Superseded,
+    check_chunk,
+    encode_chunk,
+    encode_error,
+    encode_metadata,
+    has_files,
+    read_fields,
+    read_request,
+    request_id,
+)
+from xr0_engine.serve.worker import TRAINED_PREFIX, Backend, Served
+from xr0_engine.types import ActionChunk
+
+log = logging.getLogger("xr0_engine.serve")
+
+# websockets reports every failed handshake of every port scanner as an error with a traceback.
+_websockets_log = logging.getLogger("xr0_engine.serve.websockets")
+_websockets_log.setLevel(logging.CRITICAL)
+
+FAILURES_UNTIL_UNHEALTHY = 3
+"""Inferences that fail in a row until /healthz says so: a device that is lost does not come back by itself."""
+
+HANDSHAKE_S = 5.0
+KEEPALIVE_S = 20.0
+SPARE_CONNECTIONS = 32
+"""Connections beyond the clients: pages, metrics, and those that are being turned away."""
+FRAME_QUALITY = 80
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """port: 0 takes a free one. keys: API keys, none = everyone who can reach the port. max_requests_per_s: of one
+    client. max_prefix: longest prefix taken. drain_s: how long a shutdown waits for requests that are being answered.
+    Raises ValueError for an address beyond this machine without keys, unless allow_anyone.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = DEFAULT_PORT
+    keys: tuple[str, ...] = ()
+    allow_anyone: bool = False
+    tls: ssl.SSLContext | None = None
+    max_clients: int = 32
+    max_message_bytes: int = 32 << 20
+    max_image_pixels: int = 4 << 20
+    max_requests_per_s: float = 200.0
+    max_prefix: int = TRAINED_PREFIX
+    drain_s: float = 10.0
+
+    def __post_init__(self) -> None:
+        check_bind(self.host, self.keys, self.allow_anyone)
+
+
+class Server:
+    """Serves one backend. Make it, then await run."""
+
+    def __init__(self, backend: Backend, config: ServerConfig) -> None:
+        self.config = config
+        self.monitor = Monitor()
+        self.state = "warming up"
+        self.metadata: PolicyMetadata | None = None
+        self._backend = backend
+        self._turns = asyncio.Semaphore(backend.slots)
+        self._ready = asyncio.Event()
+        self._sessions: set[_Session] = set()
+        self._clients = 0
+        self._connections = 0
+        self._failures = 0
+
+    async def run(self, stop: asyncio.Event, listening: Callable[[int], None] = lambda port: None) -> None:
+        """Listen, load, serve until stop is set, then answer what was asked and close.
+
+        listening: called with the port once it is open, before the engine is loaded. Raises OSError if the port cannot
+        be had, and what the backend raises on start.
+        """
+        async with serve(
+            self._handle,
+            self.config.host,
+            self.config.port,
+            process_request=self._answer_http,
+            # It takes any callable that makes one, as its documentation says and its types do not.
+            create_connection=partial(_CountedConnection, self),  # type: ignore[arg-type]
+            # A page in a browser must not reach a robot's server: browsers send an origin, clients do not.
+            origins=[None],
+            compression=None,
+            open_timeout=HANDSHAKE_S,
+            ping_interval=KEEPALIVE_S,
+            ping_timeout=KEEPALIVE_S,
+            max_size=self.config.max_message_bytes,
+            # One message being read while another is looked at: a large limit times a long queue is a lot of memory.
+            max_queue=1,
+            server_header=None,
+            ssl=self.config.tls,
+            logger=_websockets_log,
+        ) as websocket_server:
+            listening(next(iter(websocket_server.sockets)).getsockname()[1])
+            try:
+                if await self._start(stop):
+                    await stop.wait()
+                    await self._drain(websocket_server)
+            finally:
+                self.state = "closed"
+                self.monitor.set_ready(False)
+                await self._backend.close()
+
+    async def infer(self, request: Request) -> tuple[ActionChunk, float]:
+        """The backend's chunk and the milliseconds it took. For those who hold a turn. Raises a ServerError."""
+        start = time.perf_counter()
+        try:
+            chunk = await self._backend.infer(request)
+        except ValueError as error:
+            raise Refused(str(error)) from None
+        except (RuntimeError, MemoryError) as error:
+            raise self._failed(error) from error
+        try:
+            check_chunk(chunk)
+        except ValueError as error:
+            raise self._failed(error) from None
+        self._failures = 0
+        return chunk, 1e3 * (time.perf_counter() - start)
+
+    def turn(self) -> asyncio.Semaphore:
+        """Held while the backend works on a request; whoever waits longest gets it next."""
+        return self._turns
+
+    async def ready(self) -> PolicyMetadata:
+        """Waits for the warm-up."""
+        await self._ready.wait()
+        assert self.metadata is not None
+        return self.metadata
+
+    @property
+    def draining(self) -> bool:
+        return self.state == "draining"
+
+    def health(self) -> tuple[HTTPStatus, str]:
+        if self.state != "ready":
+            return HTTPStatus.SERVICE_UNAVAILABLE, self.state
+        if self._failures >= FAILURES_UNTIL_UNHEALTHY:
+            return HTTPStatus.SERVICE_UNAVAILABLE, f"the last {self._failures} inferences failed"
+        return HTTPStatus.OK, "ok"
+
+    def _failed(self, error: BaseException) -> PolicyFailed:
+        self._failures += 1
+        log.error("inference failed: %s", error)
+        return PolicyFailed(str(error) or type(error).__name__)
+
+    async def _start(self, stop: asyncio.Event) -> bool:
+        """Whether the backend came up before it was told to stop."""
+        starting, stopping = asyncio.ensure_future(self._backend.start()), asyncio.ensure_future(stop.wait())
+        try:
+            await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if not starting.done():
+                return False
+            self.metadata = _metadata(starting.result(), self.config)
+        finally:
+            starting.cancel()
+            stopping.cancel()
+        self.state = "ready"
+        self.monitor.set_ready(True)
+        self._ready.set()
+        log.info("ready: %s", ", ".join(self.metadata.robot_types))
+        return True
+
+    async def _drain(self, websocket_server: WebsocketServer) -> None:
+        self.state = "draining"
+        self.monitor.set_ready(False)
+        log.info("shutting down: %d clients", len(self._sessions))
+        deadline = time.monotonic() + self.config.drain_s
+        while any(session.busy for session in self._sessions) and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
+        websocket_server.close(reason="the server is shutting down")
+
+    async def _handle(self, connection: ServerConnection) -> None:
+        """One client, from handshake to end."""
+        if self._clients >= self.config.max_clients:
+            await connection.close(1013, f"expected at most {self.config.max_clients} clients")
+            return
+        self._clients += 1
+        number = self.monitor.connected(_address(connection))
+        try:
+            metadata = await self.ready()
+            await connection.send(encode_metadata(metadata))
+            session = _Session(self, connection, metadata, number)
+            self._sessions.add(session)
+            try:
+                await session.run()
+            finally:
+                self._sessions.discard(session)
+        except ConnectionClosed:
+            pass
+        except BaseException:
+            log.exception("client %d: the connection is closed after a fault of the server", number)
+            raise
+        finally:
+            self._clients -= 1
+            self.monitor.disconnected(number)
+
+    async def _answer_http(self, connection: ServerConnection, request: HttpRequest) -> Response | None:
+        """The answer to a plain HTTP request, or to a websocket that is not let in; None lets it in."""
+        path = request.path.partition("?")[0]
+        if path == "/healthz":
+            status, text = self.health()
+            return _response(status, text.encode())
+        if not is_allowed(request.headers.get("Authorization"), self.config.keys):
+            self.monitor.rejected("unauthorized")
+            response = _response(HTTPStatus.UNAUTHORIZED, b"expected an API key in the Authorization header")
+            response.headers["WWW-Authenticate"] = 'Basic realm="xr0"'
+            return response
+        if "Upgrade" in request.headers:
+            if self.draining:
+                return _response(HTTPStatus.SERVICE_UNAVAILABLE, b"the server is shutting down")
+            if self._clients >= self.config.max_clients:
+                self.monitor.rejected("too_many_clients")
+                return _response(HTTPStatus.SERVICE_UNAVAILABLE, b"too many clients")
+            return None
+        if path == "/":
+            page = files("xr0_engine.serve").joinpath("page.html").read_bytes()
+            return _response(HTTPStatus.OK, page, "text/html; charset=utf-8")
+        if path == "/metrics":
+            return _response(HTTPStatus.OK, self.monitor.prometheus(), "text/plain; version=0.0.4; charset=utf-8")
+        if path == "/status.json":
+            return _response(HTTPStatus.OK, self._status(), "application/json")
+        if path.startswith("/frames/"):
+            return await self._frame(path)
+        return _response(HTTPStatus.NOT_FOUND, b"not found")
+
+    def _status(self) -> bytes:
+        status, text = self.health()
+        robots = {} if self.metadata is None else self.metadata.robots
+        about = {
+            "state": "unhealthy" if self.state == "ready" and status != HTTPStatus.OK else self.state,
+            "health": text,
+            "max_clients": self.config.max_clients,
+            "robots": {name: vars(robot) for name, robot in robots.items()},
+        }
+        return json.dumps({**about, **self.monitor.snapshot()}, allow_nan=False).encode()
+
+    async def _frame(self, path: str) -> Response:
+        """/frames/CLIENT/VIEW: what the client saw last, as JPEG."""
+        _, _, number, view = (*path.split("/", 3), "")[:4]
+        record = self.monitor.clients.get(int(number)) if number.isdecimal() else None
+        observation = record.last_observation if record is not None else None
+        if observation is None or view not in observation.images:
+            return _response(HTTPStatus.NOT_FOUND, b"no such frame")
+        data = await asyncio.to_thread(encode_jpeg, observation.images[view], FRAME_QUALITY)
+        return _response(HTTPStatus.OK, data, "image/jpeg")
+
+
+class _CountedConnection(ServerConnection):
+    """Turns away, before anything is read, what comes beyond all clients and a few more."""
+
+    def __init__(self, owner: Server, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+        self._owner = owner
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._owner._connections += 1
+        super().connection_made(transport)
+        if self._owner._connections > self._owner.config.max_clients + SPARE_CONNECTIONS:
+            self._owner.monitor.rejected("too_many_connections")
+            self.transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._owner._connections -= 1
+        super().connection_lost(exc)
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    request: Request
+    received: float
+
+
+class _Session:
+    """One client: a reader that keeps its newest request, and an answerer that takes it when its turn comes."""
+
+    def __init__(self, server: Server, connection: ServerConnection, metadata: PolicyMetadata, number: int) -> None:
+        self._server = server
+        self._connection = connection
+        self._metadata = metadata
+        self._number = number
+        self._waiting: _Waiting | None = None
+        self._arrived = asyncio.Event()
+        self._answering = False
+        self._allowance = _Allowance(metadata.max_requests_per_s)
+
+    @property
+    def busy(self) -> bool:
+        return self._answering or self._waiting is not None
+
+    async def run(self) -> None:
+        """Until the connection is closed. Raises ConnectionClosed unless it was closed in order."""
+        tasks = [asyncio.create_task(self._answer()), asyncio.create_task(self._read())]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+        faults = [task.exception() for task in tasks if not task.cancelled()]
+        for fault in sorted(filter(None, faults), key=lambda fault: isinstance(fault, ConnectionClosed)):
+            raise fault
+
+    async def _read(self) -> None:
+        # Errors are sent from here, so that a client that does not read its replies is not read from either.
+        async for message in self._connection:
+            received = time.perf_counter()
+            number = None
+            try:
+                allowed = self._allowance.spend()
+                fields = read_fields(message)
+                number = request_id(fields)
+                if not allowed or self._server.draining:
+                    raise Busy(self._why_not())
+                if has_files(fields):
+                    request = await asyncio.to_thread(read_request, fields, self._metadata)
+                else:
+                    request = read_request(fields, self._metadata)
+            except Busy as error:
+                await self._refuse(error, number)
+            except ValueError as error:
+                await self._refuse(Refused(str(error)), number)
+            else:
+                old, self._waiting = self._waiting, _Waiting(request, received)
+                self._arrived.set()
+                if old is not None:
+                    await self._refuse(Superseded("a newer observation took its place"), old.request.id)
+
+    async def _answer(self) -> None:
+        while True:
+            await self._arrived.wait()
+            outcome: tuple[ActionChunk, float] | ServerError
+            async with self._server.turn():
+                # Only now: what came while others had their turn is newer.
+                waiting = self._take()
+                queue_ms = 1e3 * (time.perf_counter() - waiting.received)
+                try:
+                    outcome = await self._server.infer(waiting.request)
+                except (Refused, PolicyFailed) as error:
+                    outcome = error
+            if isinstance(outcome, tuple):
+                await self._connection.send(self._reply(waiting, *outcome, queue_ms))
+            else:
+                await self._refuse(outcome, waiting.request.id)
+            self._answering = False
+
+    def _take(self) -> _Waiting:
+        waiting, self._waiting = self._waiting, None
+        assert waiting is not None
+        self._arrived.clear()
+        self._answering = True
+        return waiting
+
+    def _reply(self, waiting: _Waiting, chunk: ActionChunk, infer_ms: float, queue_ms: float) -> bytes:
+        total_ms = 1e3 * (time.perf_counter() - waiting.received)
+        timing = {"infer_ms": infer_ms, "queue_ms": queue_ms, "total_ms": total_ms}
+        self._server.monitor.answered(self._number, waiting.request.observation, chunk, timing)
+        return encode_chunk(chunk, waiting.request.id, timing)
+
+    async def _refuse(self, error: ServerError, number: int | None) -> None:
+        self._server.monitor.refused(self._number, error.kind)
+        await self._connection.send(encode_error(error, number))
+
+    def _why_not(self) -> str:
+        if self._server.draining:
+            return "the server is shutting down"
+        return f"expected at most {self._metadata.max_requests_per_s:g} requests per second"
+
+
+class _Allowance:
+    """Requests that a client may still make: rate per second, and as many at once as one second brings."""
+
+    def __init__(self, rate: float) -> None:
+        self._rate = rate
+        self._left = max(rate, 1.0)
+        self._at = time.monotonic()
+
+    def spend(self) -> bool:
+        """Whether there was one left."""
+        now = time.monotonic()
+        self._left = min(self._left + (now - self._at) * self._rate, max(self._rate, 1.0))
+        self._at = now
+        if self._left < 1:
+            return False
+        self._left -= 1
+        return True
+
+
+def _metadata(served: Served, config: ServerConfig) -> PolicyMetadata:
+    shortest = min(robot.chunk_length for robot in served.robots.values())
+    return PolicyMetadata(
+        robots=served.robots,
+        action_width=served.action_width,
+        state_width=served.state_width,
+        prefix_range=(0, min(config.max_prefix, shortest)),
+        max_message_bytes=config.max_message_bytes,
+        max_image_pixels=config.max_image_pixels,
+        max_requests_per_s=config.max_requests_per_s,
+    )
+
+
+def _address(connection: ServerConnection) -> str:
+    host, port = connection.remote_address[:2]
+    return f"{host}:{port}"
+
+
+def _response(status: HTTPStatus, body: bytes, kind: str = "text/plain; charset=utf-8") -> Response:
+    headers = Headers(
+        {
+            "Content-Type": kind,
+            "Content-Length": str(len(body)),
+            "Cache-Control": "no-store",
+            "Connection": "close",
+            "X-Content-Type-Options": "nosniff",
+            # The page is complete in itself, and shows in no other site's frame.
+            "Content-Security-Policy": "default-src 'self' 'unsafe-inline'; img-src 'self' data:; "
+            "frame-ancestors 'none'",
+        }
+    )
+    return Response(status.value, status.phrase, headers, body)
+
+
+class BackgroundServer:
+    """A server on a thread of this process, for measurements and tests: `with BackgroundServer(backend) as server`.
+
+    url: where clients find it. Entering waits until it is ready; leaving shuts it down in order.
+    """
+
+    def __init__(self, backend: Backend, config: ServerConfig | None = None) -> None:
+        self.server = Server(backend, config or ServerConfig(port=0))
+        self.port = 0
+        self._loop = asyncio.new_event_loop()
+        self._stop = asyncio.Event()
+        self._listening = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="xr0-server")
+        self._fault: BaseException | None = None
+
+    @property
+    def url(self) -> str:
+        scheme = "ws" if self.server.config.tls is None else "wss"
+        return f"{scheme}://localhost:{self.port}"
+
+    def __enter__(self) -> BackgroundServer:
+        self._thread.start()
+        self._listening.wait()
+        while self.server.state == "warming up" and self._thread.is_alive():
+            time.sleep(0.001)
+        if self._fault is not None:
+            raise self._fault
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join()
+        if self._fault is not None:
+            raise self._fault
+
+    def _run(self) -> None:
+        def listening(port: int) -> None:
+            self.port = port
+            self._listening.set()
+
+        try:
+            self._loop.run_until_complete(self.server.run(self._stop, listening))
+        except BaseException as fault:
+            self._fault = fault
+        finally:
+            self._listening.set()
+            self._loop.close()

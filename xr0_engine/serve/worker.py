@@ -1,0 +1,125 @@
+"""The engine on a thread of its own: whoever serves chunks asks it through a Backend and never waits in its event loop.
+
+An Engine is not shared between threads, so one thread makes it, warms it up and runs every inference.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from xr0_engine.embodiment import Embodiment
+from xr0_engine.serve.protocol import Request, RobotInfo
+from xr0_engine.types import ActionChunk, Observation
+
+TRAINED_PREFIX = 6
+"""Longest prefix of the published training (spec section 4.1): what a longer one gives was never learned."""
+
+
+class ServedEngine(Protocol):
+    """What is asked of an engine: xr0_engine.Engine has it, and so may anything else that gives chunks."""
+
+    @property
+    def robot_types(self) -> tuple[str, ...]: ...
+
+    def embodiment(self, robot_type: str | None = None) -> Embodiment: ...
+
+    def example(self, robot_type: str | None = None, image_size: tuple[int, int] = ...) -> Observation: ...
+
+    def infer(
+        self, observation: Observation, prefix: np.ndarray | None = None, *, seed: int | None = None
+    ) -> ActionChunk:
+        """Raises ValueError for a wrong input, RuntimeError if the model or its device fails; serves on after both."""
+        ...
+
+
+@dataclass(frozen=True)
+class Served:
+    """What an engine was found to serve. robots: robot type -> how it is driven; action_width A, state_width S."""
+
+    robots: Mapping[str, RobotInfo]
+    action_width: int
+    state_width: int
+
+
+class Backend(Protocol):
+    """Where chunks come from. slots: how many requests it works on at once; infer is never called for more."""
+
+    slots: int
+
+    async def start(self) -> Served:
+        """Load and warm up. Raises what the engine raises."""
+        ...
+
+    async def infer(self, request: Request) -> ActionChunk: ...
+
+    async def close(self) -> None: ...
+
+
+def describe(engine: ServedEngine, image_size: tuple[int, int]) -> Served:
+    """Infer once per robot type, which also warms up, and tell what came.
+
+    image_size: (height, width) of the images. Robot types without a profile cannot be served and are left out. Raises
+    ValueError if none is left.
+    """
+    robots: dict[str, RobotInfo] = {}
+    action_width = state_width = 0
+    missing = []
+    for robot_type in engine.robot_types:
+        try:
+            profile = engine.embodiment(robot_type)
+        except ValueError as error:
+            missing.append(str(error))
+            continue
+        example = engine.example(robot_type, image_size)
+        chunk = engine.infer(example, seed=0)
+        length, action_width = chunk.actions.shape
+        state_width = int(example.state.shape[-1])
+        robots[robot_type] = RobotInfo(
+            chunk_length=length,
+            control_rate_hz=float(profile.control_rate_hz),
+            replan_every=profile.replan_every,
+            views=tuple(view.key for view in profile.views),
+            layout=profile.layout,
+        )
+    if not robots:
+        raise ValueError("; ".join(missing) or "engine: expected at least one robot type, got none")
+    return Served(robots, action_width, state_width)
+
+
+class EngineThread:
+    """A Backend: one engine on one thread.
+
+    load: makes the engine, on that thread. image_size: (height, width) to warm up with.
+    """
+
+    slots = 1
+
+    def __init__(self, load: Callable[[], ServedEngine], image_size: tuple[int, int] = (480, 640)) -> None:
+        self._load = load
+        self._image_size = image_size
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="xr0-engine")
+        self._engine: ServedEngine | None = None
+
+    async def start(self) -> Served:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._start)
+
+    async def infer(self, request: Request) -> ActionChunk:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._infer, request)
+
+    async def close(self) -> None:
+        """Waits for the inference that runs."""
+        await asyncio.to_thread(self._thread.shutdown, cancel_futures=True)
+
+    def _start(self) -> Served:
+        self._engine = self._load()
+        return describe(self._engine, self._image_size)
+
+    def _infer(self, request: Request) -> ActionChunk:
+        assert self._engine is not None
+        return self._engine.infer(request.observation, request.prefix, seed=request.seed)
