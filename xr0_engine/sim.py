@@ -72,6 +72,8 @@ class AlohaEnv:
         self.width, self.height = width, height
         self.task: Any = TransferCubeTask()
         self.physics: Any = mujoco.Physics.from_xml_path(str(ASSETS_DIR / "bimanual_viperx_transfer_cube.xml"))
+        # Two lights' shadow maps are most of a frame's cost in a software renderer, and tell the policy nothing.
+        self.physics.model.vis.quality.shadowsize = 0
         # Actuators are six joints and two mirrored fingers an arm; the first finger stands for the gripper.
         limits = np.delete(self.physics.model.actuator_ctrlrange, [7, 15], axis=0)
         grippers = [ARM_JOINTS.index("gripper"), len(ARM_JOINTS) + ARM_JOINTS.index("gripper")]

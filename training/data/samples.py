@@ -43,3 +43,7 @@ class LanguageSample:
     images: tuple[np.ndarray, ...]
     conversations: tuple[tuple[str, str], ...]
     source: str
+
+
+class DataError(ValueError):
+    """A dataset, or a place in one, that cannot be used: the message names the file, and the frame or line."""

@@ -1,0 +1,64 @@
+"""Work on many files in several processes, with progress; results in the order of the items, whatever the number."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def worker_pool(processes: int) -> ProcessPoolExecutor:
+    """Processes that start afresh (threads and renderers do not survive a fork) and end with this one."""
+    return ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=_end_with_parent)
+
+
+def in_parallel(
+    function: Callable[[Item], Result], items: Sequence[Item], processes: int, title: str
+) -> Iterator[Result]:
+    """function of every item, in order. With one process, in this one. function and items are pickled otherwise."""
+    with progress_bar() as progress:
+        task = progress.add_task(title, total=len(items))
+        if processes == 1 or len(items) <= 1:
+            for item in items:
+                yield function(item)
+                progress.advance(task)
+            return
+        with worker_pool(min(processes, len(items))) as pool:
+            for result in pool.map(function, items):
+                yield result
+                progress.advance(task)
+
+
+def progress_bar() -> Progress:
+    """On standard error, with the time that remains."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    # A worker waiting for its next item would outlive a parent that was killed.
+    threading.Thread(target=watch, daemon=True).start()
