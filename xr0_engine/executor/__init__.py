@@ -1,0 +1,41 @@
+"""Chunks to a stream of actions at the robot's control rate, while the next chunk is still being computed.
+
+NumPy only: a robot's computer needs no torch. docs/realtime.md explains the terms; `Executor` is where to start.
+"""
+
+from __future__ import annotations
+
+from xr0_engine.executor.clock import Clock, SystemClock, VirtualClock
+from xr0_engine.executor.executor import Executor
+from xr0_engine.executor.frame import BimanualFrame, Frame, PlainFrame
+from xr0_engine.executor.interfaces import Policy, Robot, SensorsNotReady, Snapshot
+from xr0_engine.executor.limits import Limits
+from xr0_engine.executor.report import Report
+from xr0_engine.executor.sensors import Synchronizer
+from xr0_engine.executor.session import Recorder, Session, read_session
+from xr0_engine.executor.settings import Settings
+from xr0_engine.executor.worker import DelayedWorker, ThreadWorker, Worker
+
+__all__ = [
+    "BimanualFrame",
+    "Clock",
+    "DelayedWorker",
+    "Executor",
+    "Frame",
+    "Limits",
+    "PlainFrame",
+    "Policy",
+    "Recorder",
+    "Report",
+    "Robot",
+    "SensorsNotReady",
+    "Session",
+    "Settings",
+    "Snapshot",
+    "Synchronizer",
+    "SystemClock",
+    "ThreadWorker",
+    "VirtualClock",
+    "Worker",
+    "read_session",
+]

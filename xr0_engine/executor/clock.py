@@ -1,0 +1,44 @@
+"""The clock is an argument: the system's in front of a robot, a virtual one in simulation and tests."""
+
+from __future__ import annotations
+
+import time
+from typing import Protocol
+
+
+class Clock(Protocol):
+    """Seconds from an arbitrary zero. Observations, actions and reports are all timed on one clock."""
+
+    def now(self) -> float: ...
+
+    def sleep_until(self, time_s: float) -> None:
+        """Return at time_s, or earlier; at once if it has passed."""
+
+
+class SystemClock:
+    """The system's monotonic clock: it neither jumps nor follows the time of day. Stamp camera frames with it too."""
+
+    def now(self) -> float:
+        return time.monotonic()
+
+    def sleep_until(self, time_s: float) -> None:
+        left = time_s - time.monotonic()
+        if left > 0:
+            time.sleep(left)
+
+
+class VirtualClock:
+    """Time that passes only by sleeping, so that a loop runs as fast as it can and always the same way."""
+
+    def __init__(self, start_s: float = 0.0) -> None:
+        self._now = start_s
+
+    def now(self) -> float:
+        return self._now
+
+    def sleep_until(self, time_s: float) -> None:
+        self._now = max(self._now, time_s)
+
+    def jump(self, seconds: float) -> None:
+        """Move the clock, backwards too: what a stall, or somebody who sets the time, does."""
+        self._now += seconds

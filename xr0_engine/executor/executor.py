@@ -1,0 +1,353 @@
+"""The control loop: an action at every tick, whatever the policy does (spec section 5)."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from xr0_engine.executor.clock import Clock, SystemClock
+from xr0_engine.executor.delay import DelayEstimator
+from xr0_engine.executor.frame import Frame, coast
+from xr0_engine.executor.interfaces import Policy, Robot, SensorsNotReady, Snapshot
+from xr0_engine.executor.limits import Limiter, Limits
+from xr0_engine.executor.report import Report
+from xr0_engine.executor.session import Recorder
+from xr0_engine.executor.settings import Settings
+from xr0_engine.executor.timeline import Timeline
+from xr0_engine.executor.worker import DelayedWorker, Outcome, Request, ThreadWorker, Worker
+from xr0_engine.types import ActionChunk
+
+# A tick that is due in 1e-6 periods is due: times are rounded.
+ROUNDING_TICKS = 1e-6
+# Ticks are at most one period ahead. Further ahead means that the clock went backwards.
+JUMP_PERIODS = 2.0
+# A prefix goes to the model's units and back in float32, good to 1e-6 of its size; one that was ignored is far off.
+PREFIX_TOLERANCE = 1e-4
+
+
+class Executor:
+    """Executes a policy's chunks on a robot. Make a new one for each run.
+
+    policy: called from one thread, one call at a time. robot: called from the thread that calls run. frame: how the
+    robot's actions compare (frame.py). limits: applied to every command. clock: the one that observations are stamped
+    with. delay_s: for simulated time: request number -> seconds that its inference shall take on the clock; inference
+    then runs inside the loop. recorder: where the session is written.
+
+    Time is divided into steps: step n begins at n / rate_hz on the clock. A chunk's action i belongs to the step of its
+    observation plus i. Raises ValueError for arguments that do not fit together.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        robot: Robot,
+        frame: Frame,
+        settings: Settings,
+        limits: Limits | None = None,
+        clock: Clock | None = None,
+        delay_s: Callable[[int], float] | None = None,
+        recorder: Recorder | None = None,
+    ) -> None:
+        if settings.commands_per_action > 1 and frame.delta.any():
+            raise ValueError("commands_per_action: expected 1 for a robot with delta columns, which add up")
+        self.report = Report(frame.width)
+        self._robot, self._frame, self._settings, self._recorder = robot, frame, settings, recorder
+        self._clock: Clock = SystemClock() if clock is None else clock
+        self._limiter = Limiter(Limits.none(frame.width) if limits is None else limits, frame)
+        self._worker: Worker = (
+            ThreadWorker(policy, self._clock) if delay_s is None else DelayedWorker(policy, self._clock, delay_s)
+        )
+        self._timeline = Timeline()
+        self._delay = DelayEstimator(settings.expected_delay_s)
+        self._ended = threading.Event()
+        self._requests = 0
+        self._pending: Request | None = None
+        self._pending_is_void = self._pending_is_reported = False
+        self._retry_s = -math.inf
+        self._chunk_length: int | None = None
+        # The step that is being executed, its row and the chunk that it comes from.
+        self._step: int | None = None
+        self._row: np.ndarray | None = None
+        self._source: int | None = None
+        # What the robot was told in the last step, and in the one before.
+        self._told: tuple[np.ndarray, np.ndarray] | None = None
+
+    def run(self, seconds: float) -> Report:
+        """Run the loop for so long, or until end() is called; then stop the robot, also after an error or Ctrl-C.
+
+        Raises ValueError for a time that is not above 0, and whatever the robot's methods raise.
+        """
+        if not 0 < seconds < math.inf:
+            raise ValueError(f"seconds: expected a time above 0, got {seconds}")
+        loop_hz = self._settings.loop_hz
+        tick = self._next_tick()
+        last = tick + max(1, round(seconds * loop_hz))
+        try:
+            while tick < last and not self._ended.is_set():
+                if not self._wait(tick):
+                    self._clock_went_back()
+                    restart = self._next_tick()
+                    last, tick = last - tick + restart, restart
+                    continue
+                now = self._clock.now()
+                current = max(tick, math.floor(now * loop_hz + ROUNDING_TICKS))
+                self.report.counts["deadline_misses"] += current - tick
+                self._tick(current, now)
+                tick = current + 1
+        finally:
+            self._robot.stop()
+            self._finish()
+        return self.report
+
+    def end(self, reason: str = "asked to") -> None:
+        """Make run return after the tick that it is in. From any thread."""
+        if not self._ended.is_set():
+            self.report.ended = reason
+            self._ended.set()
+
+    def _next_tick(self) -> int:
+        return math.ceil(self._clock.now() * self._settings.loop_hz - ROUNDING_TICKS)
+
+    def _wait(self, tick: int) -> bool:
+        """Sleep until the tick; False if the clock went backwards."""
+        due = tick / self._settings.loop_hz
+        while (now := self._clock.now()) < due:
+            if (due - now) * self._settings.loop_hz > JUMP_PERIODS:
+                return False
+            self._clock.sleep_until(due)
+        return True
+
+    def _tick(self, tick: int, now: float) -> None:
+        step, phase = divmod(tick, self._settings.commands_per_action)
+        is_new = step != self._step
+        if is_new:
+            self._begin(step, now)
+        else:
+            self._collect(step + 1, now)
+        if self._row is not None and not self._ended.is_set():
+            self._send(tick, step, phase, is_new)
+        if self._settings.mode != "sync":
+            self._request(step, now)
+
+    def _begin(self, step: int, now: float) -> None:
+        """Choose the row of a new step."""
+        counts = self.report.counts
+        if self._step is not None and step > self._step + 1:
+            counts["missed"] += step - self._step - 1
+            self._record("missed", first=self._step + 1, count=step - self._step - 1)
+        counts["skipped"] += self._timeline.drop_before(step)
+        self._collect(step, now)
+        if self._settings.mode == "sync" and not len(self._timeline):
+            self._request(step, now)
+            self._collect(step, now)
+        follows = self._step == step - 1
+        self._step = step
+        planned = self._timeline.take(step)
+        if planned is not None:
+            if follows and self._row is not None:
+                neighbours = self.report.inner if planned.chunk == self._source else self.report.seams
+                neighbours.add(self._frame.difference(planned.row, self._row))
+            self._row, self._source = planned.row, planned.chunk
+            counts["executed"] += 1
+        else:
+            self._starve()
+        source = "chunk" if planned else "none" if self._row is None else "hold"
+        index = planned.index if planned else None
+        self._note: dict[str, Any] = {"step": step, "source": source, "chunk": self._source, "index": index}
+
+    def _starve(self) -> None:
+        """No action for this step: stand still, come to rest, or end."""
+        self._source = None
+        waits = self._told is None or self._settings.mode == "sync"
+        self.report.counts["waited" if waits else "held"] += 1
+        if not waits and self._settings.starvation == "stop":
+            self.end("starved")
+        self._row = None if self._told is None else coast(self._frame, *self._told, self._settings.motion_kept)
+
+    def _send(self, tick: int, step: int, phase: int, is_new: bool) -> None:
+        loop_hz = self._settings.loop_hz
+        assert self._row is not None
+        target = self._row
+        following = self._timeline.peek(step + 1)
+        if phase and following is not None:
+            fraction = phase / self._settings.commands_per_action
+            target = self._frame.moved(target, fraction * self._frame.difference(following.row, target))
+        command, clipped = self._limiter(target, tick / loop_hz)
+        self._robot.command(command)
+        sent_s = self._clock.now()
+        self.report.jitter.add(sent_s - tick / loop_hz)
+        if sent_s >= (tick + 1) / loop_hz:
+            self.report.counts["deadline_misses"] += 1
+        if is_new:
+            self._told = command, command if self._told is None else self._told[0]
+            self._timeline.executed(step, command)
+            if self._recorder is not None:
+                self._record("step", time_s=sent_s, row=command.tolist(), clipped=clipped, **self._note)
+
+    def _request(self, step: int, now: float) -> None:
+        """Start an inference, if it is time for one."""
+        settings, counts = self._settings, self.report.counts
+        if self._pending is not None or now < self._retry_s:
+            return
+        prefix_length = self._prefix_length()
+        if settings.mode != "sync":
+            remaining = 0 if self._timeline.end is None else self._timeline.end - (step + 1)
+            trigger = prefix_length if settings.trigger == "deadline" else max(settings.trigger, prefix_length)
+            if remaining >= max(trigger, 1):
+                return
+        try:
+            snapshot = self._robot.observe(now)
+        except SensorsNotReady as reason:
+            counts["sensors"] += 1
+            self.report.last_error = f"sensors: {reason}"
+            return
+        if snapshot.observation.timestamp_s is None:
+            raise ValueError("observation.timestamp_s: expected a time on the executor's clock, got None")
+        first = min(round(snapshot.observation.timestamp_s * settings.rate_hz), step)
+        began = self._timeline.began
+        # The robot stood still until its first command: an older observation shows it as it was then.
+        first = first if began is None else max(first, began)
+        prefix = None if began is None else self._prefix(first, step, prefix_length, snapshot)
+        self._requests += 1
+        counts["inferences"] += 1
+        self._pending = Request(self._requests, snapshot, prefix, first, now, at_rest=began is None)
+        self._pending_is_void = self._pending_is_reported = False
+        self._record(
+            "inference",
+            number=self._requests,
+            time_s=now,
+            observed_s=snapshot.observation.timestamp_s,
+            first_step=first,
+            prefix_length=self._pending.prefix_length,
+        )
+        self._worker.submit(self._pending)
+
+    def _prefix_length(self) -> int:
+        """Enough for the delay, as far as the policy was trained for it; 0 in the modes without."""
+        settings = self._settings
+        if settings.mode != "async" or self._chunk_length is None:
+            return 0
+        steps = self._delay.steps(settings.rate_hz)
+        needed = settings.max_prefix if steps is None else steps + settings.margin
+        return min(needed, settings.max_prefix, self._chunk_length - 1)
+
+    def _prefix(self, first: int, step: int, length: int, snapshot: Snapshot) -> np.ndarray | None:
+        """The actions of the steps from `first` on, executed, planned or held, in the new observation's frame."""
+        if not length:
+            return None
+        path = [self._timeline.in_force(first - 1)]
+        for prefix_step in range(first, first + length):
+            planned = self._timeline.peek(prefix_step)
+            if prefix_step <= step:
+                path.append(self._timeline.in_force(prefix_step))
+            elif planned is not None:
+                path.append(planned.row)
+            else:
+                path.append(coast(self._frame, path[-1], path[-2], self._settings.motion_kept))
+        steps = self._delay.steps(self._settings.rate_hz)
+        if steps is not None and steps > length:
+            self.report.counts["prefix_short"] += 1
+        return self._frame.anchored(np.stack(path[1:]), snapshot.origin)
+
+    def _collect(self, step: int, now: float) -> None:
+        """Take over a chunk that has come, from `step` on, the first that is still to be executed."""
+        outcome = self._worker.poll()
+        if outcome is None:
+            pending = self._pending
+            if pending and not self._pending_is_reported and now - pending.submitted_s > self._settings.hang_s:
+                self._pending_is_reported = True
+                self._lose(pending, "hung", f"no chunk for {now - pending.submitted_s:.1f} s", now)
+            return
+        self._pending = None
+        if self._pending_is_void:
+            self._lose(outcome.request, "outdated", "the clock went backwards meanwhile", now)
+        elif isinstance(outcome.result, Exception):
+            self._retry_s = now + self._settings.retry_s
+            self._lose(outcome.request, "failed", f"{type(outcome.result).__name__}: {outcome.result}", now)
+        else:
+            try:
+                rows = self._rows(outcome.request, outcome.result)
+            except ValueError as reason:
+                self._retry_s = now + self._settings.retry_s
+                self._lose(outcome.request, "rejected", str(reason), now)
+            else:
+                self._place(outcome, rows, step, now)
+
+    def _rows(self, request: Request, chunk: ActionChunk) -> np.ndarray:
+        """A chunk's actions in the fixed frame. Raises ValueError if it cannot be executed."""
+        rows = self._frame.absolute(chunk.actions, request.snapshot.origin)
+        if chunk.prefix_length != request.prefix_length:
+            raise ValueError(f"prefix_length: expected {request.prefix_length}, got {chunk.prefix_length}")
+        if request.prefix is not None:
+            kept = chunk.actions[: request.prefix_length]
+            if kept.shape != request.prefix.shape or np.abs(kept - request.prefix).max() > PREFIX_TOLERANCE:
+                raise ValueError("actions: expected the prefix as the first actions, got others")
+        return rows
+
+    def _place(self, outcome: Outcome, rows: np.ndarray, step: int, now: float) -> None:
+        settings, counts, request = self._settings, self.report.counts, outcome.request
+        delay_s = outcome.finished_s - request.first_step / settings.rate_hz
+        self.report.delay.add(max(delay_s, 0.0))
+        self._delay.add(delay_s)
+        self._chunk_length = len(rows)
+        first = request.first_step
+        # A robot at rest since its observation can start from the chunk's first action.
+        if settings.mode == "sync" or request.at_rest:
+            first = step
+        if self._told is None:
+            start = self._frame.start(request.snapshot.origin)
+            if start is not None:
+                self._limiter.start(start, (step - 1) / settings.rate_hz)
+        used = rows[: settings.execute] if settings.mode == "sync" else rows
+        placement = self._timeline.place(used, first, request.prefix_length, step, request.number)
+        counts["unused"] += len(rows) - len(used)
+        counts["late"] += placement.late
+        counts["committed"] += placement.committed
+        counts["replaced"] += placement.replaced
+        counts["chunks"] += 1
+        if placement.takeover is None:
+            counts["outdated"] += 1
+        if self._recorder is not None:
+            self._record(
+                "chunk",
+                number=request.number,
+                finished_s=outcome.finished_s,
+                time_s=now,
+                first_step=first,
+                takeover=placement.takeover,
+                prefix_length=request.prefix_length,
+                late=placement.late,
+                rows=used.tolist(),
+            )
+
+    def _lose(self, request: Request, count: str, reason: str, now: float) -> None:
+        self.report.counts[count] += 1
+        self.report.last_error = f"inference {request.number} {count}: {reason}"
+        self._record("lost", number=request.number, time_s=now, reason=count, detail=reason)
+
+    def _clock_went_back(self) -> None:
+        """Steps from before mean nothing on the new time: drop what was planned, and hold until there is a chunk."""
+        self.report.counts["clock_jumps"] += 1
+        self.report.counts["discarded"] += self._timeline.clear()
+        self._pending_is_void = True
+        self._step, self._retry_s = None, -math.inf
+        self._limiter.clock_jumped((self._next_tick() - 1) / self._settings.loop_hz)
+        if self._told is not None:
+            self._told = self._told[0], self._told[0]
+        self._record("clock", time_s=self._clock.now())
+
+    def _finish(self) -> None:
+        self._worker.close()
+        report = self.report
+        report.ended = report.ended or "time"
+        report.counts["left"] += len(self._timeline)
+        report.counts.update({f"clipped {kind}": count for kind, count in self._limiter.clipped.items()})
+        self._record("report", **report.to_json())
+
+    def _record(self, kind: str, **fields: Any) -> None:
+        if self._recorder is not None:
+            self._recorder.write(kind, **fields)

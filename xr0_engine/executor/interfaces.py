@@ -1,0 +1,48 @@
+"""What the executor stands between: a policy that gives chunks, and a robot that takes actions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from xr0_engine.decode import BimanualPose
+from xr0_engine.types import ActionChunk, Observation
+
+
+class Policy(Protocol):
+    """Engine is one, and so is the client of a server."""
+
+    def infer(self, observation: Observation, prefix: np.ndarray | None = None) -> ActionChunk:
+        """The next chunk. prefix: (P, A) float32, robot units, in the frame of this observation: the actions that are
+        executed from the observation's time on while this call runs. They come back as the chunk's first P."""
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """An observation, and where the robot was.
+
+    observation.timestamp_s: required, on the executor's clock. origin: the pose that the chunk will be anchored at,
+    for layout `bimanual`; None for robots whose actions are not anchored.
+    """
+
+    observation: Observation
+    origin: BimanualPose | None = None
+
+
+class SensorsNotReady(RuntimeError):
+    """No observation can be put together now: the message says which camera or state is missing or too old."""
+
+
+class Robot(Protocol):
+    """The executor calls all three from its loop, so each has to return at once: within a small part of a period."""
+
+    def observe(self, now_s: float) -> Snapshot:
+        """The latest observation; see Synchronizer. Raises SensorsNotReady if there is none that is fresh enough."""
+
+    def command(self, row: np.ndarray) -> None:
+        """Send one action: (A,) float64, absolute targets for layout `bimanual` (frame.py), robot units otherwise."""
+
+    def stop(self) -> None:
+        """Come to rest and stay there: called when actions run out under starvation policy `stop`."""

@@ -1,0 +1,117 @@
+"""Cameras and joints each tick on their own: put together what belongs together in time (spec section 4.3)."""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_left, insort
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from xr0_engine.decode import BimanualPose, bimanual_state
+from xr0_engine.executor.interfaces import SensorsNotReady, Snapshot
+from xr0_engine.types import Observation
+
+# Half a second of a 60 Hz camera, or of a state at 60 Hz; older samples could only make stale observations.
+KEPT_FRAMES = 30
+KEPT_STATES = 400
+# Two clocks on one machine agree this well; a sample from further ahead has a wrong time stamp.
+FUTURE_TOLERANCE_S = 0.02
+
+
+@dataclass(order=True)
+class _Sample:
+    time_s: float
+    value: Any = field(compare=False)
+
+
+class Synchronizer:
+    """Takes samples from any thread and in any order; gives the newest observation whose parts are close in time.
+
+    views: keys of the cameras, all required. max_age_s: how old an observation may be. max_skew_s: how far apart in
+    time its parts may be. counts: samples that were `reordered` (came after a newer one), `duplicate` (same time stamp,
+    the first one stays) or from the `future` (refused).
+    """
+
+    def __init__(
+        self,
+        views: Sequence[str],
+        instruction: str,
+        robot_type: str | None,
+        max_age_s: float = 0.15,
+        max_skew_s: float = 0.05,
+    ) -> None:
+        self.instruction = instruction
+        self.counts: Counter[str] = Counter()
+        self._robot_type = robot_type
+        self._max_age_s, self._max_skew_s = max_age_s, max_skew_s
+        self._frames: dict[str, list[_Sample]] = {view: [] for view in views}
+        self._states: list[_Sample] = []
+        self._lock = threading.Lock()
+
+    def add_frame(self, view: str, time_s: float, image: np.ndarray) -> None:
+        """One image, (H, W, 3) uint8, and when it was taken. It is kept, not copied. Raises ValueError, unknown view"""
+        if view not in self._frames:
+            raise ValueError(f"view: expected one of {', '.join(self._frames)}, got {view!r}")
+        self._add(self._frames[view], _Sample(time_s, image), KEPT_FRAMES)
+
+    def add_state(self, time_s: float, state: np.ndarray | BimanualPose) -> None:
+        """The proprio state (S,) as the model takes it, or for layout `bimanual` the pose, which gives the state."""
+        self._add(self._states, _Sample(time_s, state), KEPT_STATES)
+
+    def observe(self, now_s: float) -> Snapshot:
+        """The observation at the newest time that every camera has reached; of each, the sample nearest to that time.
+
+        Raises SensorsNotReady that names what is missing, too old or too far apart.
+        """
+        with self._lock:
+            self._drop_future(now_s)
+            samples = {**self._frames, "state": self._states}
+            missing = [name for name, kept in samples.items() if not kept]
+            if missing:
+                raise SensorsNotReady(f"nothing yet from {', '.join(missing)}")
+            time_s = min(kept[-1].time_s for kept in self._frames.values())
+            nearest = {name: _nearest(kept, time_s) for name, kept in samples.items()}
+        if now_s - time_s > self._max_age_s:
+            oldest = min(self._frames, key=lambda view: nearest[view].time_s)
+            raise SensorsNotReady(f"{oldest} is {now_s - time_s:.3f} s old, more than {self._max_age_s:g}")
+        for name, sample in nearest.items():
+            if abs(sample.time_s - time_s) > self._max_skew_s:
+                raise SensorsNotReady(
+                    f"{name} is {abs(sample.time_s - time_s):.3f} s from the others, more than {self._max_skew_s:g}"
+                )
+        state = nearest.pop("state").value
+        origin = state if isinstance(state, BimanualPose) else None
+        observation = Observation(
+            images={view: sample.value for view, sample in nearest.items()},
+            instruction=self.instruction,
+            state=bimanual_state(state) if isinstance(state, BimanualPose) else state,
+            robot_type=self._robot_type,
+            timestamp_s=time_s,
+        )
+        return Snapshot(observation, origin)
+
+    def _add(self, kept: list[_Sample], sample: _Sample, most: int) -> None:
+        with self._lock:
+            if kept and sample.time_s < kept[-1].time_s:
+                self.counts["reordered"] += 1
+            index = bisect_left(kept, sample)
+            if index < len(kept) and kept[index].time_s == sample.time_s:
+                self.counts["duplicate"] += 1
+                return
+            insort(kept, sample)
+            del kept[:-most]
+
+    def _drop_future(self, now_s: float) -> None:
+        # After a clock went backwards, samples from before would be the newest for ever.
+        for kept in (*self._frames.values(), self._states):
+            while kept and kept[-1].time_s > now_s + FUTURE_TOLERANCE_S:
+                kept.pop()
+                self.counts["future"] += 1
+
+
+def _nearest(kept: list[_Sample], time_s: float) -> _Sample:
+    return min(kept, key=lambda sample: abs(sample.time_s - time_s))
