@@ -115,8 +115,13 @@ class Resizer {
             return;
         }
         window_over(y, &Resizer::resize_columns);
-        functions_.vertical(scratch_.window(), resize_.rows, y, static_cast<int32_t>(kChannels * scratch_.plane()),
-                            scratch_.planes(y));
+        const auto bytes = static_cast<int32_t>(kChannels * scratch_.plane());
+        if (frame_.height == resize_.height) {
+            // The pass would change nothing: each window has one weight, of one.
+            std::memcpy(scratch_.planes(y), scratch_.ring(y), static_cast<std::size_t>(bytes));
+            return;
+        }
+        functions_.vertical(scratch_.window(), resize_.rows, y, bytes, scratch_.planes(y));
     }
 
   private:

@@ -48,7 +48,7 @@ class Axis {
     }
 
     AxisView view() const {
-        return {in_, outputs_, taps_, first_.data(), weights_.data(), digits_.data(), halves_.data()};
+        return {in_, outputs_, taps_, first_.data(), weights_.data(), digits_.data(), parts_.data()};
     }
 
   private:
@@ -65,21 +65,27 @@ class Axis {
 
     // The same weights in the number formats of the vector instructions. Sums are exact modulo 2^32 in either form.
     void split() {
-        digits_.resize(weights_.size() / 4 * 3);
-        halves_.resize(weights_.size());
+        digits_.resize(weights_.size() / kTapStep * kParts);
+        parts_.resize(digits_.size());
         for (std::size_t i = 0; i < weights_.size(); ++i) {
+            const std::size_t group = i / kTapStep * kParts;
+            const std::size_t tap = i % kTapStep;
             int32_t rest = weights_[i];
-            for (std::size_t digit = 0; digit < 3; ++digit) {
+            for (std::size_t digit = 0; digit < kParts; ++digit) {
                 const auto low = static_cast<int8_t>(rest & 0xff);
-                std::memcpy(reinterpret_cast<char*>(&digits_[i / 4 * 3 + digit]) + i % 4, &low, sizeof low);
+                put(low, digits_[group + digit], tap);
                 rest = (rest - low) / 256;
             }
             const auto low = static_cast<int16_t>(weights_[i] & 0xffff);
-            const auto high = static_cast<int16_t>((weights_[i] - low) / 65536);
-            auto* const pair = reinterpret_cast<char*>(&halves_[i / 2 * 2]);
-            std::memcpy(pair + i % 2 * 2, &low, sizeof low);
-            std::memcpy(pair + 4 + i % 2 * 2, &high, sizeof high);
+            put(low, parts_[group + tap % 2], tap / 2);
+            put(static_cast<int8_t>((weights_[i] - low) / 65536), parts_[group + 2], tap);
         }
+    }
+
+    // Number `at` of those that share the word.
+    template <typename T>
+    static void put(T value, int32_t& word, std::size_t at) {
+        std::memcpy(reinterpret_cast<char*>(&word) + at * sizeof value, &value, sizeof value);
     }
 
     int32_t in_;
@@ -88,7 +94,7 @@ class Axis {
     std::vector<int32_t> first_;
     std::vector<int32_t> weights_;
     std::vector<int32_t> digits_;
-    std::vector<int32_t> halves_;
+    std::vector<int32_t> parts_;
 };
 
 }  // namespace xr0

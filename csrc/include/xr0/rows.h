@@ -15,6 +15,7 @@ inline constexpr int kFractionBits = 32 - 8 - 2;
 inline constexpr int32_t kHalf = int32_t{1} << (kFractionBits - 1);
 // Windows are a multiple of this wide, filled up with zero weights: the dot product of bytes takes four.
 inline constexpr int kTapStep = 4;
+inline constexpr int kParts = 3;
 // Outputs are computed in groups of this many; the last group is filled up with outputs that nobody reads.
 inline constexpr int kOutputStep = 4;
 // Input rows are resized in groups of this many. A group at the image's end names its last row more than once.
@@ -32,7 +33,9 @@ struct AxisView {
     const int32_t* first;    // [outputs] first sample of the window, which may reach past the last sample
     const int32_t* weights;  // [outputs][taps]
     const int32_t* digits;   // [outputs][taps / 4][3]: four signed bytes each; number d counts 256^d
-    const int32_t* halves;   // [outputs][taps / 2][2]: two signed 16-bit numbers each; number h counts 65536^h
+    // [outputs][taps / 4][kParts]: the signed lower 16 bits of the even two weights; those of the odd two; what is left
+    // of all four over 65536, four signed bytes. Two such bytes times samples fit 16 bits: no two weights exceed 2.
+    const int32_t* parts;
 };
 
 // Where the values of one row of patches go: out is [patch][channel][temporal][row][column], merge blocks together.
