@@ -109,7 +109,7 @@ def test_disk_without_room_is_refused_before_any_work(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
     result = CliRunner().invoke(app, ["init", "--out", str(tmp_path / "x")])
     assert result.exit_code == 2
-    assert "GiB free; the checkpoint takes" in result.stderr
+    assert "GiB free; " in result.stderr
     assert list(tmp_path.iterdir()) == []
 
 

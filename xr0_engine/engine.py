@@ -15,6 +15,7 @@ from xr0_engine import ops
 from xr0_engine.config import XR0Config
 from xr0_engine.decode import decode, encode_prefix
 from xr0_engine.embodiment import Embodiment, load_embodiment
+from xr0_engine.exported.model import ExportedModel
 from xr0_engine.model.weights import load_model, read_index, resolve_checkpoint
 from xr0_engine.model.xr0 import XR0Model
 from xr0_engine.normalize import select_robot_type
@@ -30,7 +31,7 @@ class Engine:
     A refused call (ValueError) changes nothing; the engine serves the next.
     """
 
-    def __init__(self, model: XR0Model, preprocess: Preprocessor, backend: str = "reference") -> None:
+    def __init__(self, model: XR0Model | ExportedModel, preprocess: Preprocessor, backend: str = "reference") -> None:
         self.model = model
         self.config: XR0Config = model.config
         self.statistics = preprocess.statistics
@@ -63,6 +64,29 @@ class Engine:
         preprocess = Preprocessor.load(folder, embodiment)
         model = load_model(preprocess.config, read_index(folder), chosen_device, DTYPES[dtype])
         return cls(model, preprocess, chosen_backend)
+
+    @classmethod
+    def from_export(
+        cls,
+        path: str | Path,
+        device: str = "auto",
+        backend: str = "onnx",
+        embodiment: str | Path | Embodiment | None = None,
+    ) -> Engine:
+        """An engine on what `xr0 export` wrote: the same calls, for the case that was exported.
+
+        device: as in from_pretrained. backend: onnx (ONNX Runtime) or tensorrt (engines built for this GPU).
+        embodiment: as in from_pretrained; None is the export's own. Other image sizes, views, batches, chunk lengths or
+        longer prompts than the export's raise ValueError. Raises ValueError for a folder that cannot be used,
+        NotImplementedError for what this machine does not run, RuntimeError for a missing library.
+        """
+        model = ExportedModel.load(Path(path), device, backend)
+        profile = model.manifest.case.profile if embodiment is None else embodiment
+        preprocess = Preprocessor.load(
+            Path(path), load_embodiment(profile) if isinstance(profile, str | Path) else profile
+        )
+        preprocess.statistics = {name: preprocess.statistics[name] for name in model.manifest.robot_types}
+        return cls(model, preprocess, backend)
 
     @property
     def robot_types(self) -> tuple[str, ...]:

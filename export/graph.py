@@ -1,0 +1,206 @@
+"""ONNX graphs, written operator by operator: names are the checkpoint's, weights lie in one file that all graphs share.
+
+Nothing is traced, so a graph of the published size takes seconds, its weights stream from the checkpoint to the file
+without ever being in memory together, and every operator is one that ONNX defines.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
+from torch import Tensor
+
+from xr0_engine import __version__
+
+OPSET = 23
+"""The first in which attention and RMSNorm are operators, which ONNX Runtime and TensorRT then run as such."""
+IR_VERSION = 11
+WEIGHTS_FILE = "weights.data"
+INLINE_BYTES = 1024
+"""Initializers up to this size stay in the graph."""
+ALIGNMENT = 4096
+"""Offsets in the weights file are multiples of a page, so that readers can map it."""
+
+ONNX_TYPES = {
+    torch.float32: TensorProto.FLOAT,
+    torch.float16: TensorProto.FLOAT16,
+    torch.bfloat16: TensorProto.BFLOAT16,
+    torch.int64: TensorProto.INT64,
+    torch.bool: TensorProto.BOOL,
+}
+
+
+class WeightFile:
+    """Writes initializers, each once. read: checkpoint name -> tensor, asked for the first time a name is used."""
+
+    def __init__(self, path: Path, read: Callable[[str], Tensor]) -> None:
+        self._path, self._read = path, read
+        self._file = path.open("wb")
+        self._known: dict[str, TensorProto] = {}
+
+    def __enter__(self) -> WeightFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def checkpoint(self, name: str, dtype: torch.dtype) -> TensorProto:
+        if name not in self._known:
+            self.add(name, self._read(name).to(dtype))
+        return self._known[name]
+
+    def add(self, name: str, tensor: Tensor) -> TensorProto:
+        """The initializer of that name; the same tensor must come with it every time."""
+        if name in self._known:
+            return self._known[name]
+        proto = TensorProto(name=name, data_type=ONNX_TYPES[tensor.dtype], dims=list(tensor.shape))
+        data = tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy()
+        if data.nbytes <= INLINE_BYTES:
+            proto.raw_data = data.tobytes()
+        else:
+            offset = -(-self._file.tell() // ALIGNMENT) * ALIGNMENT
+            self._file.seek(offset)
+            self._file.write(memoryview(data))
+            proto.data_location = TensorProto.EXTERNAL
+            place = {"location": self._path.name, "offset": offset, "length": data.nbytes}
+            for key, value in place.items():
+                proto.external_data.add(key=key, value=str(value))
+        self._known[name] = proto
+        return proto
+
+
+class Graph:
+    """A graph under construction. Values are their names; dtype is that of weights and activations.
+
+    `scope` enters a module of the checkpoint: weights are named relative to it, and operators carry its name.
+    """
+
+    def __init__(self, weights: WeightFile, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.label = ""
+        self._weights = weights
+        self._scope: list[str] = []
+        self._nodes: list[NodeProto] = []
+        self._inputs: list[ValueInfoProto] = []
+        self._outputs: list[ValueInfoProto] = []
+        self._initializers: dict[str, TensorProto] = {}
+        self._count: Counter[str] = Counter()
+
+    @contextmanager
+    def scope(self, *modules: str) -> Iterator[None]:
+        self._scope += modules
+        yield
+        del self._scope[-len(modules) :]
+
+    def input(self, name: str, dtype: torch.dtype, *shape: int) -> str:
+        self._inputs.append(helper.make_tensor_value_info(name, ONNX_TYPES[dtype], shape))
+        return name
+
+    def output(self, name: str, value: str, dtype: torch.dtype, *shape: int) -> None:
+        self._nodes.append(helper.make_node("Identity", [value], [name], name=f"output.{name}"))
+        self._outputs.append(helper.make_tensor_value_info(name, ONNX_TYPES[dtype], shape))
+
+    def weight(self, name: str) -> str:
+        """The checkpoint's tensor of that name in this scope, in the graph's dtype."""
+        return self._use(self._weights.checkpoint(".".join((*self._scope, name)), self.dtype))
+
+    def table(self, name: str, tensor: Tensor) -> str:
+        """A tensor derived from the checkpoint, under its own name in this scope."""
+        return self._use(self._weights.add(".".join((*self._scope, name)), tensor))
+
+    def constant(self, value: Tensor) -> str:
+        data = value.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        key = hashlib.sha256(f"{value.dtype} {tuple(value.shape)} ".encode() + data).hexdigest()[:16]
+        return self._use(self._weights.add(f"constant.{key}", value))
+
+    def op(self, kind: str, *inputs: str, **attributes: int | float | str | list[int]) -> str:
+        """Append an operator with one output."""
+        return self.ops(kind, 1, *inputs, **attributes)[0]
+
+    def ops(self, kind: str, outputs: int, *inputs: str, **attributes: int | float | str | list[int]) -> list[str]:
+        path = self.label + ".".join((*self._scope, kind))
+        self._count[path] += 1
+        name = f"{path}.{self._count[path]}"
+        values = [name] if outputs == 1 else [f"{name}.{index}" for index in range(outputs)]
+        self._nodes.append(helper.make_node(kind, list(inputs), values, name=name, **attributes))
+        return values
+
+    def cast(self, x: str, dtype: torch.dtype) -> str:
+        return self.op("Cast", x, to=ONNX_TYPES[dtype])
+
+    def reshape(self, x: str, *shape: int) -> str:
+        return self.op("Reshape", x, self.constant(torch.tensor(shape)))
+
+    def transpose(self, x: str, *order: int) -> str:
+        return self.op("Transpose", x, perm=list(order))
+
+    def unsqueeze(self, x: str, axis: int) -> str:
+        return self.op("Unsqueeze", x, self.constant(torch.tensor([axis])))
+
+    def expand(self, x: str, *shape: int) -> str:
+        return self.op("Expand", x, self.constant(torch.tensor(shape)))
+
+    def concat(self, *parts: str, axis: int) -> str:
+        return parts[0] if len(parts) == 1 else self.op("Concat", *parts, axis=axis)
+
+    def split(self, x: str, *sizes: int, axis: int) -> list[str]:
+        """Consecutive parts of x along an axis, of the given sizes."""
+        if len(sizes) == 1:
+            return [x]
+        return self.ops("Split", len(sizes), x, self.constant(torch.tensor(sizes)), axis=axis)
+
+    def take(self, x: str, index: str, axis: int = 0) -> str:
+        return self.op("Gather", x, index, axis=axis)
+
+    def linear(self, x: str, module: str, bias: bool = False) -> str:
+        """x: (rows, in_features) -> (rows, out_features); the weight keeps the checkpoint's layout."""
+        with self.scope(module):
+            parts = [self.weight("weight"), *([self.weight("bias")] if bias else [])]
+            return self.op("Gemm", x, *parts, transB=1)
+
+    def rms_norm(self, x: str, module: str, eps: float) -> str:
+        with self.scope(module):
+            return self.op("RMSNormalization", x, self.weight("weight"), axis=-1, epsilon=eps)
+
+    def layer_norm(self, x: str, module: str, eps: float) -> str:
+        with self.scope(module):
+            parts = self.weight("weight"), self.weight("bias")
+            return self.op("LayerNormalization", x, *parts, axis=-1, epsilon=eps)
+
+    def silu(self, x: str) -> str:
+        return self.op("Mul", x, self.op("Sigmoid", x))
+
+    def attention(self, q: str, k: str, v: str, mask: str | None = None) -> str:
+        """q: (B, H, Q, D); k, v: (B, G, N, D); mask: bool, broadcastable to (B, H, Q, N). Returns (B, H, Q, D).
+
+        The precision of the softmax is left to the runtime: TensorRT takes no graph that asks for one.
+        """
+        inputs = (q, k, v) if mask is None else (q, k, v, mask)
+        return self.op("Attention", *inputs)
+
+    def model(self, name: str, metadata: Mapping[str, str]) -> ModelProto:
+        graph = helper.make_graph(
+            self._nodes, name, self._inputs, self._outputs, initializer=list(self._initializers.values())
+        )
+        model = helper.make_model(
+            graph,
+            opset_imports=[helper.make_opsetid("", OPSET)],
+            ir_version=IR_VERSION,
+            producer_name="xr0-engine",
+            producer_version=__version__,
+        )
+        helper.set_model_props(model, dict(metadata))
+        return model
+
+    def _use(self, proto: TensorProto) -> str:
+        self._initializers[proto.name] = proto
+        return proto.name

@@ -1,0 +1,243 @@
+"""What is in an export folder: written by `xr0 export`, read and checked by everything that runs it.
+
+manifest.json                       Manifest: case, shapes, precision, checkpoint hash, hash and size of every file
+config.json, preprocessor_config.json, tokenizer.json      the checkpoint's own
+vision.onnx, prefill.224.onnx, ...  one graph per stage and prompt length
+weights.data                        the weights of all graphs
+rtx4090/manifest.json               EngineManifest of the engines built for one target
+rtx4090/vision.engine, vision.layers.json, ...
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+MANIFEST_FILE = "manifest.json"
+SCHEMA = 1
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+READ_BYTES = 2**24
+
+Self = TypeVar("Self", bound="_Json")
+
+
+@dataclass(frozen=True)
+class ExportCase:
+    """One situation of a robot, to which an export's shapes belong.
+
+    profile: embodiment profile for other views than the robot type's own. image_size: (height, width) of every camera.
+    """
+
+    name: str
+    robot_type: str
+    image_size: tuple[int, int]
+    batch: int = 1
+    profile: str | None = None
+
+
+@dataclass(frozen=True)
+class StaticShapes:
+    """What the graphs are fixed to.
+
+    grids: (height, width) in patches of every image of the batch. chunk_length: T. tokens: the prompt lengths that
+    there are graphs for, ascending; a prompt is padded on the left to the first that holds it.
+    """
+
+    grids: tuple[tuple[int, int], ...]
+    batch: int
+    chunk_length: int
+    tokens: tuple[int, ...]
+
+    def bucket(self, tokens: int) -> int:
+        """Raises ValueError for a prompt longer than any."""
+        for size in self.tokens:
+            if tokens <= size:
+                return size
+        raise ValueError(
+            f"instruction: the prompt has {tokens} tokens, the export was made for at most {self.tokens[-1]}; "
+            "shorten it, or export again with a larger --tokens"
+        )
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """sha256: hexadecimal."""
+
+    bytes: int
+    sha256: str
+
+
+class _Json:
+    """A dataclass that is a JSON file of one format; read strictly."""
+
+    FORMAT: str
+
+    @classmethod
+    def read(cls: type[Self], folder: Path) -> Self:
+        """Raises ValueError if the manifest is missing, foreign or corrupt, or a listed file has another size."""
+        path = folder / MANIFEST_FILE
+        if not path.is_file():
+            raise ValueError(f"{folder} holds no {MANIFEST_FILE}: not a folder that `xr0 export` wrote")
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not valid JSON: {error}") from None
+        if not isinstance(content, dict) or content.pop("format", None) != cls.FORMAT:
+            raise ValueError(f"{path} is foreign: its format is not {cls.FORMAT!r}")
+        schema = content.pop("schema", None)
+        if schema != SCHEMA:
+            raise ValueError(f"{path} has schema {schema!r}; this version reads {SCHEMA}")
+        names = {field.name for field in fields(cls)}  # type: ignore[arg-type]
+        if content.keys() != names:
+            raise ValueError(
+                f"{path} is corrupt: missing {sorted(names - content.keys())}, unknown {sorted(content.keys() - names)}"
+            )
+        try:
+            manifest = cls._from_json(content)
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path} is corrupt: {type(error).__name__}: {error}") from None
+        _check_sizes(folder, manifest.files)
+        return manifest
+
+    def write(self, folder: Path) -> None:
+        content = {"format": self.FORMAT, "schema": SCHEMA, **asdict(self)}  # type: ignore[call-overload]
+        (folder / MANIFEST_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+    def check_hashes(self, folder: Path) -> None:
+        """Read every file. Raises ValueError that names those with other content than was written."""
+        changed = [name for name, record in self.files.items() if sha256(folder / name) != record.sha256]
+        if changed:
+            raise ValueError(f"{folder}: changed since they were written: {', '.join(changed)}")
+
+    @classmethod
+    def _from_json(cls: type[Self], content: dict[str, Any]) -> Self:
+        raise NotImplementedError
+
+    files: Mapping[str, FileRecord]
+
+
+@dataclass(frozen=True)
+class Manifest(_Json):
+    """An export of ONNX graphs.
+
+    precision: of PRECISIONS. checkpoint: where it was, as given; checkpoint_sha256: checkpoint_hash of it.
+    robot_types: those whose chunks and views the shapes are for. stages: stage_key -> graph.
+    """
+
+    FORMAT = "xr0-export-onnx"
+
+    precision: str
+    opset: int
+    case: ExportCase
+    shapes: StaticShapes
+    robot_types: tuple[str, ...]
+    checkpoint: str
+    checkpoint_sha256: str
+    stages: Mapping[str, str]
+    files: Mapping[str, FileRecord]
+
+    @classmethod
+    def _from_json(cls, content: dict[str, Any]) -> Manifest:
+        case, shapes = content["case"], content["shapes"]
+        if content["precision"] not in PRECISIONS:
+            raise ValueError(f"precision {content['precision']!r}")
+        height, width = case["image_size"]
+        return cls(
+            **content
+            | {
+                "case": ExportCase(**case | {"image_size": (int(height), int(width))}),
+                "shapes": StaticShapes(
+                    grids=tuple((int(height), int(width)) for height, width in shapes["grids"]),
+                    batch=int(shapes["batch"]),
+                    chunk_length=int(shapes["chunk_length"]),
+                    tokens=tuple(int(size) for size in shapes["tokens"]),
+                ),
+                "robot_types": tuple(map(str, content["robot_types"])),
+                "stages": _stages(content),
+                "files": _files(content),
+            }
+        )
+
+
+@dataclass(frozen=True)
+class EngineManifest(_Json):
+    """Engines for one target, in a folder of an export.
+
+    builder: tensorrt_rtx or tensorrt, with its version. export_sha256: of the export's manifest. facts: per stage, what
+    building took and gave.
+    """
+
+    FORMAT = "xr0-export-engines"
+
+    builder: str
+    builder_version: str
+    target: str
+    compute_capability: str
+    export_sha256: str
+    stages: Mapping[str, str]
+    facts: Mapping[str, Mapping[str, Any]]
+    files: Mapping[str, FileRecord]
+
+    @classmethod
+    def _from_json(cls, content: dict[str, Any]) -> EngineManifest:
+        return cls(**content | {"stages": _stages(content), "files": _files(content)})
+
+
+def stage_key(stage: str, tokens: int) -> str:
+    """A stage's name in manifests; all but vision depend on the prompt's length."""
+    return stage if stage == "vision" else f"{stage}.{tokens}"
+
+
+def record_files(folder: Path, names: Iterable[str]) -> dict[str, FileRecord]:
+    return {name: FileRecord((folder / name).stat().st_size, sha256(folder / name)) for name in sorted(names)}
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(READ_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def checkpoint_hash(folder: Path) -> str:
+    """One hash of all that decides a checkpoint's actions: configuration, statistics, tokenizer, weights."""
+    digest = hashlib.sha256()
+    names = [path.name for path in folder.iterdir() if path.suffix in (".json", ".safetensors")]
+    for name in sorted(names):
+        digest.update(f"{name} {sha256(folder / name)}\n".encode())
+    return digest.hexdigest()
+
+
+def _stages(content: Mapping[str, Any]) -> dict[str, str]:
+    stages = {str(key): str(name) for key, name in content["stages"].items()}
+    strange = [name for name in stages.values() if name not in content["files"]]
+    if strange:
+        raise ValueError(f"stages name files that are not listed: {strange}")
+    return stages
+
+
+def _files(content: Mapping[str, Any]) -> dict[str, FileRecord]:
+    records = {name: FileRecord(int(raw["bytes"]), str(raw["sha256"])) for name, raw in content["files"].items()}
+    outside = [name for name in records if Path(name).name != name]
+    if outside:
+        raise ValueError(f"files outside of the folder: {outside}")
+    return records
+
+
+def _check_sizes(folder: Path, files: Mapping[str, FileRecord]) -> None:
+    faults = []
+    for name, record in files.items():
+        path = folder / name
+        if not path.is_file():
+            faults.append(f"{name} is missing")
+        elif path.stat().st_size != record.bytes:
+            faults.append(f"{name} has {path.stat().st_size} bytes, not {record.bytes}")
+    if faults:
+        raise ValueError(f"{folder} is damaged: " + "; ".join(faults))

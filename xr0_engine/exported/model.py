@@ -1,0 +1,181 @@
+"""Exported graphs or engines in the place of XR0Model: the engine runs on either without knowing which."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from xr0_engine import ops
+from xr0_engine.config import XR0Config
+from xr0_engine.exported.manifest import MANIFEST_FILE, PRECISIONS, EngineManifest, Manifest, sha256, stage_key
+from xr0_engine.exported.onnx import OnnxStage
+from xr0_engine.exported.tensorrt import TensorRTStage
+from xr0_engine.types import KVBlock, ModelInputs, VisionTokens
+
+BACKENDS = ("onnx", "tensorrt")
+
+Stage = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+"""Inputs by name, on the model's device, to outputs by name."""
+
+
+class ExportedModel:
+    """XR0Model's interface over an export folder. Stages are opened when they are first used, and stay open.
+
+    Shapes as in types.py; prompts are padded on the left to the export's length. Every method raises ValueError for
+    inputs of another shape than the export's, before any work, and if the folder lacks the stage.
+    """
+
+    def __init__(
+        self, config: XR0Config, manifest: Manifest, device: torch.device, open_stage: Callable[[str], Stage]
+    ) -> None:
+        self.config = config
+        self.manifest = manifest
+        self.device = device
+        self.dtype = PRECISIONS[manifest.precision]
+        self._open = open_stage
+        self._stages: dict[str, Stage] = {}
+
+    @classmethod
+    def load(cls, folder: Path, device: str, backend: str) -> ExportedModel:
+        """device: auto, cpu, cuda or cuda:N. backend: of BACKENDS.
+
+        Raises ValueError for a folder that cannot be used or a device that is not there, NotImplementedError for a
+        precision that the device does not run, RuntimeError for a library that is missing.
+        """
+        manifest, config = Manifest.read(folder), XR0Config.load(folder)
+        if backend == "onnx":
+            chosen = ops.resolve_device(device)
+            return cls(config, manifest, chosen, partial(_open_onnx, folder, manifest, chosen))
+        if backend == "tensorrt":
+            chosen = ops.resolve_device("cuda" if device == "auto" else device)
+            if chosen.type != "cuda":
+                raise ValueError(f"device: TensorRT runs on a GPU, got {device!r}")
+            engines, place = _engines(folder, chosen)
+            return cls(config, manifest, chosen, partial(_open_tensorrt, place, engines, chosen))
+        raise ValueError(f"backend: an export has {', '.join(BACKENDS)}; got {backend!r}")
+
+    def encode_images(self, inputs: ModelInputs) -> VisionTokens:
+        shapes = self.manifest.shapes
+        if inputs.image_grids != shapes.grids:
+            raise ValueError(
+                f"images: the export is for patch grids {list(shapes.grids)}, got {list(inputs.image_grids)}: "
+                "other image sizes, views or batch"
+            )
+        self._check_batch(inputs)
+        given = self._run("vision", {"pixel_values": inputs.pixel_values})
+        taps = range(len(self.config.vision.deepstack_layers))
+        return VisionTokens(given["vision_tokens"], tuple(given[f"deepstack.{index}"] for index in taps))
+
+    def prefill(self, inputs: ModelInputs, vision: VisionTokens) -> KVBlock:
+        self._check_batch(inputs)
+        tokens = self.manifest.shapes.bucket(inputs.input_ids.shape[1])
+        padded = prompt(inputs, tokens)
+        taps = {f"deepstack.{index}": tap for index, tap in enumerate(vision.deepstack)}
+        given = self._run(stage_key("prefill", tokens), {**padded, "vision_tokens": vision.tokens, **taps})
+        return KVBlock(
+            given["keys"],
+            given["values"],
+            padded["attention_mask"].to(self.device),
+            given["next_position"],
+            inputs.action_mask.to(self.device, torch.float32),
+        )
+
+    def sample(self, kv: KVBlock, state: Tensor, noise: Tensor, prefix: Tensor, prefix_length: Tensor) -> Tensor:
+        return self._run(stage_key("flow", kv.keys.shape[3]), flow_inputs(kv, state, noise, prefix, prefix_length))[
+            "actions"
+        ]
+
+    def step(self, inputs: ModelInputs, state: Tensor, noise: Tensor, prefix: Tensor, prefix_length: Tensor) -> Tensor:
+        """All three at once, by the graph that holds the whole step. Returns actions, (B, T, A) float32."""
+        self._check_batch(inputs)
+        tokens = self.manifest.shapes.bucket(inputs.input_ids.shape[1])
+        given = {
+            "pixel_values": inputs.pixel_values,
+            **prompt(inputs, tokens),
+            "state": state,
+            "noise": noise,
+            "prefix": prefix,
+            "prefix_length": prefix_length,
+            "action_mask": inputs.action_mask,
+        }
+        return self._run(stage_key("step", tokens), given)["actions"]
+
+    def _check_batch(self, inputs: ModelInputs) -> None:
+        shapes = self.manifest.shapes
+        expected = (shapes.batch, shapes.chunk_length)
+        if inputs.action_mask.shape[:2] != expected:
+            raise ValueError(
+                f"observations: the export is for a batch of {expected[0]} and chunks of {expected[1]} actions, got "
+                f"{inputs.action_mask.shape[0]} and {inputs.action_mask.shape[1]}"
+            )
+
+    def _run(self, key: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if key not in self._stages:
+            self._stages[key] = self._open(key)
+        return self._stages[key]({name: value.to(self.device) for name, value in inputs.items()})
+
+
+def prompt(inputs: ModelInputs, tokens: int) -> dict[str, Tensor]:
+    """The prompt's tensors as graphs take them, padded on the left to `tokens`."""
+    missing = tokens - inputs.input_ids.shape[1]
+
+    def pad(value: Tensor) -> Tensor:
+        return torch.nn.functional.pad(value, (missing, 0))
+
+    return {
+        "input_ids": pad(inputs.input_ids),
+        "attention_mask": pad(inputs.attention_mask),
+        "position_ids": pad(inputs.position_ids),
+    }
+
+
+def flow_inputs(kv: KVBlock, state: Tensor, noise: Tensor, prefix: Tensor, prefix_length: Tensor) -> dict[str, Tensor]:
+    return {
+        "keys": kv.keys,
+        "values": kv.values,
+        "attention_mask": kv.mask,
+        "next_position": kv.next_position,
+        "state": state,
+        "noise": noise,
+        "prefix": prefix,
+        "prefix_length": prefix_length,
+        "action_mask": kv.action_mask,
+    }
+
+
+def targets(folder: Path) -> list[str]:
+    """The targets that an export folder holds engines for."""
+    return sorted(path.parent.name for path in folder.glob("*/manifest.json"))
+
+
+def _file(place: Path, stages: Mapping[str, str], key: str) -> Path:
+    if key not in stages:
+        raise ValueError(f"{place} holds no {key}, only {', '.join(stages)}: export that stage too")
+    return place / stages[key]
+
+
+def _open_onnx(folder: Path, manifest: Manifest, device: torch.device, key: str) -> Stage:
+    return OnnxStage(_file(folder, manifest.stages, key), device)
+
+
+def _open_tensorrt(place: Path, engines: EngineManifest, device: torch.device, key: str) -> Stage:
+    return TensorRTStage(_file(place, engines.stages, key), engines.builder, device)
+
+
+def _engines(folder: Path, device: torch.device) -> tuple[EngineManifest, Path]:
+    """The engines for this GPU. Raises ValueError if there are none, or they were built from other graphs."""
+    capability = "{}.{}".format(*torch.cuda.get_device_capability(device))
+    found = {target: EngineManifest.read(folder / target) for target in targets(folder)}
+    for target, engines in found.items():
+        if engines.compute_capability == capability:
+            if engines.export_sha256 != sha256(folder / MANIFEST_FILE):
+                raise ValueError(f"{folder / target} was built from other graphs than {folder} holds: build it again")
+            return engines, folder / target
+    built = ", ".join(f"{target} ({engines.compute_capability})" for target, engines in found.items()) or "none"
+    raise ValueError(
+        f"{folder}: no engines for compute capability {capability}; there are {built}: xr0 export tensorrt"
+    )
