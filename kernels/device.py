@@ -26,3 +26,25 @@ def gdc_begin(PDL: tl.constexpr):
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def sin_cos(angle):
+    """(sin, cos) of a float32 angle, to float32 accuracy up to 100,000 radians.
+
+    The library's functions keep their path for huge angles in local memory, which no rotary table needs. Here: quarter
+    turns are taken off in three parts, then Taylor series on what is left, within 0.8 radians.
+    """
+    quarter = tl.floor(angle * 0.6366197723675814 + 0.5)
+    x = tl.fma(quarter, -1.5707963705062866, angle)
+    x = tl.fma(quarter, 4.371138828673793e-08, x)
+    x = tl.fma(quarter, 1.7151245100058819e-15, x)
+    square = x * x
+    sin = 1.0 / 362880 * square - 1.0 / 5040
+    sin = x + x * square * (square * (square * sin + 1.0 / 120) - 1.0 / 6)
+    cos = square * (1.0 / 40320 - 1.0 / 3628800 * square) - 1.0 / 720
+    cos = 1.0 + square * (square * (square * cos + 1.0 / 24) - 0.5)
+    turns = quarter.to(tl.int32) & 3
+    swapped = (turns & 1) == 1
+    first, second = tl.where(swapped, cos, sin), tl.where(swapped, sin, cos)
+    return tl.where(turns >= 2, -first, first), tl.where((turns == 1) | (turns == 2), -second, second)
