@@ -51,10 +51,11 @@ def _embed(
     inside = column < columns
     gdc_begin(PDL)
     image = tl.load(image_index + batch * image_index_b + row)
-    token = tl.load(ids + batch * ids_b + row).to(tl.int64)
-    from_table = tl.load(table + token * table_v + column, inside & (image < 0), 0.0).to(tl.float32)
-    from_image = tl.load(image_tokens + image * image_tokens_i + column, inside & (image >= 0), 0.0).to(tl.float32)
-    x = from_table + from_image
+    if image < 0:
+        token = tl.load(ids + batch * ids_b + row).to(tl.int64)
+        x = tl.load(table + token * table_v + column, inside, 0.0).to(tl.float32)
+    else:
+        x = tl.load(image_tokens + image * image_tokens_i + column, inside, 0.0).to(tl.float32)
     tl.store(out + batch * out_b + row * out_m + column, x.to(out.dtype.element_ty), inside)
     second = x
     if weight is not None:

@@ -83,7 +83,8 @@ def _start_flow(
     given = token < tl.load(prefix_length + batch, in_rows, 0)
     value = tl.load(noise + batch * noise_b + token * noise_t + action, inside & ~given, 0.0)
     value += tl.load(prefix + batch * prefix_b + token * prefix_t + action, inside & given, 0.0)
-    tl.store(z + batch * z_b + token * z_t + action, value, inside & (tl.program_id(1) == 0))
+    if tl.program_id(1) == 0:
+        tl.store(z + batch * z_b + token * z_t + action, value, inside)
     mask = tl.load(action_mask + batch * action_mask_b + token * action_mask_t + action, inside, 0.0)
     place = hidden + batch * hidden_b + token * hidden_t
     _project(value, mask, projection, place, hidden_columns, in_rows, HIDDEN)
@@ -205,8 +206,8 @@ def _euler_step(
     value = tl.load(z + batch * z_b + token * z_t + action[None, :], inside, 0.0)
     given = token < tl.load(prefix_length + batch, in_rows, 0)
     value = tl.where(given, value, value + dt * velocity)
-    place = z_next + batch * z_next_b + token * z_next_t
-    tl.store(place + action[None, :], value, inside & (tl.program_id(1) == 0))
+    if tl.program_id(1) == 0:
+        tl.store(z_next + batch * z_next_b + token * z_next_t + action[None, :], value, inside)
     if hidden is not None:
         mask_place = action_mask + batch * action_mask_b + token * action_mask_t
         mask = tl.load(mask_place + action[None, :], inside, 0.0)
