@@ -69,7 +69,7 @@ class WeightFile:
         else:
             offset = -(-self._file.tell() // ALIGNMENT) * ALIGNMENT
             self._file.seek(offset)
-            self._file.write(memoryview(data))
+            self._file.write(data.data)
             proto.data_location = TensorProto.EXTERNAL
             place = {"location": self._path.name, "offset": offset, "length": data.nbytes}
             for key, value in place.items():
@@ -131,7 +131,9 @@ class Graph:
         self._count[path] += 1
         name = f"{path}.{self._count[path]}"
         values = [name] if outputs == 1 else [f"{name}.{index}" for index in range(outputs)]
-        self._nodes.append(helper.make_node(kind, list(inputs), values, name=name, **attributes))
+        node = helper.make_node(kind, list(inputs), values, name=name)
+        node.attribute.extend(helper.make_attribute(key, value) for key, value in sorted(attributes.items()))
+        self._nodes.append(node)
         return values
 
     def cast(self, x: str, dtype: torch.dtype) -> str:

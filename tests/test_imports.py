@@ -23,7 +23,7 @@ LAYERS = (
     ("preprocess", "flow", "decode", "graph", "tactics"),
     ("normalize", "prompt", "embodiment", "ops", "fused_ops"),
     ("kernels", "_C"),
-    ("config",),
+    ("config", "comparison"),
     ("types", "env"),
 )
 

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from xr0_engine import ops
 from xr0_engine.checkpoint import published_config
+from xr0_engine.comparison import FLOAT32_LOSS_ERROR, FLOAT32_SEEDED_MAX_ERROR, Comparison, compare, tolerance
 from xr0_engine.config import XR0Config
 from xr0_engine.engine import DTYPES
 from xr0_engine.flow import prefix_positions, training_pair
@@ -35,34 +35,8 @@ from xr0_engine.model.xr0 import XR0Model
 from xr0_engine.training.losses import error_weights, frequency_loss, mse_loss
 from xr0_engine.types import CheckpointError, KVBlock, ModelInputs
 
-FLOAT32_MAX_ERROR = 2e-4
-"""On values of order 1 to 7: float32 rounding through some ten layers of sums in another order."""
-FLOAT32_SEEDED_MAX_ERROR = 1e-3
-"""The same through 16 layers of width 1024, five times."""
-FLOAT32_LOSS_ERROR = 2e-5
-"""Relative: losses average thousands of such values."""
-LOW_PRECISION_ROUNDOFFS = 32
-"""bfloat16 and float16: root mean square of the difference over that of the value, in unit roundoffs of the type (2^-8
-and 2^-11). Each of some hundred results in sequence is rounded, independent errors add as a root, and networks of
-random weights amplify. That the errors in float16 are about an eighth of those in bfloat16 shows that rounding is all
-there is; what the model computes is settled by float32, where a window or position off by one fails a hundredfold."""
 SEEDED_MODES = {"windowed": (4, 10), "full": (None, 0)}
 SEEDED_RESULT = re.compile(r"(windowed|full)\.prefix(\d+)\.actions")
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One quantity of one case. error is measured as `measure` says, and passes if it is at most tolerance."""
-
-    case: str
-    quantity: str
-    error: float
-    tolerance: float
-    measure: str
-
-    @property
-    def passed(self) -> bool:
-        return self.error <= self.tolerance  # False for NaN
 
 
 def verify_folder(folder: Path, backend: str, device: str, dtype: str) -> Iterator[Comparison]:
@@ -143,10 +117,10 @@ def _verify_case(name: str, model: XR0Model, case: dict[str, Tensor], dtype: tor
     actual_kv = torch.cat((kv.keys, kv.values)).cpu() * is_token
     trace: list[Tensor] = []
     actions = _sample(model, kv, case, case["prefix"], trace)
-    yield _compare(name, "vision tokens", vision.tokens, case["vision_tokens"], dtype)
-    yield _compare(name, "KV block", actual_kv, expected_kv, dtype)
-    yield _compare(name, "flow trace", torch.stack(trace), case["flow_trace"], dtype)
-    yield _compare(name, "actions", actions, case["actions"], dtype)
+    yield compare(name, "vision tokens", vision.tokens, case["vision_tokens"], dtype)
+    yield compare(name, "KV block", actual_kv, expected_kv, dtype)
+    yield compare(name, "flow trace", torch.stack(trace), case["flow_trace"], dtype)
+    yield compare(name, "actions", actions, case["actions"], dtype)
     if "train.loss" in case:
         yield from _verify_training(name, model, kv, case, dtype)
 
@@ -171,19 +145,19 @@ def _verify_training(
     ).cpu()
     suffix = slice(prefix_length, None)
     velocity, target, mask = velocity[:, suffix], target[:, suffix], case["action_mask"][:, suffix]
-    yield _compare(name, "velocity", velocity, case["train.velocity"][:, suffix], dtype)
+    yield compare(name, "velocity", velocity, case["train.velocity"][:, suffix], dtype)
     weights = torch.ones_like(mask)
     if prefix_length:
         generated = _sample(model, kv, case, action[:, :prefix_length])
         l1_error = (generated - action)[:, suffix].abs()
-        yield _compare(name, "L1 error", l1_error, case["train.l1_error"], dtype)
+        yield compare(name, "L1 error", l1_error, case["train.l1_error"], dtype)
         weights = error_weights(l1_error, mask)
     mse = mse_loss(velocity, target, mask, weights)
     frequency = frequency_loss(velocity, target, mask, weights, masked=False)
     actual = torch.stack((mse, 0.5 * mse, 0.5 * mse + frequency))
     expected = torch.cat([case[f"train.{loss}"] for loss in ("loss_mse", "loss", "loss_with_freq")])
     error = float(((actual - expected) / expected).abs().max())
-    yield Comparison(name, "losses", error, _tolerance(dtype, FLOAT32_LOSS_ERROR), "relative")
+    yield Comparison(name, "losses", error, tolerance(dtype, FLOAT32_LOSS_ERROR), "relative")
 
 
 def _sample(
@@ -229,29 +203,7 @@ def _verify_seeded(path: Path, device: torch.device, dtype: torch.dtype) -> Iter
         table = head.modulation_table()
         actions = head.sample(kv, inputs["state"], inputs["noise"], prefix, lengths, table)
         case = f"{path.stem}.{matched[1]}.prefix{length}"
-        yield _compare(case, "actions", actions, expected, dtype, FLOAT32_SEEDED_MAX_ERROR)
-
-
-def _compare(
-    case: str,
-    quantity: str,
-    actual: Tensor,
-    expected: Tensor,
-    dtype: torch.dtype,
-    float32_tolerance: float = FLOAT32_MAX_ERROR,
-) -> Comparison:
-    actual = actual.float().cpu()
-    if actual.shape != expected.shape:
-        return Comparison(case, quantity, math.nan, 0.0, f"shape {tuple(actual.shape)}, not {tuple(expected.shape)}")
-    difference = actual - expected
-    if dtype == torch.float32:
-        return Comparison(case, quantity, float(difference.abs().max()), float32_tolerance, "max")
-    relative = float(difference.square().mean().sqrt() / expected.square().mean().sqrt())
-    return Comparison(case, quantity, relative, _tolerance(dtype, float32_tolerance), "relative RMS")
-
-
-def _tolerance(dtype: torch.dtype, float32_tolerance: float) -> float:
-    return float32_tolerance if dtype == torch.float32 else LOW_PRECISION_ROUNDOFFS * torch.finfo(dtype).eps / 2
+        yield compare(case, "actions", actions, expected, dtype, FLOAT32_SEEDED_MAX_ERROR)
 
 
 def _load(path: Path) -> dict[str, Tensor]:

@@ -88,7 +88,7 @@ class TensorRTStage:
         }
         for name, tensor in (*held.items(), *outputs.items()):
             self._context.set_tensor_address(name, tensor.data_ptr())
-        # On the stream that torch allocates on: memory freed after this call is reused only once the engine has read it.
+        # On the stream that torch allocates on, so that memory freed after this call is not reused too early.
         if not self._context.execute_async_v3(torch.cuda.current_stream(self._device).cuda_stream):
             raise RuntimeError(f"the TensorRT engine failed on {self._device}")
         return outputs
