@@ -20,6 +20,9 @@ def serve(
         str, typer.Option(help="Address to listen on; 0.0.0.0 for every one of this machine.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    robot_type: Annotated[
+        str | None, typer.Option(help="Serve this one alone: requests need not name it. All, if not given.")
+    ] = None,
     embodiment: Annotated[
         str | None,
         typer.Option(help="Views and layout: a built-in profile or your own YAML file. Follows from the robot type."),
@@ -41,6 +44,10 @@ def serve(
     tls_key: Annotated[Path | None, typer.Option(metavar="FILE.pem", help="Its private key.")] = None,
     max_clients: Annotated[int, typer.Option(min=1, help="Connected at once.")] = 32,
     max_rate: Annotated[float, typer.Option(min=0.1, help="Requests per second of one client.")] = 200.0,
+    legacy_pickle: Annotated[
+        bool, typer.Option("--legacy-pickle", help="Also speak the released TCP protocol, through a safe unpickler.")
+    ] = False,
+    legacy_port: Annotated[int, typer.Option(min=1, max=65535, help="Its port.")] = 10086,
     max_message_mb: Annotated[int, typer.Option(min=1, help="Largest request, in MiB.")] = 32,
 ) -> None:
     """Serve chunks over websockets: to xr0_engine.Client, to openpi's client, and a status page to browsers.
@@ -63,6 +70,7 @@ def serve(
         max_message_bytes=max_message_mb << 20,
         max_requests_per_s=max_rate,
         max_prefix=max_prefix,
+        legacy_port=legacy_port if legacy_pickle else None,
     )
 
     def load() -> Engine:
@@ -71,7 +79,7 @@ def serve(
         return Engine.from_pretrained(checkpoint, device, dtype, backend, embodiment)
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    run(Server(EngineThread(load, size), config))
+    run(Server(EngineThread(load, size, robot_type), config))
 
 
 def run(server: Server) -> None:

@@ -100,6 +100,7 @@ class AsyncClient:
                 if time.monotonic() + pause_s > deadline:
                     raise
                 await asyncio.sleep(pause_s)
+        self._connection = connection
         self._keeper = asyncio.create_task(self._keep(connection))
 
     async def infer(
@@ -202,7 +203,6 @@ class AsyncClient:
         """Read replies until the connection is lost, then get the next, until closed or told to stay away."""
         while True:
             try:
-                self._connection = connection
                 await self._read(connection)
             finally:
                 self._connection = None
@@ -210,7 +210,7 @@ class AsyncClient:
             for pause_s in _pauses():
                 await asyncio.sleep(pause_s)
                 try:
-                    connection = await self._open(self.timeout_s)
+                    self._connection = connection = await self._open(self.timeout_s)
                     break
                 except ConnectionError as error:
                     self._lost = error

@@ -87,16 +87,17 @@ class PolicyMetadata:
     def robot_types(self) -> tuple[str, ...]:
         return tuple(self.robots)
 
-    def robot(self, robot_type: str | None = None) -> RobotInfo:
-        """How a robot type is driven; None: the only one. Raises ValueError that lists the known ones."""
-        known = ", ".join(self.robots)
+    def resolve(self, robot_type: str | None = None) -> str:
+        """The robot type that is meant; None: the only one. Raises ValueError that lists the known ones."""
         if robot_type is None and len(self.robots) == 1:
-            return next(iter(self.robots.values()))
-        if robot_type is None:
-            raise ValueError(f"robot_type: expected one of {known}, got none")
-        if robot_type not in self.robots:
-            raise ValueError(f"robot_type: expected one of {known}, got {robot_type!r:.80}")
-        return self.robots[robot_type]
+            return next(iter(self.robots))
+        if robot_type is None or robot_type not in self.robots:
+            raise ValueError(f"robot_type: expected one of {', '.join(self.robots)}; got {robot_type!r:.80}")
+        return robot_type
+
+    def robot(self, robot_type: str | None = None) -> RobotInfo:
+        """How a robot type is driven; None and errors as in resolve."""
+        return self.robots[self.resolve(robot_type)]
 
 
 @dataclass(frozen=True)
@@ -185,8 +186,7 @@ def has_files(fields: Mapping[str, Any]) -> bool:
 def read_request(fields: Mapping[str, Any], metadata: PolicyMetadata) -> Request:
     """The request that a client's fields make, ours or openpi's (docs/serving.md).
 
-    Raises ValueError that names the field, what was expected and what came. What the engine checks itself (views that
-    are missing, the state's size, whether the robot type is known) is left to it where it can tell more.
+    Raises ValueError that names the field, what was expected and what came.
     """
     images: dict[str, Any] = {}
     rest: dict[str, Any] = {}
@@ -202,12 +202,15 @@ def read_request(fields: Mapping[str, Any], metadata: PolicyMetadata) -> Request
             images[name] = value
         else:
             raise ValueError(f"{key!r:.80}: unknown field; expected images and {', '.join(_KNOWN)}")
-    robot_type = _text(rest, "robot_type", optional=True)
-    robot = metadata.robot(robot_type)
+    robot_type = metadata.resolve(_text(rest, "robot_type", optional=True))
+    robot = metadata.robots[robot_type]
+    state = _numbers("state", rest.get("state"))
+    if state.ndim not in (1, 2) or state.shape[-1] != metadata.state_width:
+        raise ValueError(f"state: expected {metadata.state_width} values, got shape {state.shape}")
     observation = Observation(
         images=_read_images(images, robot.views, metadata.max_image_pixels),
         instruction=_text(rest, "prompt") or "",
-        state=_numbers("state", rest.get("state")),
+        state=state,
         robot_type=robot_type,
         timestamp_s=_timestamp(rest.get("timestamp_s")),
     )

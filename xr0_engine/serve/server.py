@@ -18,6 +18,7 @@ from functools import partial
 from http import HTTPStatus
 from importlib.resources import files
 from types import TracebackType
+from typing import Protocol
 
 from websockets.asyncio.server import Server as WebsocketServer
 from websockets.asyncio.server import ServerConnection, serve
@@ -70,6 +71,8 @@ FRAME_QUALITY = 80
 class ServerConfig:
     """port: 0 takes a free one. keys: API keys, none = everyone who can reach the port. max_requests_per_s: of one
     client. max_prefix: longest prefix taken. drain_s: how long a shutdown waits for requests that are being answered.
+    legacy_port: of the released TCP protocol, None for none.
+
     Raises ValueError for an address beyond this machine without keys, unless allow_anyone.
     """
 
@@ -84,9 +87,11 @@ class ServerConfig:
     max_requests_per_s: float = 200.0
     max_prefix: int = TRAINED_PREFIX
     drain_s: float = 10.0
+    legacy_port: int | None = None
 
     def __post_init__(self) -> None:
-        check_bind(self.host, self.keys, self.allow_anyone)
+        # Released clients bring no keys.
+        check_bind(self.host, self.keys if self.legacy_port is None else (), self.allow_anyone)
 
 
 class Server:
@@ -100,7 +105,7 @@ class Server:
         self._backend = backend
         self._turns = asyncio.Semaphore(backend.slots)
         self._ready = asyncio.Event()
-        self._sessions: set[_Session] = set()
+        self.sessions: set[_HasBusy] = set()
         self._clients = 0
         self._connections = 0
         self._failures = 0
@@ -132,11 +137,14 @@ class Server:
             logger=_websockets_log,
         ) as websocket_server:
             listening(next(iter(websocket_server.sockets)).getsockname()[1])
+            legacy = await self._listen_legacy()
             try:
                 if await self._start(stop):
                     await stop.wait()
                     await self._drain(websocket_server)
             finally:
+                if legacy is not None:
+                    legacy.close()
                 self.state = "closed"
                 self.monitor.set_ready(False)
                 await self._backend.close()
@@ -166,6 +174,19 @@ class Server:
         await self._ready.wait()
         assert self.metadata is not None
         return self.metadata
+
+    def admit(self) -> bool:
+        """Take a place for a client, if there is one; release gives it back."""
+        if self._clients >= self.config.max_clients:
+            self.monitor.rejected("too_many_clients")
+            return False
+        self._clients += 1
+        return True
+
+    def release(self, number: int) -> None:
+        """number: the client's, from monitor.connected."""
+        self._clients -= 1
+        self.monitor.disconnected(number)
 
     @property
     def draining(self) -> bool:
@@ -200,39 +221,44 @@ class Server:
         log.info("ready: %s", ", ".join(self.metadata.robot_types))
         return True
 
+    async def _listen_legacy(self) -> asyncio.Server | None:
+        if self.config.legacy_port is None:
+            return None
+        from xr0_engine.serve.legacy import serve_legacy
+
+        return await serve_legacy(self, self.config.host, self.config.legacy_port)
+
     async def _drain(self, websocket_server: WebsocketServer) -> None:
         self.state = "draining"
         self.monitor.set_ready(False)
-        log.info("shutting down: %d clients", len(self._sessions))
+        log.info("shutting down: %d clients", len(self.sessions))
         deadline = time.monotonic() + self.config.drain_s
-        while any(session.busy for session in self._sessions) and time.monotonic() < deadline:
+        while any(session.busy for session in self.sessions) and time.monotonic() < deadline:
             await asyncio.sleep(0.01)
         websocket_server.close(reason="the server is shutting down")
 
     async def _handle(self, connection: ServerConnection) -> None:
         """One client, from handshake to end."""
-        if self._clients >= self.config.max_clients:
+        if not self.admit():
             await connection.close(1013, f"expected at most {self.config.max_clients} clients")
             return
-        self._clients += 1
         number = self.monitor.connected(_address(connection))
         try:
             metadata = await self.ready()
             await connection.send(encode_metadata(metadata))
             session = _Session(self, connection, metadata, number)
-            self._sessions.add(session)
+            self.sessions.add(session)
             try:
                 await session.run()
             finally:
-                self._sessions.discard(session)
+                self.sessions.discard(session)
         except ConnectionClosed:
             pass
         except BaseException:
             log.exception("client %d: the connection is closed after a fault of the server", number)
             raise
         finally:
-            self._clients -= 1
-            self.monitor.disconnected(number)
+            self.release(number)
 
     async def _answer_http(self, connection: ServerConnection, request: HttpRequest) -> Response | None:
         """The answer to a plain HTTP request, or to a websocket that is not let in; None lets it in."""
@@ -283,6 +309,13 @@ class Server:
             return _response(HTTPStatus.NOT_FOUND, b"no such frame")
         data = await asyncio.to_thread(encode_jpeg, observation.images[view], FRAME_QUALITY)
         return _response(HTTPStatus.OK, data, "image/jpeg")
+
+
+class _HasBusy(Protocol):
+    """A session of either protocol: busy while a request of it is unanswered."""
+
+    @property
+    def busy(self) -> bool: ...
 
 
 class _CountedConnection(ServerConnection):

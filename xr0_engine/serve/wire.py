@@ -92,10 +92,15 @@ def _pack_array(value: object) -> Any:
 
 
 def _unpack_array(values: Mapping[Any, Any]) -> np.ndarray:
-    dtype, shape, data = _dtype(values.get(b"dtype")), values.get(b"shape"), values.get(b"data")
+    return make_array(values.get(b"data"), values.get(b"dtype"), values.get(b"shape"))
+
+
+def make_array(data: object, dtype_name: object, shape: object) -> np.ndarray:
+    """A read-only view of the bytes as an array, in C order. Raises ValueError unless they fit dtype and shape."""
+    dtype = number_dtype(dtype_name)
     if not isinstance(data, bytes):
         raise ValueError(f"array: expected its data as bytes, got {type(data).__name__}")
-    if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(_is_size(size) for size in shape):
+    if not isinstance(shape, list | tuple) or len(shape) > MAX_DIMENSIONS or not all(map(_is_size, shape)):
         raise ValueError(f"array: expected a shape of at most {MAX_DIMENSIONS} sizes, got {shape!r:.80}")
     expected = dtype.itemsize
     for size in shape:
@@ -106,7 +111,7 @@ def _unpack_array(values: Mapping[Any, Any]) -> np.ndarray:
 
 
 def _unpack_scalar(values: Mapping[Any, Any]) -> np.generic:
-    dtype, data = _dtype(values.get(b"dtype")), values.get(b"data")
+    dtype, data = number_dtype(values.get(b"dtype")), values.get(b"data")
     if not isinstance(data, bool | int | float):
         raise ValueError(f"scalar: expected a number, got {type(data).__name__}")
     try:
@@ -116,7 +121,8 @@ def _unpack_scalar(values: Mapping[Any, Any]) -> np.generic:
     return scalar
 
 
-def _dtype(name: object) -> np.dtype[Any]:
+def number_dtype(name: object) -> np.dtype[Any]:
+    """The dtype of a name such as '<f4'. Raises ValueError if it is none of numbers or booleans."""
     # Long names would be parsed as structures.
     if not isinstance(name, str) or len(name) > 4:
         raise ValueError(f"array: expected a dtype such as '<f4', got {name!r:.80}")

@@ -61,16 +61,18 @@ class Backend(Protocol):
     async def close(self) -> None: ...
 
 
-def describe(engine: ServedEngine, image_size: tuple[int, int]) -> Served:
+def describe(engine: ServedEngine, image_size: tuple[int, int], only: str | None = None) -> Served:
     """Infer once per robot type, which also warms up, and tell what came.
 
-    image_size: (height, width) of the images. Robot types without a profile cannot be served and are left out. Raises
-    ValueError if none is left.
+    image_size: (height, width) of the images. only: this robot type; None for all that have a profile. Raises
+    ValueError if there is none to serve.
     """
+    if only is not None and only not in engine.robot_types:
+        raise ValueError(f"robot_type: expected one of {', '.join(engine.robot_types)}; got {only!r}")
     robots: dict[str, RobotInfo] = {}
     action_width = state_width = 0
     missing = []
-    for robot_type in engine.robot_types:
+    for robot_type in engine.robot_types if only is None else (only,):
         try:
             profile = engine.embodiment(robot_type)
         except ValueError as error:
@@ -95,13 +97,20 @@ def describe(engine: ServedEngine, image_size: tuple[int, int]) -> Served:
 class EngineThread:
     """A Backend: one engine on one thread.
 
-    load: makes the engine, on that thread. image_size: (height, width) to warm up with.
+    load: makes the engine, on that thread. image_size: (height, width) to warm up with. robot_type: serve this one
+    alone, so that requests need not name it; None serves all.
     """
 
     slots = 1
 
-    def __init__(self, load: Callable[[], ServedEngine], image_size: tuple[int, int] = (480, 640)) -> None:
+    def __init__(
+        self,
+        load: Callable[[], ServedEngine],
+        image_size: tuple[int, int] = (480, 640),
+        robot_type: str | None = None,
+    ) -> None:
         self._load = load
+        self._robot_type = robot_type
         self._image_size = image_size
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="xr0-engine")
         self._engine: ServedEngine | None = None
@@ -118,7 +127,7 @@ class EngineThread:
 
     def _start(self) -> Served:
         self._engine = self._load()
-        return describe(self._engine, self._image_size)
+        return describe(self._engine, self._image_size, self._robot_type)
 
     def _infer(self, request: Request) -> ActionChunk:
         assert self._engine is not None
