@@ -1,0 +1,396 @@
+"""A linear layer and a gated one, each with all that surrounds it, as one kernel. product.py has the algorithm.
+
+Shape legend: B batch, M rows of each, K columns in, N or F columns out.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from xr0_engine.kernels.arguments import STATS_COLUMNS, InputNorm, Residual, StatsOut, Tactic, Weight, Workspace
+from xr0_engine.kernels.device import gdc_begin, gelu_tanh
+from xr0_engine.kernels.launch import SHARED_LIMIT
+from xr0_engine.kernels.product import (
+    MIN_DOT,
+    add_slots,
+    check_product,
+    collect,
+    deposit,
+    finish,
+    launch_product,
+    multiply,
+    optional,
+    paired,
+    prefetch_weight,
+    rows_of,
+    tile_of,
+)
+from xr0_engine.kernels.shapes import expect, strided
+
+PROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
+"""Compute capability -> streaming multiprocessors of the chip that default tactics are made for."""
+SKINNY_ROWS = 64
+"""Up to so many rows a product is bound by reading its weight."""
+HEAD_COLUMNS = 128
+
+
+def default_tactic(kind: Literal["linear", "swiglu", "qkv"], rows: int, n: int, k: int, arch: int) -> Tactic:
+    """How a product of rows (of all batches) by a weight (n, k) runs on a chip for which nothing was measured.
+
+    Up to SKINNY_ROWS rows: one row tile, narrow column tiles, K split so that every processor reads a part of the
+    weight. More rows: the largest tile whose whole waves over the chip, padding included, take the least time.
+    n counts weight rows. Raises ValueError for a chip that is not known.
+    """
+    if arch not in PROCESSORS:
+        raise ValueError(f"arch: expected one of {', '.join(map(str, PROCESSORS))}; got {arch}")
+    processors = PROCESSORS[arch]
+    big_memory = SHARED_LIMIT[arch] >= 160 * 1024
+    if rows <= SKINNY_ROWS:
+        block_m = max(MIN_DOT, triton.next_power_of_2(rows))
+        width = HEAD_COLUMNS if kind == "qkv" else 64
+        block_k = 128 if k % 128 == 0 and width == 64 else 64
+        split_k = _split(triton.cdiv(n, width), triton.cdiv(k, block_k), processors)
+        return Tactic(block_m, _columns(kind, width), block_k, split_k, warps=4, stages=4 if big_memory else 3)
+
+    def time(tile: tuple[int, int]) -> float:
+        block_m, width = tile
+        tiles = triton.cdiv(rows, block_m) * triton.cdiv(n, width)
+        # A tile's time is its arithmetic, or the reading of its two sides.
+        return triton.cdiv(tiles, processors) * (block_m * width + 32 * (block_m + width))
+
+    widths = (HEAD_COLUMNS,) if kind == "qkv" else (128, 64)
+    block_m, width = min(((m, width) for m in (128, 64) for width in widths), key=time)
+    tiles = triton.cdiv(rows, block_m) * triton.cdiv(n, width)
+    split_k = _split(tiles, triton.cdiv(k, 64), processors) if 2 * tiles <= processors else 1
+    warps = 8 if block_m * width == 128 * 128 else 4
+    return Tactic(block_m, _columns(kind, width), 64, split_k, warps, stages=4 if big_memory else 3)
+
+
+def _columns(kind: str, width: int) -> int:
+    """block_n of a tile of so many weight rows."""
+    return width // 2 if kind == "swiglu" else width
+
+
+def _split(tiles: int, blocks: int, processors: int) -> int:
+    """The divisor of a product's blocks along K with which its programs come closest to one per processor."""
+    divisors = [split for split in range(1, blocks + 1) if blocks % split == 0]
+    return min(divisors, key=lambda split: abs(tiles * split - processors))
+
+
+@triton.jit
+def _linear(
+    x,
+    x_b,
+    x_m,
+    w,
+    w_n,
+    scale,
+    bias,
+    col_scale,
+    sums,
+    sums_s,
+    sums_b,
+    sums_m,
+    column_sums,
+    norm_eps,
+    partials,
+    counters,
+    rows,
+    batch_rows,
+    inputs,
+    slots,
+    row_tiles,
+    outputs,
+    out,
+    out_b,
+    out_m,
+    residual,
+    residual_b,
+    residual_m,
+    gate,
+    base_sums,
+    base_sums_s,
+    base_sums_b,
+    base_sums_m,
+    base_weight,
+    base_eps,
+    extra,
+    extra_r,
+    extra_index,
+    extra_index_b,
+    stats,
+    stats_s,
+    stats_b,
+    stats_m,
+    stats_weight,
+    ACTIVATION: tl.constexpr,
+    OUT_SLOTS: tl.constexpr,
+    SLOT_COLUMNS: tl.constexpr,
+    NORM: tl.constexpr,
+    SLOTS: tl.constexpr,
+    LIBRARY: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    STREAM: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    row_tile, split, column_tile = tile_of(tl.program_id(0), row_tiles, SPLIT_K)
+    batch, row, row_inside = rows_of(row_tile, rows, batch_rows, BLOCK_M)
+    column = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    column_inside = column < outputs
+    mask = row_inside[:, None] & column_inside[None, :]
+    n = tl.minimum(column, outputs - 1)
+    if PDL and not LIBRARY and row_tile == 0:
+        prefetch_weight(w, w_n, n, split, inputs, SPLIT_K, BLOCK_K)
+    gdc_begin(PDL)
+
+    x_offset = batch * x_b + row * x_m
+    if LIBRARY:
+        y = tl.load(x + x_offset[:, None] + n[None, :]).to(tl.float32)
+    else:
+        y = multiply(
+            x, x_offset, w, w_n, n, col_scale, split, inputs, SPLIT_K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, STREAM
+        )
+    if SPLIT_K > 1:
+        tile = column_tile * row_tiles + row_tile
+        if deposit(y, partials, counters, tile, split, SPLIT_K, BLOCK_M, BLOCK_N) < SPLIT_K - 1:
+            return
+        y = collect(partials, counters, tile, SPLIT_K, BLOCK_M, BLOCK_N)
+
+    place = batch * sums_b + row * sums_m
+    y = finish(y, n, scale, bias, sums, sums_s, place, column_sums, norm_eps, slots, inputs, NORM, SLOTS)
+    if ACTIVATION == "gelu":
+        y = 0.5 * y * (1.0 + tl.erf(y * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":
+        y = gelu_tanh(y)
+    if residual is not None:
+        base = tl.load(residual + (batch * residual_b + row * residual_m)[:, None] + column[None, :], mask, 0.0)
+        base = base.to(tl.float32)
+        if base_sums is not None:
+            base_place = batch * base_sums_b + row * base_sums_m
+            squares = add_slots(base_sums, base_sums_s, base_place, tl.cdiv(outputs, SLOT_COLUMNS), OUT_SLOTS)
+            base *= tl.rsqrt(squares / outputs + base_eps)[:, None]
+            base *= tl.load(base_weight + column, column_inside, 0.0)[None, :]
+        if gate is not None:
+            y *= tl.load(gate + column, column_inside, 0.0)[None, :]
+        y += base
+        if extra is not None:
+            index = tl.load(extra_index + batch * extra_index_b + row)
+            extra_mask = mask & (index >= 0)[:, None]
+            extra_place = (index.to(tl.int64) * extra_r)[:, None] + column[None, :]
+            y += tl.load(extra + extra_place, extra_mask, 0.0).to(tl.float32)
+    tl.store(out + (batch * out_b + row * out_m)[:, None] + column[None, :], y.to(out.dtype.element_ty), mask)
+    if stats is not None:
+        y = tl.where(column_inside[None, :], y, 0.0)
+        second = y
+        if stats_weight is not None:
+            second = y * tl.load(stats_weight + column, column_inside, 0.0)[None, :]
+            second *= second
+        parts: tl.constexpr = (BLOCK_M, BLOCK_N // SLOT_COLUMNS, SLOT_COLUMNS)
+        slot = column_tile * (BLOCK_N // SLOT_COLUMNS) + tl.arange(0, BLOCK_N // SLOT_COLUMNS)
+        target = stats + (batch * stats_b + row * stats_m)[:, None] + slot[None, :] * stats_s
+        slot_mask = row_inside[:, None] & (slot * SLOT_COLUMNS < outputs)[None, :]
+        tl.store(target, tl.sum(tl.reshape(y * y, parts), 2), slot_mask)
+        tl.store(target + 1, tl.sum(tl.reshape(second, parts), 2), slot_mask)
+
+
+def linear(
+    x: Tensor,
+    weight: Weight,
+    out: Tensor,
+    *,
+    bias: Tensor | None = None,
+    col_scale: Tensor | None = None,
+    norm: InputNorm | None = None,
+    activation: Literal["gelu", "gelu_tanh"] | None = None,
+    residual: Residual | None = None,
+    stats: StatsOut | None = None,
+    tactic: Tactic,
+    workspace: Workspace,
+) -> None:
+    """out = residual(activation(norm(x * col_scale) @ weight^T + bias)), and the statistics of its rows.
+
+    x: (B, M, K) floating point; out: (B, M, N), may be residual.x; bias: (N,), col_scale: (K,), float32 or the
+    weight's dtype. The factors of the product are rounded to the weight's dtype (8-bit weights: to x's, bfloat16 if
+    that is float32), everything else is float32. "gelu" is the exact one. stats.sums must not be sums that are read.
+    With a library tactic the product is rounded too, and block_m, block_n are the tile of what follows it.
+
+    Raises ValueError for shapes that do not belong together and for impossible tiles, NotImplementedError for 8-bit
+    weights with a library tactic.
+    """
+    check_product(x, weight, bias, col_scale, norm, tactic)
+    batch, rows = x.shape[:2]
+    outputs = weight.data.shape[0]
+    expect("out", out, (batch, rows, outputs))
+    _check_residual(residual, batch, rows, outputs)
+    _check_stats(stats, batch, rows, outputs, tactic)
+    base = residual or Residual(out)
+    launch_product(
+        _linear,
+        x,
+        weight,
+        bias,
+        col_scale,
+        norm,
+        triton.cdiv(outputs, tactic.block_n),
+        tactic.block_n,
+        tactic,
+        workspace,
+        {
+            "outputs": outputs,
+            **strided("out", out, "bm"),
+            **optional("residual", None if residual is None else residual.x, "bm"),
+            "gate": base.gate,
+            **optional("base_sums", base.sums, "sbm"),
+            "base_weight": base.weight,
+            "base_eps": base.eps,
+            **optional("extra", base.extra, "r"),
+            **optional("extra_index", base.extra_index, "b"),
+            **optional("stats", None if stats is None else stats.sums, "sbm"),
+            "stats_weight": None if stats is None else stats.weight,
+            "ACTIVATION": activation,
+            "OUT_SLOTS": triton.next_power_of_2(triton.cdiv(outputs, STATS_COLUMNS)),
+            "SLOT_COLUMNS": STATS_COLUMNS,
+        },
+    )
+
+
+def _check_residual(residual: Residual | None, batch: int, rows: int, outputs: int) -> None:
+    if residual is None:
+        return
+    expect("residual.x", residual.x, (batch, rows, outputs))
+    for name, vector in (("residual.gate", residual.gate), ("residual.weight", residual.weight)):
+        if vector is not None:
+            expect(name, vector, (outputs,))
+    if (residual.sums is None) != (residual.weight is None):
+        raise ValueError("residual.sums, residual.weight: expected both or none, got one")
+    if residual.sums is not None:
+        expect("residual.sums", residual.sums, (triton.cdiv(outputs, STATS_COLUMNS), batch, rows, 2))
+    if (residual.extra is None) != (residual.extra_index is None):
+        raise ValueError("residual.extra, residual.extra_index: expected both or none, got one")
+    if residual.extra is not None and residual.extra_index is not None:
+        expect("residual.extra", residual.extra, (residual.extra.shape[0], outputs))
+        expect("residual.extra_index", residual.extra_index, (batch, rows))
+
+
+def _check_stats(stats: StatsOut | None, batch: int, rows: int, outputs: int, tactic: Tactic) -> None:
+    if stats is None:
+        return
+    expect("stats.sums", stats.sums, (triton.cdiv(outputs, STATS_COLUMNS), batch, rows, 2))
+    if stats.weight is not None:
+        expect("stats.weight", stats.weight, (outputs,))
+    if tactic.block_n % STATS_COLUMNS:
+        raise ValueError(f"tactic.block_n: expected a multiple of {STATS_COLUMNS} with stats, got {tactic.block_n}")
+
+
+@triton.jit
+def _swiglu(
+    x,
+    x_b,
+    x_m,
+    w,
+    w_n,
+    scale,
+    bias,
+    col_scale,
+    sums,
+    sums_s,
+    sums_b,
+    sums_m,
+    column_sums,
+    norm_eps,
+    partials,
+    counters,
+    rows,
+    batch_rows,
+    inputs,
+    slots,
+    row_tiles,
+    outputs,
+    out,
+    out_b,
+    out_m,
+    NORM: tl.constexpr,
+    SLOTS: tl.constexpr,
+    LIBRARY: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    STREAM: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    row_tile, split, column_tile = tile_of(tl.program_id(0), row_tiles, SPLIT_K)
+    batch, row, row_inside = rows_of(row_tile, rows, batch_rows, BLOCK_M)
+    first_column = column_tile * (BLOCK_N // 2)
+    # Behind the last column the pairs run on, within the weight but for the last rows.
+    n = tl.minimum(paired(first_column, outputs, BLOCK_N), 2 * outputs - 1)
+    if PDL and not LIBRARY and row_tile == 0:
+        prefetch_weight(w, w_n, n, split, inputs, SPLIT_K, BLOCK_K)
+    gdc_begin(PDL)
+
+    x_offset = batch * x_b + row * x_m
+    if LIBRARY:
+        y = tl.load(x + x_offset[:, None] + n[None, :]).to(tl.float32)
+    else:
+        y = multiply(
+            x, x_offset, w, w_n, n, col_scale, split, inputs, SPLIT_K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, STREAM
+        )
+    if SPLIT_K > 1:
+        tile = column_tile * row_tiles + row_tile
+        if deposit(y, partials, counters, tile, split, SPLIT_K, BLOCK_M, BLOCK_N) < SPLIT_K - 1:
+            return
+        y = collect(partials, counters, tile, SPLIT_K, BLOCK_M, BLOCK_N)
+
+    place = batch * sums_b + row * sums_m
+    y = finish(y, n, scale, bias, sums, sums_s, place, column_sums, norm_eps, slots, inputs, NORM, SLOTS)
+    gate, up = tl.split(tl.reshape(y, (BLOCK_M, BLOCK_N // 2, 2)))
+    column = first_column + tl.arange(0, BLOCK_N // 2)
+    target = out + (batch * out_b + row * out_m)[:, None] + column[None, :]
+    value = gate * tl.sigmoid(gate) * up
+    tl.store(target, value.to(out.dtype.element_ty), row_inside[:, None] & (column < outputs)[None, :])
+
+
+def swiglu(
+    x: Tensor,
+    weight: Weight,
+    out: Tensor,
+    *,
+    bias: Tensor | None = None,
+    col_scale: Tensor | None = None,
+    norm: InputNorm | None = None,
+    tactic: Tactic,
+    workspace: Workspace,
+) -> None:
+    """out = silu(gate) * up, with [gate, up] = norm(x * col_scale) @ weight^T + bias.
+
+    x: (B, M, K); weight: (2 F, K), the gate's rows, then up's; out: (B, M, F); bias: (2 F,). tactic.block_n counts
+    columns of out: a tile holds that many of gate and of up. Otherwise as linear.
+    """
+    check_product(x, weight, bias, col_scale, norm, tactic)
+    batch, rows = x.shape[:2]
+    columns = out.shape[-1]
+    expect("out", out, (batch, rows, columns))
+    if weight.data.shape[0] != 2 * columns:
+        raise ValueError(f"weight.data: expected {2 * columns} rows for out's {columns}, got {weight.data.shape[0]}")
+    launch_product(
+        _swiglu,
+        x,
+        weight,
+        bias,
+        col_scale,
+        norm,
+        triton.cdiv(columns, tactic.block_n),
+        2 * tactic.block_n,
+        tactic,
+        workspace,
+        {"outputs": columns, **strided("out", out, "bm")},
+    )

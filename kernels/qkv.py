@@ -1,0 +1,212 @@
+"""Queries, keys and values of an attention, ready to use, as one kernel: product, head norms, rotary embedding.
+
+A tile is one head. Its weight rows come in pairs (d, d + D / 2), so that the two numbers that are rotated together lie
+in one thread. product.py has the rest of the algorithm.
+
+Shape legend: B batch, M rows of each, K columns in, H query heads, G KV heads, D head_dim.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from xr0_engine.kernels.arguments import InputNorm, Tactic, Weight, Workspace
+from xr0_engine.kernels.device import gdc_begin
+from xr0_engine.kernels.product import (
+    check_product,
+    collect,
+    deposit,
+    finish,
+    launch_product,
+    multiply,
+    optional,
+    paired,
+    prefetch_weight,
+    rows_of,
+    tile_of,
+)
+from xr0_engine.kernels.shapes import expect, expect_head_dim, strided
+
+
+@triton.jit
+def _store_head(first, second, out, place, mask, HALF: tl.constexpr):
+    target = out + place[:, None] + tl.arange(0, HALF)[None, :]
+    tl.store(target, first.to(out.dtype.element_ty), mask)
+    tl.store(target + HALF, second.to(out.dtype.element_ty), mask)
+
+
+@triton.jit
+def _store_rotated(first, second, norm_weight, eps, cos, sin, angles, out, place, mask, HALF: tl.constexpr):
+    """Head norm and rotation of the halves of one head's rows; cos, sin at angles, out at place."""
+    d = tl.arange(0, HALF)
+    if norm_weight is not None:
+        squares = tl.sum(first * first, 1) + tl.sum(second * second, 1)
+        row_scale = tl.rsqrt(squares / (2 * HALF) + eps)[:, None]
+        first *= row_scale * tl.load(norm_weight + d).to(tl.float32)[None, :]
+        second *= row_scale * tl.load(norm_weight + HALF + d).to(tl.float32)[None, :]
+    c = tl.load(cos + angles[0][:, None] + d[None, :])
+    s = tl.load(sin + angles[1][:, None] + d[None, :])
+    _store_head(first * c - second * s, second * c + first * s, out, place, mask, HALF)
+
+
+@triton.jit
+def _qkv(
+    x,
+    x_b,
+    x_m,
+    w,
+    w_n,
+    scale,
+    bias,
+    col_scale,
+    sums,
+    sums_s,
+    sums_b,
+    sums_m,
+    column_sums,
+    norm_eps,
+    partials,
+    counters,
+    rows,
+    batch_rows,
+    inputs,
+    slots,
+    row_tiles,
+    query_heads,
+    kv_heads,
+    q,
+    q_b,
+    q_h,
+    q_m,
+    k,
+    k_b,
+    k_h,
+    k_m,
+    v,
+    v_b,
+    v_h,
+    v_m,
+    q_weight,
+    k_weight,
+    eps,
+    cos,
+    cos_b,
+    cos_m,
+    sin,
+    sin_b,
+    sin_m,
+    NORM: tl.constexpr,
+    SLOTS: tl.constexpr,
+    LIBRARY: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    STREAM: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    HALF: tl.constexpr = BLOCK_N // 2
+    row_tile, split, head = tile_of(tl.program_id(0), row_tiles, SPLIT_K)
+    batch, row, row_inside = rows_of(row_tile, rows, batch_rows, BLOCK_M)
+    n = paired(head * BLOCK_N, HALF, BLOCK_N)
+    if PDL and not LIBRARY and row_tile == 0:
+        prefetch_weight(w, w_n, n, split, inputs, SPLIT_K, BLOCK_K)
+    gdc_begin(PDL)
+
+    x_offset = batch * x_b + row * x_m
+    if LIBRARY:
+        y = tl.load(x + x_offset[:, None] + n[None, :]).to(tl.float32)
+    else:
+        y = multiply(
+            x, x_offset, w, w_n, n, col_scale, split, inputs, SPLIT_K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, STREAM
+        )
+    if SPLIT_K > 1:
+        tile = head * row_tiles + row_tile
+        if deposit(y, partials, counters, tile, split, SPLIT_K, BLOCK_M, BLOCK_N) < SPLIT_K - 1:
+            return
+        y = collect(partials, counters, tile, SPLIT_K, BLOCK_M, BLOCK_N)
+
+    place = batch * sums_b + row * sums_m
+    y = finish(y, n, scale, bias, sums, sums_s, place, column_sums, norm_eps, slots, inputs, NORM, SLOTS)
+    first, second = tl.split(tl.reshape(y, (BLOCK_M, HALF, 2)))
+    mask = row_inside[:, None]
+    angles = (batch * cos_b + row * cos_m, batch * sin_b + row * sin_m)
+    if head >= query_heads + kv_heads:
+        value_place = batch * v_b + (head - query_heads - kv_heads) * v_h + row * v_m
+        _store_head(first, second, v, value_place, mask, HALF)
+    elif head >= query_heads:
+        key_place = batch * k_b + (head - query_heads) * k_h + row * k_m
+        _store_rotated(first, second, k_weight, eps, cos, sin, angles, k, key_place, mask, HALF)
+    elif q is not None:
+        query_place = batch * q_b + head * q_h + row * q_m
+        _store_rotated(first, second, q_weight, eps, cos, sin, angles, q, query_place, mask, HALF)
+
+
+def qkv(
+    x: Tensor,
+    weight: Weight,
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    *,
+    bias: Tensor | None = None,
+    col_scale: Tensor | None = None,
+    norm: InputNorm | None = None,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = 1e-6,
+    cos: Tensor,
+    sin: Tensor,
+    tactic: Tactic,
+    workspace: Workspace,
+) -> None:
+    """q, k, v = heads of norm(x * col_scale) @ weight^T + bias; q and k after the head norm and the rotation.
+
+    x: (B, M, K); weight: ((H + 2 G) D, K), the rows of all q heads, then of k's, then of v's; q: (B, H, M, D), or
+    None for a weight of keys and values alone; k, v: (B, G, M, D); q_weight, k_weight: (D,) of a head's RMSNorm with
+    eps, or None for none; cos, sin: (B, M, D / 2) float32, halves convention. tactic.block_n is not read: a tile is
+    one head. Otherwise as linear.
+    """
+    check_product(x, weight, bias, col_scale, norm, tactic)
+    batch, rows = x.shape[:2]
+    groups, dim = k.shape[1], k.shape[-1]
+    heads = 0 if q is None else q.shape[1]
+    expect_head_dim(dim)
+    for name, tensor, count in (("q", q, heads), ("k", k, groups), ("v", v, groups)):
+        if tensor is not None:
+            expect(name, tensor, (batch, count, rows, dim))
+    for name, vector in (("q_weight", q_weight), ("k_weight", k_weight)):
+        if vector is not None:
+            expect(name, vector, (dim,))
+    expect("cos", cos, (batch, rows, dim // 2))
+    expect("sin", sin, (batch, rows, dim // 2))
+    tiles = heads + 2 * groups
+    if weight.data.shape[0] != tiles * dim:
+        raise ValueError(f"weight.data: expected {tiles} heads of {dim} rows, got {weight.data.shape[0]} rows")
+    launch_product(
+        _qkv,
+        x,
+        weight,
+        bias,
+        col_scale,
+        norm,
+        tiles,
+        dim,
+        tactic,
+        workspace,
+        {
+            "query_heads": heads,
+            "kv_heads": groups,
+            **optional("q", q, "bhm"),
+            **strided("k", k, "bhm"),
+            **strided("v", v, "bhm"),
+            "q_weight": q_weight,
+            "k_weight": k_weight,
+            "eps": eps,
+            **strided("cos", cos, "bm"),
+            **strided("sin", sin, "bm"),
+        },
+    )
