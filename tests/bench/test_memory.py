@@ -62,7 +62,7 @@ def test_kept_is_the_adaln_table_and_the_prompt_head():
     for parameter in model.parameters():
         parameter.data.normal_(std=0.02)
     model.finish_loading()
-    head = model._prompt_head(inputs)
+    head = model.prompt_head(inputs)
     need = memory_need(config, Workload.of(inputs), "float32")
     assert need.kept == head.keys.nbytes + head.values.nbytes + model.head.modulation_table().nbytes
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import TypeVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xr0_engine import ops
+
+Part = TypeVar("Part", bound=nn.Module)
 
 
 class RMSNorm(nn.Module):
@@ -57,6 +62,15 @@ class GatedMLP(PackedLinears):
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.project(x)
         return self.down_proj(F.silu(gate) * up)
+
+
+def parts_of(modules: Iterable[nn.Module], kind: type[Part]) -> list[Part]:
+    """The modules as what they are: torch's containers forget it."""
+    parts = []
+    for part in modules:
+        assert isinstance(part, kind), type(part)
+        parts.append(part)
+    return parts
 
 
 def pack_linears(module: nn.Module) -> None:

@@ -63,7 +63,7 @@ class XR0Model(nn.Module):
         if int(is_image.sum()) != len(vision.tokens):
             raise ValueError(f"input_ids hold {int(is_image.sum())} image tokens, the images give {len(vision.tokens)}")
 
-        head = self._prompt_head(inputs)
+        head = None if inputs.head_length == 0 else self.prompt_head(inputs)
         start = 0 if head is None else int((~inputs.attention_mask).sum(1).min()) + len(head)
         image_index = is_image[:, start:].flatten().nonzero().squeeze(1).to(self.device)
         x = language.embed_tokens(inputs.input_ids[:, start:].to(self.device))
@@ -90,10 +90,8 @@ class XR0Model(nn.Module):
         assert self._modulations is not None, "finish_loading was not called"
         return self.head.sample(kv, state, noise, prefix, prefix_length, self._modulations, trace)
 
-    def _prompt_head(self, inputs: ModelInputs) -> PromptHead | None:
-        """The kept KV of the batch's common first tokens, computed on first use."""
-        if inputs.head_length == 0:
-            return None
+    def prompt_head(self, inputs: ModelInputs) -> PromptHead:
+        """The kept KV of the batch's common first tokens (at least one), computed on first use."""
         pad = int((~inputs.attention_mask[0]).sum())
         ids = inputs.input_ids[0, pad : pad + inputs.head_length]
         key = tuple(ids.tolist())

@@ -1,0 +1,196 @@
+"""The fused ops that the GPU backend's stages are made of: which kernel runs, with which tactic. Beside ops.py the only
+importer of kernels.
+
+Every op writes into buffers that it is given. `triton` runs kernels, on a CUDA GPU or, under TRITON_INTERPRET=1, in
+Triton's interpreter; `reference` is their oracle, which runs everywhere and shows what a stage is to compute.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xr0_engine.kernels.arguments import (
+    STATS_COLUMNS,
+    InputNorm,
+    Residual,
+    StatsOut,
+    Tactic,
+    Weight,
+    Workspace,
+)
+
+__all__ = [
+    "STATS_COLUMNS",
+    "FusedOps",
+    "InputNorm",
+    "Residual",
+    "StatsOut",
+    "Tactic",
+    "Weight",
+    "triton_fault",
+]
+
+
+def triton_fault() -> str | None:
+    """Why Triton's kernels cannot run on this machine, None if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install 'xr0-engine[cuda]'"
+    if not torch.cuda.is_available() and not interpreted():
+        return "torch finds no CUDA GPU (TRITON_INTERPRET=1 runs the kernels in Triton's interpreter, to test them)"
+    return None
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class FusedOps:
+    """The fused ops of one backend, in the order of one stream.
+
+    tactics: key -> tactic, as measured on this GPU; an op without an entry runs with the stated default of its kernel.
+    arch: compute capability (90 for an H200) that defaults are chosen for; None is the device's own.
+    """
+
+    def __init__(
+        self,
+        backend: str,
+        device: torch.device,
+        tactics: Mapping[str, Tactic] | None = None,
+        arch: int | None = None,
+    ) -> None:
+        self.backend, self.tactics = backend, dict(tactics or {})
+        self.workspace = Workspace(device)
+        self._kernels = _kernels(backend)
+        self._arch = arch if arch is not None else _capability(device)
+
+    def linear(self, x: Tensor, weight: Weight, out: Tensor, **options: Any) -> None:
+        """(B, M, K) -> (B, M, N), with what comes before and after it. As kernels/linear.py: linear."""
+        rows, (outputs, inputs) = x.shape[0] * x.shape[1], weight.data.shape
+        self._run("linear", (rows, outputs, inputs), weight.data.dtype, (x, weight, out), options)
+
+    def swiglu(self, x: Tensor, weight: Weight, out: Tensor, **options: Any) -> None:
+        """(B, M, K) -> (B, M, F), silu(gate) * up. As kernels/linear.py: swiglu."""
+        rows, (outputs, inputs) = x.shape[0] * x.shape[1], weight.data.shape
+        self._run("swiglu", (rows, outputs, inputs), weight.data.dtype, (x, weight, out), options)
+
+    def qkv(self, x: Tensor, weight: Weight, q: Tensor | None, k: Tensor, v: Tensor, **options: Any) -> None:
+        """(B, M, K) -> heads, normalised and rotated. As kernels/qkv.py: qkv."""
+        rows, (outputs, inputs) = x.shape[0] * x.shape[1], weight.data.shape
+        shape = (rows, outputs, inputs, k.shape[-1])
+        self._run("qkv", shape, weight.data.dtype, (x, weight, q, k, v), options)
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, *, causal: bool) -> None:
+        """As kernels/attention.py: attention."""
+        shape = (*q.shape[:3], *k.shape[1:])
+        self._run("attention", shape, q.dtype, (q, k, v, out), {"causal": causal})
+
+    def lambda_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        kv_keys: Tensor,
+        kv_values: Tensor,
+        begin: Tensor,
+        end: Tensor,
+        out: Tensor,
+        *,
+        window: int | None,
+        context: int,
+    ) -> None:
+        """As kernels/attention.py: lambda_attention."""
+        arguments = (q, k, v, kv_keys, kv_values, begin, end, out)
+        shape = (*q.shape[:3], *kv_keys.shape[1:])
+        self._run("lambda_attention", shape, q.dtype, arguments, {"window": window, "context": context})
+
+    def start_flow(self, *arguments: Tensor) -> None:
+        """As kernels/flow.py: start_flow."""
+        self._kernels.start_flow(*arguments)
+
+    def euler_step(self, *arguments: Any) -> None:
+        """As kernels/flow.py: euler_step."""
+        self._kernels.euler_step(*arguments)
+
+    def dit_rope_tables(self, *arguments: Tensor, context: int, offset: int) -> None:
+        """As kernels/flow.py: dit_rope_tables."""
+        self._kernels.dit_rope_tables(*arguments, context=context, offset=offset)
+
+    def rope_tables(self, *arguments: Tensor) -> None:
+        """As kernels/embed.py: rope_tables."""
+        self._kernels.rope_tables(*arguments)
+
+    def embed(
+        self, ids: Tensor, table: Tensor, image_index: Tensor, image_tokens: Tensor, out: Tensor, stats: StatsOut
+    ) -> None:
+        """As kernels/embed.py: embed."""
+        self._kernels.embed(ids, table, image_index, image_tokens, out, stats)
+
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor) -> None:
+        """As kernels/embed.py: layer_norm."""
+        self._kernels.layer_norm(x, weight, bias, eps, out)
+
+    def call(self, kind: str, arguments: tuple[Any, ...], options: Mapping[str, Any], tactic: Tactic) -> None:
+        """Run the op `kind` with a tactic of the caller's: how tuning tries candidates."""
+        getattr(self._kernels, kind)(*arguments, **options, tactic=tactic, workspace=self.workspace)
+
+    def default(self, kind: str, shape: tuple[int, ...]) -> Tactic:
+        """What runs where the table has no entry: a stated rule, never a guess at run time."""
+        return self._kernels.default_tactic(kind, shape, self._arch)
+
+    def _run(
+        self,
+        kind: str,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        arguments: tuple[Any, ...],
+        options: Mapping[str, Any],
+    ) -> None:
+        tactic = self.tactics.get(tactic_key(kind, shape, dtype)) or self.default(kind, shape)
+        self.call(kind, arguments, options, tactic)
+
+
+def tactic_key(kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> str:
+    """`linear 315x2560x4096 bfloat16`: rows, outputs, inputs (qkv: head_dim too); attention: B, H, M, G, N, D."""
+    return f"{kind} {'x'.join(map(str, shape))} {str(dtype).removeprefix('torch.')}"
+
+
+def _kernels(backend: str) -> SimpleNamespace:
+    if backend == "reference":
+        from xr0_engine.kernels import fused_reference
+
+        return SimpleNamespace(**vars(fused_reference), default_tactic=lambda kind, shape, arch: Tactic())
+    from xr0_engine.kernels import attention, embed, flow, linear, qkv
+
+    return SimpleNamespace(
+        **{op.__name__: op for op in (linear.linear, linear.swiglu, qkv.qkv)},
+        **{op.__name__: op for op in (attention.attention, attention.lambda_attention)},
+        **{op.__name__: op for op in (flow.start_flow, flow.euler_step, flow.dit_rope_tables)},
+        **{op.__name__: op for op in (embed.rope_tables, embed.embed, embed.layer_norm)},
+        default_tactic=_default_tactic,
+    )
+
+
+def _default_tactic(kind: str, shape: tuple[int, ...], arch: int) -> Tactic:
+    from xr0_engine.kernels import attention, linear
+
+    if kind == "attention":
+        return attention.attention_tactic(shape, arch)
+    if kind == "lambda_attention":
+        return attention.lambda_tactic(shape, arch)
+    return linear.default_tactic(kind, *shape[:3], arch)
+
+
+def _capability(device: torch.device) -> int:
+    """Compute capability as 90 for an H200; 0 without a GPU."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor

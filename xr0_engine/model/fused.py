@@ -1,0 +1,384 @@
+"""The network on the GPU backend: XR0Model's interface over fused ops, static buffers and CUDA graphs.
+
+A session holds the buffers of one case (batch, image sizes, prompt bucket, kept head, chunk length) and its graphs.
+Everything else - prompt, images, noise, prefix, state, lengths - is device input, copied in one transfer: it recaptures
+nothing. The number of sessions is bounded; the one used least recently goes first.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xr0_engine.config import XR0Config
+from xr0_engine.fused_ops import FusedOps
+from xr0_engine.graph import Graph
+from xr0_engine.model.fused_head import FlowInputs, FusedHead
+from xr0_engine.model.fused_vlm import FusedText, FusedVision
+from xr0_engine.model.staging import Staging
+from xr0_engine.model.xr0 import XR0Model
+from xr0_engine.tactics import TacticTable
+from xr0_engine.types import KVBlock, ModelInputs, VisionTokens
+
+PROMPT_BUCKET = 32
+"""Prompts are padded to a multiple of so many tokens: one captured graph serves all instructions of a bucket."""
+MAX_SESSIONS = 8
+
+
+@dataclass(frozen=True)
+class SessionKey:
+    """What buffers and graphs are made for. head: ids of the prompt's kept first tokens; tokens: N, head included."""
+
+    batch: int
+    grids: tuple[tuple[int, int], ...]
+    tokens: int
+    head: tuple[int, ...]
+    chunk_length: int
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """A batch of prompts padded on the right: what of ModelInputs changes from call to call, as int32 arrays.
+
+    ids, image_index: (B, M); positions: (3, B, M); next_position: (3, B); lengths: (B,), head included.
+    """
+
+    ids: np.ndarray
+    image_index: np.ndarray
+    positions: np.ndarray
+    next_position: np.ndarray
+    lengths: np.ndarray
+
+
+class FusedModel:
+    """Shares a loaded model's weights; makes their layout the kernels' own, which the model itself understands too.
+
+    backend: of FusedOps. table: the tactics to run with. graphs: capture and replay (a CUDA GPU), or run op by op.
+    """
+
+    def __init__(self, model: XR0Model, backend: str, table: TacticTable, graphs: bool) -> None:
+        self.reference, self.config = model, model.config
+        self.table, self.backend, self.graphs = table, backend, graphs
+        language = model.vlm.model.language_model
+        with torch.inference_mode():
+            self.vision, self.text, self.head = (
+                FusedVision(model.vlm.model.visual),
+                FusedText(language),
+                FusedHead(model.head),
+            )
+        self._sessions: OrderedDict[SessionKey, Session] = OrderedDict()
+
+    @property
+    def device(self) -> torch.device:
+        return self.reference.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.reference.dtype
+
+    def ops(self) -> FusedOps:
+        """Fused ops for one stream, with scratch memory of their own."""
+        return FusedOps(self.backend, self.device, self.table.tactics)
+
+    @torch.inference_mode()
+    def encode_images(self, inputs: ModelInputs) -> VisionTokens:
+        """As XR0Model.encode_images, op by op."""
+        buffers = self.vision.buffers(inputs.image_grids)
+        self.vision.run(self.ops(), inputs.pixel_values.to(self.device, self.dtype), buffers)
+        return VisionTokens(buffers.tokens[0], tuple(tap[0] for tap in buffers.deepstack))
+
+    @torch.inference_mode()
+    def prefill(self, inputs: ModelInputs, vision: VisionTokens) -> KVBlock:
+        """As XR0Model.prefill, op by op; the block lies as the inputs do, padded on the left."""
+        session = self.session(inputs)
+        session.stage(right_padded(inputs, session.key, self.config))
+        session.staging.upload()
+        session.vision.tokens.copy_(vision.tokens)
+        for own, given in zip(session.vision.deepstack, vision.deepstack, strict=True):
+            own.copy_(given)
+        session.prefill()
+        mask = inputs.attention_mask.to(self.device)
+        keys, values = (_left_padded(t, mask) for t in (session.flow_inputs.keys, session.flow_inputs.values))
+        next_position = session.flow_inputs.next_position.long()
+        return KVBlock(keys, values, mask, next_position, inputs.action_mask.to(self.device, torch.float32))
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        kv: KVBlock,
+        state: Tensor,
+        noise: Tensor,
+        prefix: Tensor,
+        prefix_length: Tensor,
+        trace: list[Tensor] | None = None,
+    ) -> Tensor:
+        """As XR0Model.sample, from a kept KV block. Raises ValueError if a row's tokens have a gap between them."""
+        return sample_fused(self.head, self.ops(), kv, state, noise, prefix, prefix_length, trace)
+
+    @torch.inference_mode()
+    def step(self, inputs: ModelInputs, noise: Tensor, prefix: Tensor, prefix_length: Tensor) -> Tensor:
+        """The whole step, patches to chunk: (B, T, A) float32 on the device, which the next call overwrites.
+
+        noise, prefix: (B, T, A) float32; prefix_length: (B,).
+        """
+        session = self.session(inputs)
+        session.update(inputs, noise, prefix, prefix_length)
+        session.replay()
+        return session.chunk
+
+    def session(self, inputs: ModelInputs) -> Session:
+        """The buffers and graphs for these inputs, made on first use."""
+        key = session_key(inputs)
+        if key not in self._sessions:
+            if len(self._sessions) >= MAX_SESSIONS:
+                self._sessions.popitem(last=False)[1].close()
+            self._sessions[key] = Session(self, key, inputs)
+        self._sessions.move_to_end(key)
+        return self._sessions[key]
+
+
+class Session:
+    """The buffers of one case, and its graphs. chunk: (B, T, A) float32, where a step leaves its result."""
+
+    def __init__(self, model: FusedModel, key: SessionKey, inputs: ModelInputs) -> None:
+        self.model, self.key = model, key
+        self.staging = Staging(_fields(model.config, key, model.dtype), model.device)
+        on_device = self.staging.device
+        self.ops, self.flow_ops = model.ops(), model.ops()
+        self.vision = model.vision.buffers(key.grids)
+        self.text = model.text.buffers(key.batch, key.tokens, len(key.head))
+        self.flow = model.head.buffers(key.batch, key.chunk_length)
+        if key.head:
+            kept = model.reference.prompt_head(inputs)
+            self.text.keys[..., : len(key.head), :] = kept.keys[:, None]
+            self.text.values[..., : len(key.head), :] = kept.values[:, None]
+        first = model.config.text.num_layers - model.config.head.num_layers
+        self.flow_inputs = FlowInputs(
+            keys=self.text.keys[first:],
+            values=self.text.values[first:],
+            begin=torch.zeros(key.batch, dtype=torch.int32, device=model.device),
+            end=on_device["lengths"],
+            next_position=on_device["next_position"],
+            state=on_device["state"],
+            noise=on_device["noise"],
+            prefix=on_device["prefix"],
+            prefix_length=on_device["prefix_length"],
+            action_mask=on_device["action_mask"],
+        )
+        self.chunk = self.flow.z[model.head.steps % 2]
+
+    def update(self, inputs: ModelInputs, noise: Tensor, prefix: Tensor, prefix_length: Tensor) -> None:
+        """Everything that changes, to the device in one transfer."""
+        host = self.staging.host
+        self.staging.wait()
+        self.stage(right_padded(inputs, self.key, self.model.config))
+        for name, value in (
+            ("patches", inputs.pixel_values),
+            ("state", inputs.state),
+            ("action_mask", inputs.action_mask),
+            ("noise", noise),
+            ("prefix", prefix),
+            ("prefix_length", prefix_length),
+        ):
+            host[name].copy_(value)
+        self.staging.upload()
+
+    def stage(self, prompts: Prompts) -> None:
+        for name, value in vars(prompts).items():
+            self.staging.host[name].copy_(torch.from_numpy(value))
+
+    def replay(self) -> None:
+        """The whole step on what was uploaded last; the graph is captured the first time."""
+        if self.model.graphs:
+            self.step_graph.replay()
+        else:
+            self.run()
+
+    @cached_property
+    def step_graph(self) -> Graph:
+        return Graph(self.run, self.model.device, f"step {self.key.batch}x{self.key.tokens}")
+
+    @cached_property
+    def flow_graph(self) -> Graph:
+        """The flow alone, on the KV block that the last step left: another chunk of the same observation."""
+        return Graph(self.sample, self.model.device, f"flow {self.key.batch}x{self.key.tokens}")
+
+    @torch.inference_mode()
+    def run(self) -> None:
+        """The whole step, op by op."""
+        self.encode()
+        if self.model.table.overlap and self.model.device.type == "cuda":
+            self._prefill_beside_flow()
+        else:
+            self.prefill()
+            self.sample()
+
+    @torch.inference_mode()
+    def encode(self) -> None:
+        self.model.vision.run(self.ops, self.staging.device["patches"], self.vision)
+
+    @torch.inference_mode()
+    def prefill(self) -> None:
+        self._prefill(lambda index: None)
+
+    @torch.inference_mode()
+    def sample(self) -> None:
+        self.model.head.run(self.flow_ops, self.flow_inputs, self.flow)
+
+    def close(self) -> None:
+        for name in ("step_graph", "flow_graph"):
+            if name in self.__dict__:
+                self.__dict__.pop(name).close()
+
+    def _prefill(self, layer_done) -> None:  # type: ignore[no-untyped-def]
+        on_device = self.staging.device
+        self.model.text.run(
+            self.ops, on_device["ids"], on_device["positions"], on_device["image_index"], self.vision.tokens[0],
+            tuple(tap[0] for tap in self.vision.deepstack), self.text, layer_done,
+        )  # fmt: skip
+
+    def _prefill_beside_flow(self) -> None:
+        """Layer i of the flow's first step starts when VLM layer L - 16 + i has left its keys and values."""
+        head, first = self.model.head, self.model.config.text.num_layers - self.model.config.head.num_layers
+        main, side = torch.cuda.current_stream(), self._side_stream
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
+            head.begin(self.flow_ops, self.flow_inputs, self.flow)
+
+        def chase(index: int) -> None:
+            if index >= first:
+                side.wait_stream(main)
+                with torch.cuda.stream(side):
+                    head.layer(self.flow_ops, self.flow_inputs, self.flow, 0, index - first)
+
+        self._prefill(chase)
+        main.wait_stream(side)
+        head.end_step(self.flow_ops, self.flow_inputs, self.flow, 0)
+        head.finish(self.flow_ops, self.flow_inputs, self.flow, 1)
+
+    @cached_property
+    def _side_stream(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream(self.model.device)
+
+
+@torch.inference_mode()
+def sample_fused(
+    head: FusedHead,
+    ops: FusedOps,
+    kv: KVBlock,
+    state: Tensor,
+    noise: Tensor,
+    prefix: Tensor,
+    prefix_length: Tensor,
+    trace: list[Tensor] | None = None,
+) -> Tensor:
+    """One chunk per row of a KV block, op by op: (B, T, A) float32. As ActionHead.sample."""
+    weight = head.head.sink.weight
+    device, dtype = weight.device, weight.dtype
+    begin, end = _visible_range(kv.mask)
+
+    def moved(value: Tensor, to: torch.dtype) -> Tensor:
+        return value.to(device, to).contiguous()
+
+    inputs = FlowInputs(
+        keys=kv.keys,
+        values=kv.values,
+        begin=begin,
+        end=end,
+        next_position=moved(kv.next_position, torch.int32),
+        state=moved(state, dtype),
+        noise=moved(noise, torch.float32),
+        prefix=moved(prefix, torch.float32),
+        prefix_length=moved(prefix_length, torch.int32),
+        action_mask=moved(kv.action_mask, torch.float32),
+    )
+    return head.run(ops, inputs, head.buffers(*noise.shape[:2]), trace)
+
+
+def session_key(inputs: ModelInputs) -> SessionKey:
+    batch, columns = inputs.attention_mask.shape
+    longest = int(inputs.attention_mask.sum(1).max())
+    pad = columns - int(inputs.attention_mask[0].sum())
+    head = inputs.input_ids[0, pad : pad + inputs.head_length]
+    return SessionKey(
+        batch=batch,
+        grids=inputs.image_grids,
+        tokens=-(-longest // PROMPT_BUCKET) * PROMPT_BUCKET,
+        head=tuple(head.tolist()),
+        chunk_length=inputs.action_mask.shape[1],
+    )
+
+
+def right_padded(inputs: ModelInputs, key: SessionKey, config: XR0Config) -> Prompts:
+    """Prompts padded on the left, as ModelInputs has them, to the session's layout, without the kept head.
+
+    Raises ValueError if image tokens and images do not match.
+    """
+    ids, mask = inputs.input_ids.numpy(), inputs.attention_mask.numpy()
+    positions = inputs.position_ids.numpy()
+    head, own = len(key.head), key.tokens - len(key.head)
+    out = Prompts(
+        ids=np.zeros((key.batch, own), np.int32),
+        image_index=np.full((key.batch, own), -1, np.int32),
+        positions=np.zeros((3, key.batch, own), np.int32),
+        next_position=np.zeros((3, key.batch), np.int32),
+        lengths=mask.sum(1).astype(np.int32),
+    )
+    images = 0
+    for row, keep in enumerate(mask):
+        kept_ids, kept_positions = ids[row, keep], positions[:, row, keep]
+        count = len(kept_ids) - head
+        out.ids[row, :count] = kept_ids[head:]
+        out.positions[:, row, :count] = kept_positions[:, head:]
+        out.next_position[:, row] = kept_positions.max(1) + 1
+        slots = np.flatnonzero(kept_ids[head:] == config.tokens.image)
+        out.image_index[row, slots] = np.arange(images, images + len(slots))
+        images += len(slots)
+    expected = sum(height * width for height, width in key.grids) // config.vision.spatial_merge_size**2
+    if images != expected:
+        raise ValueError(f"input_ids hold {images} image tokens, the images give {expected}")
+    return out
+
+
+def _fields(config: XR0Config, key: SessionKey, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """What is uploaded for a step: name -> shape and dtype."""
+    head, vision = config.head, config.vision
+    patch_dim = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    patches = sum(height * width for height, width in key.grids)
+    batch, own = key.batch, key.tokens - len(key.head)
+    chunk = (batch, key.chunk_length, head.action_dim)
+    return {
+        "patches": ((patches, patch_dim), dtype),
+        "ids": ((batch, own), torch.int32),
+        "image_index": ((batch, own), torch.int32),
+        "positions": ((3, batch, own), torch.int32),
+        "next_position": ((3, batch), torch.int32),
+        "lengths": ((batch,), torch.int32),
+        "state": ((batch, head.state_length, head.state_dim), dtype),
+        "noise": (chunk, torch.float32),
+        "prefix": (chunk, torch.float32),
+        "prefix_length": ((batch,), torch.int32),
+        "action_mask": (chunk, torch.float32),
+    }
+
+
+def _left_padded(cache: Tensor, mask: Tensor) -> Tensor:
+    """(L, B, G, tokens, D) padded on the right -> (L, B, G, N, D) as mask (B, N) has it; padding is zero."""
+    source = (mask.cumsum(1) - 1).clamp(min=0)
+    index = source[None, :, None, :, None].expand(len(cache), -1, cache.shape[2], -1, cache.shape[4])
+    return cache.gather(3, index) * mask[:, None, :, None]
+
+
+def _visible_range(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, N) bool -> first visible token and one past the last, (B,) int32 each. Raises ValueError for gaps."""
+    count, begin = mask.sum(1), mask.int().argmax(1)
+    column = torch.arange(mask.shape[1], device=mask.device)
+    end = begin + count
+    if not bool((mask == ((column >= begin[:, None]) & (column < end[:, None]))).all()):
+        raise ValueError("mask: expected one run of visible tokens in each row, got a gap")
+    return begin.int(), end.int()
