@@ -53,7 +53,8 @@ class Synchronizer:
         self._lock = threading.Lock()
 
     def add_frame(self, view: str, time_s: float, image: np.ndarray) -> None:
-        """One image, (H, W, 3) uint8, and when it was taken. It is kept, not copied. Raises ValueError, unknown view"""
+        """One image, (H, W, 3) uint8, and when it was taken. It is kept, not copied. Raises ValueError
+        for another view."""
         if view not in self._frames:
             raise ValueError(f"view: expected one of {', '.join(self._frames)}, got {view!r}")
         self._add(self._frames[view], _Sample(time_s, image), KEPT_FRAMES)
@@ -73,11 +74,11 @@ class Synchronizer:
             missing = [name for name, kept in samples.items() if not kept]
             if missing:
                 raise SensorsNotReady(f"nothing yet from {', '.join(missing)}")
-            time_s = min(kept[-1].time_s for kept in self._frames.values())
+            slowest = min(self._frames, key=lambda view: self._frames[view][-1].time_s)
+            time_s = self._frames[slowest][-1].time_s
             nearest = {name: _nearest(kept, time_s) for name, kept in samples.items()}
         if now_s - time_s > self._max_age_s:
-            oldest = min(self._frames, key=lambda view: nearest[view].time_s)
-            raise SensorsNotReady(f"{oldest} is {now_s - time_s:.3f} s old, more than {self._max_age_s:g}")
+            raise SensorsNotReady(f"{slowest} is {now_s - time_s:.3f} s old, more than {self._max_age_s:g}")
         for name, sample in nearest.items():
             if abs(sample.time_s - time_s) > self._max_skew_s:
                 raise SensorsNotReady(

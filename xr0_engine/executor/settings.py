@@ -71,8 +71,8 @@ class Settings:
             if needed > self.max_prefix:
                 raise ValueError(
                     f"expected_delay_s: {self.expected_delay_s:g} s at {self.rate_hz:g} Hz, margin {self.margin}, "
-                    f"takes a prefix of {needed} actions; the policy was trained with at most {self.max_prefix}. A faster "
-                    "inference, a lower rate, a smaller margin or mode sync would work"
+                    f"takes a prefix of {needed} actions; the policy was trained with at most {self.max_prefix}. A "
+                    "faster inference, a lower rate, a smaller margin or mode sync would work"
                 )
 
     @property
