@@ -22,7 +22,7 @@ from typer.core import TyperGroup
 
 from xr0_engine import __version__
 
-COMMANDS = ("demo", "init", "infer", "verify", "inspect", "doctor", "bench", "data", "serve")
+COMMANDS = ("demo", "init", "infer", "verify", "inspect", "doctor", "bench", "data", "serve", "export")
 
 EXTRAS = {
     "torch": "cpu",
@@ -30,6 +30,8 @@ EXTRAS = {
     "triton": "cuda",
     "prometheus_client": "serve",
     "ray": "ray",
+    "onnx": "export",
+    "onnxruntime": "export",
     "transformers": "dev",
     "matplotlib": "plot",
     "av": "sim",

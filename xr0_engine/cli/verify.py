@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from xr0_engine.comparison import Comparison
 
 
 def verify(
@@ -22,26 +26,31 @@ def verify(
     and training losses with the stored ones. Exit code 0: all within tolerance; 1: at least one is not; 2: no such
     cases.
     """
+    from xr0_engine.verify import verify_folder
+
+    report(verify_folder(folder, backend, device, dtype), f"{folder}, {dtype}", as_json)
+
+
+def report(results: Iterable[Comparison], title: str, as_json: bool) -> None:
+    """Show comparisons as they come. Exit code 1 if one is out of tolerance."""
     from dataclasses import asdict
 
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn
     from rich.table import Table
 
-    from xr0_engine.verify import verify_folder
-
     comparisons = []
     progress = Progress(SpinnerColumn(), TextColumn("{task.description}"), console=Console(stderr=True), transient=True)
     with progress:
         task = progress.add_task("loading")
-        for comparison in verify_folder(folder, backend, device, dtype):
+        for comparison in results:
             comparisons.append(comparison)
             progress.update(task, description=f"{comparison.case}: {comparison.quantity}")
     failed = [comparison for comparison in comparisons if not comparison.passed]
     if as_json:
         print(json.dumps([asdict(comparison) | {"passed": comparison.passed} for comparison in comparisons], indent=1))
     else:
-        table = Table("case", "quantity", "error", "tolerance", "measure", "", title=f"{folder}, {dtype}")
+        table = Table("case", "quantity", "error", "tolerance", "measure", "", title=title)
         for comparison in comparisons:
             verdict = "[green]ok" if comparison.passed else "[bold red]FAIL"
             error, tolerance = f"{comparison.error:.1e}", f"{comparison.tolerance:.1e}"

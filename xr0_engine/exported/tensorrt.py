@@ -55,7 +55,9 @@ class TensorRTStage:
         library = load_library(builder)
         errors: list[str] = []
         logger = make_logger(library)
-        logger.sink = lambda severity, message: errors.append(message) if severity <= library.ILogger.ERROR else None
+        logger.sink = lambda severity, message: (
+            errors.append(message) if severity <= library.ILogger.Severity.ERROR else None
+        )
         with torch.cuda.device(device):
             # The runtime must outlive its engine.
             self._runtime = library.Runtime(logger)

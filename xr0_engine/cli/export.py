@@ -1,0 +1,91 @@
+"""xr0 export: a checkpoint as ONNX graphs and TensorRT engines, and the proof that they compute the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from xr0_engine.cli.verify import report
+
+app = typer.Typer(name="export", no_args_is_help=True, add_completion=False, rich_markup_mode="markdown")
+
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Folder = Annotated[Path, typer.Argument(help="Folder that `xr0 export onnx` wrote.")]
+
+
+@app.callback()
+def _export() -> None:
+    """Take a checkpoint to a deployment toolchain: ONNX graphs, TensorRT engines, and their verification."""
+
+
+@app.command()
+def onnx(
+    checkpoint: Annotated[str, typer.Argument(help="Checkpoint: a folder, or a Hugging Face hub id.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; it must not exist, or be empty.")],
+    case: Annotated[str, typer.Option(help="libero, bimanual, two_views or stress: views, sizes, batch.")] = "libero",
+    precision: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
+    tokens: Annotated[
+        list[int] | None,
+        typer.Option(help="Longest prompt; several give several graphs. Not given: an example's, with some room."),
+    ] = None,
+    stage: Annotated[
+        list[str] | None, typer.Option(help="vision, prefill, flow or step (all in one); all four if not given.")
+    ] = None,
+) -> None:
+    """Write the stages of one case as ONNX graphs of static shapes, with one file of weights and a manifest."""
+    from xr0_engine.bench.cases import find_case
+    from xr0_engine.export.onnx import STAGES, export_onnx
+    from xr0_engine.exported.manifest import ExportCase
+
+    chosen = find_case(case)
+    shaped = ExportCase(chosen.name, chosen.robot_type, chosen.image_size, chosen.batch, chosen.profile)
+    manifest = export_onnx(checkpoint, shaped, precision, out, tokens or (), stage or tuple(STAGES))
+    size = sum(record.bytes for record in manifest.files.values())
+    print(f"wrote {', '.join(manifest.stages.values())} to {out}: {size / 2**20:.0f} MiB, opset {manifest.opset}")
+    print(f"next: xr0 export verify {out}")
+
+
+@app.command()
+def tensorrt(
+    folder: Folder,
+    target: Annotated[str, typer.Option(help="rtx4090, rtx5090, a100, or local: this machine's GPU.")] = "local",
+    builder: Annotated[str, typer.Option(help="tensorrt-rtx, or tensorrt: plain TensorRT, for local only.")] = (
+        "tensorrt-rtx"
+    ),
+    stage: Annotated[
+        list[str] | None, typer.Option(help="vision, prefill, flow or step; the first three if not given.")
+    ] = None,
+) -> None:
+    """Build engines from exported graphs, for a GPU that need not be here, into a subfolder named as the target."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from xr0_engine.export.tensorrt import STAGES, build_engines
+
+    engines = build_engines(folder, target, builder, stage or STAGES)
+    title = f"{folder / target}: {engines.builder} {engines.builder_version}, SM {engines.compute_capability}"
+    table = Table("stage", "engine MiB", "built in s", "peak MiB", "layers", "of which fused", title=title)
+    for key, facts in engines.facts.items():
+        layers = facts["layers"]
+        sizes = (facts["engine_bytes"] / 2**20, facts["build_s"], facts["peak_memory_bytes"] / 2**20)
+        table.add_row(key, *(f"{value:.0f}" for value in sizes), str(layers["count"]), str(layers["fused"]))
+    Console().print(table)
+
+
+@app.command()
+def verify(
+    folder: Folder,
+    checkpoint: Annotated[str | None, typer.Option(help="The checkpoint, if it is elsewhere by now.")] = None,
+    device: Device = "auto",
+    backend: Annotated[str, typer.Option(help="onnx (ONNX Runtime), or tensorrt, which needs its GPU.")] = "onnx",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the comparisons as JSON instead of a table.")] = False,
+) -> None:
+    """Compare every stage, and all of them in a row, with the reference engine.
+
+    Exit code 0: all within tolerance and no file changed; 1: something is not; 2: another checkpoint, or no export.
+    """
+    from xr0_engine.export.verify import verify_export
+
+    report(verify_export(folder, checkpoint, device, backend), str(folder), as_json)
