@@ -44,6 +44,7 @@ class Episode:
     """name: what messages call it. instructions: the task, in one or more wordings. clips: view key -> its frames.
 
     motion: at rate_hz, the robot's control rate; tick 0 is the clips' first frame.
+    instruction_at: (N,) int64, where the task changes within the episode: which of the instructions holds at a tick.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Episode:
     clips: Mapping[str, Clip]
     motion: Motion
     rate_hz: float
+    instruction_at: np.ndarray | None = None
 
     def image(self, view: str, tick: int) -> np.ndarray:
         """(height, width, 3) uint8 RGB: the frame nearest in time to a tick. Raises DataError."""

@@ -12,9 +12,11 @@ from xr0_engine.decode import ArmPose, BimanualPose, anchor, bimanual_state
 
 
 class Motion(Protocol):
-    """A trajectory at the robot's control rate. columns: (A,) bool, the action columns that it knows."""
+    """A trajectory at the robot's control rate."""
 
-    columns: np.ndarray
+    @property
+    def columns(self) -> np.ndarray:
+        """(A,) bool, the action columns that it knows."""
 
     def __len__(self) -> int: ...
 

@@ -1,0 +1,76 @@
+"""Vision-language data: one JSON object a line, with images and a conversation about them (docs/data.md)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from xr0_engine.training.data.samples import DataError, LanguageSample
+
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+IMAGE_PLACEHOLDER = "<image>"
+
+
+class LanguageLines:
+    """A JSONL file, read line by line when asked. Raises DataError for a file that is missing or empty."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._offsets: list[int] = []
+        self._lines: list[int] = []
+        try:
+            with path.open("rb") as file:
+                offset = 0
+                for number, line in enumerate(file, start=1):
+                    if line.strip():
+                        self._offsets.append(offset)
+                        self._lines.append(number)
+                    offset += len(line)
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror}") from None
+        if not self._offsets:
+            raise DataError(f"{path} holds no line")
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def sample(self, index: int, rng: np.random.Generator | None = None) -> LanguageSample:
+        """The conversation of a number from 0 to len - 1; nothing is drawn. Raises DataError with file and line."""
+        source = f"{self.path}:{self._lines[index]}"
+        with self.path.open("rb") as file:
+            file.seek(self._offsets[index])
+            line = file.readline()
+        try:
+            raw = json.loads(line)
+            turns = tuple(_turn(turn) for turn in raw["conversations"])
+            names = raw.get("images", [raw["image"]] if "image" in raw else [])
+        except (ValueError, TypeError, AttributeError) as error:
+            raise DataError(f"{source}: {error}") from None
+        except KeyError as error:
+            raise DataError(f"{source}: {error.args[0]!r} is missing") from None
+        if [role for role, _ in turns] != ["user", "assistant"] * (len(turns) // 2) or not turns:
+            raise DataError(f"{source}: conversations: expected turns of user and assistant, the user's first")
+        mentioned = sum(text.count(IMAGE_PLACEHOLDER) for _, text in turns)
+        if mentioned not in (0, len(names)):
+            raise DataError(f"{source}: {len(names)} images, but the text has {mentioned} {IMAGE_PLACEHOLDER}")
+        return LanguageSample(tuple(_image(self.path.parent / name, source) for name in names), turns, source)
+
+
+def _turn(raw: Any) -> tuple[str, str]:
+    role = raw["from"] if "from" in raw else raw["role"]
+    text = raw["value"] if "value" in raw else raw["content"]
+    if role not in ROLES or not isinstance(text, str) or not text.strip():
+        raise ValueError(f"conversations: expected a role of {', '.join(ROLES)} with some text, got {raw!r:.80}")
+    return ROLES[role], text
+
+
+def _image(path: Path, source: str) -> np.ndarray:
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, UnidentifiedImageError) as error:
+        raise DataError(f"{source}: image {path} cannot be read: {error}") from None
