@@ -517,7 +517,9 @@ class BackgroundServer:
         self._listening.wait()
         while self.server.state == "warming up" and self._thread.is_alive():
             time.sleep(0.001)
-        if self._fault is not None:
+        if self.server.state != "ready":
+            self._thread.join()
+            assert self._fault is not None
             raise self._fault
         return self
 

@@ -1,0 +1,245 @@
+"""Requests of our clients and of openpi's, and what is refused in them."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.serve.support import observation
+from xr0_engine.serve.protocol import (
+    Busy,
+    PolicyFailed,
+    PolicyMetadata,
+    Refused,
+    Request,
+    RobotInfo,
+    Superseded,
+    decode_metadata,
+    decode_reply,
+    encode_chunk,
+    encode_error,
+    encode_metadata,
+    encode_request,
+    read_fields,
+    read_request,
+)
+from xr0_engine.serve.wire import pack
+from xr0_engine.types import ActionChunk
+
+MAX_PIXELS = 10_000
+LIBERO = RobotInfo(10, 20.0, 10, ("base", "left_wrist"), "plain")
+BIMANUAL = RobotInfo(30, 30.0, None, ("ego", "left_wrist", "right_wrist"), "bimanual")
+METADATA = PolicyMetadata({"libero_all": LIBERO, "bimanual": BIMANUAL}, 32, 32, (0, 6), 1 << 20, MAX_PIXELS, 100.0)
+IMAGE = np.random.default_rng(0).integers(0, 256, (8, 16, 3), dtype=np.uint8)
+OTHER = IMAGE[::-1]
+STATE = np.arange(32, dtype=np.float32)
+PLAIN = {"base": IMAGE, "left_wrist": OTHER, "state": STATE, "prompt": "Go.", "robot_type": "libero_all"}
+
+
+def png(width: int, height: int) -> bytes:
+    """A file of few bytes that says it has this many pixels, all black."""
+
+    def part(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    rows = zlib.compress(b"\0" * (1 + 3 * width) * min(height, 100))
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + part(b"IHDR", header) + part(b"IDAT", rows) + part(b"IEND", b"")
+
+
+def file(image: np.ndarray, kind: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def test_metadata_survives():
+    assert decode_metadata(encode_metadata(METADATA)) == METADATA
+
+
+def test_metadata_of_another_server_is_refused():
+    with pytest.raises(ValueError, match="expected xr0-engine's protocol 1"):
+        decode_metadata(pack({"policy": "pi0"}))
+
+
+@pytest.mark.parametrize("prefix", [None, np.ones((3, 32), np.float32)], ids=["no prefix", "prefix"])
+def test_request_survives(prefix):
+    request = Request(observation(timestamp_s=3.5), prefix, 7, 12)
+    read = read_request(read_fields(encode_request(request)), METADATA)
+    assert (read.id, read.seed) == (12, 7)
+    assert (read.observation.instruction, read.observation.timestamp_s) == ("Warm up.", 3.5)
+    np.testing.assert_array_equal(read.observation.state, request.observation.state)
+    for view, image in request.observation.images.items():
+        np.testing.assert_array_equal(read.observation.images[view], image)
+    np.testing.assert_array_equal(read.prefix, prefix)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        pytest.param(PLAIN, id="flat"),
+        pytest.param({"observation/" + name: value for name, value in PLAIN.items()}, id="observation/"),
+        pytest.param(
+            {
+                "images": {"base": IMAGE, "left_wrist": OTHER},
+                "state": STATE,
+                "instruction": "Go.",
+                "robot_type": "libero_all",
+            },
+            id="images in a map",
+        ),
+        pytest.param(
+            {
+                "images/base": IMAGE,
+                "images/left_wrist": OTHER,
+                "state": STATE.tolist(),
+                "prompt": "Go.",
+                "robot_type": "libero_all",
+            },
+            id="images/",
+        ),
+        pytest.param(
+            {
+                "observation/image": IMAGE,
+                "observation/wrist_image": OTHER,
+                "observation/state": STATE.astype(np.float64),
+                "prompt": "Go.",
+                "robot_type": "libero_all",
+            },
+            id="openpi's LIBERO example",
+        ),
+        pytest.param(
+            {**PLAIN, "base": IMAGE.transpose(2, 0, 1), "left_wrist": OTHER.transpose(2, 0, 1)}, id="colour first"
+        ),
+        pytest.param({**PLAIN, "base": file(IMAGE, "PNG"), "left_wrist": file(OTHER, "PNG")}, id="PNG"),
+    ],
+)
+def test_every_spelling_of_an_observation_is_the_same(fields):
+    read = read_request(read_fields(pack(fields)), METADATA).observation
+    np.testing.assert_array_equal(read.images["base"], IMAGE)
+    np.testing.assert_array_equal(read.images["left_wrist"], OTHER)
+    np.testing.assert_array_equal(read.state, STATE)
+    assert read.state.dtype == np.float32
+    assert (read.instruction, read.robot_type) == ("Go.", "libero_all")
+
+
+def test_openpi_names_of_the_aloha_example():
+    cameras = dict.fromkeys(("cam_high", "cam_left_wrist", "cam_right_wrist"), IMAGE)
+    fields = {"images": cameras, "state": STATE, "prompt": "Go.", "robot_type": "bimanual"}
+    assert sorted(read_request(fields, METADATA).observation.images) == ["ego", "left_wrist", "right_wrist"]
+
+
+def test_jpeg_comes_close():
+    smooth = np.linspace(0, 255, 64 * 64 * 3).reshape(64, 64, 3).astype(np.uint8)
+    request = Request(observation())
+    request.observation.images.update(base=smooth, left_wrist=smooth)
+    message = encode_request(request, jpeg_quality=90)
+    assert len(message) < smooth.nbytes
+    read = read_request(read_fields(message), METADATA).observation.images["base"]
+    assert np.abs(read.astype(int) - smooth).mean() < 3
+
+
+def test_robot_type_may_be_left_out_where_there_is_one():
+    fields = {name: value for name, value in PLAIN.items() if name != "robot_type"}
+    with pytest.raises(ValueError, match="robot_type: expected one of libero_all, bimanual; got None"):
+        read_request(fields, METADATA)
+    only = PolicyMetadata({"libero_all": LIBERO}, 32, 32, (0, 6), 1 << 20, MAX_PIXELS, 100.0)
+    assert read_request(fields, only).observation.robot_type == "libero_all"
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        pytest.param({"base": None}, "'base': unknown field", id="image of nothing"),
+        pytest.param(
+            {"base": IMAGE.astype(np.float32)}, "image 'base': expected a JPEG or PNG file or a uint8", id="float"
+        ),
+        pytest.param({"base": IMAGE[..., 0]}, r"uint8 array \(H, W, 3\), got uint8 \(8, 16\)", id="grey"),
+        pytest.param(
+            {"base": np.zeros((0, 4, 3), np.uint8)}, "expected at most 10000 pixels, got 4 x 0", id="no pixels"
+        ),
+        pytest.param({"base": np.zeros((101, 100, 3), np.uint8)}, "got 100 x 101", id="large array"),
+        pytest.param({"base": png(5000, 5000)}, "got 5000 x 5000", id="PNG bomb"),
+        pytest.param({"base": png(200_000, 200_000)}, "image 'base': expected", id="PNG bomb that Pillow refuses"),
+        pytest.param({"base": png(90, 90)[:60]}, "image 'base': expected a JPEG or PNG file", id="cut off PNG"),
+        pytest.param({"base": b"GIF89a" + bytes(50)}, "image 'base': expected a JPEG or PNG file", id="no picture"),
+        pytest.param({"base": file(IMAGE, "BMP")}, "image 'base': expected a JPEG or PNG file", id="BMP"),
+        pytest.param({"middle": IMAGE}, "images: expected base, left_wrist; got 'middle'", id="unknown view"),
+        pytest.param({"image": IMAGE}, "images: expected 'base' once, got it twice", id="view twice"),
+        pytest.param({"images": 3}, "'images': unknown field", id="images no map"),
+        pytest.param({"prefx": [1.0]}, "'prefx': unknown field", id="unknown field"),
+        pytest.param({"prompt": 3}, "prompt: expected text, got int", id="prompt"),
+        pytest.param({"prompt": None}, "prompt: expected text, got nothing", id="no prompt"),
+        pytest.param({"state": None}, "state: expected numbers, got nothing", id="no state"),
+        pytest.param({"state": "zero"}, "state: expected numbers, got <U4", id="state of text"),
+        pytest.param(
+            {"state": [[1.0], [1.0, 2.0]]}, "state: expected numbers, got lists of different", id="ragged state"
+        ),
+        pytest.param({"state": STATE * np.nan}, "state: expected finite", id="NaN state"),
+        pytest.param({"state": np.full(32, 1e300)}, "state: expected finite", id="state beyond float32"),
+        pytest.param({"state": STATE[:8]}, r"state: expected 32 values, got shape \(8,\)", id="short state"),
+        pytest.param({"prefix": np.zeros((7, 32))}, "prefix: expected 0 to 6 actions of 32 columns", id="long prefix"),
+        pytest.param({"prefix": np.zeros((3, 7))}, "prefix: expected 0 to 6 actions of 32 columns", id="narrow prefix"),
+        pytest.param({"prefix": np.full((3, 32), np.inf)}, "prefix: expected finite", id="infinite prefix"),
+        pytest.param({"seed": -1}, "seed: expected a whole number", id="negative seed"),
+        pytest.param({"seed": True}, "seed: expected a whole number", id="seed of truth"),
+        pytest.param({"seed": 1.0}, "seed: expected a whole number", id="seed with a point"),
+        pytest.param({"timestamp_s": float("nan")}, "timestamp_s: expected seconds", id="timestamp"),
+        pytest.param(
+            {"robot_type": "r2d2"}, "robot_type: expected one of libero_all, bimanual; got 'r2d2'", id="robot"
+        ),
+        pytest.param({"id": "1"}, "id: expected a whole number", id="id"),
+    ],
+)
+def test_wrong_field_is_refused(change, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        read_request({**PLAIN, **change}, METADATA)
+
+
+@pytest.mark.parametrize("message", ["text", pack([1]), pack({b"state": 1})], ids=["text", "list", "bytes as key"])
+def test_what_is_no_map_of_fields_is_refused(message):
+    with pytest.raises(ValueError, match="message: expected"):
+        read_fields(message)
+
+
+def chunk(actions: np.ndarray) -> ActionChunk:
+    return ActionChunk(actions, actions, np.ones(32, bool), "libero_all", 2, 1.5, {"flow": 3.0})
+
+
+TIMING = {"infer_ms": 1.0, "queue_ms": 2.0, "total_ms": 4.0}
+
+
+def test_chunk_survives():
+    actions = np.random.default_rng(0).standard_normal((10, 32), dtype=np.float32)
+    reply = decode_reply(encode_chunk(chunk(actions), 5, TIMING))
+    assert reply.id == 5
+    np.testing.assert_array_equal(reply.chunk.actions, actions)
+    assert (reply.chunk.robot_type, reply.chunk.prefix_length, reply.chunk.timestamp_s) == ("libero_all", 2, 1.5)
+    assert reply.chunk.timing_ms == {"flow": 3.0, "queue": 2.0, "server": 4.0}
+
+
+@pytest.mark.parametrize("number", [3, None], ids=["as map", "as text"])
+@pytest.mark.parametrize("kind", [Refused, Superseded, Busy, PolicyFailed])
+def test_error_survives(kind, number):
+    reply = decode_reply(encode_error(kind("state: no"), number))
+    assert (type(reply.error), str(reply.error), reply.id) == (kind, "state: no", number)
+
+
+@pytest.mark.parametrize(
+    "actions",
+    [np.full((10, 32), np.nan, np.float32), np.zeros(32, np.float32), np.zeros((10, 32), np.int32)],
+    ids=["NaN", "one action", "integers"],
+)
+def test_client_takes_no_unusable_actions(actions):
+    with pytest.raises(ValueError, match="actions: expected"):
+        decode_reply(encode_chunk(chunk(actions), 1, TIMING))
+
+
+def test_client_takes_no_half_reply():
+    with pytest.raises(ValueError, match="server: expected a chunk"):
+        decode_reply(pack({"id": 1, "actions": np.zeros((1, 32), np.float32)}))
