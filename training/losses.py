@@ -1,6 +1,7 @@
-"""Post-training losses, in float32 (spec section 4.1).
+"""Losses, in float32: post-training (spec section 4.1) and Choice Policies (section 4.2).
 
-All tensors are (B, T - P, A): batch, the steps behind the prefix, action columns. mask: 1 = supervised.
+mask: 1 = supervised. In the post-training losses all tensors are (B, T - P, A): batch, the steps behind the prefix,
+action columns. A batch without anything supervised has loss 0.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ def error_weights(l1_error: Tensor, mask: Tensor) -> Tensor:
     Where the mask is 0 the error itself is clamped, as the released code does: only its unmasked frequency loss sees
     it.
     """
-    mean = (l1_error * mask).sum() / mask.sum()
+    mean = (l1_error * mask).sum() / _count(mask)
     return torch.where(mask > 0, l1_error / mean, l1_error).clamp(*WEIGHT_RANGE)
 
 
 def mse_loss(velocity: Tensor, target: Tensor, mask: Tensor, weights: Tensor) -> Tensor:
     """Weighted squared error, mean over the mask. Returns a scalar."""
-    return (weights * (velocity.float() - target.float()) ** 2 * mask).sum() / mask.sum()
+    return (weights * (velocity.float() - target.float()) ** 2 * mask).sum() / _count(mask)
 
 
 def frequency_loss(velocity: Tensor, target: Tensor, mask: Tensor, weights: Tensor, masked: bool = True) -> Tensor:
@@ -36,5 +37,28 @@ def frequency_loss(velocity: Tensor, target: Tensor, mask: Tensor, weights: Tens
         return (torch.fft.rfft(error, dim=1).abs().mean((1, 2)) * weights.mean((1, 2))).mean()
     spectrum = torch.fft.rfft(error * mask, dim=1).abs()
     active = mask.amax(1, keepdim=True)
-    per_sample = (spectrum * active).sum((1, 2)) / (active.sum((1, 2)) * spectrum.shape[1])
-    return (per_sample * (weights * mask).sum((1, 2)) / mask.sum((1, 2))).mean()
+    per_sample = (spectrum * active).sum((1, 2)) / (_count(active, (1, 2)) * spectrum.shape[1])
+    return (per_sample * (weights * mask).sum((1, 2)) / _count(mask, (1, 2))).mean()
+
+
+def candidate_errors(candidates: Tensor, action: Tensor, mask: Tensor) -> Tensor:
+    """L1 of every candidate chunk, mean over the mask: (B, N, T, A), (B, T, A), (B, T, A) -> (B, N)."""
+    error = (candidates.float() - action[:, None]).abs() * mask[:, None]
+    return error.sum((2, 3)) / _count(mask, (1, 2))[:, None]
+
+
+def choice_losses(candidates: Tensor, scores: Tensor, action: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Winner-takes-all L1, and the scores' regression to the candidates' L1 (spec section 4.2). Returns two scalars.
+
+    candidates: (B, N, T, A); scores: (B, N), the predicted L1 of each. The first has a gradient in the candidate
+    closest to the action alone, the second in the scores alone. Samples without anything supervised do not count.
+    """
+    errors = candidate_errors(candidates, action, mask)
+    counts = (mask.sum((1, 2)) > 0).float()
+    winner = (errors.amin(1) * counts).sum() / _count(counts)
+    regression = (((scores.float() - errors.detach()) ** 2).mean(1) * counts).sum() / _count(counts)
+    return winner, regression
+
+
+def _count(mask: Tensor, dim: tuple[int, ...] | None = None) -> Tensor:
+    return mask.sum(dim).clamp(min=1)

@@ -77,6 +77,11 @@ def load_statistics(folder: Path, action_dim: int, epsilon: float) -> dict[str, 
     path = folder / STATISTICS_FILE
     if not path.is_file():
         raise CheckpointError(f"{folder} holds no {STATISTICS_FILE}: the action statistics are missing")
+    return read_statistics(path, action_dim, epsilon)
+
+
+def read_statistics(path: Path, action_dim: int, epsilon: float) -> dict[str, ActionStatistics]:
+    """As load_statistics, from any JSON file with an `action_config`."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

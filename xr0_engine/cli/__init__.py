@@ -22,7 +22,7 @@ from typer.core import TyperGroup
 
 from xr0_engine import __version__
 
-COMMANDS = ("demo", "init", "infer", "verify", "inspect", "doctor", "bench", "data", "serve", "export")
+COMMANDS = ("demo", "init", "infer", "verify", "inspect", "doctor", "bench", "data", "serve", "train", "export")
 
 EXTRAS = {
     "torch": "cpu",
@@ -32,7 +32,8 @@ EXTRAS = {
     "ray": "ray",
     "onnx": "export",
     "onnxruntime": "export",
-    "transformers": "dev",
+    "transformers": "train",
+    "tensorboard": "train",
     "matplotlib": "plot",
     "av": "sim",
     "gym_aloha": "sim",

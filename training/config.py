@@ -1,0 +1,308 @@
+"""What a training run is: frozen dataclasses, overrides from the command line, and their JSON. No torch here.
+
+A run is a recipe's config (recipes.py) with overrides; the resolved config is saved with the run and read on resume.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+Config = TypeVar("Config")
+
+UNSET = ""
+"""A path that a recipe leaves to the user."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Where the weights come from and which of them learn.
+
+    checkpoint: folder or hub id that gives sizes, tokenizer and the starting weights.
+    train: `head` (VLM frozen, kept in the compute dtype), `vlm` (head frozen) or `all`.
+    fresh_head: start the DiT from new random weights instead of the checkpoint's.
+    train_text_embeddings: they stay frozen unless this is set (so does the LM head, which is tied to them).
+    local_window, position_offset: the DiT's attention and positions (spec section 2.4); saved with the checkpoint.
+    checkpoint_activations: recompute the vision tower's activations in the backward pass.
+    dtype: bfloat16 or float32, of the computation; trained weights and their gradients are float32 all the same.
+    """
+
+    checkpoint: str = UNSET
+    train: Literal["all", "vlm", "head"] = "all"
+    fresh_head: bool = False
+    train_text_embeddings: bool = False
+    local_window: int | None = None
+    position_offset: int = 0
+    checkpoint_activations: bool = True
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """robot, language, validation: datasets, each `path` or `path=weight` (weights are relative, 1 if not given).
+
+    language_every: every n-th micro-batch is vision-language data (7 = the paper's 1 : 6), 0 = none.
+    validation_fraction: of the robot data's episodes, held out if no validation data are given; 0 = no validation.
+    validation_samples: about how many. statistics: JSON of `xr0 data stats`. embodiment: profile name or YAML file, for
+    all data; if not set, the built-in profile of each robot type. chunk_length: T. batch_size: samples per process and
+    micro-batch. workers: processes that read, per process that trains. augment: colour and crop of the training images.
+    skip_broken: replace samples that cannot be read, and count them, instead of stopping.
+    """
+
+    robot: tuple[str, ...] = ()
+    language: tuple[str, ...] = ()
+    language_every: int = 0
+    validation: tuple[str, ...] = ()
+    validation_fraction: float = 0.1
+    validation_samples: int = 256
+    statistics: str = UNSET
+    embodiment: str = UNSET
+    chunk_length: int = 30
+    batch_size: int = 16
+    workers: int = 4
+    augment: bool = True
+    skip_broken: bool = False
+
+
+@dataclass(frozen=True)
+class FlowConfig:
+    """Flow matching (spec section 4.1).
+
+    time: beta = 0.999 (1 - Beta(1.5, 1)), more weight near noise; logistic_normal; uniform.
+    repeat: draws of noise and time per VLM pass. prefix: how its length is drawn: none; code = with probability 0.5
+    uniform in 1..min(max_prefix, T), else 0; paper = uniform in 0..max_prefix; one length per micro-batch.
+    column_dropout: probability that a prefix action before the last two is hidden from the noisy ones.
+    reweight_errors: weigh by the model's own error where there is a prefix. frequency_weight: c, 0 = off.
+    frequency_masked: leave unsupervised columns out of the frequency term (the released code does not).
+    """
+
+    time: Literal["beta", "logistic_normal", "uniform"] = "beta"
+    repeat: int = 4
+    prefix: Literal["none", "code", "paper"] = "none"
+    max_prefix: int = 6
+    column_dropout: float = 0.0
+    reweight_errors: bool = False
+    mse_weight: float = 0.5
+    frequency_weight: float = 0.0
+    frequency_masked: bool = True
+
+
+@dataclass(frozen=True)
+class ChoiceConfig:
+    """Choice Policies (spec section 4.2): candidates chunks and scores in one pass of the VLM.
+
+    score_weight, language_weight: of the score regression and of next-token prediction; the action term has 1.
+    """
+
+    candidates: int = 5
+    score_weight: float = 0.1
+    language_weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with linear warm-up and cosine decay, all in optimiser steps; accumulate: micro-batches per step."""
+
+    steps: int = 30_000
+    warmup_steps: int = 2_000
+    peak_lr: float = 1e-4
+    min_lr: float = 5e-7
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    accumulate: int = 1
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything in steps. keep_last: checkpoints kept. threads: torch's on a CPU, 0 = its own choice.
+
+    peak_tflops: of the device, for the utilisation; 0 = from the device's name, unknown ones report none.
+    """
+
+    seed: int = 0
+    log_every: int = 10
+    validate_every: int = 1_000
+    checkpoint_every: int = 1_000
+    keep_last: int = 3
+    threads: int = 0
+    peak_tflops: float = 0.0
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """objective: `flow` trains an action head on the VLM's KV cache, `choice` the VLM with Choice Policies."""
+
+    recipe: str
+    objective: Literal["flow", "choice"] = "flow"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    choice: ChoiceConfig = field(default_factory=ChoiceConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        problems = [f"{name}: expected {expected}" for holds, name, expected in _rules(self) if not holds]
+        if problems:
+            raise ValueError("config: " + "; ".join(problems))
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2)
+
+    @staticmethod
+    def from_json(text: str) -> TrainConfig:
+        """The inverse of to_json. Raises ValueError for unknown keys, with the nearest known one, and wrong values."""
+        return _build(TrainConfig, json.loads(text), "")
+
+
+def override(config: TrainConfig, assignments: Sequence[str]) -> TrainConfig:
+    """The config with `key=value` assignments applied, such as `optim.peak_lr=1e-4` or `data.robot=a,b=2`.
+
+    Tuples are comma-separated, None is `none`. Raises ValueError for a key that does not exist, with the nearest one
+    that does, and for a value of the wrong kind.
+    """
+    changes: dict[str, dict[str, Any]] = {}
+    kinds = dict(keys(config))
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals:
+            raise ValueError(f"config: expected key=value, got {assignment!r}")
+        if key not in kinds:
+            raise ValueError(f"config: {_unknown(key, list(kinds))}")
+        part, name = key.split(".")
+        changes.setdefault(part, {})[name] = _parse(kinds[key], text, key)
+    parts = {part: replace(getattr(config, part), **values) for part, values in changes.items()}
+    return replace(config, **parts)
+
+
+def keys(config: TrainConfig) -> Iterator[tuple[str, Any]]:
+    """(dotted key, type) of everything that can be overridden."""
+    for part in fields(config):
+        value = getattr(config, part.name)
+        if is_dataclass(value):
+            hints = get_type_hints(type(value))
+            yield from ((f"{part.name}.{item.name}", hints[item.name]) for item in fields(value))
+
+
+def _rules(config: TrainConfig) -> Iterator[tuple[bool, str, str]]:
+    """(holds, key, expectation) of every constraint between values of the right type."""
+    data, flow, choice, optim, run = config.data, config.flow, config.choice, config.optim, config.run
+    at_least_one = {
+        "data.chunk_length": data.chunk_length,
+        "data.batch_size": data.batch_size,
+        "data.validation_samples": data.validation_samples,
+        "flow.repeat": flow.repeat,
+        "choice.candidates": choice.candidates,
+        "optim.steps": optim.steps,
+        "optim.accumulate": optim.accumulate,
+        "run.log_every": run.log_every,
+        "run.validate_every": run.validate_every,
+        "run.checkpoint_every": run.checkpoint_every,
+        "run.keep_last": run.keep_last,
+    }
+    yield from ((value >= 1, name, f"at least 1, got {value}") for name, value in at_least_one.items())
+    not_negative = {
+        "data.language_every": data.language_every,
+        "data.workers": data.workers,
+        "flow.max_prefix": flow.max_prefix,
+        "flow.mse_weight": flow.mse_weight,
+        "flow.frequency_weight": flow.frequency_weight,
+        "model.position_offset": config.model.position_offset,
+        "choice.score_weight": choice.score_weight,
+        "choice.language_weight": choice.language_weight,
+        "optim.warmup_steps": optim.warmup_steps,
+        "optim.weight_decay": optim.weight_decay,
+        "optim.min_lr": optim.min_lr,
+        "run.seed": run.seed,
+        "run.threads": run.threads,
+        "run.peak_tflops": run.peak_tflops,
+    }
+    yield from ((value >= 0, name, f"0 or more, got {value}") for name, value in not_negative.items())
+    yield 0 <= data.validation_fraction < 1, "data.validation_fraction", f"0 to below 1, got {data.validation_fraction}"
+    yield 0 <= flow.column_dropout <= 1, "flow.column_dropout", f"0 to 1, got {flow.column_dropout}"
+    yield all(0 <= beta < 1 for beta in optim.betas), "optim.betas", f"each from 0 below 1, got {optim.betas}"
+    yield optim.clip_norm > 0, "optim.clip_norm", f"more than 0, got {optim.clip_norm}"
+    yield optim.min_lr <= optim.peak_lr, "optim.min_lr", f"at most peak_lr {optim.peak_lr}, got {optim.min_lr}"
+    window = config.model.local_window
+    yield window is None or window >= 0, "model.local_window", f"0 or more, or none, got {window}"
+    is_choice = config.objective == "choice"
+    yield not is_choice or config.model.train == "vlm", "model.train", "`vlm` with objective choice"
+    yield is_choice or config.model.train != "vlm", "model.train", "`all` or `head` with objective flow"
+    yield is_choice or data.language_every == 0, "data.language_every", "0 with objective flow"
+    yield data.language_every != 1, "data.language_every", "0, or at least 2: the rest is robot data"
+
+
+def _build(kind: type[Config], raw: Any, where: str) -> Config:
+    if not isinstance(raw, dict):
+        raise ValueError(f"config: {where or 'file'}: expected a mapping, got {raw!r}")
+    hints = get_type_hints(kind)
+    unknown = [name for name in raw if name not in hints]
+    if unknown:
+        known = [f"{where}{name}" for name in hints]
+        raise ValueError("config: " + "; ".join(_unknown(f"{where}{name}", known) for name in unknown))
+    values = {
+        name: _build(hints[name], value, f"{where}{name}.")
+        if is_dataclass(hints[name])
+        else _checked(hints[name], value, f"{where}{name}")
+        for name, value in raw.items()
+    }
+    return kind(**values)
+
+
+def _unknown(key: str, known: list[str]) -> str:
+    # A name without its part is a common slip: compare it with the last parts too.
+    near = difflib.get_close_matches(key, known, 1)
+    near = near or [name for name in known if name.split(".")[-1] == key.split(".")[-1]]
+    near = near or [
+        name for name in known if difflib.get_close_matches(key.split(".")[-1], [name.split(".")[-1]], 1, 0.7)
+    ]
+    return f"there is no key {key!r}" + (f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}")
+
+
+def _parse(kind: Any, text: str, key: str) -> Any:
+    """A command line's text as the value of a key."""
+    if get_origin(kind) is tuple:
+        item = get_args(kind)[0]
+        return _checked(kind, [_parse(item, part, key) for part in text.split(",") if part], key)
+    if text == "none" and type(None) in get_args(kind):
+        return None
+    value: Any = text
+    if str not in _kinds(kind):
+        try:
+            value = json.loads(text.lower())
+        except json.JSONDecodeError:
+            value = text
+    return _checked(kind, value, key)
+
+
+def _kinds(kind: Any) -> tuple[Any, ...]:
+    """The plain types that a hint allows; a Literal's are those of its values."""
+    if get_origin(kind) is Literal:
+        return tuple(type(value) for value in get_args(kind))
+    # `int | None` has an origin of its own, written otherwise in Python 3.10 than Union's.
+    return get_args(kind) if get_origin(kind) is Union or type(kind).__name__ == "UnionType" else (kind,)
+
+
+def _checked(kind: Any, value: Any, key: str) -> Any:
+    """The value in the hint's type (lists become tuples, whole numbers floats), or ValueError."""
+    if get_origin(kind) is tuple and isinstance(value, list | tuple):
+        items = get_args(kind)
+        if items[-1] is not Ellipsis and len(value) != len(items):
+            raise ValueError(f"config: {key}: expected {len(items)} values, got {list(value)}")
+        return tuple(_checked(items[0], item, key) for item in value)
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise ValueError(f"config: {key}: expected {', '.join(get_args(kind))}, got {value!r}")
+        return value
+    kinds = _kinds(kind)
+    if float in kinds and type(value) is int:
+        value = float(value)
+    if type(value) not in kinds or (isinstance(value, float) and not math.isfinite(value)):
+        names = " or ".join("none" if item is type(None) else item.__name__ for item in kinds)
+        raise ValueError(f"config: {key}: expected {names}, got {value!r}")
+    return value

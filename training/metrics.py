@@ -1,0 +1,196 @@
+"""Watching a run: averages between two reports, JSONL, TensorBoard, a progress bar, utilisation, memory.
+
+Shape legend: M rows, T chunk length, A columns.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+from xr0_engine.config import XR0Config
+from xr0_engine.training.distributed import World
+from xr0_engine.types import ModelInputs
+
+TIME_BINS = 5
+"""The loss is reported for this many equal spans of flow time."""
+PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "B200": 2250.0, "A100": 312.0, "L40S": 362.0, "RTX 4090": 165.0}
+"""Dense bfloat16 of the data sheets, by a part of the device's name; longer names first where one holds another."""
+
+
+class Averages:
+    """Sums over micro-batches, kept on the device until somebody reads them."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, name: str, value: Tensor, count: Tensor) -> None:
+        """value: sums; count: of what was summed; both (K,), or scalars."""
+        pair = torch.stack((value.detach().double(), count.detach().double()))
+        self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+
+    def add_flow(self, t: Tensor, square_error: Tensor, supervised: Tensor) -> None:
+        """Squared error by flow time (TIME_BINS,) and by step of the chunk (T,). t: (M,), the others (M, T, A)."""
+        self.add("loss_by_step", square_error.sum((0, 2)), supervised.sum((0, 2)))
+        place = (t.to(square_error.device) * TIME_BINS).long().clamp(max=TIME_BINS - 1)
+        zeros = torch.zeros(TIME_BINS, device=square_error.device)
+        by_time = [zeros.index_add(0, place, part.sum((1, 2))) for part in (square_error, supervised)]
+        self.add("loss_by_time", *by_time)
+
+    def take(self, world: World) -> dict[str, Any]:
+        """The means over all processes since the last call: floats and lists of floats, None where nothing counted."""
+        names = sorted(self._sums)
+        if not names:
+            return {}
+        total = world.sum(torch.cat([self._sums[name].flatten() for name in names]))
+        means: dict[str, Any] = {}
+        start = 0
+        for name in names:
+            shape = self._sums[name].shape
+            value, count = total[start : start + shape.numel()].view(shape).double()
+            start += shape.numel()
+            mean = (value / count).tolist()
+            means[name] = mean
+        self._sums = {}
+        return {name: _without_nan(mean) for name, mean in means.items()}
+
+
+class Log:
+    """Where the main process reports to: metrics.jsonl, tensorboard/ and the terminal."""
+
+    def __init__(self, folder: Path, total_steps: int, start_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._path = folder / "metrics.jsonl"
+        self._forget_after(start_step)
+        self._file = self._path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+        self._console = Console()
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self._progress = Progress(
+            *columns,
+            TimeRemainingColumn(),
+            console=self._console,
+            speed_estimate_period=300,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._progress.add_task("training", total=total_steps, completed=start_step)
+        self._progress.start()
+
+    def step(self, step: int) -> None:
+        self._progress.update(self._task, completed=step)
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """metrics: floats, or lists of floats (not on the terminal)."""
+        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._file.flush()
+        for name, value in metrics.items():
+            entries = [(name, value)]
+            if isinstance(value, list):
+                entries = [(f"{name}/{place:02d}", item) for place, item in enumerate(value)]
+            for entry, item in entries:
+                if item is not None:
+                    self._board.add_scalar(entry, item, step)
+        shown = "  ".join(f"{name} {_short(value)}" for name, value in metrics.items() if isinstance(value, float))
+        self._console.print(f"step {step}  {shown}", highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        self._progress.stop()
+        self._board.close()
+        self._file.close()
+
+    def _forget_after(self, step: int) -> None:
+        """Drop what a killed run reported behind the checkpoint that this one starts from."""
+        if not self._path.is_file():
+            return
+        lines = self._path.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        partial = self._path.with_suffix(".partial")
+        partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        os.replace(partial, self._path)
+
+
+class Speed:
+    """Rates between two reports."""
+
+    def __init__(self) -> None:
+        self._restart()
+
+    def count(self, samples: int, flops: float) -> None:
+        """One optimiser step of this process."""
+        self._steps += 1
+        self._samples += samples
+        self._flops += flops
+
+    def take(self, world: World, peak_tflops: float) -> dict[str, float]:
+        elapsed = time.perf_counter() - self._start
+        report = {
+            "steps_per_s": self._steps / elapsed,
+            "samples_per_s": self._samples * world.size / elapsed,
+            "tflops": self._flops / elapsed / 1e12,
+            "memory_gib": memory_bytes(world.device) / 2**30,
+        }
+        if peak_tflops:
+            report["utilisation"] = report["tflops"] / peak_tflops
+        self._restart()
+        return report
+
+    def _restart(self) -> None:
+        self._start, self._steps, self._samples, self._flops = time.perf_counter(), 0, 0, 0.0
+
+
+def memory_bytes(device: torch.device) -> int:
+    """The most that this process has held: of the device's memory, on a CPU of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def peak_tflops(device: torch.device) -> float:
+    """Of the device in bfloat16, 0 if unknown."""
+    if device.type != "cuda":
+        return 0.0
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), 0.0)
+
+
+def model_flops(config: XR0Config, inputs: ModelInputs, draws: int, length: int, trains_vlm: bool) -> float:
+    """Arithmetic of one micro-batch's training step, padding and recomputation left out: matrix products alone.
+
+    draws: of the DiT per sample, 0 without it. A backward pass takes twice the forward's; a frozen VLM has none.
+    """
+    text, vision, head = config.text, config.vision, config.head
+    rows, tokens = inputs.input_ids.shape
+    heads, kv_heads, dim = text.num_heads, text.num_kv_heads, text.head_dim
+    weights = text.hidden_size * dim * (2 * heads + 2 * kv_heads) + 3 * text.hidden_size * text.intermediate_size
+    # Causal attention does half of the square.
+    vlm = text.num_layers * rows * tokens * (2 * weights + 2 * tokens * heads * dim)
+    block = 4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.intermediate_size
+    for height, width in inputs.image_grids:
+        patches = height * width
+        vlm += vision.depth * patches * (2 * block + 4 * patches * vision.hidden_size)
+    queries = 1 + head.state_length + length
+    layer = 16 * head.hidden_size**2
+    dit = head.num_layers * draws * rows * queries * (2 * layer + 4 * (tokens + queries) * head.hidden_size)
+    return float((3 if trains_vlm else 1) * vlm + 3 * dit)
+
+
+def _without_nan(mean: Any) -> Any:
+    if isinstance(mean, list):
+        return [_without_nan(value) for value in mean]
+    return None if mean != mean else mean
+
+
+def _short(value: float) -> str:
+    return f"{value:.4g}"

@@ -1,0 +1,85 @@
+"""Recipes: functions that return a training run's config, with the published values (spec section 4).
+
+`tiny` variants have the same parts at sizes for which a CPU takes minutes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from xr0_engine.training.config import (
+    DataConfig,
+    FlowConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    TrainConfig,
+)
+
+LOCAL_WINDOW = 4
+POSITION_OFFSET = 10
+COLUMN_DROPOUT = 0.5
+
+
+def post_train_sync() -> TrainConfig:
+    """Whole model, one chunk after the other: no prefix, every action sees all earlier ones."""
+    return TrainConfig("post_train_sync")
+
+
+def post_train_async() -> TrainConfig:
+    """Whole model, for asynchronous execution: Λ-mask, prefixes, column dropout, error-weighted loss."""
+    return TrainConfig(
+        "post_train_async",
+        model=ModelConfig(local_window=LOCAL_WINDOW, position_offset=POSITION_OFFSET),
+        flow=FlowConfig(prefix="code", column_dropout=COLUMN_DROPOUT, reweight_errors=True),
+    )
+
+
+def training_rtc() -> TrainConfig:
+    """Whole model, prefixes alone: training-time real-time chunking, to compare post_train_async with."""
+    return TrainConfig("training_rtc", flow=FlowConfig(prefix="code"))
+
+
+def pretrain_vlm() -> TrainConfig:
+    """Pre-training, step 1: the VLM with Choice Policies, co-trained on vision-language data at 1 : 6."""
+    return TrainConfig(
+        "pretrain_vlm",
+        objective="choice",
+        model=ModelConfig(train="vlm", train_text_embeddings=True),
+        data=DataConfig(language_every=7),
+        optim=OptimConfig(steps=40_000),
+    )
+
+
+def pretrain_dit() -> TrainConfig:
+    """Pre-training, step 2: the VLM frozen, the DiT from scratch on its KV cache."""
+    return TrainConfig(
+        "pretrain_dit", model=ModelConfig(train="head", fresh_head=True), optim=OptimConfig(steps=40_000)
+    )
+
+
+def finetune_head() -> TrainConfig:
+    """The DiT alone, for a 16 GB card: the VLM stays frozen in bfloat16."""
+    return TrainConfig(
+        "finetune_head",
+        model=ModelConfig(train="head"),
+        data=DataConfig(batch_size=8),
+        optim=OptimConfig(steps=10_000, warmup_steps=500),
+    )
+
+
+RECIPES = {
+    recipe.__name__: recipe
+    for recipe in (post_train_sync, post_train_async, training_rtc, pretrain_vlm, pretrain_dit, finetune_head)
+}
+
+
+def tiny(config: TrainConfig) -> TrainConfig:
+    """The recipe for a checkpoint of `xr0 init --size tiny` on a CPU: float32, small batches, short schedule."""
+    return replace(
+        config,
+        model=replace(config.model, dtype="float32", checkpoint_activations=False),
+        data=replace(config.data, batch_size=8, workers=1, augment=False, validation_samples=64),
+        optim=OptimConfig(steps=600, warmup_steps=30, peak_lr=2e-3, min_lr=2e-5, weight_decay=0.01),
+        run=RunConfig(log_every=10, validate_every=200, checkpoint_every=200),
+    )

@@ -1,0 +1,79 @@
+"""`xr0 train`: recipes to checkpoints that the engine loads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from xr0_engine.training.recipes import RECIPES, tiny
+
+if TYPE_CHECKING:
+    from xr0_engine.training.config import TrainConfig
+
+app = typer.Typer(name="train", no_args_is_help=True, add_completion=False, rich_markup_mode="markdown")
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe, such as optim.steps=500.")
+]
+Run = Annotated[Path, typer.Argument(help="A run's folder.")]
+
+
+@app.callback()
+def _train() -> None:
+    """Train XR-0: a recipe with changes, into a run's folder (docs/training.md).
+
+    More than one GPU: `torchrun --nproc-per-node 8 -m xr0_engine train RECIPE ...`.
+    """
+
+
+def _command(recipe: Callable[[], TrainConfig]) -> Callable[..., None]:
+    def start(
+        overrides: Overrides = None,
+        out: Annotated[Path, typer.Option(help="The run's folder; it must be absent or empty.")] = Path(
+            "outputs/train"
+        ),
+        is_tiny: Annotated[
+            bool, typer.Option("--tiny", help="For a checkpoint of `xr0 init --size tiny`, on a CPU, in minutes.")
+        ] = False,
+        show: Annotated[bool, typer.Option("--show", help="Print the resolved config and do nothing.")] = False,
+    ) -> None:
+        from xr0_engine.training.config import override
+
+        config = override(tiny(recipe()) if is_tiny else recipe(), overrides or [])
+        if show:
+            print(config.to_json())
+            return
+        from xr0_engine.training.start import start_run
+
+        start_run(config, out)
+
+    start.__doc__ = recipe.__doc__
+    return start
+
+
+for _name, _recipe in RECIPES.items():
+    app.command(_name)(_command(_recipe))
+
+
+@app.command()
+def resume(run: Run) -> None:
+    """Go on after the last checkpoint, exactly as if nothing had happened."""
+    from xr0_engine.training.start import resume_run
+
+    resume_run(run)
+
+
+@app.command()
+def export(
+    run: Run,
+    out: Annotated[Path, typer.Option(help="Folder to create; it must be absent or empty.")],
+    step: Annotated[int | None, typer.Option(help="Which checkpoint; the last one if not given.")] = None,
+) -> None:
+    """Write a checkpoint of a run as a folder that the engine loads."""
+    from xr0_engine.training.start import export_run
+
+    export_run(run, out, step)
+    print(f"wrote {out}\nnext: xr0 inspect {out}")
