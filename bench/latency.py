@@ -1,12 +1,14 @@
 """The engine's latency against the released way to run the model: one run, the rivals taking turns.
 
-Rivals: `engine`; `released`, the structure of the released code; `compiled`, the same under torch.compile.
+Rivals: `engine`; `released`, the structure of the released code; `compiled`, the same under torch.compile; `onnx` or
+`tensorrt`, the engine over an export.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -28,7 +30,8 @@ from xr0_engine.bench.timing import (
     reset_peak_memory,
     run,
 )
-from xr0_engine.engine import DTYPES
+from xr0_engine.engine import DTYPES, Engine
+from xr0_engine.exported.model import ExportedModel
 
 PARTS = ("all", "dit")
 GATE = {"float32": 1e-3, "bfloat16": 0.15, "float16": 0.03}
@@ -47,12 +50,15 @@ def measure(
     alone: bool = False,
     attention: str = "sdpa",
     compiled: bool = False,
+    export: Path | None = None,
+    export_backend: str = "auto",
 ) -> tuple[Result, BaseException | None]:
     """The result, and what cut it short, if anything did.
 
     part: of PARTS, the whole model or the action head alone, which needs no checkpoint. boundary: infer or stage (the
     default) for the whole model, flow for the head. alone: the engine without rivals; attention: of the rivals;
-    compiled: torch.compile joins them. Raises ValueError for a wrong argument, NotImplementedError for what this
+    compiled: torch.compile joins them. export: a folder of `xr0 export` for the case, which joins them too, run by
+    export_backend: onnx, tensorrt or auto. Raises ValueError for a wrong argument, NotImplementedError for what this
     machine or version lacks, RuntimeError if the rivals disagree: nothing is timed then.
     """
     if part not in PARTS:
@@ -61,6 +67,10 @@ def measure(
         raise ValueError(f"rounds: expected at least 1, got {rounds}")
     if alone and (compiled or attention != "sdpa"):
         raise ValueError("alone: expected no options of the rivals (compile, attention) beside it")
+    if export is not None and part == "dit":
+        raise ValueError("export: expected none beside part dit: an export is measured as a whole")
+    if export is None and export_backend != "auto":
+        raise ValueError(f"backend: expected an export beside it, got {export_backend!r} alone")
     boundary = check_boundary(boundary or ("flow" if part == "dit" else "stage"), _boundaries(part))
     variants = {} if alone else {"released": False} | ({"compiled": True} if compiled else {})
     if part == "dit":
@@ -70,7 +80,7 @@ def measure(
     else:
         subject = Subject.load(setup)
         device, case, backend = subject.engine.model.device, subject.describe(), subject.engine.backend
-        rivals = _model_rivals(subject, boundary, attention, variants)
+        rivals = _model_rivals(subject, boundary, attention, variants, export, export_backend)
     errors = _gate(rivals, setup.dtype)
 
     reset_peak_memory(device)
@@ -100,7 +110,14 @@ def _boundaries(part: str) -> tuple[str, ...]:
     return ("flow",) if part == "dit" else ("stage", "infer")
 
 
-def _model_rivals(subject: Subject, boundary: str, attention: str, variants: dict[str, bool]) -> dict[str, Rival]:
+def _model_rivals(
+    subject: Subject,
+    boundary: str,
+    attention: str,
+    variants: dict[str, bool],
+    export: Path | None,
+    export_backend: str,
+) -> dict[str, Rival]:
     engine, setup = subject.engine, subject.setup
     profile, statistics = engine.embodiment(setup.case.robot_type), engine.statistics[setup.case.robot_type]
     # The calls end with the actions on the host, so the wall clock is right on a GPU too.
@@ -110,15 +127,19 @@ def _model_rivals(subject: Subject, boundary: str, attention: str, variants: dic
         timed = (lambda: call()[1]) if boundary == "stage" else (lambda: {"total": timer(call)})
         return timed, lambda: call()[0]
 
-    def ours() -> tuple[np.ndarray, StageTimes]:
-        chunks = subject.infer()
+    def ours(engine: Engine) -> tuple[np.ndarray, StageTimes]:
+        chunks = engine.infer(subject.observations, subject.prefixes, subject.noise)
         return np.stack([chunk.normalized for chunk in chunks]), chunks[0].timing_ms
 
-    rivals = {"engine": rival(ours)}
+    rivals = {"engine": rival(partial(ours, engine))}
+    if export is not None:
+        exported = Engine.from_export(export, setup.device, export_backend, setup.case.profile)
+        rivals[exported.backend] = rival(partial(ours, exported))
     for name, compiled in variants.items():
         # Only the rivals need transformers.
         from xr0_engine.bench.baseline import ReleasedModel
 
+        assert not isinstance(engine.model, ExportedModel)
         model = ReleasedModel(
             subject.folder, engine.config, engine.model.head, DTYPES[setup.dtype], attention, compiled
         )

@@ -55,6 +55,10 @@ def latency(
     compiled: Annotated[
         bool, typer.Option("--compile", help="A third rival: the released way under torch.compile (takes minutes).")
     ] = False,
+    export: Annotated[
+        Path | None, typer.Option(help="A folder of `xr0 export` for this case, as a further rival.")
+    ] = None,
+    backend: Annotated[str, typer.Option(help="What runs the export: onnx, tensorrt or auto.")] = "auto",
     json_file: JsonFile = None,
 ) -> None:
     """The engine against the released way to run the model, per stage, taking turns in one run.
@@ -67,7 +71,9 @@ def latency(
     _check_file(json_file)
     setup = _setup(case, size, checkpoint, device, dtype, threads)
     _deliver(
-        *module.measure(setup, rounds, _command(), part, boundary, alone, attention, compiled), module.show, json_file
+        *module.measure(setup, rounds, _command(), part, boundary, alone, attention, compiled, export, backend),
+        module.show,
+        json_file,
     )
 
 
@@ -155,6 +161,22 @@ def kernels(
     _check_file(json_file)
     setup = _setup(case, size, checkpoint, device, dtype, threads)
     _deliver(*module.measure(setup, rounds, _command(), backend), module.show, json_file)
+
+
+@app.command()
+def images(
+    device: Device = "cpu",
+    rounds: Rounds = 100,
+    json_file: JsonFile = None,
+) -> None:
+    """Camera frames to patches on one thread: against transformers' image processor, Pillow's resize and a plain copy.
+
+    Nothing is timed before all bits agree. On a GPU: three frames by its own clock, with and without the upload.
+    """
+    from xr0_engine.bench import images as module
+
+    _check_file(json_file)
+    _deliver(*module.measure(device, rounds, _command()), module.show, json_file)
 
 
 @app.command()

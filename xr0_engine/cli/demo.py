@@ -26,6 +26,9 @@ def demo(
         str | None,
         typer.Argument(help="Checkpoint with robot type `bimanual`. If not given: a tiny one with random weights."),
     ] = None,
+    export: Annotated[
+        Path | None, typer.Option(help="Run on a folder of `xr0 export` for case `bimanual` instead of a checkpoint.")
+    ] = None,
     seconds: Annotated[float, typer.Option(help="How long the robot moves, in simulated time: up to 60.")] = 4.0,
     out: Annotated[Path, typer.Option(help="Folder for rollout.png and rollout.mp4.")] = Path("outputs/demo"),
     instruction: Annotated[
@@ -34,8 +37,10 @@ def demo(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Where the cube lies, and the noise of every inference.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
-    backend: Annotated[str, typer.Option(help="auto, reference, triton or cuda.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32; an export has its own.")] = "bfloat16",
+    backend: Annotated[
+        str, typer.Option(help="auto, reference, triton or cuda; of an export onnx or tensorrt.")
+    ] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the latencies and the files' paths as JSON.")] = False,
 ) -> None:
     """Drive a simulated two-armed robot (ALOHA, MuJoCo) from its camera images, and film it.
@@ -45,6 +50,8 @@ def demo(
     """
     if not 0 < seconds <= 60:
         raise ValueError(f"--seconds: expected more than 0, at most 60, got {seconds}")
+    if export is not None and checkpoint is not None:
+        raise ValueError("--export: expected no checkpoint beside it")
 
     from rich.console import Console
     from rich.progress import track
@@ -61,7 +68,10 @@ def demo(
     chunks: list[ActionChunk] = []
     states: list[np.ndarray] = []
     with AlohaEnv(seed) as env:
-        engine = Engine.from_pretrained(checkpoint or _tiny_checkpoint(), device, dtype, backend)
+        if export is not None:
+            engine = Engine.from_export(export, device, backend)
+        else:
+            engine = Engine.from_pretrained(checkpoint or _tiny_checkpoint(), device, dtype, backend)
         profile = engine.embodiment(ROBOT_TYPE)
         replan_every = min(REPLAN_EVERY, engine.statistics[ROBOT_TYPE].chunk_length)
         engine.warm_up([env.observe(instruction)])
@@ -75,15 +85,20 @@ def demo(
                     observations.append(observation)
                     chunks.append(engine.infer(observation, seed=seed + tick))
                 env.apply(chunks[-1].actions[tick % replan_every], observations[-1])
-    name = checkpoint or "random weights"
+    name = checkpoint or export or "random weights"
     plot_rollout(observations, chunks, np.stack(states), profile, png, f"ALOHA transfer cube, {name}: {instruction}")
     latency_ms = _percentiles(chunks)
     if as_json:
-        facts = {"checkpoint": checkpoint, "frames": len(states), "inferences": len(chunks), "latency_ms": latency_ms}
+        facts = {
+            "checkpoint": checkpoint if export is None else str(export),
+            "frames": len(states),
+            "inferences": len(chunks),
+            "latency_ms": latency_ms,
+        }
         print(json.dumps(facts | {"png": str(png), "mp4": str(mp4)}))
         return
     _print_latency(latency_ms, len(chunks))
-    if checkpoint is None:
+    if checkpoint is None and export is None:
         print(RANDOM_WEIGHTS)
     print(
         f"{png}: frames, chunks and executed motion\n{mp4}: {len(states)} frames, {len(states) / CONTROL_RATE_HZ:.1f} s"

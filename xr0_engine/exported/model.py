@@ -30,9 +30,15 @@ class ExportedModel:
     """
 
     def __init__(
-        self, config: XR0Config, manifest: Manifest, device: torch.device, open_stage: Callable[[str], Stage]
+        self,
+        config: XR0Config,
+        manifest: Manifest,
+        device: torch.device,
+        backend: str,
+        open_stage: Callable[[str], Stage],
     ) -> None:
         self.config = config
+        self.backend = backend
         self.manifest = manifest
         self.device = device
         self.dtype = PRECISIONS[manifest.precision]
@@ -41,22 +47,25 @@ class ExportedModel:
 
     @classmethod
     def load(cls, folder: Path, device: str, backend: str) -> ExportedModel:
-        """device: auto, cpu, cuda or cuda:N. backend: of BACKENDS.
+        """device: auto, cpu, cuda or cuda:N. backend: of BACKENDS, or auto: engines for this GPU if there are any.
 
-        Raises ValueError for a folder that cannot be used or a device that is not there, NotImplementedError for a
-        precision that the device does not run, RuntimeError for a library that is missing.
+        Raises ValueError for a folder that cannot be used or a device that is not there; opening a stage raises
+        NotImplementedError for a precision that the device does not run, RuntimeError for a library that is missing.
         """
-        manifest, config = Manifest.read(folder), XR0Config.load(folder)
-        if backend == "onnx":
-            chosen = ops.resolve_device(device)
-            return cls(config, manifest, chosen, partial(_open_onnx, folder, manifest, chosen))
-        if backend == "tensorrt":
-            chosen = ops.resolve_device("cuda" if device == "auto" else device)
-            if chosen.type != "cuda":
-                raise ValueError(f"device: TensorRT runs on a GPU, got {device!r}")
-            engines, place = _engines(folder, chosen)
-            return cls(config, manifest, chosen, partial(_open_tensorrt, place, engines, chosen))
-        raise ValueError(f"backend: an export has {', '.join(BACKENDS)}; got {backend!r}")
+        if backend not in ("auto", *BACKENDS):
+            raise ValueError(f"backend: an export has auto, {', '.join(BACKENDS)}; got {backend!r}")
+        manifest, config, chosen = Manifest.read(folder), XR0Config.load(folder), ops.resolve_device(device)
+        engines = _engines(folder)
+        fitting = [] if chosen.type != "cuda" else [place for place in engines if _fits(engines[place], chosen)]
+        if backend == "onnx" or (backend == "auto" and not fitting):
+            return cls(config, manifest, chosen, "onnx", partial(_open_onnx, folder, manifest, chosen))
+        if not fitting:
+            built = ", ".join(f"{each.target} ({each.compute_capability})" for each in engines.values()) or "none"
+            raise ValueError(f"{folder}: no engines for device {chosen}; there are: {built} (xr0 export tensorrt)")
+        place = fitting[0]
+        if engines[place].export_sha256 != sha256(folder / MANIFEST_FILE):
+            raise ValueError(f"{place} was built from other graphs than {folder} holds: build it again")
+        return cls(config, manifest, chosen, "tensorrt", partial(_open_tensorrt, place, engines[place], chosen))
 
     def encode_images(self, inputs: ModelInputs) -> VisionTokens:
         shapes = self.manifest.shapes
@@ -147,11 +156,6 @@ def flow_inputs(kv: KVBlock, state: Tensor, noise: Tensor, prefix: Tensor, prefi
     }
 
 
-def targets(folder: Path) -> list[str]:
-    """The targets that an export folder holds engines for."""
-    return sorted(path.parent.name for path in folder.glob("*/manifest.json"))
-
-
 def _file(place: Path, stages: Mapping[str, str], key: str) -> Path:
     if key not in stages:
         raise ValueError(f"{place} holds no {key}, only {', '.join(stages)}: export that stage too")
@@ -166,16 +170,10 @@ def _open_tensorrt(place: Path, engines: EngineManifest, device: torch.device, k
     return TensorRTStage(_file(place, engines.stages, key), engines.builder, device)
 
 
-def _engines(folder: Path, device: torch.device) -> tuple[EngineManifest, Path]:
-    """The engines for this GPU. Raises ValueError if there are none, or they were built from other graphs."""
-    capability = "{}.{}".format(*torch.cuda.get_device_capability(device))
-    found = {target: EngineManifest.read(folder / target) for target in targets(folder)}
-    for target, engines in found.items():
-        if engines.compute_capability == capability:
-            if engines.export_sha256 != sha256(folder / MANIFEST_FILE):
-                raise ValueError(f"{folder / target} was built from other graphs than {folder} holds: build it again")
-            return engines, folder / target
-    built = ", ".join(f"{target} ({engines.compute_capability})" for target, engines in found.items()) or "none"
-    raise ValueError(
-        f"{folder}: no engines for compute capability {capability}; there are {built}: xr0 export tensorrt"
-    )
+def _engines(folder: Path) -> dict[Path, EngineManifest]:
+    """The folders of engines in an export."""
+    return {path.parent: EngineManifest.read(path.parent) for path in sorted(folder.glob(f"*/{MANIFEST_FILE}"))}
+
+
+def _fits(engines: EngineManifest, device: torch.device) -> bool:
+    return engines.compute_capability == "{}.{}".format(*torch.cuda.get_device_capability(device))
