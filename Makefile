@@ -63,6 +63,7 @@ bench-gpu: $(INSTALLED)-cuda
 	  $(XR0_GPU) throughput $(GPU_4B) --case $$case --json $(GPU_RESULTS)/$$case-throughput.json; \
 	done
 	$(XR0_GPU) kernels $(GPU_4B) --json $(GPU_RESULTS)/kernels.json
+	$(XR0_GPU) images --device cuda --json $(GPU_RESULTS)/images.json
 	$(XR0_GPU) ablate $(GPU_4B) --json $(GPU_RESULTS)/ablate.json
 	$(XR0_GPU) jitter $(GPU_4B) --json $(GPU_RESULTS)/jitter.json
 	$(XR0_GPU) coldstart $(GPU_4B) --rounds 3 --json $(GPU_RESULTS)/coldstart.json

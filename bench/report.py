@@ -24,6 +24,7 @@ TITLES = {
     "coldstart": "Cold start",
     "jitter": "Jitter",
     "kernels": "Kernels",
+    "images": "Frames to patches",
     "ablate": "What each optimisation buys",
     "roofline": "Bounds",
 }
@@ -94,9 +95,9 @@ def _figures(result: Result, series: Series, bounds: Bounds) -> list[str]:
         return _jitter(series)
     drawn = []
     if max(map(len, series.values())) > 1:
-        in_turn = result.kind != "kernels"
+        in_turn = result.kind not in ("kernels", "images")
         medians = {rival: {s: float(np.median(v)) for s, v in stages.items()} for rival, stages in series.items()}
-        caption = "Stages one after the other, medians" if in_turn else "Kernels, medians"
+        caption = "Stages one after the other, medians" if in_turn else f"{TITLES[result.kind]}, medians"
         caption += ", and the bound inside each bar" if bounds.ms else ""
         label = f"bound ({bounds.chip})" if bounds.chip else "bound"
         chart = charts.timeline(medians, bounds.ms, caption, in_turn)

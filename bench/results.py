@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 SCHEMA = 1
-KINDS = ("latency", "throughput", "coldstart", "jitter", "kernels", "ablate", "roofline")
+KINDS = ("latency", "throughput", "coldstart", "jitter", "kernels", "images", "ablate", "roofline")
 DEADLINES_HZ = (30, 100)
 PERCENTILES = {"p50": 50.0, "p90": 90.0, "p99": 99.0, "p99_9": 99.9}
 PACKAGES = ("torch", "triton", "transformers", "numpy")

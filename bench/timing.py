@@ -19,6 +19,7 @@ WARM_UP = 2
 BOUNDARIES = {
     "infer": "Engine.infer(), whole call: host preprocessing to actions in robot units",
     "stage": "the stages of Engine.infer(), the device waited for between them",
+    "patches": "camera frames to normalised patches; on a GPU from the launch, or from the upload before it",
     "flow": "the action head alone: noise to chunk, all flow steps",
     "process": "a fresh process, from its start to its first action; weights on disk",
 }
@@ -141,7 +142,9 @@ class CallTimer:
             return 1e3 * (time.perf_counter() - start)
         start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         with torch.cuda.device(self._device):
-            self._flush.zero_()
+            # So often that the host meanwhile queues the call: the time between the events holds no wait for it.
+            for _ in range(8):
+                self._flush.zero_()
             start_event.record()
             call()
             end_event.record()

@@ -142,6 +142,21 @@ def test_gpu_gives_the_hosts_bits_over_random_sizes(dtype):
 
 
 @pytest.mark.gpu
+def test_upload_and_launch_apart_give_the_hosts_bits():
+    images, sizes = [NOISE[:480, :640], NOISE[:480, 640:1280][::-1, ::-1], NOISE[:480:2, :640]], [(256, 320)] * 3
+    host = torch.full((960, 1536), torch.nan)
+    ops.images_to_patches(images, sizes, 16, 2, 2, host)
+    staged = ops.pinned(images)
+    assert staged.is_pinned()
+    np.testing.assert_array_equal(staged.numpy(), np.concatenate([image.ravel() for image in images]))
+    out = torch.full_like(host, torch.nan, device="cuda:0")
+    shapes = [image.shape for image in images]
+    order = [ops.vertical_first(shape, size) for shape, size in zip(shapes, sizes, strict=True)]
+    ops.launch_patches(staged.to(out.device, non_blocking=True), shapes, sizes, 2, 2, out, order)
+    assert torch.equal(host, out.cpu())
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize(("temporal", "merge"), [(1, 2), (2, 1), (3, 3)])
 def test_gpu_has_other_layouts(temporal, merge):
     host, device = on_both([NOISE[:50, :70]], [(32 * merge, 48 * merge)], torch.float32, temporal, merge)

@@ -15,6 +15,7 @@ import PIL
 import torch
 from PIL import Image
 
+from xr0_engine.fused_ops import interpreted, triton_fault
 from xr0_engine.kernels.reference import attention, lambda_attention, rms_norm, rotate
 
 if importlib.util.find_spec("xr0_engine._C") is not None:
@@ -30,8 +31,10 @@ __all__ = [
     "images_to_patches",
     "instruction_sets",
     "lambda_attention",
+    "launch_patches",
     "native",
     "native_cuda_fault",
+    "pinned",
     "resolve_backend",
     "resolve_device",
     "rms_norm",
@@ -42,13 +45,15 @@ __all__ = [
 
 def backend_status() -> dict[str, str | None]:
     """Backend name -> None if it can be used on this machine, else the reason why not."""
-    return {"reference": None, "triton": "not part of this version", "cuda": "not part of this version"}
+    cuda = "image patches alone have a CUDA op so far, and use it by themselves"
+    return {"reference": None, "triton": triton_fault(), "cuda": cuda}
 
 
-def resolve_backend(name: str) -> str:
-    """The backend to use for a requested name or "auto".
+def resolve_backend(name: str, device: torch.device | None = None) -> str:
+    """The backend to use for a requested name or "auto", on a device if one is given.
 
-    Raises ValueError for an unknown name, NotImplementedError for one that cannot be used here, with one that can.
+    auto is `reference` everywhere until `triton` has been measured on GPUs. Raises ValueError for an unknown name,
+    NotImplementedError for one that cannot be used here, with one that can.
     """
     status = backend_status()
     if name == "auto":
@@ -57,6 +62,9 @@ def resolve_backend(name: str) -> str:
         raise ValueError(f"backend: expected auto, {', '.join(status)}; got {name!r}")
     if status[name] is not None:
         raise NotImplementedError(f"backend {name!r}: {status[name]}; use backend='reference'")
+    if name == "triton" and device is not None and (device.type == "cuda") == interpreted():
+        place = "in Triton's interpreter, on the CPU" if interpreted() else "on a CUDA GPU"
+        raise NotImplementedError(f"backend 'triton': runs {place}, not on {device}; use backend='reference' there")
     return name
 
 
@@ -156,18 +164,43 @@ def _patches_on_gpu(
     if patch != 16:
         raise NotImplementedError(f"patch: the GPU's operator has 16 only, got {patch}; the CPU's has any")
     _patch_rows(sizes, patch, temporal, out)
-    # One pinned buffer: one copy, which does not hold up the host.
+    shapes = [image.shape for image in images]
+    pixels = pinned(images).to(out.device, non_blocking=True)
+    launch_patches(pixels, shapes, sizes, temporal, merge, out, first)
+    return out
+
+
+def pinned(images: Sequence[np.ndarray]) -> torch.Tensor:
+    """Images, (H, W, 3) uint8 of any strides, one behind the other: (bytes,) uint8 that a GPU can copy by itself."""
     offsets = np.cumsum([0, *(image.size for image in images)]).tolist()
     staging = torch.empty(offsets[-1], dtype=torch.uint8, pin_memory=True)
     for image, begin, end in zip(images, offsets, offsets[1:], strict=False):
         np.copyto(staging.numpy()[begin:end].reshape(image.shape), image, casting="no")
-    pixels = staging.to(out.device, non_blocking=True)
-    columns = [_table(image.shape[1], size[1], out.device) for image, size in zip(images, sizes, strict=True)]
-    rows = [_table(image.shape[0], size[0], out.device) for image, size in zip(images, sizes, strict=True)]
+    return staging
+
+
+def launch_patches(
+    pixels: torch.Tensor,
+    shapes: Sequence[tuple[int, ...]],
+    sizes: Sequence[tuple[int, int]],
+    temporal: int,
+    merge: int,
+    out: torch.Tensor,
+    first: Sequence[bool],
+) -> None:
+    """images_to_patches of images that are on the GPU, as `pinned` packs them: one launch on the current stream.
+
+    pixels: (bytes,) uint8 on out's device. shapes: (height, width, ...) of each image. first: vertical_first of each.
+    The other arguments are those of images_to_patches; patches are of 16. Raises ValueError for memory of another
+    device. Not yet run on a GPU.
+    """
+    offsets = np.cumsum([0, *(3 * shape[0] * shape[1] for shape in shapes)]).tolist()
+    columns = [_table(shape[1], size[1], out.device) for shape, size in zip(shapes, sizes, strict=True)]
+    rows = [_table(shape[0], size[0], out.device) for shape, size in zip(shapes, sizes, strict=True)]
     _C.images_to_patches_cuda(
         frames=[
-            (pixels.data_ptr() + begin, image.shape[:2], (3 * image.shape[1], 3, 1))
-            for image, begin in zip(images, offsets, strict=False)
+            (pixels.data_ptr() + begin, (shape[0], shape[1]), (3 * shape[1], 3, 1))
+            for shape, begin in zip(shapes, offsets, strict=False)
         ],
         sizes=sizes,
         columns=[(table.data_ptr(), taps) for table, taps in columns],
@@ -181,7 +214,6 @@ def _patches_on_gpu(
         device=out.device.index,
         stream=torch.cuda.current_stream(out.device).cuda_stream,
     )
-    return out
 
 
 @lru_cache(maxsize=64)

@@ -33,7 +33,7 @@ def test_help_lists_every_command():
     result = bench("--help")
     assert result.exit_code == 0
     assert [name for name in COMMANDS if name not in result.output] == []
-    assert {*MEASURING, "roofline", "compare", "report"} <= set(COMMANDS)
+    assert {*MEASURING, "images", "roofline", "compare", "report"} <= set(COMMANDS)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
