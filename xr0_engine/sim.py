@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from xr0_engine.decode import BIMANUAL_COLUMNS, LEFT, RIGHT
+from xr0_engine.decode import BIMANUAL_COLUMNS, LEFT, RIGHT, ArmPose, BimanualPose
 from xr0_engine.types import Observation
 
 ROBOT_TYPE = "bimanual"
@@ -27,6 +27,10 @@ CAMERAS = {"ego": "top", "left_wrist": "left_wrist", "right_wrist": "right_wrist
 # The simulator's own order of an arm's seven values; left arm first.
 ARM_JOINTS = ("waist", "shoulder", "elbow", "forearm roll", "wrist angle", "wrist rotate", "gripper")
 JOINT_NAMES = tuple(f"{side} {joint}" for side in ("left", "right") for joint in ARM_JOINTS)
+
+# An arm's end effector is the point between its finger tips, this far along its gripper's x axis.
+GRIPPER_BODY = "vx300s_{}/gripper_link"
+GRASP_POINT_M = 0.135
 
 _COLUMNS = np.concatenate(
     [np.arange(BIMANUAL_COLUMNS)[part] for arm in (LEFT, RIGHT) for part in (arm.joints, arm.gripper)]
@@ -98,6 +102,12 @@ class AlohaEnv:
         joints: np.ndarray = self.task.get_qpos(self.physics)
         return joints
 
+    @property
+    def pose(self) -> BimanualPose:
+        """Where both arms are now, as measured: end effectors in the simulator's world, joints and grippers."""
+        joints = np.split(self.joints, 2)
+        return BimanualPose(*(self._arm_pose(side, arm) for side, arm in zip(("left", "right"), joints, strict=True)))
+
     def observe(self, instruction: str = INSTRUCTION) -> Observation:
         """What the robot sees and feels now; renders every camera once."""
         return Observation(
@@ -136,6 +146,12 @@ class AlohaEnv:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _arm_pose(self, side: str, joints: np.ndarray) -> ArmPose:
+        body = GRIPPER_BODY.format(side)
+        rotation = self.physics.named.data.xmat[body].reshape(3, 3).copy()
+        position_m = self.physics.named.data.xpos[body] + GRASP_POINT_M * rotation[:, 0]
+        return ArmPose(position_m, rotation, joints_rad=joints[:6], gripper=joints[6:])
 
     def _render(self, camera: str) -> np.ndarray:
         image: np.ndarray = self.physics.render(height=self.height, width=self.width, camera_id=camera)

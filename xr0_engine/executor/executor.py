@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from xr0_engine.executor.frame import Frame, coast
 from xr0_engine.executor.interfaces import Policy, Robot, SensorsNotReady, Snapshot
 from xr0_engine.executor.limits import Limiter, Limits
 from xr0_engine.executor.report import Report
-from xr0_engine.executor.session import Recorder
+from xr0_engine.executor.session import VERSION, Recorder
 from xr0_engine.executor.settings import Settings
 from xr0_engine.executor.timeline import Timeline
 from xr0_engine.executor.worker import DelayedWorker, Outcome, Request, ThreadWorker, Worker
@@ -75,6 +76,15 @@ class Executor:
         self._source: int | None = None
         # What the robot was told in the last step, and in the one before.
         self._told: tuple[np.ndarray, np.ndarray] | None = None
+        if recorder is not None:
+            recorder.write(
+                "session",
+                version=VERSION,
+                title=recorder.title,
+                settings=asdict(settings),
+                layout=frame.layout,
+                width=frame.width,
+            )
 
     def run(self, seconds: float) -> Report:
         """Run the loop for so long, or until end() is called; then stop the robot, also after an error or Ctrl-C.

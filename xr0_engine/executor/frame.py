@@ -27,9 +27,10 @@ from xr0_engine.decode import (
 
 
 class Frame(Protocol):
-    """width: A. angular, delta: (A,) bool, columns of axis-angle rotations; columns that say how far to move in one
-    step instead of where to: at rest they are 0."""
+    """layout: as in the embodiment profile. width: A. angular: (A,) bool, columns of axis-angle rotations. delta: (A,)
+    bool, columns that say how far to move in one step instead of where to: at rest they are 0."""
 
+    layout: str
     width: int
     angular: np.ndarray
     delta: np.ndarray
@@ -60,6 +61,7 @@ class PlainFrame:
         columns = list(delta_columns)
         if any(not 0 <= column < width for column in columns):
             raise ValueError(f"delta_columns: expected 0 to {width - 1}, got {columns}")
+        self.layout = "plain"
         self.width = width
         self.angular = np.zeros(width, bool)
         self.delta = np.zeros(width, bool)
@@ -90,6 +92,7 @@ class BimanualFrame:
     """Layout `bimanual`: rows are actions anchored at the world's origin."""
 
     def __init__(self) -> None:
+        self.layout = "bimanual"
         self.width = BIMANUAL_COLUMNS
         self.angular = np.isin(np.arange(BIMANUAL_COLUMNS), _ROTATIONS)
         self.delta = np.zeros(BIMANUAL_COLUMNS, bool)

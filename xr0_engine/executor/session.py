@@ -1,7 +1,7 @@
 """A session as a file: one JSON object a line, written while it happens, so that a crash leaves all but its end.
 
-The first line is the header. The others have a `kind`: `inference` (a request), `chunk` (an accepted one, with its
-rows), `lost` (a request that gave none, and why), `step` (what the robot was told), `missed` (steps that passed),
+Every line has a `kind`: `session` (the first line: settings), `inference` (a request), `chunk` (an accepted one, with
+its rows), `lost` (a request that gave none, and why), `step` (what the robot was told), `missed` (steps that passed),
 `clock` (it went backwards), `report` (the end). Times are seconds on the executor's clock.
 """
 
@@ -17,26 +17,36 @@ from types import TracebackType
 from typing import Any, TextIO
 
 VERSION = 1
-KINDS = ("inference", "chunk", "lost", "step", "missed", "clock", "report")
+FIELDS = {
+    "session": {"version", "title", "settings", "layout", "width"},
+    "inference": {"number", "time_s", "observed_s", "first_step", "prefix_length"},
+    "chunk": {"number", "time_s", "finished_s", "first_step", "takeover", "prefix_length", "late", "rows"},
+    "lost": {"number", "time_s", "reason", "detail"},
+    "step": {"step", "time_s", "source", "chunk", "index", "row", "clipped"},
+    "missed": {"first", "count"},
+    "clock": {"time_s"},
+    "report": {"counts", "jitter", "delay", "seams", "inner", "last_error", "ended"},
+}
+"""Kind of line -> what it holds."""
 
 
 class Recorder:
     """Writes a session. Use it as a context manager; the control loop only hands over, a thread formats and writes.
 
-    Raises FileExistsError if there is such a file, OSError if it cannot be made. A disk that fails later ends the
-    recording, not the robot's motion: closing then raises the OSError.
+    title: what is executed, for people. Raises FileExistsError if there is such a file, OSError if it cannot be made. A
+    disk that fails later ends the recording, not the robot's motion: closing then raises the OSError.
     """
 
-    def __init__(self, path: Path, header: Mapping[str, Any]) -> None:
-        first_line = json.dumps({"kind": "session", "version": VERSION, **header})
+    def __init__(self, path: Path, title: str) -> None:
+        self.title = title
         file = path.open("x", encoding="utf-8")
         self._lines: queue.SimpleQueue[Mapping[str, Any] | None] = queue.SimpleQueue()
         self._failure: OSError | None = None
-        self._thread = threading.Thread(target=self._work, args=(file, first_line), name="xr0-recorder", daemon=True)
+        self._thread = threading.Thread(target=self._work, args=(file,), name="xr0-recorder", daemon=True)
         self._thread.start()
 
     def write(self, kind: str, **fields: Any) -> None:
-        """Add one line of one of KINDS; fields hold what JSON can, not changed afterwards. Returns at once."""
+        """Add a line; see FIELDS. They hold what JSON can, and are not changed afterwards. Returns at once."""
         if self._failure is None:
             self._lines.put({"kind": kind, **fields})
 
@@ -53,10 +63,9 @@ class Recorder:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self.close()
 
-    def _work(self, file: TextIO, first_line: str) -> None:
+    def _work(self, file: TextIO) -> None:
         try:
             with file:
-                file.write(first_line + "\n")
                 while (line := self._lines.get()) is not None:
                     file.write(json.dumps(line) + "\n")
                     if self._lines.empty():
@@ -67,7 +76,7 @@ class Recorder:
 
 @dataclass(frozen=True)
 class Session:
-    """A session read back. header: the first line; lines: kind -> its lines, in order."""
+    """A session read back. header: the first line; lines: kind -> its lines, in order, with the fields of FIELDS."""
 
     header: Mapping[str, Any]
     lines: Mapping[str, list[dict[str, Any]]] = field(default_factory=dict)
@@ -79,7 +88,7 @@ def read_session(path: Path) -> Session:
     Raises ValueError that names the file and the line at fault, OSError if it cannot be read.
     """
     header: dict[str, Any] | None = None
-    lines: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
+    lines: dict[str, list[dict[str, Any]]] = {kind: [] for kind in FIELDS}
     with path.open(encoding="utf-8", errors="strict") as file:
         for number, text in enumerate(file, start=1):
             if not text.endswith("\n"):
@@ -89,10 +98,12 @@ def read_session(path: Path) -> Session:
                 if line.get("kind") != "session" or line.get("version") != VERSION:
                     raise ValueError(f"{path}: expected a session of version {VERSION}, got {text[:80].strip()!r}")
                 header = line
-            elif line.get("kind") not in KINDS:
-                raise ValueError(f"{path}, line {number}: expected one of {', '.join(KINDS)}, got {line.get('kind')!r}")
-            else:
-                lines[line["kind"]].append(line)
+            kind = line.get("kind")
+            if kind not in FIELDS:
+                raise ValueError(f"{path}, line {number}: expected one of {', '.join(FIELDS)}, got {kind!r}")
+            if missing := FIELDS[kind] - line.keys():
+                raise ValueError(f"{path}, line {number}: {kind} lacks {', '.join(sorted(missing))}")
+            lines[kind].append(line)
     if header is None:
         raise ValueError(f"{path}: expected a session, got an empty file")
     return Session(header, lines)
