@@ -107,7 +107,7 @@ class Server:
         self._ready = asyncio.Event()
         self.sessions: set[_HasBusy] = set()
         self._clients = 0
-        self._connections = 0
+        self.connections = 0
         self._failures = 0
 
     async def run(self, stop: asyncio.Event, listening: Callable[[int], None] = lambda port: None) -> None:
@@ -133,6 +133,8 @@ class Server:
             # One message being read while another is looked at: a large limit times a long queue is a lot of memory.
             max_queue=1,
             server_header=None,
+            # Connections that wait to be accepted: when they do not fit, the kernel has good ones wait for a second.
+            backlog=1024,
             ssl=self.config.tls,
             logger=_websockets_log,
         ) as websocket_server:
@@ -326,15 +328,19 @@ class _CountedConnection(ServerConnection):
         self._owner = owner
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._owner._connections += 1
-        super().connection_made(transport)
-        if self._owner._connections > self._owner.config.max_clients + SPARE_CONNECTIONS:
-            self._owner.monitor.rejected("too_many_connections")
-            self.transport.abort()
+        self._owner.connections += 1
+        self._turned_away = self._owner.connections > self._owner.config.max_clients + SPARE_CONNECTIONS
+        if not self._turned_away:
+            super().connection_made(transport)
+            return
+        self._owner.monitor.rejected("too_many_connections")
+        assert isinstance(transport, asyncio.WriteTransport)
+        transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._owner._connections -= 1
-        super().connection_lost(exc)
+        self._owner.connections -= 1
+        if not self._turned_away:
+            super().connection_lost(exc)
 
 
 @dataclass(frozen=True)
@@ -378,8 +384,8 @@ class _Session:
         async for message in self._connection:
             received = time.perf_counter()
             number = None
+            allowed = self._allowance.spend()
             try:
-                allowed = self._allowance.spend()
                 fields = read_fields(message)
                 number = request_id(fields)
                 if not allowed or self._server.draining:
@@ -397,6 +403,9 @@ class _Session:
                 self._arrived.set()
                 if old is not None:
                     await self._refuse(Superseded("a newer observation took its place"), old.request.id)
+            # Neither reading nor sending need wait, so a flood of messages would keep the loop from everyone else; one
+            # beyond the allowance is read no faster than that.
+            await asyncio.sleep(0 if allowed else 1 / self._metadata.max_requests_per_s)
 
     async def _answer(self) -> None:
         while True:

@@ -1,0 +1,249 @@
+"""The released TCP protocol: its client gets chunks, and no pickle gets to run anything."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import socket
+import struct
+import threading
+import tracemalloc
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.serve.support import EchoEngine, backend, observation
+from xr0_engine import Client
+from xr0_engine.serve.legacy import restricted_loads
+from xr0_engine.serve.server import BackgroundServer, ServerConfig
+
+MAX_PIXELS = 1 << 20
+GO = observation(0.25, instruction="Go.")
+IMAGE = Image.fromarray(GO.images["base"])
+REQUEST = {
+    "task_id": "libero_all",
+    "state": GO.state[None],
+    "base": IMAGE,
+    "wrist_left": Image.fromarray(GO.images["left_wrist"]),
+    "language": "Go.",
+    "seed": 3,
+}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class ReleasedClient:
+    """Written against the released protocol: length, pickle; it unpickles what it gets."""
+
+    def __init__(self, port: int) -> None:
+        self.socket = socket.create_connection(("127.0.0.1", port), timeout=10)
+
+    def send(self, payload: bytes) -> None:
+        self.socket.sendall(struct.pack(">I", len(payload)) + payload)
+
+    def receive(self):
+        (length,) = struct.unpack(">I", self._exactly(4))
+        return pickle.loads(self._exactly(length))
+
+    def is_turned_away(self) -> bool:
+        try:
+            return self.socket.recv(1) == b""
+        except ConnectionResetError:
+            return True
+
+    def _exactly(self, count: int) -> bytes:
+        data = b""
+        while len(data) < count:
+            data += self.socket.recv(count - len(data)) or pytest.fail("the server closed the connection")
+        return data
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return EchoEngine()
+
+
+@pytest.fixture(scope="module")
+def server(engine):
+    config = ServerConfig(port=0, legacy_port=free_port(), max_message_bytes=1 << 20)
+    with BackgroundServer(backend(engine), config) as server:
+        yield server
+
+
+@pytest.fixture
+def client(server):
+    client = ReleasedClient(server.server.config.legacy_port)
+    yield client
+    client.socket.close()
+
+
+def test_released_client_gets_chunks(client, engine):
+    for protocol in (3, 4, 5):
+        client.send(pickle.dumps(REQUEST, protocol))
+        actions = client.receive()
+        assert (type(actions).__module__, type(actions).__name__) == ("torch", "Tensor")
+        assert (actions.shape, str(actions.dtype)) == ((1, 10, 32), "torch.float32")
+        assert (actions[0, 0, 0].item(), actions[0, 0, -1].item()) == (0.25, 3)
+        for view, image in GO.images.items():
+            np.testing.assert_array_equal(engine.seen[-1].images[view], image)
+
+
+class Bomb:
+    """What pickle runs on loading, if it may."""
+
+    def __reduce__(self):
+        return exec, ("raise SystemExit('it went off')",)
+
+
+def opcodes(*parts: bytes) -> bytes:
+    return b"\x80\x04" + b"".join(parts) + b"."
+
+
+def named(module: str, name: str) -> bytes:
+    return f"c{module}\n{name}\n".encode()
+
+
+IMAGE_CLASS = named("PIL.Image", "Image")
+SIZE_BOMB = ({}, "RGB", (100_000, 100_000), None, b"")
+BOMBS = {
+    "code": pickle.dumps({"state": Bomb()}),
+    "code in a list": pickle.dumps([[Bomb()]]),
+    "code in protocol 0": pickle.dumps(Bomb(), 0),
+    "eval": opcodes(named("builtins", "eval"), b"\x8c\x03", b"1+1", b"\x85R"),
+    "attribute of an admitted module": opcodes(named("numpy", "load")),
+    "dotted name": opcodes(named("PIL.Image", "Image.open")),
+    "torch": opcodes(named("torch.storage", "_load_from_bytes"), b"C\x01x\x85R"),
+    "state for a class": opcodes(IMAGE_CLASS, b"N}\x8c\x0c__setstate__K\x01s\x86b"),
+    "call of a number": opcodes(b"K\x01)R"),
+    "object of a number": opcodes(b"K\x01)\x81"),
+    "extension": opcodes(b"\x82\x01"),
+    "persistent object": opcodes(b"\x8c\x01xQ"),
+    "next buffer": opcodes(b"\x97"),
+    "memo of 2 billion": opcodes(b"Nr\xff\xff\xff\x7f", b"j\xff\xff\xff\x7e"),
+    "bytes of 1 TB": opcodes(b"\x8e" + struct.pack("<Q", 1 << 40)),
+    "byte array of 1 TB": opcodes(b"\x96" + struct.pack("<Q", 1 << 40)),
+    "frame of 1 TB": opcodes(b"\x95" + struct.pack("<Q", 1 << 40)),
+    "array of 1 TB": opcodes(
+        named("numpy.core.multiarray", "_reconstruct") + named("numpy", "ndarray") + b"K\x00\x85C\x01b\x87R",
+        b"(K\x01J\xff\xff\xff\x7f\x85" + named("numpy", "dtype") + b"\x8c\x02f8\x85R\x89C\x00tb",
+    ),
+    "array made by its class": opcodes(named("numpy", "ndarray"), b"J\xff\xff\xff\x7f\x85\x85R"),
+    "image of 30 GB": opcodes(IMAGE_CLASS, b")\x81", pickle.dumps(list(SIZE_BOMB), 4)[2:-1], b"b"),
+    "image without a state": opcodes(IMAGE_CLASS, b")\x81"),
+    "class alone": opcodes(IMAGE_CLASS),
+    "objects in an array": pickle.dumps(np.array([{}, {}])),
+    "many opcodes": opcodes(b"N0" * 20_000, b"N"),
+    "empty stack": opcodes(),
+    "no end": b"\x80\x04N",
+    "nothing": b"",
+    "noise": np.random.default_rng(0).bytes(500),
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS.values(), ids=BOMBS)
+def test_bomb_does_not_go_off(bomb):
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"pickle: expected|array: expected|image: expected"):
+        restricted_loads(bomb, MAX_PIXELS)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 32 << 20
+
+
+@pytest.mark.parametrize("protocol", [3, 4, 5])
+def test_plain_values_survive(protocol):
+    picture = io.BytesIO()
+    IMAGE.save(picture, "PNG")
+    value = {
+        "state": np.arange(32, dtype=np.float32),
+        "columns first": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+        "big-endian": np.arange(3, dtype=">i4"),
+        "empty": np.zeros((0, 3)),
+        "picture": IMAGE,
+        "grey": IMAGE.convert("L"),
+        "file": Image.open(picture),
+        "number": np.int64(3),
+        "list": [1.5, "a", None, True, (2, b"x")],
+    }
+    read = restricted_loads(pickle.dumps(value, protocol), MAX_PIXELS)
+    assert read["list"] == value["list"]
+    np.testing.assert_array_equal(read["grey"], np.asarray(IMAGE.convert("L").convert("RGB")))
+    for name in ("state", "columns first", "big-endian", "empty", "number"):
+        np.testing.assert_array_equal(read[name], value[name])
+        assert read[name].dtype == value[name].dtype
+    for name in ("picture", "file"):
+        np.testing.assert_array_equal(read[name], np.asarray(IMAGE))
+
+
+def test_image_beyond_the_limit_is_refused():
+    with pytest.raises(ValueError, match="image: expected at most 100 pixels, got 48 x 64"):
+        restricted_loads(pickle.dumps({"base": IMAGE}), 100)
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        pytest.param(BOMBS["code"], id="bomb"),
+        pytest.param(pickle.dumps([1]), id="no dictionary"),
+        pytest.param(pickle.dumps({**REQUEST, "more": 1}), id="unknown field"),
+        pytest.param(pickle.dumps({**REQUEST, "state": None}), id="no state"),
+        pytest.param(pickle.dumps({**REQUEST, "language": "Refuse me."}), id="refused by the engine"),
+    ],
+)
+def test_wrong_request_ends_the_connection_and_no_more(server, client, payload):
+    client.send(payload)
+    assert client.is_turned_away()
+    again = ReleasedClient(server.server.config.legacy_port)
+    again.send(pickle.dumps(REQUEST))
+    assert again.receive().shape == (1, 10, 32)
+    again.socket.close()
+
+
+@pytest.mark.parametrize(
+    "head", [struct.pack(">I", 1 << 30), b"\xff\xff\xff\xff", b"GET "], ids=["1 GB", "4 GB", "HTTP"]
+)
+def test_huge_length_is_refused(client, head):
+    client.socket.sendall(head)
+    assert client.is_turned_away()
+
+
+def test_half_a_message_is_no_request(server, client):
+    payload = pickle.dumps(REQUEST)
+    client.socket.sendall(struct.pack(">I", len(payload)) + payload[:100])
+    client.socket.shutdown(socket.SHUT_WR)
+    assert client.is_turned_away()
+
+
+def test_both_protocols_take_turns(server, client):
+    results = []
+    with Client(server.url) as modern:
+        asking = threading.Thread(target=lambda: results.extend(modern.infer(GO).actions[0, 0] for _ in range(10)))
+        asking.start()
+        for _ in range(10):
+            client.send(pickle.dumps(REQUEST))
+            results.append(client.receive()[0, 0, 0].item())
+        asking.join()
+    assert results == [0.25] * 20
+
+
+def test_numbered_tasks_mean_the_only_robot_type():
+    from xr0_engine.serve.legacy import read_request
+    from xr0_engine.serve.protocol import PolicyMetadata, RobotInfo
+
+    robot = RobotInfo(10, 20.0, 10, ("base", "left_wrist"), "plain")
+    one = PolicyMetadata({"libero_all": robot}, 32, 32, (0, 6), 1 << 20, MAX_PIXELS, 100.0)
+    fields = restricted_loads(pickle.dumps({**REQUEST, "task_id": 4}), MAX_PIXELS)
+    assert read_request(fields, one).observation.robot_type == "libero_all"
+    two = PolicyMetadata({"libero_all": robot, "other": robot}, 32, 32, (0, 6), 1 << 20, MAX_PIXELS, 100.0)
+    with pytest.raises(ValueError, match="robot_type: expected one of libero_all, other; got None"):
+        read_request(fields, two)
+
+
+def test_port_without_keys_stays_on_this_machine():
+    with pytest.raises(ValueError, match="takes API keys"):
+        ServerConfig(host="0.0.0.0", keys=("some-api-key",), legacy_port=10086)
