@@ -1,12 +1,14 @@
 """Compiles what test modules record for chips that are not here.
 
 That happens in a process of its own, since this one may have Triton's interpreter in the compiler's place. A module
-offers `record_launches()`, which calls launchers on meta tensors; its test hands its own name to `assert_compiles`.
+offers `record_launches()`, which calls launchers on meta tensors, or `record_launches(arch)` where tactics depend on
+the chip; its test hands its own name to `assert_compiles`.
 """
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import os
 import subprocess
@@ -38,13 +40,14 @@ def assert_compiles(module: str) -> None:
 def main(module: str) -> None:
     from xr0_engine.kernels.launch import SHARED_LIMIT, compile_for, recording, variants
 
-    with recording() as launches:
-        importlib.import_module(f"tests.kernels.{module}").record_launches()
-    compiled = [
-        {**asdict(compile_for(call, arch)), "shared_limit": SHARED_LIMIT[arch]}
-        for call in variants(launches)
-        for arch in ARCHS
-    ]
+    record = importlib.import_module(f"tests.kernels.{module}").record_launches
+    compiled = []
+    for arch in ARCHS:
+        with recording() as launches:
+            record(arch) if inspect.signature(record).parameters else record()
+        compiled += [
+            {**asdict(compile_for(call, arch)), "shared_limit": SHARED_LIMIT[arch]} for call in variants(launches)
+        ]
     print(json.dumps(compiled, default=str))
 
 
