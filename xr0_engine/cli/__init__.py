@@ -22,7 +22,21 @@ from typer.core import TyperGroup
 
 from xr0_engine import __version__
 
-COMMANDS = ("demo", "init", "infer", "verify", "inspect", "doctor", "bench", "data", "serve", "train", "export")
+COMMANDS = (
+    "demo",
+    "init",
+    "infer",
+    "verify",
+    "inspect",
+    "doctor",
+    "bench",
+    "data",
+    "serve",
+    "drive",
+    "replay",
+    "train",
+    "export",
+)
 
 EXTRAS = {
     "torch": "cpu",

@@ -70,8 +70,8 @@ class SimulatedAloha:
 class LiveAloha(SimulatedAloha):
     """The same in real time: a thread draws what its cameras see, over and over, as fast as the machine can.
 
-    Use it as a context manager. Commands step the physics and note the arms' pose; an observation is put together from
-    frames and poses that are close in time.
+    Use it as a context manager. Observations are put together from frames and poses that are close in time. Both are
+    taken when the executor calls, which has the physics to itself.
     """
 
     def __init__(self, env: AlohaEnv, clock: Clock, instruction: str) -> None:
@@ -79,16 +79,17 @@ class LiveAloha(SimulatedAloha):
         self.sensors = Synchronizer(tuple(CAMERAS), instruction, ROBOT_TYPE, max_age_s=MAX_FRAME_AGE_S)
         self._closed = threading.Event()
         self._lock = threading.Lock()
-        self._scene = self._look()
+        self._look()
         self._cameras = threading.Thread(target=self._draw, name="xr0-cameras", daemon=True)
 
     def observe(self, now_s: float) -> Snapshot:
+        self._catch_up()
+        self._look()
         return self.sensors.observe(now_s)
 
     def command(self, row: np.ndarray) -> None:
         super().command(row)
-        with self._lock:
-            self._scene = self._look()
+        self._look()
 
     def __enter__(self) -> LiveAloha:
         self._cameras.start()
@@ -98,11 +99,12 @@ class LiveAloha(SimulatedAloha):
         self._closed.set()
         self._cameras.join()
 
-    def _look(self) -> tuple[float, np.ndarray]:
-        """Now, and all that the cameras need to know; notes the pose as well."""
-        now_s = self._clock.now()
-        self.sensors.add_state(now_s, self._env.pose)
-        return now_s, self._env.physics.data.qpos.copy()
+    def _look(self) -> None:
+        """Note the arms' pose, and for the cameras all that moves."""
+        scene = self._clock.now(), self._env.physics.data.qpos.copy()
+        self.sensors.add_state(scene[0], self._env.pose)
+        with self._lock:
+            self._scene = scene
 
     def _draw(self) -> None:
         # A simulator of its own: drawing takes longer than a tick and must happen in the thread that began it.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from xr0_engine.executor import Session
+from xr0_engine.executor import BimanualFrame, Session
 from xr0_engine.plot import COLORS, STYLE, panels
 
 if TYPE_CHECKING:
@@ -56,7 +56,9 @@ def plot_session(session: Session, path: Path, start_s: float = 0.0, seconds: fl
         _plot_delays(axes[-2], window)
         _plot_lateness(axes[-1], window)
         axes[-1].set_xlabel("time (s)")
-        axes[-1].set_xlim(window.start_s, window.end_s)
+        margin_s = 0.005 * (window.end_s - window.start_s)
+        axes[-1].set_xlim(window.start_s - margin_s, window.end_s + margin_s)
+        figure.align_ylabels()
         figure.savefig(path, dpi=110)
 
 
@@ -121,6 +123,7 @@ def _plot_chunks(axes: Axes, window: _Window) -> None:
     numbers = sorted(asked)
     axes.set_ylim((numbers[-1] if numbers else 1) + 0.8, (numbers[0] if numbers else 0) - 1.0)
     axes.set_ylabel("chunk")
+    axes.set_yticks(numbers[:: 1 + len(numbers) // 25])
     axes.grid(axis="y", visible=False)
     _legend_of_chunks(axes)
 
@@ -145,7 +148,11 @@ def _plot_curves(grid: Any, window: _Window, session: Session) -> None:
     """The columns that move most: every chunk's prediction, and what the robot was told."""
     steps = window.lines["step"]
     rows = np.array([line["row"] for line in steps]) if steps else np.zeros((1, session.header["width"]))
-    columns = np.argsort(-np.ptp(rows, axis=0), kind="stable")[:CURVES]
+    motion = np.ptp(rows, axis=0)
+    if session.header["layout"] == "bimanual":
+        # The same rotation has several axis-angles: their curves would show jumps that are none.
+        motion[BimanualFrame().angular] = -1
+    columns = np.argsort(-motion, kind="stable")[:CURVES]
     names = _names(session.header["layout"], session.header["width"])
     times = [window.at_step(line["step"]) for line in steps]
     seams = [
@@ -162,7 +169,7 @@ def _plot_curves(grid: Any, window: _Window, session: Session) -> None:
         for seam in seams:
             axes.axvline(seam, color="0.4", linewidth=0.7, linestyle=":")
         _shade_held(axes, window)
-        axes.set_ylabel(names[column].replace(" ", "\n", 1))
+        axes.set_ylabel(names[column])
     grid[0].set_title("the columns that move most: chunks in colour, commands in black, seams dotted", loc="left")
 
 
@@ -170,7 +177,7 @@ def _names(layout: str, width: int) -> list[str]:
     names = [f"column {column}" for column in range(width)]
     for panel in panels(layout, np.ones(width, bool)):
         for column, name in zip(panel.columns, panel.names, strict=True):
-            names[column] = f"{panel.title} {name} ({panel.unit})".replace("  ", " ")
+            names[column] = f"{panel.title.removesuffix(' joints')} {name}".rstrip() + f"\n({panel.unit})"
     return names
 
 
@@ -199,6 +206,7 @@ def _plot_lateness(axes: Axes, window: _Window) -> None:
     for line in window.lines["missed"]:
         left, right = (window.at_step(line["first"] + offset) for offset in (0, line["count"]))
         axes.axvspan(left, right, color=LATE, alpha=0.4, linewidth=0)
+    axes.set_ylim(0, 1.1 * max([*late_ms, 1.0]))
     axes.set_ylabel("late (ms)")
     axes.set_title("commands after they were due; red: steps without one", loc="left")
 

@@ -1,0 +1,109 @@
+"""`xr0 drive`: a policy executes on a robot, here or over the network, in real or simulated time."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from xr0_engine.executor import Report
+
+
+def drive(
+    env: Annotated[
+        str, typer.Option(help="demo: the simulated two-armed robot; null: no robot, to watch the loop alone.")
+    ] = "demo",
+    server: Annotated[str | None, typer.Option(metavar="URL", help="ws://host:port of an `xr0 serve`.")] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="XR0_API_KEY", help="For a server that asks for one.")] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Infer on this machine. Without it or a server: scripted motions, no model.")
+    ] = None,
+    robot_type: Annotated[str | None, typer.Option(help="With env null: which of the policy's robots to be.")] = None,
+    mode: Annotated[str, typer.Option(help="async, naive_async (without prefix) or sync.")] = "async",
+    seconds: Annotated[float, typer.Option(min=0.1, help="How long.")] = 10.0,
+    delay_steps: Annotated[
+        float | None,
+        typer.Option(min=0, help="In simulated time: the steps that an inference takes."),
+    ] = None,
+    trigger: Annotated[
+        str, typer.Option(help="Infer when fewer actions than this remain, or `deadline`: as late as the delay allows.")
+    ] = "10",
+    margin: Annotated[int, typer.Option(min=0, help="Prefix actions beyond the delay.")] = 1,
+    starvation: Annotated[str, typer.Option(help="When actions run out: hold, decelerate or stop.")] = "hold",
+    commands_per_action: Annotated[int, typer.Option(min=1, help="With env null: interpolated commands.")] = 1,
+    record: Annotated[Path | None, typer.Option(metavar="FILE", help="For `xr0 replay`; must not exist.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Where the cube lies, and the noise of a local policy.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    backend: Annotated[str, typer.Option(help="auto, reference, triton or cuda.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the whole report as JSON.")] = False,
+) -> None:
+    """Execute a policy's chunks at the control rate while the next ones are inferred, and report how that went.
+
+    In real time, unless --delay-steps is given. `xr0 drive --delay-steps 3 --record run.jsonl`, then `xr0 replay
+    run.jsonl`. Exit code 1: a deadline was missed.
+    """
+    if env not in ("demo", "null"):
+        raise ValueError(f"--env: expected demo or null, got {env!r}")
+    if server is not None and checkpoint is not None:
+        raise ValueError("--server, --checkpoint: expected at most one of them, got both")
+    if env == "demo" and (robot_type is not None or commands_per_action != 1):
+        raise ValueError("--robot-type, --commands-per-action: expected only with --env null")
+    if trigger != "deadline" and not trigger.isdecimal():
+        raise ValueError(f"--trigger: expected a whole number or deadline, got {trigger!r}")
+
+    from xr0_engine.drive.policies import from_checkpoint, from_server, scripted
+    from xr0_engine.drive.run import run
+    from xr0_engine.executor import Recorder, Settings
+    from xr0_engine.sim import ROBOT_TYPE
+
+    wanted = ROBOT_TYPE if env == "demo" else robot_type
+    with ExitStack() as stack:
+        if server is not None:
+            source = stack.enter_context(from_server(server, api_key, wanted))
+        elif checkpoint is not None:
+            source = from_checkpoint(checkpoint, wanted, seed, device, dtype, backend)
+        else:
+            source = scripted(seed)
+        settings = Settings(
+            rate_hz=source.control_rate_hz,
+            mode=mode,  # type: ignore[arg-type]
+            trigger="deadline" if trigger == "deadline" else int(trigger),
+            margin=margin,
+            max_prefix=source.max_prefix,
+            starvation=starvation,  # type: ignore[arg-type]
+            commands_per_action=commands_per_action,
+        )
+        recorder = None if record is None else stack.enter_context(Recorder(record, source.title))
+        report = run(source, settings, seconds, env == "demo", delay_steps, seed, recorder)
+    if as_json:
+        print(json.dumps(report.to_json()))
+    else:
+        _show(report)
+    raise typer.Exit(1 if report.counts["deadline_misses"] else 0)
+
+
+def _show(report: Report) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from xr0_engine.executor.report import COUNTS
+
+    table = Table(box=None, pad_edge=False)
+    for name in ("count", "", ""):
+        table.add_column(name, justify="right" if name else "left")
+    for name, count in report.counts.items():
+        if count:
+            table.add_row(str(count), name, COUNTS.get(name, "commands that a limit changed"))
+    console = Console()
+    console.print(table)
+    for name, times in (("commands after they were due", report.jitter), ("observation to chunk", report.delay)):
+        figures = ", ".join(f"p{percent:g} {1e3 * times.percentile_s(percent):.3g}" for percent in (50, 99, 99.9))
+        console.print(f"{name}, ms: {figures}, max {1e3 * times.maximum_s:.3g}")
+    if report.last_error:
+        console.print(f"last error: {report.last_error}", markup=False)
+    console.print(f"deadlines missed: {report.counts['deadline_misses']}; ended: {report.ended}")

@@ -1,0 +1,99 @@
+"""Where a policy comes from: a server, a checkpoint on this machine, or a script. And what it says of itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from xr0_engine.executor import Policy
+
+# What post-training draws prefixes from (spec section 4.1); checkpoints do not say.
+TRAINED_PREFIX = 6
+
+
+@dataclass(frozen=True)
+class Source:
+    """A policy for one robot type, and how it wants to be executed.
+
+    title: for people. control_rate_hz: actions per second. views, layout: as in the embodiment profile. action_width,
+    state_width: columns. max_prefix: the longest prefix that it takes.
+    """
+
+    policy: Policy
+    title: str
+    robot_type: str
+    control_rate_hz: float
+    views: tuple[str, ...]
+    layout: str
+    action_width: int
+    state_width: int
+    max_prefix: int
+
+
+@contextmanager
+def from_server(url: str, api_key: str | None, robot_type: str | None) -> Iterator[Source]:
+    """A server's policy. Raises ConnectionError, PermissionError or ValueError if it cannot be had."""
+    from xr0_engine.serve.client import Client
+
+    with Client(url, api_key) as client:
+        metadata = client.metadata
+        name = metadata.resolve(robot_type)
+        robot = metadata.robot(name)
+        yield Source(
+            policy=client,
+            title=f"{name} from {url}",
+            robot_type=name,
+            control_rate_hz=robot.control_rate_hz,
+            views=tuple(robot.views),
+            layout=robot.layout,
+            action_width=metadata.action_width,
+            state_width=metadata.state_width,
+            max_prefix=metadata.prefix_range[1],
+        )
+
+
+def from_checkpoint(
+    checkpoint: str | Path, robot_type: str | None, seed: int, device: str, dtype: str, backend: str
+) -> Source:
+    """A checkpoint's policy, on this machine. seed: of the noise that the chunks grow from."""
+    import torch
+
+    from xr0_engine.engine import Engine
+    from xr0_engine.normalize import select_robot_type
+
+    engine = Engine.from_pretrained(checkpoint, device, dtype, backend)
+    torch.manual_seed(seed)
+    name = select_robot_type(engine.statistics, robot_type)
+    profile, head = engine.embodiment(name), engine.config.head
+    return Source(
+        policy=engine,
+        title=f"{name} from {checkpoint}",
+        robot_type=name,
+        control_rate_hz=profile.control_rate_hz,
+        views=tuple(view.key for view in profile.views),
+        layout=profile.layout,
+        action_width=head.action_dim,
+        state_width=head.state_dim,
+        max_prefix=min(TRAINED_PREFIX, engine.statistics[name].chunk_length - 1),
+    )
+
+
+def scripted(seed: int) -> Source:
+    """Smooth random motions of the simulated robot; see WanderPolicy."""
+    from xr0_engine.decode import BIMANUAL_COLUMNS
+    from xr0_engine.drive.wander import WanderPolicy
+    from xr0_engine.sim import CAMERAS, CONTROL_RATE_HZ, ROBOT_TYPE
+
+    return Source(
+        policy=WanderPolicy(seed),
+        title="scripted motions (no model)",
+        robot_type=ROBOT_TYPE,
+        control_rate_hz=CONTROL_RATE_HZ,
+        views=tuple(CAMERAS),
+        layout="bimanual",
+        action_width=BIMANUAL_COLUMNS,
+        state_width=BIMANUAL_COLUMNS,
+        max_prefix=TRAINED_PREFIX,
+    )

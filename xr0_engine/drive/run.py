@@ -1,0 +1,99 @@
+"""One execution, put together: policy, robot, clock and limits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+
+from xr0_engine.drive.null import NullRobot
+from xr0_engine.drive.policies import Source
+from xr0_engine.executor import (
+    BimanualFrame,
+    Clock,
+    Executor,
+    Frame,
+    Limits,
+    Recorder,
+    Report,
+    Robot,
+    SensorsNotReady,
+    Settings,
+    Snapshot,
+    SystemClock,
+    VirtualClock,
+)
+
+# A simulated camera has to build its scene first.
+SENSORS_S = 30.0
+
+
+def run(
+    source: Source,
+    settings: Settings,
+    seconds: float,
+    in_simulator: bool,
+    delay_steps: float | None,
+    seed: int,
+    recorder: Recorder | None,
+    image_size: tuple[int, int] = (240, 320),
+) -> Report:
+    """Execute source's policy for so long, on the ALOHA simulation or on no robot at all.
+
+    delay_steps: simulated time, in which every inference takes so many steps; None: real time, after one inference to
+    warm up, whose errors are raised. seed: where the cube lies. image_size: (height, width) of the simulation's frames.
+    Raises ValueError for a policy whose layout or control rate is not the simulation's.
+    """
+    clock: Clock = SystemClock() if delay_steps is None else VirtualClock()
+    delay_s: Callable[[int], float] | None = None
+    if delay_steps is not None:
+        delay_s = lambda number: delay_steps / settings.rate_hz  # noqa: E731
+    with ExitStack() as stack:
+        robot: Robot
+        frame: Frame
+        if in_simulator:
+            robot, limits = _simulation(source, clock, delay_steps is None, seed, image_size, stack)
+            frame = BimanualFrame()
+        else:
+            robot = NullRobot(source.views, source.layout, source.robot_type, source.action_width, source.state_width)
+            frame, limits = robot.frame, None
+        if delay_s is None:
+            _warm_up(source, robot, clock)
+        return Executor(source.policy, robot, frame, settings, limits, clock, delay_s, recorder).run(seconds)
+
+
+def _warm_up(source: Source, robot: Robot, clock: Clock) -> None:
+    """One inference, whose chunk nobody executes. Raises whatever the policy raises."""
+    source.policy.infer(_wait_for_sensors(robot, clock).observation)
+    # A simulated robot catches up with the time that this took.
+    _wait_for_sensors(robot, clock)
+
+
+def _wait_for_sensors(robot: Robot, clock: Clock) -> Snapshot:
+    """The first observation that there is. Raises SensorsNotReady if there is none for SENSORS_S."""
+    begin_s = clock.now()
+    while True:
+        try:
+            return robot.observe(clock.now())
+        except SensorsNotReady:
+            if clock.now() - begin_s > SENSORS_S:
+                raise
+            clock.sleep_until(clock.now() + 0.01)
+
+
+def _simulation(
+    source: Source, clock: Clock, live: bool, seed: int, image_size: tuple[int, int], stack: ExitStack
+) -> tuple[Robot, Limits]:
+    from xr0_engine.drive.aloha import LiveAloha, SimulatedAloha, aloha_limits
+    from xr0_engine.sim import CONTROL_RATE_HZ, INSTRUCTION, AlohaEnv
+
+    if (source.layout, source.control_rate_hz) != ("bimanual", CONTROL_RATE_HZ):
+        raise ValueError(
+            f"policy: expected layout bimanual at {CONTROL_RATE_HZ:g} Hz for the simulation, got {source.layout} at "
+            f"{source.control_rate_hz:g} Hz"
+        )
+    height, width = image_size
+    env = stack.enter_context(AlohaEnv(seed, width=width, height=height))
+    robot: Robot = SimulatedAloha(env, clock, INSTRUCTION)
+    if live:
+        robot = stack.enter_context(LiveAloha(env, clock, INSTRUCTION))
+    return robot, aloha_limits(env)
