@@ -50,8 +50,10 @@ def build_engines(
     capability = TARGETS.get(target) or _local_capability()
     weights = sum(manifest.files[name].bytes for name in manifest.files if name.endswith(".data"))
     with all_or_nothing(out, weights) as partial:
+        # TensorRT for RTX times nothing here: it chooses kernels on the GPU, when the engine is first run.
         cache = partial / TIMING_CACHE
-        cache.touch()
+        if builder == "tensorrt":
+            cache.touch()
         facts = {}
         for key, name in graphs.items():
             build = _Build(library, builder, folder / name, None if target == LOCAL else capability)
@@ -99,7 +101,8 @@ class _Build:
         config = self._config(builder, cache)
         plan = self._made(builder.build_serialized_network(network, config), "no engine")
         (folder / f"{key}.engine").write_bytes(plan)
-        cache.write_bytes(config.get_timing_cache().serialize())
+        if self._builder == "tensorrt":
+            cache.write_bytes(config.get_timing_cache().serialize())
         layers, summary = self._layers(plan)
         (folder / f"{key}.layers.json").write_text(json.dumps(layers, indent=1), encoding="utf-8")
         return {
@@ -114,7 +117,8 @@ class _Build:
         library = self._library
         config = builder.create_builder_config()
         config.profiling_verbosity = library.ProfilingVerbosity.DETAILED
-        config.set_timing_cache(config.create_timing_cache(cache.read_bytes()), ignore_mismatch=False)
+        if self._builder == "tensorrt":
+            config.set_timing_cache(config.create_timing_cache(cache.read_bytes()), ignore_mismatch=False)
         if self._capability is not None:
             config.num_compute_capabilities = 1
             name = "SM" + self._capability.replace(".", "")

@@ -5,12 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.export.cases import LIBERO
 from tests.support import make_config
 from xr0_engine.checkpoint import write_checkpoint
 from xr0_engine.export.onnx import export_onnx
-from xr0_engine.exported.manifest import ExportCase
-
-LIBERO = ExportCase("libero", "libero_all", (64, 64))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.export.conftest import LIBERO
+from tests.export.cases import LIBERO
 from tests.support import CPU, GOLDEN
 from xr0_engine.comparison import FLOAT32_EXPORT_MAX_ERROR
 from xr0_engine.export.onnx import export_onnx, write_graphs
