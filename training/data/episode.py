@@ -170,6 +170,15 @@ def poses_of(parts: Mapping[tuple[str, str], np.ndarray], count: int) -> Bimanua
     return BimanualPose(left, right)
 
 
+def arm_parts(poses: BimanualPose) -> dict[tuple[str, str], np.ndarray]:
+    """The inverse of poses_of: (arm, part) -> (N, width)."""
+    parts = {}
+    for arm, pose in (("left", poses.left), ("right", poses.right)):
+        parts[arm, "position"], parts[arm, "rotation"] = pose.position_m, pose.rotation.reshape(-1, 9)
+        parts[arm, "joints"], parts[arm, "gripper"] = pose.joints_rad, pose.gripper
+    return parts
+
+
 def _instructions(general: Any) -> tuple[str, ...]:
     found = []
     for entry in general:
@@ -232,15 +241,8 @@ def _poses(raw: Mapping[str, Any], where: str, count: int, present: Mapping[tupl
 
 
 def _poses_to_json(poses: BimanualPose, columns: np.ndarray) -> dict[str, Any]:
-    values = {}
-    for arm, pose in (("left", poses.left), ("right", poses.right)):
-        rows = {
-            "position": pose.position_m,
-            "rotation": pose.rotation.reshape(-1, 9),
-            "joints": pose.joints_rad,
-            "gripper": pose.gripper,
-        }
-        for part, (name, _) in PARTS.items():
-            if columns[getattr(ARMS[arm], part)].all():
-                values[f"{arm}_{name}"] = rows[part].round(DIGITS).tolist()
-    return values
+    return {
+        f"{arm}_{PARTS[part][0]}": rows.round(DIGITS).tolist()
+        for (arm, part), rows in arm_parts(poses).items()
+        if columns[getattr(ARMS[arm], part)].all()
+    }

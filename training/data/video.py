@@ -12,6 +12,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 
 from xr0_engine.training.data.samples import DataError
 
@@ -76,6 +77,7 @@ class _Video:
             raise DataError("does not tell its frame rate")
         self._tolerance_s = 0.5 / float(rate)
         self._frames: Iterator[av.VideoFrame] = iter(())
+        self._reformatter = VideoReformatter()
         self._last: av.VideoFrame | None = None
         self._image: np.ndarray | None = None
 
@@ -89,7 +91,8 @@ class _Video:
             raise DataError(f"does not decode at {time_s:.3f} s: {error}") from None
         if frame is not self._last or self._image is None:
             self._last = frame
-            self._image = frame.to_ndarray(format="rgb24")
+            # One reformatter for all frames: setting one up costs more than converting a small frame.
+            self._image = self._reformatter.reformat(frame, format="rgb24").to_ndarray()
             # Callers share it.
             self._image.flags.writeable = False
         return self._image

@@ -33,3 +33,60 @@ def record(
     result = run(out, episodes, first_seed, Settings(width, height), processes)
     tries = result.recorded + result.failed
     print(f"{out}: {result.present + result.recorded} episodes, {result.recorded} of them new, from {tries} tries")
+
+
+@app.command()
+def check(
+    datasets: Annotated[list[Path], typer.Argument(help="Folders, YAML descriptions, or .jsonl of vision-language.")],
+    fast: Annotated[bool, typer.Option("--fast", help="Only the first and last frame of each view.")] = False,
+    processes: Processes = 1,
+) -> None:
+    """Decode every frame that training could ask for, and list the episodes that would stop it. Exit code 1 if any."""
+    from xr0_engine.training.data.check import check as run
+
+    broken = 0
+    for path in datasets:
+        findings = run(path, fast, processes)
+        for fault in (fault for finding in findings for fault in finding.faults):
+            print(fault)
+        faulty = sum(bool(finding.faults) for finding in findings)
+        invalid = sum(finding.status == "invalid" for finding in findings)
+        print(f"{path}: {len(findings)} checked, {faulty} broken, {invalid} marked invalid (never supervised)")
+        broken += faulty
+    if broken:
+        raise typer.Exit(1)
+
+
+@app.command()
+def stats(
+    dataset: Annotated[Path, typer.Argument(help="Folder of episodes or LeRobot dataset, or its YAML description.")],
+    out: Annotated[Path, typer.Option(help="preprocessor_config.json, new or of a checkpoint: others' stay in it.")],
+    chunk_length: Annotated[int, typer.Option(min=1, help="Actions in a chunk, T.")] = 30,
+    validation_fraction: Annotated[float, typer.Option(help="Of the episodes, held out; as in training.")] = 0.1,
+    replace: Annotated[bool, typer.Option("--replace", help="Replace statistics of this robot type.")] = False,
+    processes: Processes = 1,
+) -> None:
+    """Mean and std of the actions, per timestep and column, over all training windows."""
+    from xr0_engine.training.data.stats import compute, merge
+
+    statistics = compute(dataset, chunk_length, validation_fraction, processes)
+    merge(out, statistics, replace)
+    print(
+        f"{out}: {statistics.robot_type}, {chunk_length} steps, "
+        f"{statistics.windows} windows of {statistics.episodes} episodes"
+    )
+
+
+@app.command()
+def convert(
+    dataset: Annotated[Path, typer.Argument(help="Folder of episodes or LeRobot dataset, or its YAML description.")],
+    out: Annotated[Path, typer.Argument(help="New folder.")],
+) -> None:
+    """Episode files to a LeRobot v3.0 dataset, or a LeRobot dataset (v2.0 to v3.0) to episode files."""
+    from xr0_engine.training.data.convert import from_lerobot, to_lerobot
+    from xr0_engine.training.data.lerobot import LeRobotDataset
+    from xr0_engine.training.data.sources import open_source
+
+    source = open_source(dataset)
+    (from_lerobot if isinstance(source, LeRobotDataset) else to_lerobot)(source, out)
+    print(f"{out}: {len(source.names)} episodes")
