@@ -63,20 +63,26 @@ def compare_stages(model: ExportedModel, reference: XR0Model, inputs: ModelInput
             yield from _compare_kv(model, keys["prefill"], model.prefill(padded, vision), padded_kv)
         for length in PREFIX_LENGTHS:
             flow = _flow_inputs(inputs, min(length, shapes.chunk_length))
-            expected = reference.sample(kv, **flow)
+            expected = reference.sample(kv, *flow)
             quantity = f"actions, prefix {length}"
             if keys["flow"] in stages:
-                yield _compare(model, keys["flow"], quantity, model.sample(padded_kv, **flow), expected)
+                yield _compare(model, keys["flow"], quantity, model.sample(padded_kv, *flow), expected)
             if keys["step"] in stages:
-                yield _compare(model, keys["step"], quantity, model.step(padded, **flow), expected)
+                yield _compare(model, keys["step"], quantity, model.step(padded, *flow), expected)
             if {"vision", keys["prefill"], keys["flow"]} <= stages:
-                chained = model.sample(model.prefill(padded, model.encode_images(inputs)), **flow)
+                chained = model.sample(model.prefill(padded, model.encode_images(inputs)), *flow)
                 yield _compare(model, f"end to end.{tokens}", quantity, chained, expected)
 
 
 def pad_inputs(inputs: ModelInputs, tokens: int) -> ModelInputs:
     """The same observations, padded on the left to `tokens`."""
-    return replace(inputs, **prompt(inputs, tokens))
+    padded = prompt(inputs, tokens)
+    return replace(
+        inputs,
+        input_ids=padded["input_ids"],
+        attention_mask=padded["attention_mask"],
+        position_ids=padded["position_ids"],
+    )
 
 
 def pad_kv(kv: KVBlock, tokens: int) -> KVBlock:
@@ -92,12 +98,13 @@ def _files(folder: Path, manifest: Manifest) -> Comparison:
     return Comparison("files", what, len(changed), 0, "files of another hash")
 
 
-def _flow_inputs(inputs: ModelInputs, prefix_length: int) -> dict[str, Tensor]:
+def _flow_inputs(inputs: ModelInputs, prefix_length: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """state, noise, prefix, prefix_length, as XR0Model.sample takes them."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(inputs.action_mask.shape, generator=generator)
     prefix = torch.randn(inputs.action_mask.shape, generator=generator)
     lengths = torch.full((len(noise),), prefix_length)
-    return {"state": inputs.state, "noise": noise, "prefix": prefix, "prefix_length": lengths}
+    return inputs.state, noise, prefix, lengths
 
 
 def _compare_vision(model: ExportedModel, actual: VisionTokens, expected: VisionTokens) -> Iterator[Comparison]:

@@ -27,7 +27,7 @@ class OnnxStage:
         """Raises NotImplementedError for a device or precision that this ONNX Runtime does not run, ValueError for a
         graph that it cannot read."""
         import onnxruntime as ort
-        from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, InvalidGraph, NotImplemented
+        from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
         provider = PROVIDERS[device.type]
         if provider not in ort.get_available_providers():
@@ -41,11 +41,11 @@ class OnnxStage:
         place = {"device_id": device.index or 0} if device.type == "cuda" else {}
         try:
             self._session = ort.InferenceSession(path, options, providers=[(provider, place)])
-        except NotImplemented as error:
+        except errors.NotImplemented as error:
             raise NotImplementedError(
                 f"{path}: ONNX Runtime does not run this precision on {device}, use fp32 or fp16 ({error})"
             ) from None
-        except (Fail, InvalidArgument, InvalidGraph) as error:
+        except (errors.Fail, errors.InvalidArgument, errors.InvalidGraph, errors.InvalidProtobuf) as error:
             raise ValueError(f"{path} cannot be read by ONNX Runtime: {error}") from None
         self._device = device
         self._inputs = {node.name: (TORCH_TYPES[node.type], tuple(node.shape)) for node in self._session.get_inputs()}

@@ -1,0 +1,177 @@
+"""An engine over an export: the reference engine's chunks, and what the export cannot take is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from tests.support import make_config
+from xr0_engine import Engine
+from xr0_engine.checkpoint import write_checkpoint
+from xr0_engine.comparison import FLOAT32_EXPORT_MAX_ERROR
+from xr0_engine.export.onnx import export_onnx
+from xr0_engine.exported.manifest import MANIFEST_FILE, ExportCase
+
+LONG = "pick up the red cube" + ", then the blue cube" * 20
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint") / "small"
+    write_checkpoint(folder, make_config(text={"num_layers": 3}, head={"num_layers": 2, "flow_steps": 2}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoint, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported") / "libero"
+    stages = ("vision", "prefill", "flow")
+    export_onnx(checkpoint, ExportCase("libero", "libero_all", (64, 64)), "fp32", folder, stages=stages)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def engine(exported):
+    return Engine.from_export(exported)
+
+
+@pytest.fixture(scope="module")
+def reference(checkpoint):
+    return Engine.from_pretrained(checkpoint, "cpu", "float32")
+
+
+@pytest.fixture
+def observation(engine):
+    return engine.example("libero_all", (64, 64))
+
+
+@pytest.mark.parametrize("prefix_length", [0, 3], ids=["sync", "prefix"])
+@pytest.mark.parametrize(
+    "instruction", ["stop", "pick up the red cube and place it on the plate"], ids=["short", "long"]
+)
+def test_chunks_are_the_reference_engines(engine, reference, observation, instruction, prefix_length):
+    observation = replace(observation, instruction=instruction)
+    prefix = reference.infer(observation, seed=3).actions[:prefix_length] if prefix_length else None
+    ours, theirs = (one.infer(observation, prefix=prefix, seed=7) for one in (engine, reference))
+    np.testing.assert_allclose(ours.normalized, theirs.normalized, atol=FLOAT32_EXPORT_MAX_ERROR, rtol=0)
+    np.testing.assert_allclose(ours.actions, theirs.actions, atol=FLOAT32_EXPORT_MAX_ERROR, rtol=0)
+    assert (ours.robot_type, ours.prefix_length) == ("libero_all", prefix_length)
+    assert ours.timing_ms.keys() == theirs.timing_ms.keys()
+
+
+def test_several_chunks_from_one_kept_block(engine, reference, observation):
+    state = observation.state[None, None]
+    kept = engine.prefill(observation), reference.prefill(observation)
+    for seed in range(2):
+        ours, theirs = (one.sample(kv, state, seed=seed) for one, kv in zip((engine, reference), kept, strict=True))
+        torch.testing.assert_close(ours, theirs, atol=FLOAT32_EXPORT_MAX_ERROR, rtol=0)
+
+
+def test_engine_tells_what_it_is(engine, reference):
+    assert (engine.backend, engine.config) == ("onnx", reference.config)
+    # Those with the case's chunk length and number of views.
+    assert engine.robot_types == ("libero_all", "calvin_abc_orig", "calvin_abcd_orig")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        pytest.param({"instruction": LONG}, "instruction: the prompt has .* for at most", id="prompt too long"),
+        pytest.param({"robot_type": "bimanual"}, "robot_type: expected one of calvin_abc_orig", id="robot type"),
+        pytest.param({"state": np.zeros(3, np.float32)}, "state: expected shape", id="state"),
+    ],
+)
+def test_what_the_export_cannot_take_is_refused(engine, observation, change, message):
+    with pytest.raises(ValueError, match=message):
+        engine.infer(replace(observation, **change))
+    engine.infer(observation, seed=0)
+
+
+def test_other_image_sizes_and_batches_are_refused(engine, observation):
+    larger = engine.example("libero_all", (96, 64))
+    with pytest.raises(
+        ValueError, match=r"images: the export is for patch grids \[\(4, 4\), \(4, 4\)\], got \[\(6, 4\)"
+    ):
+        engine.infer(larger)
+    with pytest.raises(ValueError, match="other image sizes, views or batch"):
+        engine.infer([observation, observation])
+
+
+def changed(folder, tmp_path, **entries):
+    """A copy whose manifest has other entries."""
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    content = json.loads((copy / MANIFEST_FILE).read_text())
+    (copy / MANIFEST_FILE).write_text(json.dumps({**content, **entries}))
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        pytest.param({"format": "other"}, "is foreign: its format is not 'xr0-export-onnx'", id="format"),
+        pytest.param({"schema": 2}, "has schema 2; this version reads 1", id="schema"),
+        pytest.param({"colour": "red"}, r"is corrupt: missing \[\], unknown \['colour'\]", id="unknown entry"),
+        pytest.param({"precision": "int3"}, "is corrupt: ValueError: precision 'int3'", id="precision"),
+        pytest.param({"shapes": {"batch": 1}}, "is corrupt: KeyError", id="shapes"),
+        pytest.param({"files": {"../x": {"bytes": 1, "sha256": ""}}}, "is corrupt", id="file outside"),
+        pytest.param({"stages": {"vision": "else.onnx"}}, "stages name files that are not listed", id="stage's file"),
+    ],
+)
+def test_corrupt_or_foreign_manifest_is_refused(exported, tmp_path, entries, message):
+    with pytest.raises(ValueError, match=message):
+        Engine.from_export(changed(exported, tmp_path, **entries))
+
+
+def test_folder_without_manifest_is_refused(checkpoint):
+    with pytest.raises(ValueError, match="not a folder that `xr0 export` wrote"):
+        Engine.from_export(checkpoint)
+
+
+def test_missing_and_truncated_files_are_named(exported, tmp_path):
+    copy = changed(exported, tmp_path)
+    (copy / "vision.onnx").unlink()
+    (copy / "weights.data").write_bytes(b"short")
+    with pytest.raises(ValueError, match=r"is damaged: .*vision\.onnx is missing; weights\.data has 5 bytes"):
+        Engine.from_export(copy)
+
+
+def test_stage_that_was_not_exported_is_named(exported, tmp_path, observation):
+    stages = {"vision": "vision.onnx"}
+    partial = Engine.from_export(changed(exported, tmp_path, stages=stages))
+    with pytest.raises(ValueError, match=r"holds no prefill\.96, only vision: export that stage too"):
+        partial.infer(observation)
+
+
+def test_graph_that_is_none_is_named(exported, tmp_path, observation):
+    copy = changed(exported, tmp_path)
+    size = (copy / "vision.onnx").stat().st_size
+    (copy / "vision.onnx").write_bytes(b"\xff" * size)
+    with pytest.raises(ValueError, match=r"vision\.onnx cannot be read by ONNX Runtime"):
+        Engine.from_export(copy).infer(observation)
+
+
+def test_bfloat16_on_a_cpu_says_what_works(checkpoint, tmp_path, observation):
+    folder = tmp_path / "bf16"
+    export_onnx(checkpoint, ExportCase("libero", "libero_all", (64, 64)), "bf16", folder, stages=["vision"])
+    with pytest.raises(NotImplementedError, match="does not run this precision on cpu, use fp32 or fp16"):
+        Engine.from_export(folder, "cpu").infer(observation)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"backend": "magic"}, "backend: an export has auto, onnx, tensorrt; got 'magic'"),
+        ({"backend": "tensorrt", "device": "cpu"}, "no engines for device cpu; there are: none"),
+        ({"device": "cuda:7"}, "CUDA GPUs that torch can use"),
+    ],
+    ids=["backend", "tensorrt", "device"],
+)
+def test_wrong_arguments_are_refused(exported, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Engine.from_export(exported, **arguments)
