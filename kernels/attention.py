@@ -21,10 +21,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-from xr0_engine.kernels.arguments import Tactic, Workspace
+from xr0_engine.kernels.arguments import SHARED_LIMIT, Tactic, Workspace
 from xr0_engine.kernels.device import gdc_begin, prefetch_l2
-from xr0_engine.kernels.launch import PROCESSORS, SHARED_LIMIT, launch
-from xr0_engine.kernels.shapes import expect, expect_head_dim, strided
+from xr0_engine.kernels.launch import PROCESSORS, launch
+from xr0_engine.kernels.shapes import expect, expect_head_dim, expect_tiles, strided
 
 LOG2_E = math.log2(math.e)
 OWN_BLOCK = 32
@@ -32,19 +32,20 @@ OWN_BLOCK = 32
 
 
 @triton.jit
-def _attend(q, keys, values, key_place, value_place, valid, allowed, scale, total, weight, top, DIM: tl.constexpr):
+def _attend(q, keys, values, key_place, value_place, allowed, scale, total, weight, top, DIM: tl.constexpr):
     """Take one block of keys into the running (total, weight, top): sum of values, of exponentials, maximum.
 
-    q: (rows, DIM). key_place, value_place: (block,) offsets of what is read where valid. allowed: (rows or 1, block).
+    q: (rows, DIM). key_place, value_place: (block,) offsets, all of them of finite keys and values; those that are not
+    allowed, (rows or 1, block), count for nothing.
     """
     column = tl.arange(0, DIM)
-    k = tl.load(keys + key_place[None, :] + column[:, None], valid[None, :], 0.0)
+    k = tl.load(keys + key_place[None, :] + column[:, None])
     scores = tl.where(allowed, tl.dot(q, k, input_precision="ieee") * scale, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, 1))
     base = _finite(new_top)
     exponentials = tl.exp2(scores - base[:, None])
     decay = tl.exp2(top - base)
-    v = tl.load(values + value_place[:, None] + column[None, :], valid[:, None], 0.0)
+    v = tl.load(values + value_place[:, None] + column[None, :])
     total = tl.dot(exponentials.to(v.dtype), v, total * decay[:, None], input_precision="ieee")
     return total, weight * decay + tl.sum(exponentials, 1), new_top
 
@@ -105,12 +106,12 @@ def _attention(
     k_place, v_place = k + batch * k_b + group * k_g, v + batch * v_b + group * v_g
     for start in range(0, end, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
-        valid = key < keys
-        allowed = valid[None, :]
+        allowed = (key < keys)[None, :]
         if CAUSAL:
             allowed = allowed & (key[None, :] <= row[:, None] + keys - rows)
+        key = tl.minimum(key, keys - 1)
         total, weight, top = _attend(
-            query, k_place, v_place, key * k_n, key * v_n, valid, allowed, scale, total, weight, top, DIM
+            query, k_place, v_place, key * k_n, key * v_n, allowed, scale, total, weight, top, DIM
         )
     mixed = (total / weight[:, None]).to(out.dtype.element_ty)
     tl.store(out + batch * out_b + row[:, None] * out_m + head[:, None] * DIM + column, mixed, inside)
@@ -138,6 +139,7 @@ def attention(
         mixed = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=heads != groups)
         out.unflatten(-1, (heads, dim)).copy_(mixed.transpose(1, 2))
         return
+    expect_tiles(tactic, "block_m", "block_n")
     share = heads // groups
     launch(
         _attention,
@@ -236,20 +238,10 @@ def _lambda_attention(
     first = first_valid + split * run
     for start in range(first, tl.minimum(end_valid, first + run), BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
-        valid = key < end_valid
+        allowed = (key < end_valid)[None, :]
+        key = tl.minimum(key, end_valid - 1)
         total, weight, top = _attend(
-            query,
-            keys,
-            values,
-            key * kv_keys_n,
-            key * kv_values_n,
-            valid,
-            valid[None, :],
-            scale,
-            total,
-            weight,
-            top,
-            DIM,
+            query, keys, values, key * kv_keys_n, key * kv_values_n, allowed, scale, total, weight, top, DIM
         )
 
     if split == SPLITS - 1:
@@ -258,14 +250,14 @@ def _lambda_attention(
         for start in range(0, tl.minimum(queries * SHARE, (tile + 1) * BLOCK_M), OWN):
             own = start + tl.arange(0, OWN)
             token, own_head = own // SHARE, own % SHARE
-            valid = token < queries
             distance = row[:, None] - token[None, :]
             near = (token[None, :] < context) | (distance <= window)
             same_head = (packed % SHARE)[:, None] == own_head[None, :]
-            allowed = valid[None, :] & same_head & (distance >= 0) & near
+            allowed = (token < queries)[None, :] & same_head & (distance >= 0) & near
+            token = tl.minimum(token, queries - 1)
             k_offset, v_offset = own_head * k_h + token * k_m, own_head * v_h + token * v_m
             total, weight, top = _attend(
-                query, k_place, v_place, k_offset, v_offset, valid, allowed, scale, total, weight, top, DIM
+                query, k_place, v_place, k_offset, v_offset, allowed, scale, total, weight, top, DIM
             )
 
     place = out + batch * out_b + row[:, None] * out_m + head[:, None] * DIM + column
@@ -332,7 +324,8 @@ def lambda_attention(
     expect_head_dim(dim)
     _expect_groups(heads, groups)
     if tactic.library:
-        raise ValueError("tactic: expected tiles of lambda_attention, got library, which has no such kernel")
+        raise NotImplementedError("library: has no lambda_attention; a tactic without library has")
+    expect_tiles(tactic, "block_m", "block_n")
     share, splits = heads // groups, tactic.split_k
     tiles = triton.cdiv(queries * share, tactic.block_m)
     elements = 0 if splits == 1 else batch * groups * tiles * splits * tactic.block_m * (dim + 2)

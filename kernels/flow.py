@@ -249,13 +249,12 @@ def euler_step(
     expect("prefix_length", prefix_length, (batch,))
     if (in_weight is None) != (hidden is None):
         raise ValueError("hidden: expected with in_weight, and without it in the last step; got one of the two")
-    hidden_columns, projection = HIDDEN_BLOCK, {"in_weight": None, "in_weight_c": 0}
-    place = {"hidden": None, "hidden_b": 0, "hidden_t": 0}
+    if z_next is z:
+        raise ValueError("z_next: expected another buffer than z, got the same")
+    hidden_columns = HIDDEN_BLOCK if in_weight is None else in_weight.shape[0]
     if in_weight is not None and hidden is not None:
-        hidden_columns = in_weight.shape[0]
         expect("in_weight", in_weight, (hidden_columns, actions))
         expect("hidden", hidden, (batch, tokens, hidden_columns))
-        projection, place = strided("in_weight", in_weight, "c"), strided("hidden", hidden, "bt")
     rows, tiles = batch * tokens, _tiles(batch * tokens, actions)
     launch(
         _euler_step,
@@ -271,8 +270,8 @@ def euler_step(
             "prefix_length": prefix_length,
             **strided("action_mask", action_mask, "bt"),
             "dt": dt,
-            **projection,
-            **place,
+            **strided("in_weight", in_weight, "c"),
+            **strided("hidden", hidden, "bt"),
             "rows": rows,
             "tokens": tokens,
             "actions": actions,

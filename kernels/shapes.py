@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
+
+from xr0_engine.kernels.arguments import Tactic
 
 
 def expect(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
@@ -19,6 +23,17 @@ def expect_head_dim(dim: int) -> None:
         raise ValueError(f"head_dim: expected a power of two, at least 16; got {dim}")
 
 
-def strided(name: str, tensor: Tensor, dimensions: str) -> dict[str, Tensor | int]:
-    """Kernel arguments: the tensor, and the strides of its leading dimensions as name_b, name_m, ..."""
-    return {name: tensor, **{f"{name}_{letter}": tensor.stride(i) for i, letter in enumerate(dimensions)}}
+def expect_tiles(tactic: Tactic, *names: str) -> None:
+    """Raises ValueError unless these sizes of a tactic are powers of two, at least 16, and the split is one."""
+    for name in names:
+        size = getattr(tactic, name)
+        if size < 16 or size & (size - 1):
+            raise ValueError(f"tactic.{name}: expected a power of two, at least 16; got {size}")
+    if tactic.split_k < 1:
+        raise ValueError(f"tactic.split_k: expected at least 1, got {tactic.split_k}")
+
+
+def strided(name: str, tensor: Tensor | None, dimensions: str) -> dict[str, Any]:
+    """Kernel arguments: the tensor, and the strides of its leading dimensions as name_b, name_m, ...; 0 without one."""
+    strides = {f"{name}_{letter}": tensor.stride(i) if tensor is not None else 0 for i, letter in enumerate(dimensions)}
+    return {name: tensor, **strides}

@@ -26,15 +26,13 @@ def record_launches():
     def meta(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    w, lengths = torch.bfloat16, meta(1, dtype=torch.int32)
-    for tokens in (10, 30):
-        z, weight, hidden = meta(1, tokens, 32), meta(1024, 32, dtype=w), meta(1, tokens, 1024, dtype=w)
-        start_flow(z, z, lengths, z, weight, z, hidden)
-        x, sums = meta(1, tokens + 2, 1024)[:, 2:], meta(16, 1, tokens + 2, 2)[:, :, 2:]
-        for last in (False, True):
-            after = (None, None) if last else (weight, hidden)
-            weights = meta(32, 1024, dtype=w), meta(32, 32, dtype=w)
-            euler_step(x, sums, EPS, *weights, z, z, lengths, z, DT, *after)
+    lengths, z, z_next = meta(1, dtype=torch.int32), meta(1, 30, 32), meta(1, 30, 32)
+    weight, hidden = (meta(*shape, dtype=torch.bfloat16) for shape in ((1024, 32), (1, 30, 1024)))
+    start_flow(z, z, lengths, z, weight, z, hidden)
+    x, sums = meta(1, 32, 1024)[:, 2:], meta(16, 1, 32, 2)[:, :, 2:]
+    out_weights = [meta(*shape, dtype=torch.bfloat16) for shape in ((32, 1024), (32, 32))]
+    for after in ((weight, hidden), (None, None)):
+        euler_step(x, sums, EPS, *out_weights, z, z_next, lengths, z, DT, *after)
     tables = meta(1, 32, 64), meta(1, 32, 64)
     axes = meta(64, dtype=torch.int32)
     dit_rope_tables(meta(3, 1, dtype=torch.int32), lengths, meta(64), axes, *tables, context=2, offset=10)
@@ -130,6 +128,8 @@ def test_wrong_arguments_are_refused():
     arguments = (torch.zeros(1, 4, 64), torch.zeros(1, 1, 4, 2), EPS, torch.zeros(8, 64), torch.zeros(8, 8))
     with pytest.raises(ValueError, match=r"z_next: expected shape \(1, 4, 8\), got \(1, 5, 8\)"):
         euler_step(*arguments, z, torch.zeros(1, 5, 8), length, z, DT, None, None)
+    with pytest.raises(ValueError, match="z_next: expected another buffer"):
+        euler_step(*arguments, z, z, length, z, DT, None, None)
     with pytest.raises(ValueError, match="hidden: expected with in_weight"):
         euler_step(*arguments, z, torch.zeros(1, 4, 8), length, z, DT, torch.zeros(64, 8), None)
     with pytest.raises(ValueError, match=r"in_weight: expected shape \(64, 8\)"):

@@ -1,0 +1,193 @@
+"""Both attentions against their oracles: odd sizes, grouped KV, every mask, any number of splits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.kernels.ahead_of_time import assert_compiles
+from tests.kernels.support import DEVICE, DTYPES, Frame, assert_close, randn
+from xr0_engine.kernels import fused_reference
+from xr0_engine.kernels.arguments import Tactic, Workspace
+from xr0_engine.kernels.attention import attention, lambda_attention
+
+SMALL = {"block_m": 16, "block_n": 16}
+
+
+def record_launches():
+    def meta(*shape, dtype=torch.bfloat16):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    workspace = Workspace(torch.device("meta"))
+    q, kv, out = meta(1, 315, 32, 128), meta(1, 8, 315, 128), meta(1, 315, 4096)
+    tactic = Tactic(block_m=128, block_n=32, warps=8, stages=2)
+    attention(q.transpose(1, 2), kv, kv, out, causal=True, tactic=tactic, workspace=workspace)
+    patches = meta(2, 256, 3, 16, 64).permute(2, 0, 3, 1, 4)
+    tactic = Tactic(block_m=128, block_n=64, warps=8, stages=2)
+    attention(*patches, meta(2, 256, 1024), causal=False, tactic=tactic, workspace=workspace)
+    span = meta(1, dtype=torch.int32)
+    for queries, block_m in ((12, 16), (32, 32)):
+        own, cache = meta(1, 8, queries, 128), meta(1, 8, 315, 128)
+        tactic = Tactic(block_m=block_m, block_n=64, split_k=4, warps=4, stages=2)
+        arguments = (own, own, own, cache, cache, span, span, meta(1, queries, 1024))
+        lambda_attention(*arguments, window=4, context=2, tactic=tactic, workspace=workspace)
+
+
+def test_compiles_ahead_of_time():
+    assert_compiles("test_attention")
+
+
+@pytest.fixture
+def workspace():
+    return Workspace(DEVICE)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("batch", "heads", "groups", "rows", "keys", "dim"),
+    [
+        pytest.param(1, 4, 1, 21, 21, 32, id="4 heads share"),
+        pytest.param(2, 3, 3, 16, 16, 16, id="whole tiles"),
+        pytest.param(2, 6, 2, 5, 37, 16, id="after a kept head"),
+        pytest.param(3, 2, 1, 1, 1, 64, id="one token"),
+    ],
+)
+@pytest.mark.parametrize("library", [False, True], ids=["kernel", "library"])
+def test_attention(batch, heads, groups, rows, keys, dim, dtype, causal, library, workspace):
+    torch.manual_seed(0)
+    # As the products leave them: heads beside each other in a row.
+    q = randn(batch, rows, heads, dim, dtype=dtype, scale=2).transpose(1, 2)
+    k, v = (randn(batch, groups, keys, dim, dtype=dtype) for _ in range(2))
+    common = {"causal": causal, "tactic": Tactic(library=library, **SMALL), "workspace": workspace}
+    out, exact = Frame(batch, rows, heads * dim, dtype=dtype), torch.empty(batch, rows, heads * dim, device=DEVICE)
+    attention(q, k, v, out.view, **common)
+    fused_reference.attention(q, k, v, exact, **common)
+    mask = torch.ones(rows, keys, dtype=torch.bool, device=DEVICE).tril(keys - rows if causal else keys)
+    plain = plain_attention(q, k, v, mask)
+    assert_close(out.result(), exact, None if dtype == torch.float32 else plain.transpose(1, 2).flatten(2))
+
+
+def plain_attention(q, k, v, mask):
+    """With every intermediate result in the inputs' dtype."""
+    repeat = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
+    scores = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).masked_fill(~mask, -torch.inf)
+    return scores.softmax(-1) @ v
+
+
+LAMBDA_SIZES = [
+    pytest.param(1, 2, 2, 12, 50, 32, id="12 queries"),
+    pytest.param(3, 2, 1, 7, 33, 16, id="2 heads share"),
+    pytest.param(1, 3, 1, 13, 16, 16, id="several tiles"),
+    pytest.param(1, 1, 1, 1, 1, 64, id="one token"),
+]
+
+
+def lambda_case(batch, heads, groups, queries, cached, dim, dtype):
+    """q, k, v as views of one product, and a cache whose invalid ends are NaN; the last row's range is empty."""
+    q, k, v = randn(batch, queries, 3, heads, dim, dtype=dtype, scale=2).permute(2, 0, 3, 1, 4)
+    keys, values = (randn(batch, groups, cached, dim, dtype=dtype) for _ in range(2))
+    begin = torch.tensor([cached // 3, 0, cached // 2][:batch], dtype=torch.int32, device=DEVICE)
+    end = torch.tensor([cached - cached // 5, cached, cached // 2][:batch], dtype=torch.int32, device=DEVICE)
+    place = torch.arange(cached, device=DEVICE)
+    outside = (place < begin[:, None]) | (place >= end[:, None])
+    for cache in (keys, values):
+        cache.masked_fill_(outside[:, None, :, None], torch.nan)
+    return q, k, v, keys, values, begin, end
+
+
+@pytest.mark.parametrize(
+    ("window", "context", "splits"),
+    [
+        pytest.param(None, 2, 1, id="causal"),
+        pytest.param(4, 2, 3, id="window 4, 3 splits"),
+        pytest.param(0, 1, 1, id="itself and the sink"),
+        pytest.param(3, 0, 2, id="no context, 2 splits"),
+    ],
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("batch", "heads", "groups", "queries", "cached", "dim"), LAMBDA_SIZES)
+def test_lambda_attention(batch, heads, groups, queries, cached, dim, dtype, window, context, splits, workspace):
+    torch.manual_seed(0)
+    case = lambda_case(batch, heads, groups, queries, cached, dim, dtype)
+    common = {"window": window, "context": context, "workspace": workspace}
+    common["tactic"] = Tactic(split_k=splits, **SMALL)
+    out, exact = (
+        Frame(batch, queries, heads * dim, dtype=dtype),
+        torch.empty(batch, queries, heads * dim, device=DEVICE),
+    )
+    lambda_attention(*case, out.view, **common)
+    fused_reference.lambda_attention(*case, exact, **common)
+    # The next kernel counts from zero.
+    assert not workspace.counters(batch * groups).any()
+    assert_close(out.result(), exact, None if dtype == torch.float32 else plain_lambda(*case, window, context))
+
+
+def plain_lambda(q, k, v, keys, values, begin, end, window, context):
+    """With every intermediate result in the inputs' dtype, row by row, on what is valid alone."""
+    token = torch.arange(q.shape[2], device=DEVICE)
+    distance = token[:, None] - token
+    own = distance >= 0
+    if window is not None:
+        own &= (token < context) | (distance <= window)
+    rows, repeat = [], q.shape[1] // keys.shape[1]
+    for row, (first, last) in enumerate(zip(begin.tolist(), end.tolist(), strict=True)):
+        both = [
+            torch.cat((cache[row, :, first:last].repeat_interleave(repeat, 0), mine[row]), dim=1)[None]
+            for cache, mine in ((keys, k), (values, v))
+        ]
+        seen = torch.ones(len(token), last - first, dtype=torch.bool, device=DEVICE)
+        rows.append(plain_attention(q[row : row + 1], *both, torch.cat((seen, own), dim=1)))
+    return torch.cat(rows).transpose(1, 2).flatten(2)
+
+
+def test_valid_range_is_read_on_the_device(workspace):
+    """The same call replayed with another prompt length, as a captured graph replays it."""
+    torch.manual_seed(0)
+    q, k, v, keys, values, begin, end = lambda_case(1, 2, 2, 5, 40, 16, torch.float32)
+    keys, values = keys.nan_to_num(0.5), values.nan_to_num(0.5)
+    common = {"window": None, "context": 2, "workspace": workspace, "tactic": Tactic(split_k=2, **SMALL)}
+    out, exact = Frame(1, 5, 32), torch.empty(1, 5, 32, device=DEVICE)
+    for first, last in ((0, 40), (39, 40), (8, 8), (0, 17)):
+        begin[0], end[0] = first, last
+        lambda_attention(q, k, v, keys, values, begin, end, out.view, **common)
+        fused_reference.lambda_attention(q, k, v, keys, values, begin, end, exact, **common)
+        assert_close(out.result(), exact)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"v": (1, 2, 8, 32)}, r"v: expected shape \(1, 2, 8, 16\), got \(1, 2, 8, 32\)"),
+        ({"out": (1, 4, 32)}, r"out: expected shape \(1, 4, 64\)"),
+        ({"k": (1, 3, 8, 16), "v": (1, 3, 8, 16)}, "expected a multiple of 3 KV heads, got 4"),
+        ({"k": (1, 2, 3, 16), "v": (1, 2, 3, 16)}, "k: expected at least as many keys as queries, 4"),
+        ({"q": (1, 4, 4, 24), "k": (1, 2, 8, 24), "v": (1, 2, 8, 24), "out": (1, 4, 96)}, "head_dim: expected a power"),
+    ],
+    ids=["v", "out", "groups", "too few keys", "head_dim"],
+)
+def test_wrong_shapes_are_refused(change, complaint, workspace):
+    shapes = {"q": (1, 4, 4, 16), "k": (1, 2, 8, 16), "v": (1, 2, 8, 16), "out": (1, 4, 64)} | change
+    tensors = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    with pytest.raises(ValueError, match=complaint):
+        attention(**tensors, causal=True, tactic=Tactic(), workspace=workspace)
+
+
+def test_tiles_must_be_powers_of_two(workspace):
+    case = lambda_case(1, 2, 2, 3, 8, 16, torch.float32)
+    for tactic, name in (
+        (Tactic(block_n=48), "block_n"),
+        (Tactic(block_m=8), "block_m"),
+        (Tactic(split_k=0), "split_k"),
+    ):
+        with pytest.raises(ValueError, match=f"tactic.{name}: expected"):
+            lambda_attention(*case, torch.empty(1, 3, 32), window=4, context=2, tactic=tactic, workspace=workspace)
+
+
+def test_lambda_attention_has_no_library(workspace):
+    case = lambda_case(1, 2, 2, 3, 8, 16, torch.float32)
+    with pytest.raises(NotImplementedError, match="library: has no lambda_attention"):
+        lambda_attention(
+            *case, torch.empty(1, 3, 32), window=4, context=2, tactic=Tactic(library=True), workspace=workspace
+        )
