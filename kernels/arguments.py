@@ -15,6 +15,10 @@ STATS_COLUMNS = 64
 """One partial sum of a row covers so many columns: whoever writes a row adds them up alone, in one fixed order."""
 
 
+SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+"""Compute capability -> bytes of shared memory that one block may use."""
+
+
 @dataclass(frozen=True)
 class Weight:
     """A linear layer's weight. data: (N, K), K contiguous; 8-bit data come with scale, (N,) float32 per output."""

@@ -21,8 +21,8 @@ from triton.compiler import ASTSource
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
-"""Compute capability -> bytes of shared memory that one block may use."""
+PROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
+"""Compute capability -> streaming multiprocessors of the chip that default tactics are made for."""
 
 DEPENDENT_LAUNCH_FROM = 90
 """Compute capability from which a kernel may start before the one ahead of it has ended."""

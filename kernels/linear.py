@@ -5,15 +5,25 @@ Shape legend: B batch, M rows of each, K columns in, N or F columns out.
 
 from __future__ import annotations
 
+import itertools
 from typing import Literal
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from xr0_engine.kernels.arguments import STATS_COLUMNS, InputNorm, Residual, StatsOut, Tactic, Weight, Workspace
+from xr0_engine.kernels.arguments import (
+    SHARED_LIMIT,
+    STATS_COLUMNS,
+    InputNorm,
+    Residual,
+    StatsOut,
+    Tactic,
+    Weight,
+    Workspace,
+)
 from xr0_engine.kernels.device import gdc_begin, gelu_tanh
-from xr0_engine.kernels.launch import SHARED_LIMIT
+from xr0_engine.kernels.launch import PROCESSORS
 from xr0_engine.kernels.product import (
     MIN_DOT,
     add_slots,
@@ -31,54 +41,53 @@ from xr0_engine.kernels.product import (
 )
 from xr0_engine.kernels.shapes import expect, strided
 
-PROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
-"""Compute capability -> streaming multiprocessors of the chip that default tactics are made for."""
 SKINNY_ROWS = 64
 """Up to so many rows a product is bound by reading its weight."""
 HEAD_COLUMNS = 128
+READ_COST = 64
+"""Reading one factor from the L2 cache takes as long as so many products: about 30 on an RTX 4090, 150 on an H200."""
+MAX_SPLIT = 8
 
 
 def default_tactic(kind: Literal["linear", "swiglu", "qkv"], rows: int, n: int, k: int, arch: int) -> Tactic:
     """How a product of rows (of all batches) by a weight (n, k) runs on a chip for which nothing was measured.
 
-    Up to SKINNY_ROWS rows: one row tile, narrow column tiles, K split so that every processor reads a part of the
-    weight. More rows: the largest tile whose whole waves over the chip, padding included, take the least time.
-    n counts weight rows. Raises ValueError for a chip that is not known.
+    Up to SKINNY_ROWS rows the weight decides: one row tile, narrow column tiles, K split until there is a program per
+    processor. Beyond, the tile whose waves over the chip take the least time, padding included; K is split where tiles
+    alone leave processors idle.
+    n counts weight rows; a head is taken to have HEAD_COLUMNS. For 16-bit factors. Raises ValueError for a chip that
+    is not known.
     """
     if arch not in PROCESSORS:
         raise ValueError(f"arch: expected one of {', '.join(map(str, PROCESSORS))}; got {arch}")
     processors = PROCESSORS[arch]
-    big_memory = SHARED_LIMIT[arch] >= 160 * 1024
+    stages = 4 if SHARED_LIMIT[arch] >= 160 * 1024 else 3
     if rows <= SKINNY_ROWS:
         block_m = max(MIN_DOT, triton.next_power_of_2(rows))
-        width = HEAD_COLUMNS if kind == "qkv" else 64
-        block_k = 128 if k % 128 == 0 and width == 64 else 64
-        split_k = _split(triton.cdiv(n, width), triton.cdiv(k, block_k), processors)
-        return Tactic(block_m, _columns(kind, width), block_k, split_k, warps=4, stages=4 if big_memory else 3)
+        width, block_k = (HEAD_COLUMNS, 64) if kind == "qkv" else (64, 128 if k % 128 == 0 else 64)
+        tiles, blocks = triton.cdiv(n, width), triton.cdiv(k, block_k)
+        split_k = min(_divisors(blocks), key=lambda split: abs(tiles * split - processors))
+        return Tactic(block_m, width // 2 if kind == "swiglu" else width, block_k, split_k, warps=4, stages=stages)
 
-    def time(tile: tuple[int, int]) -> float:
-        block_m, width = tile
+    def time(tile: tuple[int, int, int]) -> float:
+        block_m, width, split = tile
         tiles = triton.cdiv(rows, block_m) * triton.cdiv(n, width)
-        # A tile's time is its arithmetic, or the reading of its two sides.
-        return triton.cdiv(tiles, processors) * (block_m * width + 32 * (block_m + width))
+        if split > 1 and tiles >= processors:
+            return float("inf")
+        product = k / split * (block_m * width + READ_COST * (block_m + width))
+        # Every program writes a float32 tile, the last of a tile reads all of them: a float32 is two factors.
+        summing = 0 if split == 1 else (1 + split) * 2 * READ_COST * block_m * width
+        return triton.cdiv(tiles * split, processors) * (product + summing)
 
     widths = (HEAD_COLUMNS,) if kind == "qkv" else (128, 64)
-    block_m, width = min(((m, width) for m in (128, 64) for width in widths), key=time)
-    tiles = triton.cdiv(rows, block_m) * triton.cdiv(n, width)
-    split_k = _split(tiles, triton.cdiv(k, 64), processors) if 2 * tiles <= processors else 1
+    splits = [split for split in _divisors(triton.cdiv(k, 64)) if split <= MAX_SPLIT]
+    block_m, width, split_k = min(itertools.product((128, 64), widths, splits), key=time)
     warps = 8 if block_m * width == 128 * 128 else 4
-    return Tactic(block_m, _columns(kind, width), 64, split_k, warps, stages=4 if big_memory else 3)
+    return Tactic(block_m, width // 2 if kind == "swiglu" else width, 64, split_k, warps, stages)
 
 
-def _columns(kind: str, width: int) -> int:
-    """block_n of a tile of so many weight rows."""
-    return width // 2 if kind == "swiglu" else width
-
-
-def _split(tiles: int, blocks: int, processors: int) -> int:
-    """The divisor of a product's blocks along K with which its programs come closest to one per processor."""
-    divisors = [split for split in range(1, blocks + 1) if blocks % split == 0]
-    return min(divisors, key=lambda split: abs(tiles * split - processors))
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
 @triton.jit

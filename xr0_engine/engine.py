@@ -16,10 +16,12 @@ from xr0_engine.config import XR0Config
 from xr0_engine.decode import decode, encode_prefix
 from xr0_engine.embodiment import Embodiment, load_embodiment
 from xr0_engine.exported.model import ExportedModel
+from xr0_engine.model.fused import FusedModel
 from xr0_engine.model.weights import load_model, read_index, resolve_checkpoint
 from xr0_engine.model.xr0 import XR0Model
 from xr0_engine.normalize import select_robot_type
 from xr0_engine.preprocess import Preprocessor
+from xr0_engine.tactics import tactics_for
 from xr0_engine.types import ActionChunk, KVBlock, ModelInputs, Observation
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -31,7 +33,9 @@ class Engine:
     A refused call (ValueError) changes nothing; the engine serves the next.
     """
 
-    def __init__(self, model: XR0Model | ExportedModel, preprocess: Preprocessor, backend: str = "reference") -> None:
+    def __init__(
+        self, model: XR0Model | FusedModel | ExportedModel, preprocess: Preprocessor, backend: str = "reference"
+    ) -> None:
         self.model = model
         self.config: XR0Config = model.config
         self.statistics = preprocess.statistics
@@ -57,26 +61,31 @@ class Engine:
         """
         if dtype not in DTYPES:
             raise ValueError(f"dtype: expected {', '.join(DTYPES)}; got {dtype!r}")
-        chosen_backend, chosen_device = ops.resolve_backend(backend), ops.resolve_device(device)
+        chosen_device = ops.resolve_device(device)
+        chosen_backend = ops.resolve_backend(backend, chosen_device)
         if isinstance(embodiment, str | Path):
             embodiment = load_embodiment(embodiment)
         folder = resolve_checkpoint(path)
         preprocess = Preprocessor.load(folder, embodiment)
+        table = tactics_for(chosen_device) if chosen_backend == "triton" else None
         model = load_model(preprocess.config, read_index(folder), chosen_device, DTYPES[dtype])
-        return cls(model, preprocess, chosen_backend)
+        if table is None:
+            return cls(model, preprocess, chosen_backend)
+        fused = FusedModel(model, chosen_backend, table, graphs=chosen_device.type == "cuda")
+        return cls(fused, preprocess, chosen_backend)
 
     @classmethod
     def from_export(
         cls,
         path: str | Path,
         device: str = "auto",
-        backend: str = "onnx",
+        backend: str = "auto",
         embodiment: str | Path | Embodiment | None = None,
     ) -> Engine:
         """An engine on what `xr0 export` wrote: the same calls, for the case that was exported.
 
-        device: as in from_pretrained. backend: onnx (ONNX Runtime) or tensorrt (engines built for this GPU).
-        embodiment: as in from_pretrained; None is the export's own. Other image sizes, views, batches, chunk lengths or
+        device: as in from_pretrained. backend: onnx (ONNX Runtime), tensorrt (engines built for this GPU), or auto:
+        tensorrt where the folder has such engines, else onnx. embodiment: as in from_pretrained; None is the export's own. Other image sizes, views, batches, chunk lengths or
         longer prompts than the export's raise ValueError. Raises ValueError for a folder that cannot be used,
         NotImplementedError for what this machine does not run, RuntimeError for a missing library.
         """
@@ -86,7 +95,7 @@ class Engine:
             Path(path), load_embodiment(profile) if isinstance(profile, str | Path) else profile
         )
         preprocess.statistics = {name: preprocess.statistics[name] for name in model.manifest.robot_types}
-        return cls(model, preprocess, backend)
+        return cls(model, preprocess, model.backend)
 
     @property
     def robot_types(self) -> tuple[str, ...]:
@@ -193,12 +202,16 @@ class Engine:
         start = _noise(noise, seed, tuple(inputs.action_mask.shape))
         prefix, prefix_length = self._normalized_prefixes(inputs, prefixes, robot_types)
         clock.mark("preprocess")
-        vision = self.model.encode_images(inputs)
-        clock.mark("vision")
-        kv = self.model.prefill(inputs, vision)
-        clock.mark("prefill")
-        sampled = self.model.sample(kv, inputs.state, start, prefix, prefix_length).cpu().numpy()
-        clock.mark("flow")
+        if isinstance(self.model, FusedModel):
+            sampled = np.array(self.model.step(inputs, start, prefix, prefix_length).cpu())
+            clock.mark("step")
+        else:
+            vision = self.model.encode_images(inputs)
+            clock.mark("vision")
+            kv = self.model.prefill(inputs, vision)
+            clock.mark("prefill")
+            sampled = self.model.sample(kv, inputs.state, start, prefix, prefix_length).cpu().numpy()
+            clock.mark("flow")
         if not np.isfinite(sampled).all():
             raise RuntimeError(
                 "the model gave actions that are not finite: the checkpoint is broken, or float16 overflowed"

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from xr0_engine.kernels.arguments import (
+    SHARED_LIMIT,
     STATS_COLUMNS,
     InputNorm,
     Residual,
@@ -26,7 +27,11 @@ from xr0_engine.kernels.arguments import (
     Workspace,
 )
 
+if TYPE_CHECKING:
+    from xr0_engine.kernels.launch import Compiled
+
 __all__ = [
+    "SHARED_LIMIT",
     "STATS_COLUMNS",
     "FusedOps",
     "InputNorm",
@@ -34,17 +39,25 @@ __all__ = [
     "StatsOut",
     "Tactic",
     "Weight",
+    "compile_kernels",
+    "interpreted",
+    "tactic_key",
     "triton_fault",
+    "triton_installed",
 ]
 
 
 def triton_fault() -> str | None:
     """Why Triton's kernels cannot run on this machine, None if they can."""
-    if importlib.util.find_spec("triton") is None:
+    if not triton_installed():
         return "triton is not installed: pip install 'xr0-engine[cuda]'"
     if not torch.cuda.is_available() and not interpreted():
         return "torch finds no CUDA GPU (TRITON_INTERPRET=1 runs the kernels in Triton's interpreter, to test them)"
     return None
+
+
+def triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def interpreted() -> bool:
@@ -162,34 +175,61 @@ def tactic_key(kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> str:
     return f"{kind} {'x'.join(map(str, shape))} {str(dtype).removeprefix('torch.')}"
 
 
+def compile_kernels(work: Callable[[], None], arch: int, done: Callable[[int, int], None]) -> list[Compiled]:
+    """Compile every kernel variant that work launches, for a chip that need not be here.
+
+    work: runs stages on tensors of the meta device. arch: compute capability. done: called with the number compiled
+    and of all. Raises RuntimeError in Triton's interpreter, which hides the kernels from the compiler.
+    """
+    from xr0_engine.kernels.launch import compile_for, recording, variants
+
+    if interpreted():
+        raise RuntimeError("TRITON_INTERPRET=1 is set: the interpreter compiles nothing; unset it")
+    with recording() as launches:
+        work()
+    calls = variants(launches)
+    compiled = []
+    for number, call in enumerate(calls, 1):
+        compiled.append(compile_for(call, arch))
+        done(number, len(calls))
+    return compiled
+
+
 def _kernels(backend: str) -> SimpleNamespace:
     if backend == "reference":
         from xr0_engine.kernels import fused_reference
 
         return SimpleNamespace(**vars(fused_reference), default_tactic=lambda kind, shape, arch: Tactic())
-    from xr0_engine.kernels import attention, embed, flow, linear, qkv
+    from xr0_engine.kernels.attention import attention, lambda_attention
+    from xr0_engine.kernels.embed import embed, layer_norm, rope_tables
+    from xr0_engine.kernels.flow import dit_rope_tables, euler_step, start_flow
+    from xr0_engine.kernels.linear import linear, swiglu
+    from xr0_engine.kernels.qkv import qkv
 
-    return SimpleNamespace(
-        **{op.__name__: op for op in (linear.linear, linear.swiglu, qkv.qkv)},
-        **{op.__name__: op for op in (attention.attention, attention.lambda_attention)},
-        **{op.__name__: op for op in (flow.start_flow, flow.euler_step, flow.dit_rope_tables)},
-        **{op.__name__: op for op in (embed.rope_tables, embed.embed, embed.layer_norm)},
-        default_tactic=_default_tactic,
-    )
+    ops = (linear, swiglu, qkv, attention, lambda_attention, start_flow, euler_step)
+    ops += (dit_rope_tables, rope_tables, embed, layer_norm)
+    return SimpleNamespace(**{op.__name__: op for op in ops}, default_tactic=_default_tactic)
+
+
+FEW_PROGRAMS = Tactic(block_m=64, block_n=128, block_k=128, split_k=2)
+"""For the interpreter, which runs one program after the other."""
 
 
 def _default_tactic(kind: str, shape: tuple[int, ...], arch: int) -> Tactic:
-    from xr0_engine.kernels import attention, linear
+    if interpreted():
+        return FEW_PROGRAMS
+    from xr0_engine.kernels.attention import attention_tactic, lambda_tactic
+    from xr0_engine.kernels.linear import default_tactic
 
     if kind == "attention":
-        return attention.attention_tactic(shape, arch)
+        return attention_tactic(shape, arch)
     if kind == "lambda_attention":
-        return attention.lambda_tactic(shape, arch)
-    return linear.default_tactic(kind, *shape[:3], arch)
+        return lambda_tactic(shape, arch)
+    return default_tactic(kind, *shape[:3], arch)
 
 
 def _capability(device: torch.device) -> int:
-    """Compute capability as 90 for an H200; 0 without a GPU."""
+    """90 for an H200; 0 without a GPU."""
     if device.type != "cuda":
         return 0
     major, minor = torch.cuda.get_device_capability(device)

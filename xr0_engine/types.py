@@ -46,7 +46,8 @@ class ActionChunk:
     normalized: (T, A) float32, the model's own units, as sampled.
     active_columns: (A,) bool, the columns that the robot type uses anywhere in the chunk.
     prefix_length: how many leading actions were given (committed), not sampled.
-    timing_ms: stage -> milliseconds: preprocess, vision, prefill, flow, decode, total. In a batch: of the whole batch.
+    timing_ms: stage -> milliseconds: preprocess, vision, prefill, flow (one `step` where they run as one CUDA graph),
+    decode, total. In a batch: of the whole batch.
     """
 
     actions: np.ndarray

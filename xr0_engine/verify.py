@@ -22,16 +22,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from xr0_engine import ops
 from xr0_engine.checkpoint import published_config
 from xr0_engine.comparison import FLOAT32_LOSS_ERROR, FLOAT32_SEEDED_MAX_ERROR, Comparison, compare, tolerance
 from xr0_engine.config import XR0Config
 from xr0_engine.engine import DTYPES
 from xr0_engine.flow import prefix_positions, training_pair
+from xr0_engine.fused_ops import FusedOps
 from xr0_engine.model.dit import ActionHead, dit_geometry
+from xr0_engine.model.fused import FusedModel, sample_fused
+from xr0_engine.model.fused_head import FusedHead
 from xr0_engine.model.layers import pack_linears
 from xr0_engine.model.weights import head_shapes, load_model, read_headers
 from xr0_engine.model.xr0 import XR0Model
+from xr0_engine.ops import resolve_backend, resolve_device
+from xr0_engine.tactics import tactics_for
 from xr0_engine.training.losses import error_weights, frequency_loss, mse_loss
 from xr0_engine.types import CheckpointError, KVBlock, ModelInputs
 
@@ -43,10 +47,10 @@ def verify_folder(folder: Path, backend: str, device: str, dtype: str) -> Iterat
     """Compare every case, one after the other. Raises ValueError for a folder without cases or with broken ones."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype: expected {', '.join(DTYPES)}; got {dtype!r}")
-    ops.resolve_backend(backend)
+    target = resolve_device(device)
+    backend, precision = resolve_backend(backend, target), DTYPES[dtype]
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}")
-    target = (ops.resolve_device(device), DTYPES[dtype])
     models = sorted(path for path in folder.glob("*.json") if path.with_suffix(".weights.safetensors").is_file())
     scripts = sorted(path for path in folder.glob("*.py") if path.with_suffix(".safetensors").is_file())
     if not models and not scripts:
@@ -54,9 +58,9 @@ def verify_folder(folder: Path, backend: str, device: str, dtype: str) -> Iterat
             f"{folder} holds no golden cases: neither <model>.json with weights, nor <name>.py with results"
         )
     for path in models:
-        yield from _verify_model(path, *target)
+        yield from _verify_model(path, backend, target, precision)
     for path in scripts:
-        yield from _verify_seeded(path, *target)
+        yield from _verify_seeded(path, backend, target, precision)
 
 
 def golden_config(golden: Mapping[str, Any]) -> XR0Config:
@@ -95,19 +99,22 @@ def golden_inputs(case: Mapping[str, Tensor], config: XR0Config) -> ModelInputs:
     )
 
 
-def _verify_model(path: Path, device: torch.device, dtype: torch.dtype) -> Iterator[Comparison]:
+def _verify_model(path: Path, backend: str, device: torch.device, dtype: torch.dtype) -> Iterator[Comparison]:
     config = golden_config(json.loads(path.read_text(encoding="utf-8")))
     weights = path.with_suffix(".weights.safetensors")
     stored, faults = read_headers([weights])
     if faults:
         raise CheckpointError("; ".join(faults))
-    model = load_model(config, stored, device, dtype)
+    plain = load_model(config, stored, device, dtype)
+    model = plain if backend == "reference" else FusedModel(plain, backend, tactics_for(device), device.type == "cuda")
     for file in sorted(path.parent.glob(f"{path.stem}.*.safetensors")):
         if file != weights:
             yield from _verify_case(file.stem, model, _load(file), dtype)
 
 
-def _verify_case(name: str, model: XR0Model, case: dict[str, Tensor], dtype: torch.dtype) -> Iterator[Comparison]:
+def _verify_case(
+    name: str, model: XR0Model | FusedModel, case: dict[str, Tensor], dtype: torch.dtype
+) -> Iterator[Comparison]:
     inputs = golden_inputs(case, model.config)
     vision = model.encode_images(inputs)
     kv = model.prefill(inputs, vision)
@@ -121,7 +128,10 @@ def _verify_case(name: str, model: XR0Model, case: dict[str, Tensor], dtype: tor
     yield compare(name, "KV block", actual_kv, expected_kv, dtype)
     yield compare(name, "flow trace", torch.stack(trace), case["flow_trace"], dtype)
     yield compare(name, "actions", actions, case["actions"], dtype)
-    if "train.loss" in case:
+    if isinstance(model, FusedModel):
+        noise, *prefix = _chunk_inputs(case, case["prefix"])
+        yield compare(name, "actions, one step", model.step(inputs, noise, *prefix), case["actions"], dtype)
+    elif "train.loss" in case:
         yield from _verify_training(name, model, kv, case, dtype)
 
 
@@ -161,16 +171,25 @@ def _verify_training(
 
 
 def _sample(
-    model: XR0Model, kv: KVBlock, case: Mapping[str, Tensor], prefix: Tensor, trace: list[Tensor] | None = None
+    model: XR0Model | FusedModel,
+    kv: KVBlock,
+    case: Mapping[str, Tensor],
+    prefix: Tensor,
+    trace: list[Tensor] | None = None,
 ) -> Tensor:
+    return model.sample(kv, case["state"], *_chunk_inputs(case, prefix), trace).cpu()
+
+
+def _chunk_inputs(case: Mapping[str, Tensor], prefix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """noise and padded prefix, (B, T, A) each, and the prefix's lengths, (B,)."""
     noise = case["noise"]
     padded = torch.zeros_like(noise)
     padded[:, : prefix.shape[1]] = prefix
-    return model.sample(kv, case["state"], noise, padded, torch.full((len(noise),), prefix.shape[1]), trace).cpu()
+    return noise, padded, torch.full((len(noise),), prefix.shape[1])
 
 
 @torch.inference_mode()
-def _verify_seeded(path: Path, device: torch.device, dtype: torch.dtype) -> Iterator[Comparison]:
+def _verify_seeded(path: Path, backend: str, device: torch.device, dtype: torch.dtype) -> Iterator[Comparison]:
     script = _run_script(path)
     results = _load(path.with_suffix(".safetensors"))
     inputs = script.inputs()
@@ -200,8 +219,12 @@ def _verify_seeded(path: Path, device: torch.device, dtype: torch.dtype) -> Iter
         length = int(matched[2])
         prefix[:, :length] = inputs["prefix"][:, :length]
         lengths = torch.full((batch,), length)
-        table = head.modulation_table()
-        actions = head.sample(kv, inputs["state"], inputs["noise"], prefix, lengths, table)
+        if backend == "reference":
+            table = head.modulation_table()
+            actions = head.sample(kv, inputs["state"], inputs["noise"], prefix, lengths, table)
+        else:
+            ops = FusedOps(backend, device, tactics_for(device).tactics)
+            actions = sample_fused(FusedHead(head), ops, kv, inputs["state"], inputs["noise"], prefix, lengths)
         case = f"{path.stem}.{matched[1]}.prefix{length}"
         yield compare(case, "actions", actions, expected, dtype, FLOAT32_SEEDED_MAX_ERROR)
 

@@ -38,7 +38,8 @@ def assert_compiles(module: str) -> None:
 
 
 def main(module: str) -> None:
-    from xr0_engine.kernels.launch import SHARED_LIMIT, compile_for, recording, variants
+    from xr0_engine.kernels.arguments import SHARED_LIMIT
+    from xr0_engine.kernels.launch import compile_for, recording, variants
 
     record = importlib.import_module(f"tests.kernels.{module}").record_launches
     compiled = []

@@ -13,6 +13,7 @@ import typer
 if TYPE_CHECKING:
     from xr0_engine.bench.cases import Setup
     from xr0_engine.bench.results import Result
+    from xr0_engine.drive.policies import Source
 
 CaseName = Annotated[str, typer.Option("--case", help="libero, bimanual, two_views or stress.")]
 Size = Annotated[str, typer.Option(help="Random weights: tiny, small or 4b (8.8 GiB, the published sizes).")]
@@ -221,6 +222,75 @@ def roofline(
     _check_file(json_file)
     setup = _setup(case, size, checkpoint, device, dtype, threads)
     _deliver(module.measure(setup, chip, _command()), None, partial(module.show, list_operators=operators), json_file)
+
+
+@app.command("compile")
+def compile_(
+    arch: Annotated[int, typer.Option(help="Compute capability: 80, 86, 89 (RTX 4090), 90 (H200), 100, 120.")],
+    case: CaseName = "bimanual",
+    size: Size = "4b",
+    checkpoint: Checkpoint = None,
+    dtype: Dtype = "bfloat16",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Compile every Triton kernel of a step for a chip that need not be here: registers, spills, shared memory.
+
+    Takes a minute or two; Triton keeps what it compiled. Exit code 1 if a kernel does not fit the chip or spills.
+    """
+    import json
+    from dataclasses import asdict
+
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from xr0_engine.bench.compile import compile_step, faults, show
+    from xr0_engine.bench.roofline import Workload
+
+    config, work = Workload.of_case(_setup(case, size, checkpoint, "cpu", dtype, None))
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(f"compiling for sm_{arch}", total=None)
+        compiled = compile_step(
+            config, work, dtype, arch, lambda number, total: progress.update(task, completed=number, total=total)
+        )
+    wrong = faults(compiled, arch)
+    if as_json:
+        print(json.dumps({"arch": arch, "kernels": [asdict(kernel) for kernel in compiled], "faults": wrong}))
+    else:
+        Console().print(show(compiled, arch))
+    if wrong:
+        Console(stderr=True).print("\n".join(wrong), markup=False)
+        raise typer.Exit(1)
+
+
+@app.command()
+def seams(
+    checkpoint: Annotated[
+        str | None, typer.Option(help="With robot type `bimanual`. Without it: scripted motions, no model.")
+    ] = None,
+    out: Annotated[Path, typer.Option(metavar="FILE.png", help="Where the picture goes.")] = Path("seams.png"),
+    seconds: Annotated[float, typer.Option(min=5, help="Simulated seconds of each run.")] = 20.0,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each mode and delay.")] = 3,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+) -> None:
+    """How far apart chunks are where they meet: async against naive_async in the simulation, delays of 1 to 6 steps.
+
+    Simulated time: the result is that of the policy and the executor, not of this machine's speed.
+    """
+    from xr0_engine.drive.policies import from_checkpoint, scripted
+    from xr0_engine.drive.seams import compare, plot, table
+    from xr0_engine.sim import ROBOT_TYPE
+
+    _check_file(out, "--out")
+
+    def source(seed: int) -> Source:
+        if checkpoint is None:
+            return scripted(seed)
+        return from_checkpoint(checkpoint, ROBOT_TYPE, seed, device, dtype, "auto")
+
+    comparison = compare(source, range(1, 7), seconds, range(seeds))
+    plot(comparison, out)
+    print(f"{comparison.title}; steps in mrad\n\n{table(comparison)}\n\nwrote {out}")
 
 
 @app.command(context_settings={"ignore_unknown_options": True})
