@@ -49,7 +49,7 @@ READ_COST = 64
 MAX_SPLIT = 8
 
 
-def default_tactic(kind: Literal["linear", "swiglu", "qkv"], rows: int, n: int, k: int, arch: int) -> Tactic:
+def default_tactic(kind: str, rows: int, n: int, k: int, arch: int) -> Tactic:
     """How a product of rows (of all batches) by a weight (n, k) runs on a chip for which nothing was measured.
 
     Up to SKINNY_ROWS rows the weight decides: one row tile, narrow column tiles, K split until there is a program per

@@ -28,7 +28,7 @@ from xr0_engine.kernels.arguments import (
 )
 
 if TYPE_CHECKING:
-    from xr0_engine.kernels.launch import Compiled
+    from xr0_engine.kernels.launch import Compiled as Compiled
 
 __all__ = [
     "SHARED_LIMIT",
@@ -206,8 +206,8 @@ def _kernels(backend: str) -> SimpleNamespace:
     from xr0_engine.kernels.linear import linear, swiglu
     from xr0_engine.kernels.qkv import qkv
 
-    ops = (linear, swiglu, qkv, attention, lambda_attention, start_flow, euler_step)
-    ops += (dit_rope_tables, rope_tables, embed, layer_norm)
+    ops: list[Callable[..., None]] = [linear, swiglu, qkv, attention, lambda_attention, start_flow, euler_step]
+    ops += [dit_rope_tables, rope_tables, embed, layer_norm]
     return SimpleNamespace(**{op.__name__: op for op in ops}, default_tactic=_default_tactic)
 
 
@@ -225,7 +225,7 @@ def _default_tactic(kind: str, shape: tuple[int, ...], arch: int) -> Tactic:
         return attention_tactic(shape, arch)
     if kind == "lambda_attention":
         return lambda_tactic(shape, arch)
-    return default_tactic(kind, *shape[:3], arch)
+    return default_tactic(kind, shape[0], shape[1], shape[2], arch)
 
 
 def _capability(device: torch.device) -> int:
