@@ -26,7 +26,7 @@ help:
 	@echo "make bench     install, then time every kernel; results go to outputs/kernels.json"
 	@echo "make bench-gpu the whole table on a GPU, published sizes; results and a page go to outputs/gpu"
 	@echo "make sanitize  test the native module under AddressSanitizer and UndefinedBehaviorSanitizer"
-	@echo "make fuzz      fuzz the native module's sizes and strides for FUZZ_SECONDS (now: $(FUZZ_SECONDS))"
+	@echo "make fuzz      fuzz the native module, then the server's readers of bytes, each for FUZZ_SECONDS (now: $(FUZZ_SECONDS))"
 	@echo "make clean     remove what was built; $(VENV) stays"
 	@echo
 	@echo "The installation goes to $(VENV). PYTHON chooses the interpreter (now: $(PYTHON), 3.10 to 3.13)."
@@ -35,6 +35,8 @@ demo: $(INSTALLED)-cpu $(VENV)/.renders
 	$(BIN)/xr0 demo
 
 test: $(INSTALLED)-cpu $(VENV)/.renders
+	$(call need,{ command -v chromium || command -v chromium-browser || command -v google-chrome; },chromium)
+	$(call need,command -v openssl,openssl)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: $(INSTALLED)-cpu
@@ -90,6 +92,7 @@ build/sanitize: $(INSTALLED)-cpu $(CSRC) CMakeLists.txt
 fuzz: build/fuzz
 	mkdir -p $</corpus
 	$</fuzz_patches -max_total_time=$(FUZZ_SECONDS) -timeout=10 -max_len=40 -len_control=0 $</corpus
+	$(BIN)/python -m tests.serve.fuzz $(FUZZ_SECONDS)
 
 build/fuzz: $(INSTALLED)-cpu $(CSRC) CMakeLists.txt
 	$(call need,command -v clang++,clang)

@@ -148,7 +148,7 @@ BOMBS = {
 @pytest.mark.parametrize("bomb", BOMBS.values(), ids=BOMBS)
 def test_bomb_does_not_go_off(bomb):
     tracemalloc.start()
-    with pytest.raises(ValueError, match=r"pickle: expected|array: expected|image: expected"):
+    with pytest.raises(ValueError, match="pickle: expected"):
         restricted_loads(bomb, MAX_PIXELS)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -181,7 +181,7 @@ def test_plain_values_survive(protocol):
 
 
 def test_image_beyond_the_limit_is_refused():
-    with pytest.raises(ValueError, match="image: expected at most 100 pixels, got 48 x 64"):
+    with pytest.raises(ValueError, match="expected at most 100 pixels, got 48 x 64"):
         restricted_loads(pickle.dumps({"base": IMAGE}), 100)
 
 

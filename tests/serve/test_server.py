@@ -347,6 +347,6 @@ def test_metrics_and_status_count():
     assert sum(status["latency"]["total"]) == 3
     assert (status["clients"][0]["answered"], status["clients"][0]["errors"]) == (3, 1)
     latest = status["latest"]
-    assert (latest["columns"], len(latest["actions"])) == (list(range(7)), 10)
+    assert (latest["names"], len(latest["actions"])) == ([f"column {number}" for number in range(7)], 10)
     assert latest["views"] == {"base": [48, 64], "left_wrist": [48, 64]}
     assert (code, frame[6:10]) == (200, "JFIF")

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from xr0_engine.serve.protocol import RobotInfo
 from xr0_engine.types import ActionChunk, Observation
 
 BUCKETS_MS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096, 8192)
@@ -18,6 +19,17 @@ BUCKETS_MS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 
 
 RECENT = 2000
 """Requests whose latencies the page shows."""
+
+_ARM = ("x", "y", "z", "rx", "ry", "rz", "gripper", *(f"joint {number}" for number in range(1, 7)))
+_NAMES: Mapping[str, Mapping[int, str]] = {
+    "plain": {},
+    "bimanual": {
+        start + column: f"{side} {name}"
+        for side, start in (("left", 0), ("right", 14))
+        for column, name in enumerate(_ARM)
+    },
+}
+"""Layout -> column -> what it moves (spec section 3.4)."""
 
 _BUCKETS_S = tuple(edge / 1000 for edge in BUCKETS_MS)
 
@@ -116,7 +128,7 @@ class Monitor:
     def prometheus(self) -> bytes:
         return generate_latest(self._registry)
 
-    def snapshot(self) -> dict[str, Any]:
+    def snapshot(self, robots: Mapping[str, RobotInfo]) -> dict[str, Any]:
         """What the page draws, as JSON's kinds of values."""
         totals = [total for total, _ in self._recent]
         inferences = [infer for _, infer in self._recent]
@@ -127,14 +139,15 @@ class Monitor:
             "latency": {"total": _histogram(totals), "inference": _histogram(inferences)},
             "percentiles_ms": {"total": _percentiles(totals), "inference": _percentiles(inferences)},
             "clients": [_client(number, record) for number, record in self.clients.items()],
-            "latest": self._latest(),
+            "robots": {name: vars(robot) for name, robot in robots.items()},
+            "latest": self._latest(robots),
         }
 
     def _count(self, result: str) -> None:
         self.results[result] = self.results.get(result, 0) + 1
         self._requests.labels(result).inc()
 
-    def _latest(self) -> dict[str, Any] | None:
+    def _latest(self, robots: Mapping[str, RobotInfo]) -> dict[str, Any] | None:
         answered = [item for item in self.clients.items() if item[1].last_chunk is not None]
         if not answered:
             return None
@@ -143,12 +156,14 @@ class Monitor:
         assert chunk is not None
         assert observation is not None
         columns = np.flatnonzero(chunk.active_columns)
+        layout, control_rate_hz = robots[chunk.robot_type].layout, robots[chunk.robot_type].control_rate_hz
         return {
             "client": number,
             "instruction": observation.instruction,
             "robot_type": chunk.robot_type,
             "views": {view: list(image.shape[1::-1]) for view, image in observation.images.items()},
-            "columns": columns.tolist(),
+            "names": [_NAMES[layout].get(column, f"column {column}") for column in columns.tolist()],
+            "control_rate_hz": control_rate_hz,
             "actions": [[round(float(value), 5) for value in row] for row in chunk.actions[:, columns]],
             "prefix_length": chunk.prefix_length,
             "timing_ms": {stage: round(float(value), 3) for stage, value in chunk.timing_ms.items()},

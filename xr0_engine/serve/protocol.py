@@ -129,7 +129,7 @@ def decode_metadata(message: bytes) -> PolicyMetadata:
     """Raises ValueError if the server speaks another protocol."""
     fields = _mapping(unpack(message))
     if fields.pop("protocol", None) != PROTOCOL_VERSION:
-        raise ValueError(f"server: expected xr0-engine's protocol {PROTOCOL_VERSION}, got {sorted(fields)}")
+        raise ValueError(f"server: expected xr0-engine's protocol {PROTOCOL_VERSION}, got {list(fields)!r:.200}")
     try:
         robots = {
             name: RobotInfo(**{**robot, "views": tuple(robot["views"])}) for name, robot in fields.pop("robots").items()
@@ -282,7 +282,7 @@ def decode_reply(message: bytes | str) -> Reply:
             },
         )
     except (KeyError, TypeError) as error:
-        raise ValueError(f"server: expected a chunk, got {sorted(fields)}: {error!r}") from None
+        raise ValueError(f"server: expected a chunk, got {list(fields)!r:.200}: {error!r}") from None
     check_chunk(chunk)
     return Reply(number, chunk)
 

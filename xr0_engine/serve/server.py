@@ -298,9 +298,8 @@ class Server:
             "state": "unhealthy" if self.state == "ready" and status != HTTPStatus.OK else self.state,
             "health": text,
             "max_clients": self.config.max_clients,
-            "robots": {name: vars(robot) for name, robot in robots.items()},
         }
-        return json.dumps({**about, **self.monitor.snapshot()}, allow_nan=False).encode()
+        return json.dumps({**about, **self.monitor.snapshot(robots)}, allow_nan=False).encode()
 
     async def _frame(self, path: str) -> Response:
         """/frames/CLIENT/VIEW: what the client saw last, as JPEG."""

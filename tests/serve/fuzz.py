@@ -1,0 +1,154 @@
+"""Random damage to valid messages, for as long as asked: python -m tests.serve.fuzz SECONDS [SEED].
+
+Every reader of bytes from a network either gives a value or raises ValueError: no other error, no hang, and no memory
+that grows. `make fuzz` runs it for FUZZ_SECONDS, test_fuzz.py for a moment.
+"""
+
+from __future__ import annotations
+
+import gc
+import pickle
+import random
+import resource
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+import numpy as np
+from PIL import Image
+
+from tests.serve.support import observation
+from xr0_engine.serve import legacy
+from xr0_engine.serve.images import encode_jpeg
+from xr0_engine.serve.protocol import (
+    PolicyMetadata,
+    Refused,
+    Request,
+    RobotInfo,
+    decode_metadata,
+    decode_reply,
+    encode_chunk,
+    encode_error,
+    encode_metadata,
+    encode_request,
+    read_fields,
+    read_request,
+)
+from xr0_engine.serve.wire import pack
+from xr0_engine.types import ActionChunk
+
+MAX_PIXELS = 1 << 16
+SLOWEST_S = 5.0
+"""A message that takes longer is a hang: the slowest valid ones take milliseconds."""
+
+GROWTH_BYTES = 64 << 20
+"""Memory that may come after a quarter of the time: the allocator's own ups and downs."""
+
+ROBOT = RobotInfo(10, 20.0, 10, ("base", "left_wrist"), "plain")
+METADATA = PolicyMetadata({"libero_all": ROBOT}, 32, 32, (0, 6), 1 << 20, MAX_PIXELS, 100.0)
+TIMING = {"infer_ms": 1.0, "queue_ms": 1.0, "total_ms": 2.0}
+
+# Bytes that mean something to msgpack or to pickle.
+SPICE = bytes(range(0x80, 0xA8)) + bytes(range(0xC0, 0x100)) + b"\0\1\x7f()RbcNrjX."
+
+Target = tuple[Callable[[bytes], object], list[bytes]]
+
+
+def targets() -> dict[str, Target]:
+    """Name -> what reads bytes, and valid messages to start from."""
+    asked = observation(0.5, size=(16, 24), instruction="Pick up the bowl.", timestamp_s=1.5)
+    prefix = np.ones((3, 32), np.float32)
+    actions = np.random.default_rng(0).standard_normal((10, 32), dtype=np.float32)
+    chunk = ActionChunk(actions, actions, np.ones(32, bool), "libero_all", 2, 1.5, {"flow": 3.0})
+    pictures = {view: Image.fromarray(image) for view, image in asked.images.items()}
+    released = {
+        "task_id": "libero_all",
+        "state": asked.state,
+        "base": pictures["base"],
+        "wrist_left": pictures["left_wrist"],
+        "language": "Go.",
+        "seed": np.int64(1),
+    }
+    files = {view: encode_jpeg(image, 90) for view, image in asked.images.items()}
+    with_files = pack({"images": files, "prompt": "Go.", "state": asked.state})
+    return {
+        "request": (
+            lambda data: read_request(read_fields(data), METADATA),
+            [encode_request(Request(asked, prefix, 3, 7)), encode_request(Request(asked)), with_files],
+        ),
+        "legacy request": (
+            lambda data: legacy.read_request(legacy.restricted_loads(data, MAX_PIXELS), METADATA),
+            [pickle.dumps(released, protocol) for protocol in (3, 4, 5)],
+        ),
+        "reply": (
+            decode_reply,
+            [encode_chunk(chunk, 5, TIMING), encode_error(Refused("no"), 3)],
+        ),
+        "metadata": (decode_metadata, [encode_metadata(METADATA)]),
+    }
+
+
+def damage(message: bytes, others: list[bytes], rng: random.Random) -> bytes:
+    """The message with a few bytes changed, cut, doubled, or replaced by a piece of another."""
+    data = bytearray(message)
+    # Most of a message is pixels: the structure is at its ends, and around short fields.
+    for _ in range(rng.choice((1, 1, 1, 2, 4, 16))):
+        at = rng.randrange(len(data)) if rng.random() < 0.5 else min(rng.randrange(200), len(data) - 1)
+        kind = rng.randrange(6)
+        if kind == 0:
+            data[at] = rng.choice(SPICE)
+        elif kind == 1:
+            data[at] ^= 1 << rng.randrange(8)
+        elif kind == 2:
+            del data[at : at + rng.choice((1, 2, 8, 1000))]
+        elif kind == 3:
+            data[at:at] = data[at : at + rng.choice((1, 8, 300))]
+        elif kind == 4:
+            other = rng.choice(others)
+            start = rng.randrange(len(other))
+            data[at : at + 50] = other[start : start + rng.randrange(200)]
+        else:
+            size = rng.choice((1, 2, 4, 8))
+            value = rng.choice((0, 1, 2**31 - 1, 2**31, 2**32 - 1, 2**63, 2**64 - 1, rng.getrandbits(16)))
+            data[at : at + size] = (value % 256**size).to_bytes(size, rng.choice(("big", "little")))
+        if not data:
+            return b""
+    return bytes(data)
+
+
+def fuzz(seconds: float, seed: int) -> dict[str, int]:
+    """Messages read per target. Raises AssertionError that holds the message for whatever must not be."""
+    rng = random.Random(seed)
+    read = dict.fromkeys(targets(), 0)
+    start = time.monotonic()
+    settled: int | None = None
+    chosen = targets()
+    while (elapsed := time.monotonic() - start) < seconds:
+        if settled is None and elapsed > seconds / 4:
+            settled = peak_bytes()
+        for name, (reader, valid) in chosen.items():
+            message = damage(rng.choice(valid), valid, rng)
+            began = time.monotonic()
+            try:
+                with suppress(ValueError):
+                    reader(message)
+            except BaseException as error:
+                raise AssertionError(f"{name}, seed {seed}: {error!r} for {message!r}") from error
+            assert time.monotonic() - began < SLOWEST_S, f"{name}, seed {seed}: slow for {message!r}"
+            read[name] += 1
+    gc.collect()
+    assert settled is not None
+    growth = peak_bytes() - settled
+    assert growth < GROWTH_BYTES, f"seed {seed}: memory grew by {growth >> 20} MiB"
+    return read
+
+
+def peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    seed = int(sys.argv[2]) if len(sys.argv) > 2 else random.randrange(2**32)
+    print(f"wire: {sys.argv[1]} s, seed {seed}", flush=True)
+    print(*(f"{count} of {name}" for name, count in fuzz(float(sys.argv[1]), seed).items()), sep=", ")
