@@ -12,7 +12,7 @@ from typing import Any
 
 from xr0_engine.checkpoint import all_or_nothing
 from xr0_engine.export.layers import parse_layers, summarise
-from xr0_engine.exported.manifest import MANIFEST_FILE, EngineManifest, Manifest, record_files, sha256
+from xr0_engine.exported.manifest import MANIFEST_FILE, EngineManifest, Manifest, check_sizes, record_files, sha256
 from xr0_engine.exported.tensorrt import load_library, make_logger
 
 TARGETS = {"rtx4090": "8.9", "rtx5090": "12.0", "a100": "8.0"}
@@ -39,6 +39,7 @@ def build_engines(
             "--builder tensorrt-rtx"
         )
     manifest = Manifest.read(folder)
+    check_sizes(manifest.located(folder))
     graphs = {key: name for key, name in manifest.stages.items() if key.partition(".")[0] in stages}
     missing = [stage for stage in stages if not any(key.partition(".")[0] == stage for key in graphs)]
     if missing or not graphs:

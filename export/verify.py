@@ -12,7 +12,7 @@ from torch import Tensor
 from xr0_engine.comparison import FLOAT32_EXPORT_MAX_ERROR, Comparison, compare
 from xr0_engine.embodiment import load_embodiment
 from xr0_engine.export.inputs import INSTRUCTION, observations
-from xr0_engine.exported.manifest import Manifest, checkpoint_hash, sha256, stage_key
+from xr0_engine.exported.manifest import checkpoint_hash, sha256, stage_key
 from xr0_engine.exported.model import ExportedModel, prompt
 from xr0_engine.model.weights import load_model, read_index, resolve_checkpoint
 from xr0_engine.model.xr0 import XR0Model
@@ -40,7 +40,9 @@ def verify_export(
             f"{source} is another checkpoint (hash {actual[:12]}) than the export's "
             f"({model.manifest.checkpoint_sha256[:12]}): pass the one that it was made from"
         )
-    yield _files(folder, model.manifest)
+    changed = [path.name for path, record in model.files.items() if sha256(path) != record.sha256]
+    what = "as written" if not changed else "changed: " + ", ".join(changed)
+    yield Comparison("files", what, len(changed), 0, "files of another hash")
     case = model.manifest.case
     preprocess = Preprocessor.load(source, None if case.profile is None else load_embodiment(case.profile))
     instructions = [SHORT_INSTRUCTION if row % 2 else INSTRUCTION for row in range(case.batch)]
@@ -90,12 +92,6 @@ def pad_kv(kv: KVBlock, tokens: int) -> KVBlock:
     missing = tokens - kv.mask.shape[1]
     keys, values = (torch.nn.functional.pad(part, (0, 0, missing, 0)) for part in (kv.keys, kv.values))
     return replace(kv, keys=keys, values=values, mask=torch.nn.functional.pad(kv.mask, (missing, 0)))
-
-
-def _files(folder: Path, manifest: Manifest) -> Comparison:
-    changed = [name for name, record in manifest.files.items() if sha256(folder / name) != record.sha256]
-    what = "as written" if not changed else "changed: " + ", ".join(changed)
-    return Comparison("files", what, len(changed), 0, "files of another hash")
 
 
 def _flow_inputs(inputs: ModelInputs, prefix_length: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

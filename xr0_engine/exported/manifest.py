@@ -80,7 +80,7 @@ class _Json:
 
     @classmethod
     def read(cls: type[Self], folder: Path) -> Self:
-        """Raises ValueError if the manifest is missing, foreign or corrupt, or a listed file has another size."""
+        """Raises ValueError if the manifest is missing, foreign or corrupt."""
         path = folder / MANIFEST_FILE
         if not path.is_file():
             raise ValueError(f"{folder} holds no {MANIFEST_FILE}: not a folder that `xr0 export` wrote")
@@ -99,21 +99,17 @@ class _Json:
                 f"{path} is corrupt: missing {sorted(names - content.keys())}, unknown {sorted(content.keys() - names)}"
             )
         try:
-            manifest = cls._from_json(content)
+            return cls._from_json(content)
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise ValueError(f"{path} is corrupt: {type(error).__name__}: {error}") from None
-        _check_sizes(folder, manifest.files)
-        return manifest
 
     def write(self, folder: Path) -> None:
         content = {"format": self.FORMAT, "schema": SCHEMA, **asdict(self)}  # type: ignore[call-overload]
         (folder / MANIFEST_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
-    def check_hashes(self, folder: Path) -> None:
-        """Read every file. Raises ValueError that names those with other content than was written."""
-        changed = [name for name, record in self.files.items() if sha256(folder / name) != record.sha256]
-        if changed:
-            raise ValueError(f"{folder}: changed since they were written: {', '.join(changed)}")
+    def located(self, folder: Path) -> dict[Path, FileRecord]:
+        """The files that it lists, where they are."""
+        return {folder / name: record for name, record in self.files.items()}
 
     @classmethod
     def _from_json(cls: type[Self], content: dict[str, Any]) -> Self:
@@ -198,6 +194,18 @@ def record_files(folder: Path, names: Iterable[str]) -> dict[str, FileRecord]:
     return {name: FileRecord((folder / name).stat().st_size, sha256(folder / name)) for name in sorted(names)}
 
 
+def check_sizes(files: Mapping[Path, FileRecord]) -> None:
+    """Raises ValueError that names every file that is missing or has another size."""
+    faults = []
+    for path, record in files.items():
+        if not path.is_file():
+            faults.append(f"{path} is missing")
+        elif path.stat().st_size != record.bytes:
+            faults.append(f"{path} has {path.stat().st_size} bytes, not {record.bytes}")
+    if faults:
+        raise ValueError("the export is damaged: " + "; ".join(faults))
+
+
 def sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
@@ -229,15 +237,3 @@ def _files(content: Mapping[str, Any]) -> dict[str, FileRecord]:
     if outside:
         raise ValueError(f"files outside of the folder: {outside}")
     return records
-
-
-def _check_sizes(folder: Path, files: Mapping[str, FileRecord]) -> None:
-    faults = []
-    for name, record in files.items():
-        path = folder / name
-        if not path.is_file():
-            faults.append(f"{name} is missing")
-        elif path.stat().st_size != record.bytes:
-            faults.append(f"{name} has {path.stat().st_size} bytes, not {record.bytes}")
-    if faults:
-        raise ValueError(f"{folder} is damaged: " + "; ".join(faults))

@@ -11,7 +11,16 @@ from torch import Tensor
 
 from xr0_engine import ops
 from xr0_engine.config import XR0Config
-from xr0_engine.exported.manifest import MANIFEST_FILE, PRECISIONS, EngineManifest, Manifest, sha256, stage_key
+from xr0_engine.exported.manifest import (
+    MANIFEST_FILE,
+    PRECISIONS,
+    EngineManifest,
+    FileRecord,
+    Manifest,
+    check_sizes,
+    sha256,
+    stage_key,
+)
 from xr0_engine.exported.onnx import OnnxStage
 from xr0_engine.exported.tensorrt import TensorRTStage
 from xr0_engine.types import KVBlock, ModelInputs, VisionTokens
@@ -25,8 +34,9 @@ Stage = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 class ExportedModel:
     """XR0Model's interface over an export folder. Stages are opened when they are first used, and stay open.
 
-    Shapes as in types.py; prompts are padded on the left to the export's length. Every method raises ValueError for
-    inputs of another shape than the export's, before any work, and if the folder lacks the stage.
+    files: those that it runs from. Shapes as in types.py; prompts are padded on the left to the export's length. Every
+    method raises ValueError for inputs of another shape than the export's, before any work, and if the folder lacks the
+    stage.
     """
 
     def __init__(
@@ -36,10 +46,12 @@ class ExportedModel:
         device: torch.device,
         backend: str,
         open_stage: Callable[[str], Stage],
+        files: Mapping[Path, FileRecord],
     ) -> None:
         self.config = config
         self.backend = backend
         self.manifest = manifest
+        self.files = files
         self.device = device
         self.dtype = PRECISIONS[manifest.precision]
         self._open = open_stage
@@ -58,14 +70,21 @@ class ExportedModel:
         engines = _engines(folder)
         fitting = [] if chosen.type != "cuda" else [place for place in engines if _fits(engines[place], chosen)]
         if backend == "onnx" or (backend == "auto" and not fitting):
-            return cls(config, manifest, chosen, "onnx", partial(_open_onnx, folder, manifest, chosen))
+            check_sizes(manifest.located(folder))
+            open_onnx = partial(_open_onnx, folder, manifest, chosen)
+            return cls(config, manifest, chosen, "onnx", open_onnx, manifest.located(folder))
         if not fitting:
             built = ", ".join(f"{each.target} ({each.compute_capability})" for each in engines.values()) or "none"
             raise ValueError(f"{folder}: no engines for device {chosen}; there are: {built} (xr0 export tensorrt)")
         place = fitting[0]
         if engines[place].export_sha256 != sha256(folder / MANIFEST_FILE):
             raise ValueError(f"{place} was built from other graphs than {folder} holds: build it again")
-        return cls(config, manifest, chosen, "tensorrt", partial(_open_tensorrt, place, engines[place], chosen))
+        # The graphs may be elsewhere.
+        needed = {path: record for path, record in manifest.located(folder).items() if path.suffix == ".json"}
+        files = needed | engines[place].located(place)
+        check_sizes(files)
+        open_engine = partial(_open_tensorrt, place, engines[place], chosen)
+        return cls(config, manifest, chosen, "tensorrt", open_engine, files)
 
     def encode_images(self, inputs: ModelInputs) -> VisionTokens:
         shapes = self.manifest.shapes
