@@ -21,12 +21,13 @@ from xr0_engine.kernels.fused_reference import write_stats
 EPS = 1e-3
 """Large enough to matter."""
 
-SPLIT = pytest.param(Tactic(16, 64, 32, split_k=3), id="split K")
+SPLIT = pytest.param(Tactic(16, 64, 32, split_k=2), id="split K")
 LIBRARY = pytest.param(Tactic(16, 64, 32, library=True), id="library")
 TACTICS = [
     pytest.param(Tactic(16, 64, 64), id="whole K"),
     SPLIT,
-    pytest.param(Tactic(32, 128, 32, split_k=2), id="large tiles"),
+    # Of three splits of a short K, the last has nothing to do.
+    pytest.param(Tactic(32, 128, 32, split_k=3), id="large tiles"),
     LIBRARY,
 ]
 

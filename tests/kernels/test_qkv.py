@@ -27,9 +27,8 @@ from xr0_engine.kernels.qkv import qkv
 
 # (B, M, K, H, G, D)
 SHAPES = [
-    pytest.param((1, 12, 64, 2, 2, 32), id="1x12, 2 heads of 32"),
-    pytest.param((2, 5, 40, 4, 1, 16), id="2x5, 4 heads of 16 for 1"),
-    pytest.param((3, 7, 72, 2, 1, 16), id="3x7, 2 heads of 16 for 1"),
+    pytest.param((1, 12, 64, 1, 1, 32), id="1x12, 1 head of 32"),
+    pytest.param((3, 7, 40, 2, 1, 16), id="3x7, 2 heads of 16 for 1"),
     pytest.param((1, 3, 32, 1, 1, 128), id="1x3, 1 head of 128"),
 ]
 SMALL = (2, 5, 40, 2, 1, 16)
@@ -167,7 +166,7 @@ def test_wrong_arguments(change, message):
 
 
 def record_launches(arch):
-    """A layer of a flow step at 32 rows, which reads a float32 stream, one of a prefill of 315, one of the tower."""
+    """A layer of a flow step at 32 rows, which reads a float32 stream, and one of a prefill of 315."""
 
     def run(rows, inputs, heads, groups, dim, x_dtype=torch.bfloat16, **more):
         outputs = (heads + 2 * groups) * dim
@@ -186,8 +185,6 @@ def record_launches(arch):
     dit = {"bias": meta_float(3072), "col_scale": meta_float(1024), **norms}
     run(32, 1024, 8, 8, 128, torch.float32, norm=InputNorm(meta_sums(32, 1024), EPS, "double_rms"), **dit)
     run(315, 2560, 32, 8, 128, norm=InputNorm(meta_sums(315, 2560), EPS), **norms)
-    layer = InputNorm(meta_sums(512, 1024), EPS, "layer", meta_float(3072))
-    run(512, 1024, 16, 16, 64, norm=layer, bias=meta_float(3072))
 
 
 def test_compiles_ahead_of_time():
