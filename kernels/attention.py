@@ -368,7 +368,9 @@ def _expect_groups(heads: int, groups: int) -> None:
 def attention_tactic(shape: tuple[int, ...], arch: int) -> Tactic:
     """How `attention` runs on a chip for which nothing was measured. shape: (B, H, M, G, N, D)."""
     roomy = SHARED_LIMIT[arch] >= 160 * 1024
-    return Tactic(block_m=64, block_n=64, warps=4, stages=3 if roomy else 2)
+    # Without the wide products of roomier chips, heads of 128 columns take more registers than four warps have.
+    warps = 4 if roomy or shape[-1] < 128 else 8
+    return Tactic(block_m=64, block_n=64, warps=warps, stages=3 if roomy else 2)
 
 
 def lambda_tactic(shape: tuple[int, ...], arch: int) -> Tactic:

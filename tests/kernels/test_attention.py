@@ -9,26 +9,26 @@ from tests.kernels.ahead_of_time import assert_compiles
 from tests.kernels.support import DEVICE, DTYPES, Frame, assert_close, randn
 from xr0_engine.kernels import fused_reference
 from xr0_engine.kernels.arguments import Tactic, Workspace
-from xr0_engine.kernels.attention import attention, lambda_attention
+from xr0_engine.kernels.attention import attention, attention_tactic, lambda_attention, lambda_tactic
 
 SMALL = {"block_m": 16, "block_n": 16}
 
 
-def record_launches():
+def record_launches(arch):
     def meta(*shape, dtype=torch.bfloat16):
         return torch.empty(shape, dtype=dtype, device="meta")
 
     workspace = Workspace(torch.device("meta"))
     q, kv, out = meta(1, 315, 32, 128), meta(1, 8, 315, 128), meta(1, 315, 4096)
-    tactic = Tactic(block_m=128, block_n=32, warps=8, stages=2)
+    tactic = attention_tactic((1, 32, 315, 8, 315, 128), arch)
     attention(q.transpose(1, 2), kv, kv, out, causal=True, tactic=tactic, workspace=workspace)
     patches = meta(2, 256, 3, 16, 64).permute(2, 0, 3, 1, 4)
-    tactic = Tactic(block_m=128, block_n=64, warps=8, stages=2)
+    tactic = attention_tactic((2, 16, 256, 16, 256, 64), arch)
     attention(*patches, meta(2, 256, 1024), causal=False, tactic=tactic, workspace=workspace)
     span = meta(1, dtype=torch.int32)
-    for queries, block_m in ((12, 16), (32, 32)):
+    for queries in (12, 32):
         own, cache = meta(1, 8, queries, 128), meta(1, 8, 315, 128)
-        tactic = Tactic(block_m=block_m, block_n=64, split_k=4, warps=4, stages=2)
+        tactic = lambda_tactic((1, 8, queries, 8, 315, 128), arch)
         arguments = (own, own, own, cache, cache, span, span, meta(1, queries, 1024))
         lambda_attention(*arguments, window=4, context=2, tactic=tactic, workspace=workspace)
 
