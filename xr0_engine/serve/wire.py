@@ -7,6 +7,7 @@ or take memory out of proportion to the message.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -123,16 +124,13 @@ def _unpack_scalar(values: Mapping[Any, Any]) -> np.generic:
 
 def number_dtype(name: object) -> np.dtype[Any]:
     """The dtype of a name such as '<f4'. Raises ValueError if it is none of numbers or booleans."""
-    # Long names would be parsed as structures.
-    if not isinstance(name, str) or len(name) > 4:
+    # NumPy would read other names as structures.
+    if not isinstance(name, str) or not re.fullmatch("[<>|=]?[biuf][0-9]{1,2}", name):
         raise ValueError(f"array: expected a dtype such as '<f4', got {name!r:.80}")
     try:
-        dtype = np.dtype(name)
-    except (TypeError, ValueError):
+        return np.dtype(name)
+    except TypeError:
         raise ValueError(f"array: expected a dtype such as '<f4', got {name!r}") from None
-    if dtype.kind not in _ARRAY_KINDS or dtype.shape != ():
-        raise ValueError(f"array: expected numbers, got dtype {name!r}")
-    return dtype
 
 
 def _is_size(value: object) -> bool:
