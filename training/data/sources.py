@@ -95,18 +95,20 @@ def load(source: Source, number: int) -> Episode:
     return source.load(number)
 
 
-def split(names: Sequence[str], validation_fraction: float) -> tuple[list[int], list[int]]:
+def split(source: Source, validation_fraction: float) -> tuple[list[int], list[int]]:
     """Numbers of the episodes to train on, and of those held out: the same ones whenever and wherever this is asked.
 
-    Whole episodes are held out, at least one of two or more. They follow from the names' last parts alone, so a moved
-    dataset keeps its split.
+    Whole episodes are held out, at least one of two or more; `invalid` ones are in neither part. Which ones follows
+    from the names' last parts alone, so a moved dataset keeps its split.
     """
     if not 0 <= validation_fraction < 1:
         raise ValueError(f"validation_fraction: expected a number from 0 below 1, got {validation_fraction}")
+    usable = [number for number, status in enumerate(source.statuses) if status != "invalid"]
     held_out = 0
-    if validation_fraction > 0 and len(names) > 1:
-        held_out = max(1, round(validation_fraction * len(names)))
-    by_hash = sorted(range(len(names)), key=lambda n: hashlib.sha256(Path(names[n]).name.encode()).digest())
+    if validation_fraction > 0 and len(usable) > 1:
+        held_out = max(1, round(validation_fraction * len(usable)))
+    names = source.names
+    by_hash = sorted(usable, key=lambda number: hashlib.sha256(Path(names[number]).name.encode()).digest())
     return sorted(by_hash[held_out:]), sorted(by_hash[:held_out])
 
 

@@ -69,9 +69,9 @@ def compute(path: Path, chunk_length: int, validation_fraction: float, processes
     Raises DataError for a dataset that cannot be read, or none of whose episodes is as long as the chunk.
     """
     source = open_source(path)
-    train = [n for n in split(source.names, validation_fraction)[0] if source.statuses[n] != "invalid"]
+    train = split(source, validation_fraction)[0]
     if not train:
-        raise DataError(f"{path}: nothing to train on: every episode is invalid or held out")
+        raise DataError(f"{path}: nothing to train on: every episode is invalid")
     if max(source.lengths[n] for n in train) < chunk_length:
         raise DataError(f"{path}: no episode has the {chunk_length} steps of a chunk")
     total = _sum(in_parallel(partial(_episode, source, chunk_length), train, processes, "statistics"))

@@ -324,7 +324,7 @@ def _weighted(text: str) -> tuple[Path, float]:
 def _split_windows(mixture: Mixture, chunk_length: int, fraction: float) -> Iterator[tuple[Windows, Windows]]:
     for text in mixture.robot:
         source = open_source(_weighted(text)[0])
-        train, held_out = split(source.names, fraction)
+        train, held_out = split(source, fraction)
         yield Windows(source, train, chunk_length), Windows(source, held_out, chunk_length)
 
 
