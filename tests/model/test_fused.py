@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from tests.support import load, make_config, random_inputs
-from xr0_engine.checkpoint import init_checkpoint
+from xr0_engine.checkpoint import init_checkpoint, write_checkpoint
 from xr0_engine.config import XR0Config
 from xr0_engine.model.fused import FusedModel, right_padded, session_key
+from xr0_engine.model.weights import load_model, read_index
 from xr0_engine.tactics import TacticTable
 
 MAX_ERROR = 2e-4
@@ -44,6 +45,26 @@ def fused_of(plain, **head) -> tuple[FusedModel, object]:
             part.pack()
     original = copy.deepcopy(model)
     return FusedModel(model, "reference", TacticTable(""), graphs=False), original
+
+
+@pytest.mark.parametrize("batch", [1, 2], ids=["one row", "padded batch"])
+def test_the_kernels_compute_the_step(tmp_path, batch):
+    """All kernels in sequence, in Triton's interpreter or on the GPU, at the smallest sizes that have every part."""
+    pytest.importorskip("triton")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = make_config(
+        text={"num_layers": 3, "hidden_size": 64, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 96},
+        vision={"depth": 2, "hidden_size": 32, "intermediate_size": 64, "deepstack_layers": (0, 1)},
+        head={"num_layers": 2, "hidden_size": 128, "num_kv_heads": 2, "flow_steps": 2, "action_length": 5,
+              "local_window": 2, "position_offset": 10},
+    )  # fmt: skip
+    write_checkpoint(tmp_path / "least", config)
+    model = load_model(config, read_index(tmp_path / "least"), device, torch.float32)
+    inputs = random_inputs(config, [[(2, 4)]] * batch, [[3, 7], [1, 2]][:batch], 4)
+    chunk = chunk_inputs(inputs, config, 1)
+    expected = model.sample(model.prefill(inputs, model.encode_images(inputs)), inputs.state, *chunk)
+    fused = FusedModel(model, "triton", TacticTable(""), graphs=device.type == "cuda")
+    torch.testing.assert_close(fused.step(inputs, *chunk), expected, rtol=0, atol=MAX_ERROR)
 
 
 def chunk_inputs(inputs, config, prefix_length):
