@@ -1,0 +1,328 @@
+"""LeRobot datasets of both layouts, the mapping of their columns, and conversion there and back."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from tests.training.data.fixtures import damage, frame_number, write_dataset, write_episode, write_video
+from xr0_engine.decode import rotation_exp
+from xr0_engine.training.data.convert import from_lerobot, to_lerobot
+from xr0_engine.training.data.description import Selector
+from xr0_engine.training.data.episode import arm_parts
+from xr0_engine.training.data.samples import DataError
+from xr0_engine.training.data.sources import open_source
+from xr0_engine.training.data.windows import Windows
+
+FPS = 50
+LENGTHS = (20, 11)
+STATE_NAMES = ["x", "y", "z", "roll", "pitch", "yaw", "grip", "pad"]
+PLAIN = {
+    "robot_type": "libero_all",
+    "views": {"base": "observation.images.front", "left_wrist": "observation.images.wrist"},
+    "state": [{"columns": "0:7", "from": "observation.state[0:7]"}],
+    "action": [
+        {"columns": "0:3", "from": "action[x, y, z]", "minus": "observation.state[x, y, z]"},
+        {"columns": 6, "from": "action[grip]"},
+    ],
+}
+VIDEOS = ("observation.images.front", "observation.images.wrist")
+# Written as float32.
+FLOAT32 = 1e-6
+
+
+def columns_of(episode: int, length: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(episode)
+    return {name: rng.normal(size=(length, 8)).astype(np.float32) for name in ("observation.state", "action")}
+
+
+def table_of(episode: int, length: int, tasks: list[int], first: int):
+    lists = {
+        name: pa.array(rows.tolist(), pa.list_(pa.float32())) for name, rows in columns_of(episode, length).items()
+    }
+    numbers = np.arange(length)
+    return pa.table(
+        {
+            **lists,
+            "frame_index": numbers,
+            "timestamp": (numbers / FPS).astype(np.float32),
+            "episode_index": np.full(length, episode),
+            "index": first + numbers,
+            "task_index": np.array(tasks),
+        }
+    )
+
+
+def features() -> dict:
+    numbers = {"dtype": "float32", "shape": [8], "names": {"motors": STATE_NAMES}}
+    video = {"dtype": "video", "shape": [32, 80, 3], "names": ["height", "width", "channels"]}
+    return {"observation.state": numbers, "action": numbers, **dict.fromkeys(VIDEOS, video)}
+
+
+def write_info(folder, version, **paths):
+    (folder / "meta").mkdir(parents=True)
+    info = {"codebase_version": version, "fps": FPS, "chunks_size": 1000, "features": features(), **paths}
+    (folder / "meta" / "info.json").write_text(json.dumps(info))
+
+
+def write_v2(folder):
+    write_info(
+        folder,
+        "v2.1",
+        data_path="data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet",
+        video_path="videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4",
+    )
+    lines, first = [], 0
+    for episode, length in enumerate(LENGTHS):
+        path = folder / "data" / "chunk-000" / f"episode_{episode:06d}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(table_of(episode, length, [episode] * length, first), path)
+        for video in VIDEOS:
+            numbers = range(100 * episode, 100 * episode + length)
+            write_video(folder / "videos" / "chunk-000" / video / f"episode_{episode:06d}.mp4", numbers, FPS)
+        lines.append(json.dumps({"episode_index": episode, "tasks": [f"Task {episode}."], "length": length}))
+        first += length
+    (folder / "meta" / "episodes.jsonl").write_text("\n".join(lines))
+    tasks = [json.dumps({"task_index": n, "task": f"Task {n}."}) for n in range(2)]
+    (folder / "meta" / "tasks.jsonl").write_text("\n".join(tasks))
+
+
+def write_v3(folder, tasks_of=lambda episode, length: [episode] * length):
+    """Both episodes in one data file and one video file a view, the second after the first."""
+    write_info(
+        folder,
+        "v3.0",
+        data_path="data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
+        video_path="videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4",
+    )
+    tables, rows, first = [], [], 0
+    for episode, length in enumerate(LENGTHS):
+        tables.append(table_of(episode, length, tasks_of(episode, length), first))
+        row = {"episode_index": episode, "tasks": [f"Task {episode}."], "length": length}
+        row |= {"data/chunk_index": 0, "data/file_index": 0}
+        for video in VIDEOS:
+            row |= {f"videos/{video}/chunk_index": 0, f"videos/{video}/file_index": 0}
+            row |= {
+                f"videos/{video}/from_timestamp": first / FPS,
+                f"videos/{video}/to_timestamp": (first + length) / FPS,
+            }
+        rows.append(row)
+        first += length
+    for path, table in (
+        ("data/chunk-000/file-000.parquet", pa.concat_tables(tables)),
+        ("meta/episodes/chunk-000/file-000.parquet", pa.Table.from_pylist(rows)),
+        # pandas writes its index, the words, under this name.
+        ("meta/tasks.parquet", pa.table({"task_index": [0, 1], "__index_level_0__": ["Task 0.", "Task 1."]})),
+    ):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(table, folder / path)
+    numbers = [*range(LENGTHS[0]), *range(100, 100 + LENGTHS[1])]
+    for video in VIDEOS:
+        write_video(folder / "videos" / video / "chunk-000" / "file-000.mp4", numbers, FPS)
+
+
+@pytest.fixture(params=[write_v2, write_v3], ids=["v2.1", "v3.0"])
+def folder(request, tmp_path):
+    request.param(tmp_path / "set")
+    describe(tmp_path / "set", PLAIN)
+    return tmp_path / "set"
+
+
+def describe(folder, facts):
+    (folder / "xr0.yaml").write_text(yaml.safe_dump(facts))
+
+
+def test_nearest_measurement_and_frame_at_the_control_rate(folder):
+    """LIBERO's 20 Hz out of 50 Hz: ticks 0, 1, 2, ... are rows 0, 3 (2.5), 5, 8 (7.5), 10."""
+    source = open_source(folder)
+    assert source.lengths == [8, 5]
+    episode = source.load(1)
+    rows = [0, 3, 5, 8, 10]
+    recorded = columns_of(1, 11)
+    np.testing.assert_array_equal(
+        np.concatenate([episode.motion.state(tick) for tick in range(5)])[:, :7],
+        recorded["observation.state"][rows, :7],
+    )
+    assert [frame_number(episode.image("base", tick)) for tick in range(5)] == [100 + row for row in rows]
+    assert episode.instructions == ("Task 1.",)
+    assert episode.status == "success"
+
+
+def test_columns_go_where_the_description_says(folder):
+    sample = Windows(open_source(folder), [0, 1], 4).sample(8 + 1)
+    recorded = columns_of(1, 11)
+    rows = [3, 5, 8, 10]
+    expected = np.zeros((4, 32))
+    expected[:, :3] = recorded["action"][rows, :3] - recorded["observation.state"][3, :3]
+    expected[:, 6] = recorded["action"][rows, 6]
+    np.testing.assert_allclose(sample.actions, expected, atol=FLOAT32)
+    assert np.flatnonzero(sample.mask.all(axis=0)).tolist() == [0, 1, 2, 6]
+    assert sample.robot_type == "libero_all"
+    assert sample.source.endswith("set#1:1")
+    assert not sample.state[:, 7:].any()
+
+
+def test_task_that_changes_within_an_episode(tmp_path):
+    write_v3(tmp_path / "set", lambda episode, length: [0] * 10 + [1] * (length - 10))
+    describe(tmp_path / "set", PLAIN)
+    windows = Windows(open_source(tmp_path / "set"), [0], 4)
+    # The change at row 10 is tick 4 at 20 Hz.
+    assert [windows.sample(tick).instruction for tick in range(8)] == ["Task 0."] * 4 + ["Task 1."] * 4
+
+
+@pytest.mark.parametrize("kind", ["matrix", "axis_angle", "quaternion_xyzw", "quaternion_wxyz"])
+def test_rotations_as_they_come(tmp_path, kind):
+    """The same rotation in every spelling, in a feature of its own that is both state and action."""
+    half = 0.3
+    rotation = rotation_exp(np.array([0.0, 0.0, 2 * half]))
+    spelling = {
+        "matrix": rotation.ravel(),
+        "axis_angle": [0, 0, 2 * half],
+        "quaternion_xyzw": [0, 0, np.sin(half), np.cos(half)],
+        "quaternion_wxyz": [np.cos(half), 0, 0, np.sin(half)],
+    }[kind]
+    write_v3(tmp_path)
+    path = tmp_path / "data/chunk-000/file-000.parquet"
+    table = pq.read_table(path)
+    rows = pa.array([list(map(float, spelling))] * table.num_rows, pa.list_(pa.float32()))
+    pq.write_table(table.append_column("turn", rows), path)
+    info = json.loads((tmp_path / "meta/info.json").read_text())
+    info["features"]["turn"] = {"dtype": "float32", "shape": [len(spelling)], "names": None}
+    (tmp_path / "meta/info.json").write_text(json.dumps(info))
+    arms = {"left": {"rotation": {"state": "turn", "action": "turn", "as": kind}}}
+    views = dict.fromkeys(("ego", "left_wrist", "right_wrist"), VIDEOS[0])
+    describe(tmp_path, {"robot_type": "bimanual", "views": views, "arms": arms})
+    motion = open_source(tmp_path).load(0).motion
+    np.testing.assert_allclose(motion.proprios.left.rotation[4], rotation, atol=FLOAT32)
+    assert np.flatnonzero(motion.columns).tolist() == [3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        pytest.param(
+            {"views": {"base": "front"}}, "expected one of observation.images.front, .*got 'front'", id="video"
+        ),
+        pytest.param({"views": {"top": VIDEOS[0]}}, "views: 'top' is unknown, expected base, left_wrist", id="view"),
+        pytest.param({"actions": []}, "'actions' is unknown, expected dataset, robot_type", id="field"),
+        pytest.param({"arms": {}}, "arms: not for layout 'plain'", id="layout"),
+        pytest.param({"action": []}, "lacks state and action; the dataset has observation.state", id="no action"),
+        pytest.param({"robot_type": "r2d2"}, "no built-in embodiment profile lists 'r2d2'", id="robot"),
+        pytest.param({"state": [{"columns": "0:8", "from": "action[0:7]"}]}, "expected 8 columns, got 7", id="width"),
+        pytest.param({"state": [{"columns": "0:2", "from": "action[x, w]"}]}, r"action\[w\]: the feature", id="name"),
+        pytest.param({"state": [{"columns": "0:9", "from": "action[0:9]"}]}, "has 8 columns", id="slice"),
+        pytest.param({"state": [{"columns": "30:34", "from": "action"}]}, "expected columns of 0 to 31", id="columns"),
+        pytest.param({"state": [{"columns": 3, "from": "velocity"}]}, "'velocity' is no feature", id="feature"),
+        pytest.param({"state": [{"columns": 3, "from": "a]b"}]}, "expected a feature such as", id="selector"),
+        pytest.param({"state": [{"columns": 3, "source": "action"}]}, "'source' is unknown", id="entry"),
+    ],
+)
+def test_wrong_description_says_what_is_wrong(tmp_path, change, complaint):
+    write_v3(tmp_path)
+    describe(tmp_path, PLAIN | change)
+    with pytest.raises(DataError, match=complaint):
+        open_source(tmp_path)
+
+
+def test_description_elsewhere_points_to_the_dataset(tmp_path):
+    write_v3(tmp_path / "set")
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(PLAIN | {"dataset": "set"}))
+    assert open_source(tmp_path / "mine.yaml").lengths == [8, 5]
+
+
+def test_lerobot_without_description(tmp_path):
+    write_v3(tmp_path)
+    with pytest.raises(DataError, match=r"LeRobot dataset without xr0\.yaml"):
+        open_source(tmp_path)
+
+
+def test_nan_names_dataset_episode_and_frame(tmp_path):
+    write_v3(tmp_path)
+    describe(tmp_path, PLAIN)
+    path = tmp_path / "data/chunk-000/file-000.parquet"
+    table = pq.read_table(path)
+    rows = table["action"].to_pylist()
+    rows[LENGTHS[0] + 4][0] = float("nan")
+    pq.write_table(table.set_column(table.column_names.index("action"), "action", pa.array(rows)), path)
+    with pytest.raises(DataError, match="#1: frame 4: action: expected finite"):
+        open_source(tmp_path).load(1)
+
+
+@pytest.mark.parametrize(
+    ("text", "columns"),
+    [("f", [0, 1, 2, 3]), ("f[1:3]", [1, 2]), ("f[2:]", [2, 3]), ("f[b, d]", [1, 3]), ("f[3, a]", [3, 0])],
+    ids=str,
+)
+def test_selectors(text, columns):
+    assert Selector.parse(text, "x").columns(["a", "b", "c", "d"], 4) == columns
+
+
+@pytest.fixture
+def episodes(tmp_path):
+    folder = write_dataset(tmp_path / "episodes", (12, 7), {1: "invalid"})
+    write_episode(folder, 2, 9, instructions=("Fold the towel.", "Fold it."))
+    return folder
+
+
+def test_episodes_to_lerobot_and_back(episodes, tmp_path):
+    to_lerobot(open_source(episodes), tmp_path / "lerobot")
+    from_lerobot(open_source(tmp_path / "lerobot"), tmp_path / "back")
+    before = open_source(episodes)
+    for name in ("lerobot", "back"):
+        after = open_source(tmp_path / name)
+        assert list(after.lengths) == [12, 7, 9]
+        assert list(after.statuses) == ["success", "invalid", "success"]
+        for number in range(3):
+            old, new = before.load(number), after.load(number)
+            assert (new.instructions, list(new.clips)) == (old.instructions, list(old.clips))
+            assert [frame_number(new.image("left_wrist", tick)) for tick in range(len(new.motion))] == list(
+                range(len(old.motion))
+            )
+            for which in ("proprios", "targets"):
+                expected = arm_parts(getattr(old.motion, which))
+                for key, rows in arm_parts(getattr(new.motion, which)).items():
+                    np.testing.assert_allclose(rows, expected[key], atol=FLOAT32, err_msg=f"{name} {which} {key}")
+
+
+def test_converted_dataset_has_lerobot_s_layout(episodes, tmp_path):
+    to_lerobot(open_source(episodes), tmp_path / "out")
+    info = json.loads((tmp_path / "out/meta/info.json").read_text())
+    assert (info["codebase_version"], info["total_episodes"], info["total_frames"]) == ("v3.0", 3, 28)
+    assert info["features"]["action"]["shape"] == [38]
+    table = pq.read_table(tmp_path / "out" / info["data_path"].format(chunk_index=0, file_index=0))
+    assert table["index"].to_pylist() == list(range(28))
+    assert table["frame_index"].to_pylist() == [*range(12), *range(7), *range(9)]
+    rows = pq.read_table(tmp_path / "out/meta/episodes/chunk-000/file-000.parquet").to_pylist()
+    starts = [row["videos/observation.images.ego/from_timestamp"] for row in rows]
+    assert starts == pytest.approx([0, 12 / 30, 19 / 30])
+    assert [row["dataset_from_index"] for row in rows] == [0, 12, 19]
+
+
+@pytest.mark.parametrize("convert", [to_lerobot, from_lerobot])
+def test_conversion_is_whole_or_absent(episodes, tmp_path, convert):
+    source = open_source(episodes)
+    if convert is from_lerobot:
+        to_lerobot(source, tmp_path / "lerobot")
+        source = open_source(tmp_path / "lerobot")
+        (tmp_path / "lerobot/videos/observation.images.ego/chunk-000/file-000.mp4").unlink()
+    else:
+        damage(episodes / "videos" / "2.ego.mp4")
+    with pytest.raises((DataError, OSError)):
+        convert(source, tmp_path / "out")
+    assert not [path for path in tmp_path.iterdir() if "out" in path.name]
+
+
+def test_existing_folder_is_kept(episodes, tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ValueError, match="out is there already"):
+        to_lerobot(open_source(episodes), tmp_path / "out")
+
+
+def test_one_arm_does_not_fit_episode_files(folder, tmp_path):
+    with pytest.raises(ValueError, match="holds two arms at 30 Hz"):
+        from_lerobot(open_source(folder), tmp_path / "out")

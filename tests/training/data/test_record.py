@@ -1,0 +1,158 @@
+"""The scripted expert, and recordings of it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from xr0_engine.sim import CONTROL_RATE_HZ, INSTRUCTION, AlohaEnv, choose_renderer, columns_to_joints
+from xr0_engine.training.data import record as module
+from xr0_engine.training.data.episode import load_episode
+from xr0_engine.training.data.expert import (
+    IK_TOLERANCE,
+    GripperPose,
+    Kinematics,
+    Unreachable,
+    plan_transfer,
+    transferred,
+)
+from xr0_engine.training.data.record import Settings, record, record_episode
+
+SETTINGS = Settings(width=32, height=24)
+# JSON keeps seven digits of float64; states are float32.
+WRITTEN = 1e-6
+
+
+@pytest.fixture(scope="module")
+def env() -> Iterator[AlohaEnv]:
+    pytest.importorskip("gym_aloha")
+    try:
+        choose_renderer()
+    except RuntimeError as reason:
+        pytest.skip(str(reason))
+    with AlohaEnv(0, SETTINGS.width, SETTINGS.height) as env:
+        yield env
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_expert_hands_the_cube_over(env, seed):
+    env.reset(seed)
+    module._vary_start(env, np.random.default_rng(seed), SETTINGS.start_spread_rad)
+    assert not transferred(env)
+    plan = plan_transfer(env)
+    arms = np.delete(np.arange(14), [6, 13])
+    np.testing.assert_array_equal(plan[:, arms], np.clip(plan[:, arms], *env.limits[arms].T))
+    for targets in plan:
+        env.step(targets)
+    assert env.task.get_reward(env.physics) == env.task.max_reward
+    assert transferred(env)
+
+
+def test_cube_that_both_hold_is_not_transferred_yet(env):
+    env.reset(0)
+    rewards = []
+    for targets in plan_transfer(env):
+        env.step(targets)
+        rewards.append((env.task.get_reward(env.physics), transferred(env)))
+    assert (4, False) in rewards
+    assert rewards[-1] == (4, True)
+
+
+@pytest.mark.parametrize("arm", ["left", "right"])
+def test_inverse_kinematics_inverts(env, arm):
+    env.reset(0)
+    kinematics, rng = Kinematics(env), np.random.default_rng(0)
+    rest = env.joints[:6]
+    for _ in range(5):
+        pose = kinematics.forward(arm, rest + rng.uniform(-0.4, 0.4, 6))
+        reached = kinematics.forward(arm, kinematics.inverse(arm, pose, rest))
+        np.testing.assert_allclose(reached.position_m, pose.position_m, atol=IK_TOLERANCE)
+        np.testing.assert_allclose(reached.rotation, pose.rotation, atol=2 * IK_TOLERANCE)
+    with pytest.raises(Unreachable, match=f"{arm} gripper: no joints found"):
+        kinematics.inverse(arm, GripperPose(np.array([0, 0.5, 3.0]), np.eye(3)), rest)
+
+
+def test_recorded_episode_replays(env, tmp_path, monkeypatch):
+    """What is in the file, given to the simulation as a policy's actions are, hands the cube over again."""
+    # Five hundred pictures would be most of the test's time; tests/test_sim.py looks at them.
+    grey = np.full((SETTINGS.height, SETTINGS.width, 3), 99, np.uint8)
+    monkeypatch.setattr(env, "_render", lambda camera: grey)
+    assert record_episode(env, tmp_path, 7, SETTINGS)
+    episode = load_episode(tmp_path / "episode_000007.json")
+    assert (episode.status, episode.instructions, episode.rate_hz) == ("success", (INSTRUCTION,), CONTROL_RATE_HZ)
+    assert episode.motion.columns.sum() == 26
+    last = len(episode.motion) - 1
+    assert {episode.image(view, last).shape for view in episode.clips} == {(24, 32, 3)}
+    assert not list(tmp_path.rglob(".*"))
+
+    env.reset(7)
+    module._vary_start(env, np.random.default_rng(7), SETTINGS.start_spread_rad)
+    np.testing.assert_allclose(columns_to_joints(episode.motion.state(0)[0]), env.joints, atol=WRITTEN)
+    for tick in range(0, last + 1, 10):
+        observation = env.observe()
+        for action in episode.motion.actions(tick, min(10, last + 1 - tick)):
+            env.apply(action, observation)
+    assert transferred(env)
+
+
+def test_failed_try_leaves_nothing(env, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "plan_transfer", lambda env: np.tile(env.joints, (2, 1)))
+    assert not record_episode(env, tmp_path, 0, SETTINGS)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+@pytest.fixture
+def tries(monkeypatch) -> list[int]:
+    """Threads instead of processes, and tries that take a moment; seeds that end in 3 fail."""
+    seen: list[int] = []
+
+    def attempt(folder, seed, settings):
+        seen.append(seed)
+        time.sleep(0.002 * (seed % 4))
+        if seed % 10 == 3:
+            return False
+        (folder / f"episode_{seed:06d}.json").write_text("{}")
+        return True
+
+    monkeypatch.setattr(module, "worker_pool", ThreadPoolExecutor)
+    monkeypatch.setattr(module, "_try", attempt)
+    return seen
+
+
+def seeds(folder) -> list[int]:
+    return sorted(int(path.stem.rpartition("_")[2]) for path in folder.glob("episode_*.json"))
+
+
+@pytest.mark.parametrize("processes", [1, 4])
+def test_first_seeds_that_succeed_are_kept(tmp_path, tries, processes):
+    result = record(tmp_path, 6, 0, SETTINGS, processes)
+    assert seeds(tmp_path) == [0, 1, 2, 4, 5, 6]
+    assert (result.recorded, result.failed, result.present) == (6, 1, 0)
+    assert json.loads((tmp_path / "recording.json").read_text())["failed_seeds"] == [3]
+
+
+def test_recording_goes_on_where_it_stopped(tmp_path, tries):
+    record(tmp_path, 4, 0, SETTINGS, 2)
+    (tmp_path / "episode_000001.json").unlink()
+    tries.clear()
+    result = record(tmp_path, 7, 0, SETTINGS, 2)
+    assert sorted(tries) == [1, 5, 6, 7]
+    assert seeds(tmp_path) == [0, 1, 2, 4, 5, 6, 7]
+    assert (result.recorded, result.failed, result.present) == (4, 0, 3)
+
+
+def test_other_settings_need_another_folder(tmp_path, tries):
+    record(tmp_path, 1, 0, SETTINGS, 1)
+    with pytest.raises(ValueError, match="was recorded with"):
+        record(tmp_path, 2, 0, Settings(64, 48), 1)
+
+
+def test_folder_of_another_origin_is_refused(tmp_path, tries):
+    (tmp_path / "episode_000001.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"no recording\.json"):
+        record(tmp_path, 2, 0, SETTINGS, 1)
