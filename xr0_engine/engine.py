@@ -85,9 +85,10 @@ class Engine:
         """An engine on what `xr0 export` wrote: the same calls, for the case that was exported.
 
         device: as in from_pretrained. backend: onnx (ONNX Runtime), tensorrt (engines built for this GPU), or auto:
-        tensorrt where the folder has such engines, else onnx. embodiment: as in from_pretrained; None is the export's own. Other image sizes, views, batches, chunk lengths or
-        longer prompts than the export's raise ValueError. Raises ValueError for a folder that cannot be used,
-        NotImplementedError for what this machine does not run, RuntimeError for a missing library.
+        tensorrt where the folder has such engines, else onnx. embodiment: as in from_pretrained; None is the export's
+        own. Other image sizes, views, batches, chunk lengths or longer prompts than the export's raise ValueError.
+        Raises ValueError for a folder that cannot be used, NotImplementedError for what this machine does not run,
+        RuntimeError for a missing library.
         """
         model = ExportedModel.load(Path(path), device, backend)
         profile = model.manifest.case.profile if embodiment is None else embodiment
