@@ -47,7 +47,7 @@ def latency(
     rounds: Rounds = 100,
     part: Annotated[str, typer.Option(help="all, or dit: the action head alone, which needs no checkpoint.")] = "all",
     boundary: Annotated[
-        str | None, typer.Option(help="What is timed: stage (each stage) or infer (the whole call at once).")
+        str | None, typer.Option(help="What is timed: stage (each stage), infer (the whole call) or websocket (through the server).")
     ] = None,
     alone: Annotated[
         bool, typer.Option("--alone", help="Only the engine, without the released way beside it.")
@@ -269,7 +269,7 @@ def seams(
     ] = None,
     out: Annotated[Path, typer.Option(metavar="FILE.png", help="Where the picture goes.")] = Path("seams.png"),
     seconds: Annotated[float, typer.Option(min=5, help="Simulated seconds of each run.")] = 20.0,
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of each mode and delay.")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each mode and delay.")] = 2,
     device: Device = "auto",
     dtype: Dtype = "float32",
 ) -> None:

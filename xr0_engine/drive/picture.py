@@ -114,10 +114,10 @@ def _plot_chunks(axes: Axes, window: _Window) -> None:
     for number, line in asked.items():
         finished = next((c["finished_s"] for c in window.lines["chunk"] if c["number"] == number), None)
         lost = next((c for c in window.lines["lost"] if c["number"] == number), None)
-        end_s = finished if finished is not None else lost["time_s"] if lost else line["time_s"]
+        end_s = finished if finished is not None else lost["time_s"] if lost else window.zero_s + window.end_s
         axes.plot([window.at(line["time_s"]), window.at(end_s)], [number - 0.45] * 2, color="black", linewidth=1.4)
         axes.plot(window.at(line["observed_s"]), number - 0.45, "o", color="black", markersize=3.5)
-        if lost:
+        if lost and finished is None:
             axes.plot(window.at(end_s), number - 0.45, "x", color=LATE, markersize=6, markeredgewidth=2)
     _shade_held(axes, window)
     numbers = sorted(asked)
@@ -137,7 +137,7 @@ def _legend_of_chunks(axes: Axes) -> None:
         Patch(color=PREFIX, label="prefix (committed)"),
         Patch(color=EXECUTED, label="executed"),
         Patch(color=LATE, label="too late"),
-        Patch(color=UNUSED, label="not needed"),
+        Patch(color=UNUSED, label="not executed"),
         Patch(color=HELD, alpha=0.25, label="held, no action"),
         Line2D([], [], color=LATE, marker="x", linestyle="", markeredgewidth=2, label="inference failed"),
     ]

@@ -249,15 +249,16 @@ class Executor:
         """The actions of the steps from `first` on, executed, planned or held, in the new observation's frame."""
         if not length:
             return None
+        step_limits = 1 / self._settings.rate_hz, self._settings.commands_per_action
         path = [self._timeline.in_force(first - 1)]
         for prefix_step in range(first, first + length):
             planned = self._timeline.peek(prefix_step)
             if prefix_step <= step:
                 path.append(self._timeline.in_force(prefix_step))
-            elif planned is not None:
-                path.append(planned.row)
             else:
-                path.append(coast(self._frame, path[-1], path[-2], self._settings.motion_kept))
+                row = coast(self._frame, path[-1], path[-2], self._settings.motion_kept)
+                # What the robot will be told, not what is planned: a plan beyond the limits goes on from within.
+                path.append(self._limiter.allowed(row if planned is None else planned.row, path[-1], *step_limits)[0])
         steps = self._delay.steps(self._settings.rate_hz)
         if steps is not None and steps > length:
             self.report.counts["prefix_short"] += 1
@@ -351,7 +352,7 @@ class Executor:
         self._record("clock", time_s=self._clock.now())
 
     def _finish(self) -> None:
-        self._worker.close()
+        self._worker.close(self._settings.hang_s)
         report = self.report
         report.ended = report.ended or "time"
         report.counts["left"] += len(self._timeline)

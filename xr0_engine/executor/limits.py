@@ -74,17 +74,27 @@ class Limiter:
 
         time_s: when the command is due, later than that of the last one.
         """
-        command = np.clip(row, self._limits.low, self._limits.high)
+        if self._last is None:
+            command, clipped = self.allowed(row, row, np.inf)
+        else:
+            command, clipped = self.allowed(row, self._last[0], time_s - self._last[1])
+        self._last = command, time_s
+        self.clipped.update(clipped)
+        return command, clipped
+
+    def allowed(
+        self, row: np.ndarray, last: np.ndarray, seconds: float, commands: int = 1
+    ) -> tuple[np.ndarray, list[str]]:
+        """The same for the last of some commands, that together take so long, without counting it."""
+        limits = self._limits
+        command = np.clip(row, limits.low, limits.high)
         clipped = [] if np.array_equal(command, row) else ["position"]
-        if self._last is not None and self._limits_change:
-            last, last_s = self._last
+        if self._limits_change:
             change = self._frame.difference(command, last)
-            for kind, bound in (("velocity", self._limits.velocity * (time_s - last_s)), ("jump", self._limits.jump)):
+            for kind, bound in (("velocity", limits.velocity * seconds), ("jump", limits.jump * commands)):
                 bounded = np.clip(change, -bound, bound)
                 if not np.array_equal(bounded, change):
                     clipped.append(kind)
                     change = bounded
                     command = self._frame.moved(last, change)
-        self._last = command, time_s
-        self.clipped.update(clipped)
         return command, clipped

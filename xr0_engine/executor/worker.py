@@ -50,7 +50,8 @@ class Worker(Protocol):
     def poll(self) -> Outcome | None:
         """The outcome, once, when there is one. Returns at once."""
 
-    def close(self) -> None: ...
+    def close(self, patience_s: float) -> None:
+        """Let a call that is running end, as long as patience lasts."""
 
 
 def _attempt(policy: Policy, request: Request, clock: Clock) -> Outcome:
@@ -69,7 +70,8 @@ class ThreadWorker:
         self._policy, self._clock = policy, clock
         self._requests: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
         self._outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
-        threading.Thread(target=self._work, name="xr0-policy", daemon=True).start()
+        self._thread = threading.Thread(target=self._work, name="xr0-policy", daemon=True)
+        self._thread.start()
 
     def submit(self, request: Request) -> None:
         self._requests.put(request)
@@ -80,9 +82,9 @@ class ThreadWorker:
         except queue.Empty:
             return None
 
-    def close(self) -> None:
-        """The thread ends after the call that it is in, if that ever returns."""
+    def close(self, patience_s: float) -> None:
         self._requests.put(None)
+        self._thread.join(patience_s)
 
     def _work(self) -> None:
         while (request := self._requests.get()) is not None:
@@ -109,4 +111,4 @@ class DelayedWorker:
         self._outcome = None
         return outcome
 
-    def close(self) -> None: ...
+    def close(self, patience_s: float) -> None: ...
