@@ -85,7 +85,7 @@ class _Build:
 
     def run(self, folder: Path, key: str, cache: Path) -> dict[str, Any]:
         """Write the engine and its layers; returns the facts of EngineManifest."""
-        begin = time.perf_counter()
+        begin, begin_cpu = time.perf_counter(), time.process_time()
         library = self._library
         builder = self._made(library.Builder(self._logger), "no builder")
         network = builder.create_network(1 << int(library.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -108,6 +108,7 @@ class _Build:
         (folder / f"{key}.layers.json").write_text(json.dumps(layers, indent=1), encoding="utf-8")
         return {
             "build_s": round(time.perf_counter() - begin, 1),
+            "build_cpu_s": round(time.process_time() - begin_cpu, 1),
             "engine_bytes": plan.nbytes,
             # Of the process so far: building holds the weights of its graph, and earlier ones may have been larger.
             "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
@@ -118,6 +119,8 @@ class _Build:
         library = self._library
         config = builder.create_builder_config()
         config.profiling_verbosity = library.ProfilingVerbosity.DETAILED
+        # float32 means float32, as in the reference engine.
+        config.clear_flag(library.BuilderFlag.TF32)
         if self._builder == "tensorrt":
             config.set_timing_cache(config.create_timing_cache(cache.read_bytes()), ignore_mismatch=False)
         if self._capability is not None:

@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import onnx
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from tests.export.cases import LIBERO
@@ -15,6 +16,7 @@ from xr0_engine.checkpoint import write_checkpoint
 from xr0_engine.cli import app
 from xr0_engine.config import XR0Config
 from xr0_engine.export.onnx import export_onnx
+from xr0_engine.export.tensorrt import build_engines
 from xr0_engine.export.verify import verify_export
 from xr0_engine.exported.manifest import MANIFEST_FILE, ExportCase, FileRecord, Manifest, sha256
 
@@ -73,6 +75,20 @@ def test_padded_batch_two_prompt_lengths_and_half_precision(checkpoint, tmp_path
     rows = list(verify_export(folder))
     assert [row for row in rows if not row.passed] == []
     assert {"end to end.96", "end to end.160"} <= {row.case for row in rows}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_engines_of_this_gpu_compute_the_same(precision, checkpoint, tmp_path):
+    if torch.cuda.get_device_capability() not in ((7, 5), (8, 0), (8, 6), (8, 9), (12, 0), (12, 1)):
+        pytest.skip("TensorRT for RTX does not build for this GPU")
+    pytest.importorskip("tensorrt_rtx")
+    folder = tmp_path / "export"
+    export_onnx(checkpoint, LIBERO, precision, folder)
+    build_engines(folder, "local", stages=["vision", "prefill", "flow", "step"])
+    rows = list(verify_export(folder, backend="tensorrt"))
+    assert [row for row in rows if not row.passed] == []
+    assert "end to end.96" in {row.case for row in rows}
 
 
 def test_another_checkpoint_is_refused(exported, checkpoint, tmp_path):
