@@ -47,6 +47,7 @@ EXTRAS = {
     "onnx": "export",
     "onnxruntime": "export",
     "transformers": "train",
+    "pyarrow": "train",
     "tensorboard": "train",
     "matplotlib": "plot",
     "av": "sim",
