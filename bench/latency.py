@@ -17,6 +17,7 @@ from rich.table import Table
 from torch import Tensor
 
 from xr0_engine import ops
+from xr0_engine.bench import websocket
 from xr0_engine.bench.cases import HeadSubject, Setup, Subject
 from xr0_engine.bench.results import Result, environment
 from xr0_engine.bench.tables import footer, latency_table
@@ -55,8 +56,8 @@ def measure(
 ) -> tuple[Result, BaseException | None]:
     """The result, and what cut it short, if anything did.
 
-    part: of PARTS, the whole model or the action head alone, which needs no checkpoint. boundary: infer or stage (the
-    default) for the whole model, flow for the head. alone: the engine without rivals; attention: of the rivals;
+    part: of PARTS, the whole model or the action head alone, which needs no checkpoint. boundary: stage (the default),
+    infer or websocket for the whole model, flow for the head. alone: the engine without rivals; attention: theirs;
     compiled: torch.compile joins them. export: a folder of `xr0 export` for the case, which joins them too, run by
     export_backend: onnx, tensorrt or auto. Raises ValueError for a wrong argument, NotImplementedError for what this
     machine or version lacks, RuntimeError if the rivals disagree: nothing is timed then.
@@ -65,6 +66,10 @@ def measure(
         raise ValueError(f"part: expected one of {', '.join(PARTS)}; got {part!r}")
     if rounds < 1:
         raise ValueError(f"rounds: expected at least 1, got {rounds}")
+    if boundary == "websocket" and part == "all":
+        if compiled or attention != "sdpa" or export is not None:
+            raise ValueError("boundary websocket: expected no options of the rivals beside it")
+        return websocket.measure(setup, rounds, command, alone)
     if alone and (compiled or attention != "sdpa"):
         raise ValueError("alone: expected no options of the rivals (compile, attention) beside it")
     if export is not None and part == "dit":
@@ -107,7 +112,7 @@ def measure(
 
 
 def _boundaries(part: str) -> tuple[str, ...]:
-    return ("flow",) if part == "dit" else ("stage", "infer")
+    return ("flow",) if part == "dit" else ("stage", "infer", "websocket")
 
 
 def _model_rivals(

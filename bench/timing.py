@@ -21,12 +21,12 @@ BOUNDARIES = {
     "stage": "the stages of Engine.infer(), the device waited for between them",
     "patches": "camera frames to normalised patches; on a GPU from the launch, or from the upload before it",
     "flow": "the action head alone: noise to chunk, all flow steps",
+    "websocket": "a client on the same machine asks its server, both processes of their own, and holds the actions",
     "process": "a fresh process, from its start to its first action; weights on disk",
 }
 NOT_YET = {
     "replay": "it needs CUDA graphs",
     "update+replay": "it needs CUDA graphs",
-    "websocket": "it needs the server",
 }
 """Boundary that the engine has no part for yet -> what is missing."""
 

@@ -263,9 +263,7 @@ def _check_opcodes(data: bytes) -> None:
     for _ in range(MAX_OPCODES):
         opcode = _OPCODES.get(stream.read(1))
         if opcode is None:
-            raise ValueError(
-                f"pickle: expected plain values, arrays and images: opcode not admitted"
-            )
+            raise ValueError("pickle: expected plain values, arrays and images: opcode not admitted")
         if opcode.name == "STOP":
             return
         if opcode.name == "GLOBAL":
