@@ -82,7 +82,7 @@ def default_tactic(kind: str, rows: int, n: int, k: int, arch: int) -> Tactic:
     widths = (HEAD_COLUMNS,) if kind == "qkv" else (128, 64)
     splits = [split for split in _divisors(triton.cdiv(k, 64)) if split <= MAX_SPLIT]
     block_m, width, split_k = min(itertools.product((128, 64), widths, splits), key=time)
-    warps = 8 if block_m * width == 128 * 128 else 4
+    warps = 8 if block_m == 128 else 4
     return Tactic(block_m, width // 2 if kind == "swiglu" else width, 64, split_k, warps, stages)
 
 
