@@ -33,6 +33,7 @@ from xr0_engine.bench.timing import (
 )
 from xr0_engine.engine import DTYPES, Engine
 from xr0_engine.exported.model import ExportedModel
+from xr0_engine.model.fused import FusedModel
 
 PARTS = ("all", "dit")
 GATE = {"float32": 1e-3, "bfloat16": 0.15, "float16": 0.03}
@@ -145,8 +146,9 @@ def _model_rivals(
         from xr0_engine.bench.baseline import ReleasedModel
 
         assert not isinstance(engine.model, ExportedModel)
+        network = engine.model.reference if isinstance(engine.model, FusedModel) else engine.model
         model = ReleasedModel(
-            subject.folder, engine.config, engine.model.head, DTYPES[setup.dtype], attention, compiled
+            subject.folder, engine.config, network.head, DTYPES[setup.dtype], attention, compiled
         )
         inputs = (subject.observations, profile, statistics, subject.noise, subject.prefixes)
         rivals[name] = rival(partial(model.infer, *inputs))
