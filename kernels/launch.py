@@ -7,6 +7,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -18,6 +19,8 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources, PTXASError
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -37,6 +40,10 @@ DTYPES = {
     torch.int64: "i64",
     torch.bool: "i1",
 }
+
+
+COMPILER_FAULTS = (CompilationError, OutOfResources, PTXASError)
+"""What a kernel raises that does not fit the chip or cannot be compiled."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,7 @@ class Compiled:
 
 
 _recorded: list[Launch] | None = None
+_compile_only = False
 
 
 @contextmanager
@@ -79,6 +87,21 @@ def recording() -> Iterator[list[Launch]]:
         yield _recorded
     finally:
         _recorded = before
+
+
+@contextmanager
+def compiling(threads: int) -> Iterator[None]:
+    """Within, calls compile their kernels on so many threads and run nothing; at its end all are there.
+
+    What cannot be compiled is left out: it raises when it is launched.
+    """
+    global _compile_only
+    _compile_only = True
+    try:
+        with ThreadPoolExecutor(threads) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+            yield
+    finally:
+        _compile_only = False
 
 
 @lru_cache(maxsize=8)
@@ -103,6 +126,9 @@ def launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], warps:
         kernel[grid](**arguments, PDL=False)
         return
     dependent = capability(device) >= DEPENDENT_LAUNCH_FROM
+    if _compile_only:
+        kernel.warmup(**arguments, PDL=dependent, grid=grid, num_warps=warps, num_stages=stages, launch_pdl=dependent)
+        return
     kernel[grid](**arguments, PDL=dependent, num_warps=warps, num_stages=stages, launch_pdl=dependent)
 
 

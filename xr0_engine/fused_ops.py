@@ -39,6 +39,7 @@ __all__ = [
     "StatsOut",
     "Tactic",
     "Weight",
+    "compile_beside",
     "compile_kernels",
     "interpreted",
     "tactic_key",
@@ -87,23 +88,23 @@ class FusedOps:
     def linear(self, x: Tensor, weight: Weight, out: Tensor, **options: Any) -> None:
         """(B, M, K) -> (B, M, N), with what comes before and after it. As kernels/linear.py: linear."""
         rows, (outputs, inputs) = x.shape[0] * x.shape[1], weight.data.shape
-        self._run("linear", (rows, outputs, inputs), weight.data.dtype, (x, weight, out), options)
+        self.run("linear", (rows, outputs, inputs), weight.data.dtype, (x, weight, out), options)
 
     def swiglu(self, x: Tensor, weight: Weight, out: Tensor, **options: Any) -> None:
         """(B, M, K) -> (B, M, F), silu(gate) * up. As kernels/linear.py: swiglu."""
         rows, (outputs, inputs) = x.shape[0] * x.shape[1], weight.data.shape
-        self._run("swiglu", (rows, outputs, inputs), weight.data.dtype, (x, weight, out), options)
+        self.run("swiglu", (rows, outputs, inputs), weight.data.dtype, (x, weight, out), options)
 
     def qkv(self, x: Tensor, weight: Weight, q: Tensor | None, k: Tensor, v: Tensor, **options: Any) -> None:
         """(B, M, K) -> heads, normalised and rotated. As kernels/qkv.py: qkv."""
         rows, (outputs, inputs) = x.shape[0] * x.shape[1], weight.data.shape
         shape = (rows, outputs, inputs, k.shape[-1])
-        self._run("qkv", shape, weight.data.dtype, (x, weight, q, k, v), options)
+        self.run("qkv", shape, weight.data.dtype, (x, weight, q, k, v), options)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, *, causal: bool) -> None:
         """As kernels/attention.py: attention."""
         shape = (*q.shape[:3], *k.shape[1:])
-        self._run("attention", shape, q.dtype, (q, k, v, out), {"causal": causal})
+        self.run("attention", shape, q.dtype, (q, k, v, out), {"causal": causal})
 
     def lambda_attention(
         self,
@@ -122,7 +123,7 @@ class FusedOps:
         """As kernels/attention.py: lambda_attention."""
         arguments = (q, k, v, kv_keys, kv_values, begin, end, out)
         shape = (*q.shape[:3], *kv_keys.shape[1:])
-        self._run("lambda_attention", shape, q.dtype, arguments, {"window": window, "context": context})
+        self.run("lambda_attention", shape, q.dtype, arguments, {"window": window, "context": context})
 
     def start_flow(self, *arguments: Tensor) -> None:
         """As kernels/flow.py: start_flow."""
@@ -154,11 +155,24 @@ class FusedOps:
         """Run the op `kind` with a tactic of the caller's: how tuning tries candidates."""
         getattr(self._kernels, kind)(*arguments, **options, tactic=tactic, workspace=self.workspace)
 
+    def refusal(self, kind: str, arguments: tuple[Any, ...], options: Mapping[str, Any], tactic: Tactic) -> str | None:
+        """Run as `call` does; why the kernel, the compiler or the chip cannot have this tactic, None if it ran."""
+        try:
+            self.call(kind, arguments, options, tactic)
+        except (ValueError, NotImplementedError, *_compiler_faults(self.backend)) as error:
+            return str(error).strip().partition("\n")[0] or type(error).__name__
+        except RuntimeError as error:
+            # The compiler's passes have no exception of their own.
+            if "PassManager::run failed" not in str(error):
+                raise
+            return "the compiler failed"
+        return None
+
     def default(self, kind: str, shape: tuple[int, ...]) -> Tactic:
         """What runs where the table has no entry: a stated rule, never a guess at run time."""
         return self._kernels.default_tactic(kind, shape, self._arch)
 
-    def _run(
+    def run(
         self,
         kind: str,
         shape: tuple[int, ...],
@@ -166,6 +180,7 @@ class FusedOps:
         arguments: tuple[Any, ...],
         options: Mapping[str, Any],
     ) -> None:
+        """Where every op that has tactics comes through: with that of the table for its key, else the default."""
         tactic = self.tactics.get(tactic_key(kind, shape, dtype)) or self.default(kind, shape)
         self.call(kind, arguments, options, tactic)
 
@@ -193,6 +208,25 @@ def compile_kernels(work: Callable[[], None], arch: int, done: Callable[[int, in
         compiled.append(compile_for(call, arch))
         done(number, len(calls))
     return compiled
+
+
+def compile_beside(work: Callable[[], None], threads: int) -> None:
+    """Compile the kernels that work launches, several at a time, and run none; they are found compiled afterwards.
+
+    work: calls with tactics that are no library's, on a CUDA GPU. What cannot be compiled is left out: its call says why.
+    """
+    from xr0_engine.kernels.launch import compiling
+
+    with compiling(threads):
+        work()
+
+
+def _compiler_faults(backend: str) -> tuple[type[Exception], ...]:
+    if backend == "reference":
+        return ()
+    from xr0_engine.kernels.launch import COMPILER_FAULTS
+
+    return COMPILER_FAULTS
 
 
 def _kernels(backend: str) -> SimpleNamespace:

@@ -8,6 +8,7 @@ nothing. The number of sessions is bounded; the one used least recently goes fir
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -28,6 +29,8 @@ from xr0_engine.types import KVBlock, ModelInputs, VisionTokens
 PROMPT_BUCKET = 32
 """Prompts are padded to a multiple of so many tokens: one captured graph serves all instructions of a bucket."""
 MAX_SESSIONS = 8
+PARTS = ("step", "vision", "prefill", "flow")
+"""What a session replays: the whole step, or one stage."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +150,7 @@ class Session:
 
     def __init__(self, model: FusedModel, key: SessionKey, inputs: ModelInputs) -> None:
         self.model, self.key = model, key
+        self._graphs: dict[str, Graph] = {}
         self.staging = Staging(_fields(model.config, key, model.dtype), model.device)
         on_device = self.staging.device
         self.ops, self.flow_ops = model.ops(), model.ops()
@@ -192,21 +196,25 @@ class Session:
         for name, value in vars(prompts).items():
             self.staging.host[name].copy_(torch.from_numpy(value))
 
-    def replay(self) -> None:
-        """The whole step on what was uploaded last; the graph is captured the first time."""
+    def replay(self, part: str = "step") -> None:
+        """The whole step on what was uploaded last, or one stage of PARTS on what the stages before it left.
+
+        The graph of each is captured the first time.
+        """
         if self.model.graphs:
-            self.step_graph.replay()
+            self.graph(part).replay()
         else:
-            self.run()
+            self._work(part)()
 
-    @cached_property
-    def step_graph(self) -> Graph:
-        return Graph(self.run, self.model.device, f"step {self.key.batch}x{self.key.tokens}")
+    def graph(self, part: str = "step") -> Graph:
+        """The captured graph of a part. Raises NotImplementedError where there is no CUDA GPU."""
+        if part not in self._graphs:
+            name = f"{part} {self.key.batch}x{self.key.tokens}"
+            self._graphs[part] = Graph(self._work(part), self.model.device, name)
+        return self._graphs[part]
 
-    @cached_property
-    def flow_graph(self) -> Graph:
-        """The flow alone, on the KV block that the last step left: another chunk of the same observation."""
-        return Graph(self.sample, self.model.device, f"flow {self.key.batch}x{self.key.tokens}")
+    def _work(self, part: str) -> Callable[[], None]:
+        return {"step": self.run, "vision": self.encode, "prefill": self.prefill, "flow": self.sample}[part]
 
     @torch.inference_mode()
     def run(self) -> None:
@@ -231,9 +239,9 @@ class Session:
         self.model.head.run(self.flow_ops, self.flow_inputs, self.flow)
 
     def close(self) -> None:
-        for name in ("step_graph", "flow_graph"):
-            if name in self.__dict__:
-                self.__dict__.pop(name).close()
+        for graph in self._graphs.values():
+            graph.close()
+        self._graphs.clear()
 
     def _prefill(self, layer_done) -> None:  # type: ignore[no-untyped-def]
         on_device = self.staging.device
