@@ -147,9 +147,7 @@ def _model_rivals(
 
         assert not isinstance(engine.model, ExportedModel)
         network = engine.model.reference if isinstance(engine.model, FusedModel) else engine.model
-        model = ReleasedModel(
-            subject.folder, engine.config, network.head, DTYPES[setup.dtype], attention, compiled
-        )
+        model = ReleasedModel(subject.folder, engine.config, network.head, DTYPES[setup.dtype], attention, compiled)
         inputs = (subject.observations, profile, statistics, subject.noise, subject.prefixes)
         rivals[name] = rival(partial(model.infer, *inputs))
     return rivals
