@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -227,7 +227,10 @@ class LeRobotDataset:
         files = sorted((self.path / "meta" / "episodes").glob("*/*.parquet"))
         if not files:
             raise DataError("meta/episodes holds no parquet file")
-        for row in (row for file in files for row in _table(file).to_pylist()):
+        # Not the statistics of each episode, most of the file.
+        wanted = {"episode_index", "length", "tasks", "data/chunk_index", "data/file_index", STATUS_COLUMN}
+        wanted |= {f"videos/{f}/{name}" for f in features for name in ("chunk_index", "file_index", "from_timestamp")}
+        for row in (row for file in files for row in _table(file, wanted).to_pylist()):
             videos = {
                 f: self.path
                 / info["video_path"].format(
@@ -288,8 +291,10 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
         raise DataError(f"{path} cannot be read as JSON lines: {error}") from None
 
 
-def _table(path: Path) -> Any:
+def _table(path: Path, wanted: Collection[str] | None = None) -> Any:
+    """A parquet file, or those of the wanted columns that it has."""
     try:
-        return pq.read_table(path)
+        names = pq.read_schema(path).names
+        return pq.read_table(path, columns=[name for name in names if wanted is None or name in wanted])
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read as parquet: {error}") from None

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from xr0_engine.sim import CAMERAS, CONTROL_RATE_HZ, INSTRUCTION, AlohaEnv
+from xr0_engine.sim import CAMERAS, CONTROL_RATE_HZ, INSTRUCTION, AlohaEnv, choose_renderer
 from xr0_engine.training.data.episode import PARTS, Episode, part_columns, poses_of, save_episode
 from xr0_engine.training.data.expert import ARMS, Kinematics, Unreachable, plan_transfer, transferred
 from xr0_engine.training.data.motion import BimanualMotion
@@ -48,8 +48,9 @@ def record(folder: Path, episodes: int, first_seed: int, settings: Settings, pro
     Episode n comes from seed n, from first_seed on: the cube's place and the arms' start. A try that fails is left out
     and another seed takes its place, so the first `episodes` seeds that succeed are kept, whatever the number of
     processes. A killed recording goes on with the same call: an episode's JSON appears last, when all of it is there.
-    Raises ValueError if the folder was recorded with other settings.
+    Raises ValueError if the folder was recorded with other settings, RuntimeError if this machine cannot simulate.
     """
+    choose_renderer()
     folder.mkdir(parents=True, exist_ok=True)
     failed = _resume(folder, settings)
     done = {int(path.stem.rpartition("_")[2]) for path in folder.glob("episode_*.json")}
@@ -83,7 +84,7 @@ def record(folder: Path, episodes: int, first_seed: int, settings: Settings, pro
 def record_episode(env: AlohaEnv, folder: Path, seed: int, settings: Settings) -> bool:
     """Try once, and write episode_<seed>.json and its videos if the cube changed hands. Returns whether it did."""
     env.reset(seed)
-    _vary_start(env, np.random.default_rng(seed), settings.start_spread_rad)
+    vary_start(env, np.random.default_rng(seed), settings.start_spread_rad)
     try:
         plan = plan_transfer(env)
     except Unreachable:
@@ -136,7 +137,8 @@ def _try(folder: Path, seed: int, settings: Settings) -> bool:
     return record_episode(_env, folder, seed, settings)
 
 
-def _vary_start(env: AlohaEnv, rng: np.random.Generator, spread_rad: float) -> None:
+def vary_start(env: AlohaEnv, rng: np.random.Generator, spread_rad: float) -> None:
+    """Move every joint by up to spread_rad, and tell the servos to stay there. After a reset, before the first step."""
     for index in range(len(ARMS)):
         joints = slice(8 * index, 8 * index + 6)
         env.physics.data.qpos[joints] += rng.uniform(-spread_rad, spread_rad, 6)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -63,20 +63,28 @@ class Statistics:
     episodes: int
 
 
-def compute(path: Path, chunk_length: int, validation_fraction: float, processes: int) -> Statistics:
-    """Statistics of one dataset's training windows. Exactly the same for any number of processes.
+def compute(paths: Sequence[Path], chunk_length: int, validation_fraction: float, processes: int) -> Statistics:
+    """Statistics of the training windows of one robot's datasets. Exactly the same for any number of processes.
 
-    Raises DataError for a dataset that cannot be read, or none of whose episodes is as long as the chunk.
+    Raises DataError for a dataset that cannot be read, or none of whose episodes is as long as the chunk, and
+    ValueError for datasets of several robot types.
     """
-    source = open_source(path)
-    train = split(source, validation_fraction)[0]
-    if not train:
-        raise DataError(f"{path}: nothing to train on: every episode is invalid")
-    if max(source.lengths[n] for n in train) < chunk_length:
-        raise DataError(f"{path}: no episode has the {chunk_length} steps of a chunk")
-    total = _sum(in_parallel(partial(_episode, source, chunk_length), train, processes, "statistics"))
-    windows = sum(source.lengths[n] for n in train)
-    return Statistics(source.description.robot_type, total.mean, total.std, windows, len(train))
+    sources = [open_source(path) for path in paths]
+    robot_types = sorted({source.description.robot_type for source in sources})
+    if len(robot_types) != 1:
+        raise ValueError(f"datasets: expected one robot type, got {', '.join(robot_types)}: one call for each")
+    parts, windows, episodes = [], 0, 0
+    for path, source in zip(paths, sources, strict=True):
+        train = split(source, validation_fraction)[0]
+        if not train:
+            raise DataError(f"{path}: nothing to train on: every episode is invalid")
+        if max(source.lengths[number] for number in train) < chunk_length:
+            raise DataError(f"{path}: no episode has the {chunk_length} steps of a chunk")
+        parts.append(_sum(in_parallel(partial(_episode, source, chunk_length), train, processes, str(path))))
+        windows += sum(source.lengths[number] for number in train)
+        episodes += len(train)
+    total = _sum(parts)
+    return Statistics(robot_types[0], total.mean, total.std, windows, episodes)
 
 
 def merge(file: Path, statistics: Statistics, replace: bool) -> None:

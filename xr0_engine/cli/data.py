@@ -59,7 +59,7 @@ def check(
 
 @app.command()
 def stats(
-    dataset: Annotated[Path, typer.Argument(help="Folder of episodes or LeRobot dataset, or its YAML description.")],
+    datasets: Annotated[list[Path], typer.Argument(help="One robot's datasets: folders, or YAML descriptions.")],
     out: Annotated[Path, typer.Option(help="preprocessor_config.json, new or of a checkpoint: others' stay in it.")],
     chunk_length: Annotated[int, typer.Option(min=1, help="Actions in a chunk, T.")] = 30,
     validation_fraction: Annotated[float, typer.Option(help="Of the episodes, held out; as in training.")] = 0.1,
@@ -69,7 +69,7 @@ def stats(
     """Mean and std of the actions, per timestep and column, over all training windows."""
     from xr0_engine.training.data.stats import compute, merge
 
-    statistics = compute(dataset, chunk_length, validation_fraction, processes)
+    statistics = compute(datasets, chunk_length, validation_fraction, processes)
     merge(out, statistics, replace)
     print(
         f"{out}: {statistics.robot_type}, {chunk_length} steps, "

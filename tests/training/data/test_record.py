@@ -21,7 +21,7 @@ from xr0_engine.training.data.expert import (
     plan_transfer,
     transferred,
 )
-from xr0_engine.training.data.record import Settings, record, record_episode
+from xr0_engine.training.data.record import Settings, record, record_episode, vary_start
 
 SETTINGS = Settings(width=32, height=24)
 # JSON keeps seven digits of float64; states are float32.
@@ -42,7 +42,7 @@ def env() -> Iterator[AlohaEnv]:
 @pytest.mark.parametrize("seed", range(4))
 def test_expert_hands_the_cube_over(env, seed):
     env.reset(seed)
-    module._vary_start(env, np.random.default_rng(seed), SETTINGS.start_spread_rad)
+    vary_start(env, np.random.default_rng(seed), SETTINGS.start_spread_rad)
     assert not transferred(env)
     plan = plan_transfer(env)
     arms = np.delete(np.arange(14), [6, 13])
@@ -91,7 +91,7 @@ def test_recorded_episode_replays(env, tmp_path, monkeypatch):
     assert not list(tmp_path.rglob(".*"))
 
     env.reset(7)
-    module._vary_start(env, np.random.default_rng(7), SETTINGS.start_spread_rad)
+    vary_start(env, np.random.default_rng(7), SETTINGS.start_spread_rad)
     np.testing.assert_allclose(columns_to_joints(episode.motion.state(0)[0]), env.joints, atol=WRITTEN)
     for tick in range(0, last + 1, 10):
         observation = env.observe()
@@ -121,6 +121,7 @@ def tries(monkeypatch) -> list[int]:
 
     monkeypatch.setattr(module, "worker_pool", ThreadPoolExecutor)
     monkeypatch.setattr(module, "_try", attempt)
+    monkeypatch.setattr(module, "choose_renderer", lambda: None)
     return seen
 
 

@@ -29,7 +29,7 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("fraction", [0.0, 0.3], ids=["all", "without validation"])
 def test_mean_and_std_of_every_training_window(folder, fraction):
-    statistics = compute(folder, T, fraction, 1)
+    statistics = compute([folder], T, fraction, 1)
     source = open_source(folder)
     windows = Windows(source, split(source, fraction)[0], T)
     samples = [windows.sample(index) for index in range(len(windows))]
@@ -41,7 +41,7 @@ def test_mean_and_std_of_every_training_window(folder, fraction):
 
 
 def test_number_of_processes_changes_nothing(folder):
-    one, two = (compute(folder, T, 0.0, processes) for processes in (1, 2))
+    one, two = (compute([folder], T, 0.0, processes) for processes in (1, 2))
     np.testing.assert_array_equal(one.mean, two.mean)
     np.testing.assert_array_equal(one.std, two.std)
 
@@ -59,9 +59,25 @@ def test_moments_of_a_large_offset_do_not_cancel():
     np.testing.assert_allclose(total.std, expected.std(axis=0), atol=1e-7)
 
 
+def test_datasets_of_one_robot_count_together(folder, tmp_path):
+    other = write_dataset(tmp_path / "other", (8, 15))
+    parts = [[folder], [other], [folder, other]]
+    first, second, both = (compute(paths, T, 0.0, 1) for paths in parts)
+    assert (both.windows, both.episodes) == (first.windows + second.windows, first.episodes + second.episodes)
+    # Every window has its first step, so the means of that row weigh as the windows do.
+    expected = (first.mean[0] * first.windows + second.mean[0] * second.windows) / both.windows
+    np.testing.assert_allclose(both.mean[0], expected, atol=EXACT)
+
+
+def test_datasets_of_several_robots_are_refused(folder, tmp_path):
+    (tmp_path / "b.yaml").write_text(f"dataset: {folder}\nrobot_type: b\nembodiment: bimanual\n")
+    with pytest.raises(ValueError, match="expected one robot type, got b, bimanual"):
+        compute([folder, tmp_path / "b.yaml"], T, 0.0, 1)
+
+
 def test_no_episode_is_as_long_as_the_chunk(folder):
     with pytest.raises(DataError, match="no episode has the 13 steps"):
-        compute(folder, 13, 0.0, 1)
+        compute([folder], 13, 0.0, 1)
 
 
 @pytest.fixture
