@@ -180,13 +180,20 @@ def _needed_bytes(config: XR0Config, stages: Sequence[str], dtype: torch.dtype) 
 
 def _robot_types(preprocess: Preprocessor, case: ExportCase) -> tuple[str, ...]:
     """Those with the case's chunk length and number of views; the images' size is a matter of each observation."""
-    views = len(preprocess.resolve(case.robot_type)[1].views)
-    length = preprocess.statistics[case.robot_type].chunk_length
-    fitting = []
-    for name, statistics in preprocess.statistics.items():
-        if statistics.chunk_length == length and len(preprocess.resolve(name)[1].views) == views:
-            fitting.append(name)
-    return tuple(fitting)
+    views, length = _views(preprocess, case.robot_type), preprocess.statistics[case.robot_type].chunk_length
+    return tuple(
+        name
+        for name, statistics in preprocess.statistics.items()
+        if statistics.chunk_length == length and _views(preprocess, name) == views
+    )
+
+
+def _views(preprocess: Preprocessor, robot_type: str) -> int | None:
+    """None for a robot type that no profile is for."""
+    try:
+        return len(preprocess.resolve(robot_type)[1].views)
+    except ValueError:
+        return None
 
 
 def _statistics(statistics: ActionStatistics) -> str:

@@ -134,6 +134,18 @@ def test_wrong_arguments_are_refused_and_leave_nothing(arguments, message, check
     assert list(tmp_path.iterdir()) == []
 
 
+def test_robot_types_without_a_profile_are_left_out(checkpoint, tmp_path):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(checkpoint, folder)
+    path = folder / "preprocessor_config.json"
+    content = json.loads(path.read_text())
+    robots = content["action_config"]
+    content["action_config"] = {"libero_all": robots["libero_all"], "unheard_of": robots["libero_all"]}
+    path.write_text(json.dumps(content))
+    manifest = export_onnx(folder, LIBERO, "fp32", tmp_path / "x", stages=["vision"])
+    assert manifest.robot_types == ("libero_all",)
+
+
 def test_folder_that_holds_something_is_refused(checkpoint, tmp_path):
     (tmp_path / "notes.txt").touch()
     with pytest.raises(ValueError, match="exists and is not empty"):
