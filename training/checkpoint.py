@@ -101,15 +101,10 @@ class Checkpointer:
         save(state, storage_writer=FileSystemWriter(folder), process_group=self._world.io_group)
 
     def restore(self, folder: Path) -> dict[str, Any]:
-        """Load a checkpoint into model and optimiser. Returns this process's progress.
+        """Load a checkpoint into model and optimiser. Returns its progress.
 
-        Raises CheckpointError for missing tensors and shapes that differ, ValueError for another number of processes.
+        Raises CheckpointError that names tensors that are missing, unexpected or of another shape.
         """
-        ranks = len(list(folder.glob("rank-*.json")))
-        if ranks != self._world.size:
-            raise ValueError(
-                f"{folder}: saved by {ranks} processes; expected to resume with as many, not {self._world.size}"
-            )
         state = self._state()
         found = _stored_shapes(folder)
         faults = [f"missing {name}" for name in state if name not in found]

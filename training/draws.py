@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,8 +36,9 @@ class FlowDraw:
 
 def micro_batch_generator(seed: int, number: int) -> torch.Generator:
     """number: of the micro-batch, counted over all processes."""
-    # The generator mixes its seed; neighbouring seeds give unrelated streams.
-    return torch.Generator().manual_seed((seed << 40) + number)
+    # torch's generator reads 32 bits of its seed and does not mix them.
+    (mixed,) = np.random.SeedSequence((seed, number)).generate_state(1)
+    return torch.Generator().manual_seed(int(mixed))
 
 
 def draw_flow(config: FlowConfig, generator: torch.Generator, batch: int, length: int, width: int) -> FlowDraw:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from xr0_engine.config import XR0Config
 from xr0_engine.model.weights import resolve_checkpoint
@@ -44,7 +45,7 @@ def start_run(config: TrainConfig, folder: Path) -> None:
     statistics = _statistics(Path(config.data.statistics), XR0Config.load(base))
     # A run is resumed from any folder, so its paths are absolute.
     model = replace(config.model, checkpoint=str(base.resolve()))
-    datasets = {name: tuple(_absolute(text) for text in getattr(config.data, name)) for name in PATHS}
+    datasets: dict[str, Any] = {name: tuple(_absolute(text) for text in getattr(config.data, name)) for name in PATHS}
     config = replace(config, model=model, data=replace(config.data, **datasets))
     _train(config, folder, statistics)
 
