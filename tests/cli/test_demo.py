@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from xr0_engine.checkpoint import init_checkpoint
 from xr0_engine.cli import app
+from xr0_engine.engine import Engine
 
 STAGES = {"preprocess", "vision", "prefill", "flow", "decode", "total"}
 
@@ -62,6 +63,24 @@ def test_demo_prints_a_latency_table_and_says_that_the_weights_are_random(cache,
     assert result.exit_code == 0, result.stderr
     for text in (*STAGES, "p50", "p90", "max", "random weights", "aimlessly", "rollout.png", "rollout.mp4: 3 frames"):
         assert text in result.stdout
+
+
+def test_the_model_sees_frames_of_the_size_asked_for(cache, tmp_path, monkeypatch):
+    sizes = []
+    infer = Engine.infer
+
+    def look(engine, observation, **rest):
+        # Warming up takes a list.
+        for seen in observation if isinstance(observation, list) else [observation]:
+            sizes.append({image.shape for image in seen.images.values()})
+        return infer(engine, observation, **rest)
+
+    monkeypatch.setattr(Engine, "infer", look)
+    options = ["--seconds", "0.1", "--width", "160", "--height", "120"]
+    result = CliRunner().invoke(app, ["demo", *options, "--out", str(tmp_path)])
+    assert result.exit_code == 0, result.stderr
+    assert sizes
+    assert all(size == {(120, 160, 3)} for size in sizes)
 
 
 @pytest.mark.parametrize("seconds", ["0", "-1", "61", "nan", "soon"])

@@ -36,6 +36,8 @@ def demo(
         typer.Option("--instruction", "-t", help="What the robot shall do; the simulator's task if not given."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Where the cube lies, and the noise of every inference.")] = 0,
+    width: Annotated[int, typer.Option(help="Of the frames that the model sees: as in its training data.")] = 640,
+    height: Annotated[int, typer.Option(help="Of the frames that the model sees: as in its training data.")] = 480,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32; an export has its own.")] = "bfloat16",
     backend: Annotated[
@@ -67,7 +69,7 @@ def demo(
     observations: list[Observation] = []
     chunks: list[ActionChunk] = []
     states: list[np.ndarray] = []
-    with AlohaEnv(seed) as env:
+    with AlohaEnv(seed, width, height) as env:
         if export is not None:
             engine = Engine.from_export(export, device, backend)
         else:
