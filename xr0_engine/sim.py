@@ -69,6 +69,10 @@ class AlohaEnv:
         if not (0 < width <= 640 and 0 < height <= 480):
             raise ValueError(f"width, height: expected 1x1 to 640x480 pixels, got {width}x{height}")
         choose_renderer()
+        if find_spec("triton") is not None:
+            # Triton and Mesa's software renderer each bring an LLVM. Loaded after Mesa's, Triton's ends the process,
+            # and torch loads it when it likes.
+            import triton  # noqa: F401
         from dm_control import mujoco
         from gym_aloha.constants import ASSETS_DIR, normalize_puppet_gripper_position
         from gym_aloha.tasks.sim import TransferCubeTask

@@ -108,7 +108,7 @@ def _plot_chunks(axes: Axes, window: _Window) -> None:
         number, first = chunk["number"], chunk["first_step"]
         spans = [(first, len(chunk["rows"]), UNUSED), (first, chunk["prefix_length"], PREFIX)]
         spans += [(first + chunk["prefix_length"], chunk["late"], LATE)]
-        spans += [(step, 1, EXECUTED) for step in executed.get(number, [])]
+        spans += [(*run, EXECUTED) for run in _runs(executed.get(number, []))]
         for step, length, color in spans:
             axes.barh(number, length * period_s, left=window.at_step(step), height=0.62, color=color)
     for number, line in asked.items():
@@ -212,7 +212,17 @@ def _plot_lateness(axes: Axes, window: _Window) -> None:
 
 
 def _shade_held(axes: Axes, window: _Window) -> None:
-    for line in window.lines["step"]:
-        if line["source"] == "hold":
-            left = window.at_step(line["step"])
-            axes.axvspan(left, left + 1 / window.rate_hz, color=HELD, alpha=0.25, linewidth=0)
+    for first, length in _runs([line["step"] for line in window.lines["step"] if line["source"] == "hold"]):
+        left, right = window.at_step(first), window.at_step(first + length)
+        axes.axvspan(left, right, color=HELD, alpha=0.25, linewidth=0)
+
+
+def _runs(steps: list[int]) -> list[tuple[int, int]]:
+    """Neighbouring steps as one: (first, length)."""
+    runs: list[tuple[int, int]] = []
+    for step in steps:
+        if runs and step == sum(runs[-1]):
+            runs[-1] = runs[-1][0], runs[-1][1] + 1
+        else:
+            runs.append((step, 1))
+    return runs

@@ -1,0 +1,251 @@
+"""Robots to drive, where policies come from, pictures, and the commands `xr0 drive` and `xr0 replay`."""
+
+from __future__ import annotations
+
+import json
+import threading
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from tests.executor.support import MarkedPolicy, execute
+from xr0_engine.checkpoint import init_checkpoint
+from xr0_engine.cli import app
+from xr0_engine.decode import BIMANUAL_COLUMNS, LEFT, RIGHT
+from xr0_engine.drive.aloha import LiveAloha, SimulatedAloha, aloha_limits
+from xr0_engine.drive.null import NullRobot
+from xr0_engine.drive.picture import plot_session
+from xr0_engine.drive.policies import from_checkpoint, scripted
+from xr0_engine.drive.run import run
+from xr0_engine.drive.wander import CHUNK_LENGTH, JOINTS, WanderPolicy
+from xr0_engine.executor import Recorder, SensorsNotReady, Settings, SystemClock, VirtualClock, read_session
+from xr0_engine.sim import CONTROL_RATE_HZ, AlohaEnv, choose_renderer, columns_to_joints, joints_to_columns
+
+# Servos with friction stop this close to their target, and follow this fast.
+SERVO_TOLERANCE_RAD = 0.05
+
+
+@pytest.fixture(scope="module")
+def renderer():
+    pytest.importorskip("gym_aloha")
+    try:
+        choose_renderer()
+    except RuntimeError as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.fixture(scope="module")
+def tiny_checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    init_checkpoint(folder, "tiny")
+    return folder
+
+
+@pytest.fixture
+def env(renderer):
+    with AlohaEnv(width=48, height=32) as env:
+        yield env
+
+
+def xr0(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def shades(path):
+    with Image.open(path) as picture:
+        return len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0))
+
+
+def test_simulation_is_as_far_as_the_clock(env):
+    clock = VirtualClock(50.0)
+    robot = SimulatedAloha(env, clock, "Go.")
+    target = env.joints + 0.1
+    robot.command(joints_to_columns(target).astype(np.float64))
+    assert env.physics.time() == 0
+    clock.jump(1.0)
+    snapshot = robot.observe(clock.now())
+    assert env.physics.time() == pytest.approx(1.0)
+    assert snapshot.observation.timestamp_s == 51.0
+    reached = columns_to_joints(snapshot.observation.state[0])
+    np.testing.assert_allclose(reached, np.clip(target, *env.limits.T), atol=SERVO_TOLERANCE_RAD)
+    np.testing.assert_allclose(snapshot.origin.left.joints_rad, reached[:6], atol=1e-6)
+    assert snapshot.observation.instruction == "Go."
+
+
+def test_pose_is_between_the_finger_tips(env):
+    tips = env.physics.named.data.xpos[["vx300s_right/left_finger_link", "vx300s_right/right_finger_link"]]
+    pose = env.pose.right
+    assert np.linalg.norm(pose.position_m - tips.mean(axis=0)) < 0.1
+    np.testing.assert_allclose(pose.rotation @ pose.rotation.T, np.eye(3), atol=1e-9)
+    assert pose.position_m[0] > 0 > env.pose.left.position_m[0]
+
+
+def test_limits_are_the_simulator_ranges(env):
+    limits = aloha_limits(env)
+    np.testing.assert_allclose(columns_to_joints(limits.low), env.limits[:, 0], atol=1e-6)
+    np.testing.assert_allclose(columns_to_joints(limits.high), env.limits[:, 1], atol=1e-6)
+    assert np.isfinite(limits.velocity).sum() == 12
+    assert np.isinf(limits.velocity[[*range(6), 6, 20]]).all()
+    assert np.isinf(limits.high[LEFT.position]).all()
+
+
+def test_live_simulation_draws_beside_the_loop(env):
+    clock = SystemClock()
+    with LiveAloha(env, clock, "Go.") as robot:
+        assert threading.current_thread().name != robot._cameras.name
+        snapshot, deadline = None, clock.now() + 60
+        while snapshot is None and clock.now() < deadline:
+            try:
+                snapshot = robot.observe(clock.now())
+            except SensorsNotReady:
+                clock.sleep_until(clock.now() + 0.01)
+        robot.command(joints_to_columns(env.joints).astype(np.float64))
+    assert snapshot is not None
+    assert {image.shape for image in snapshot.observation.images.values()} == {(32, 48, 3)}
+    assert abs(clock.now() - snapshot.observation.timestamp_s) < 60
+    assert not robot._cameras.is_alive()
+
+
+@pytest.mark.parametrize("layout", ["plain", "bimanual"])
+def test_null_robot(layout):
+    robot = NullRobot(("ego",), layout, "r", action_width=32, state_width=32)
+    snapshot = robot.observe(3.0)
+    assert snapshot.observation.timestamp_s == 3.0
+    assert robot.frame.layout == layout
+    assert robot.frame.absolute(np.zeros((2, 32)), snapshot.origin).shape == (2, 32)
+
+
+@pytest.mark.parametrize("given", [0, 1, 2, 6], ids=lambda given: f"prefix-{given}")
+def test_scripted_chunks_go_on_from_their_prefix(given):
+    robot = NullRobot(("ego",), "bimanual", "bimanual", BIMANUAL_COLUMNS, BIMANUAL_COLUMNS)
+    prefix = np.outer(np.arange(given), 0.01 * JOINTS).astype(np.float32) if given else None
+    chunk = WanderPolicy(0).infer(robot.observe(0.0).observation, prefix)
+    assert chunk.actions.shape == (CHUNK_LENGTH, BIMANUAL_COLUMNS)
+    assert chunk.prefix_length == given
+    if given:
+        np.testing.assert_array_equal(chunk.actions[:given], prefix)
+    steps = np.abs(np.diff(chunk.actions, axis=0))
+    assert steps.max() < 0.05
+    assert steps[:, LEFT.position].max() == steps[:, RIGHT.gripper].max() == 0
+
+
+def test_async_seams_are_smaller_than_naive_ones(env):
+    """The same policy and delay; only the prefix differs."""
+    largest = {}
+    for mode in ("async", "naive_async"):
+        report = run(scripted(0), Settings(CONTROL_RATE_HZ, mode, margin=0), 5.0, True, 4, 0, None, (32, 48))
+        largest[mode] = report.seams.largest[JOINTS].max()
+        assert report.seams.count > 4
+        assert report.counts["held"] == 0
+    assert largest["async"] < 0.03 < largest["naive_async"]
+
+
+def test_checkpoint_executes_in_the_simulation(renderer, tiny_checkpoint):
+    source = from_checkpoint(tiny_checkpoint, "bimanual", 0, "cpu", "float32", "reference")
+    assert (source.layout, source.control_rate_hz, source.max_prefix) == ("bimanual", 30, 6)
+    reports = [
+        run(
+            from_checkpoint(tiny_checkpoint, "bimanual", 0, "cpu", "float32", "reference"),
+            Settings(30.0, margin=0),
+            2.0,
+            True,
+            3,
+            0,
+            None,
+            (32, 48),
+        )
+        for _ in range(2)
+    ]
+    assert reports[0].counts["chunks"] >= 3
+    assert reports[0].counts["rejected"] == reports[0].counts["failed"] == 0
+    # Simulated time and one seed: the same run.
+    np.testing.assert_array_equal(reports[0].seams.largest, reports[1].seams.largest)
+
+
+def test_simulation_refuses_another_robot(tiny_checkpoint):
+    source = from_checkpoint(tiny_checkpoint, "libero_all", 0, "cpu", "float32", "reference")
+    with pytest.raises(ValueError, match="layout bimanual at 30 Hz"):
+        run(source, Settings(20.0), 1.0, True, 1, 0, None)
+
+
+def test_real_time_warms_up_first_and_raises_its_errors(tiny_checkpoint):
+    source = from_checkpoint(tiny_checkpoint, "libero_all", 0, "cpu", "float32", "reference")
+    report = run(source, Settings(20.0, hang_s=20.0), 0.5, False, None, 0, None)
+    assert report.counts["inferences"] > 0
+    broken = MarkedPolicy(faults={1: ConnectionError("gone")})
+    object.__setattr__(source, "policy", broken)
+    with pytest.raises(ConnectionError):
+        run(source, Settings(20.0), 0.5, False, None, 0, None)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"mode": "async"},
+        {"mode": "naive_async"},
+        {"mode": "sync"},
+        {"policy": MarkedPolicy(faults=dict.fromkeys(range(2, 40), ValueError("bad")))},
+    ],
+    ids=["async", "naive_async", "sync", "failing"],
+)
+def test_session_picture(tmp_path, settings):
+    with Recorder(tmp_path / "run.jsonl", "a test") as recorder:
+        execute(recorder=recorder, seconds=3, **settings)
+    session = read_session(tmp_path / "run.jsonl")
+    plot_session(session, tmp_path / "run.png", seconds=2)
+    assert shades(tmp_path / "run.png") > 50
+    with pytest.raises(ValueError, match="start: expected less than"):
+        plot_session(session, tmp_path / "late.png", start_s=100)
+    assert not (tmp_path / "late.png").exists()
+
+
+def test_drive_then_replay(renderer, tmp_path):
+    recording, png = tmp_path / "run.jsonl", tmp_path / "run.png"
+    result = xr0("drive", "--delay-steps", 3, "--seconds", 1, "--record", recording, "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["counts"]["executed"] == 27
+    assert report["counts"]["deadline_misses"] == 0
+    result = xr0("replay", recording, "--out", png)
+    assert result.exit_code == 0, result.output
+    assert shades(png) > 50
+
+
+def test_drive_tells_what_it_counted():
+    result = xr0("drive", "--env", "null", "--delay-steps", 2, "--seconds", 2, "--mode", "sync")
+    assert result.exit_code == 0, result.output
+    assert "deadlines missed: 0; ended: time" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--env", "moon"], "--env"),
+        (["--server", "ws://x", "--checkpoint", "y"], "at most one"),
+        (["--robot-type", "libero_all"], "--env null"),
+        (["--trigger", "soon"], "--trigger"),
+        (["--env", "null", "--mode", "fast"], "mode"),
+        (["--env", "null", "--delay-steps", "2", "--starvation", "panic"], "starvation"),
+        (["--env", "null", "--checkpoint", "nowhere/at/all"], "nowhere"),
+    ],
+    ids=["env", "two policies", "robot type", "trigger", "mode", "starvation", "checkpoint"],
+)
+def test_drive_refuses(arguments, complaint):
+    result = xr0("drive", *arguments)
+    assert result.exit_code == 2
+    assert complaint in result.stderr
+
+
+@pytest.mark.parametrize("name", ["run.txt", "no/folder/run.png"])
+def test_replay_refuses_a_wrong_picture(tmp_path, name):
+    result = xr0("replay", tmp_path / "run.jsonl", "--out", tmp_path / name)
+    assert result.exit_code == 2
+    assert "--out" in result.stderr
+
+
+def test_replay_without_a_session(tmp_path):
+    (tmp_path / "other.jsonl").write_text("{}\n")
+    assert xr0("replay", tmp_path / "other.jsonl", "--out", tmp_path / "a.png").exit_code == 2
+    assert xr0("replay", tmp_path / "missing.jsonl", "--out", tmp_path / "a.png").exit_code == 2
