@@ -184,11 +184,9 @@ def test_real_time_warms_up_first_and_raises_its_errors(tiny_checkpoint):
     "settings",
     [
         {"mode": "async"},
-        {"mode": "naive_async"},
-        {"mode": "sync"},
         {"policy": MarkedPolicy(faults=dict.fromkeys(range(2, 40), ValueError("bad")))},
     ],
-    ids=["async", "naive_async", "sync", "failing"],
+    ids=["async", "failing"],
 )
 def test_session_picture(tmp_path, settings):
     with Recorder(tmp_path / "run.jsonl", "a test") as recorder:

@@ -58,7 +58,8 @@ def plot_session(session: Session, path: Path, start_s: float = 0.0, seconds: fl
         axes[-1].set_xlabel("time (s)")
         margin_s = 0.005 * (window.end_s - window.start_s)
         axes[-1].set_xlim(window.start_s - margin_s, window.end_s + margin_s)
-        figure.align_ylabels()
+        for panel in axes:
+            panel.yaxis.set_label_coords(-0.035, 0.5)
         figure.savefig(path, dpi=110)
 
 
