@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from xr0_engine.checkpoint import all_or_nothing
 from xr0_engine.export.layers import parse_layers, summarise
@@ -87,7 +87,7 @@ class _Build:
         """Write the engine and its layers; returns the facts of EngineManifest."""
         begin, begin_cpu = time.perf_counter(), time.process_time()
         library = self._library
-        builder = self._made(library.Builder(self._logger), "no builder")
+        builder = library.Builder(self._logger)
         network = builder.create_network(1 << int(library.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = library.OnnxParser(network, self._logger)
         if not parser.parse_from_file(str(self._graph)):
@@ -100,17 +100,20 @@ class _Build:
                 layer.__class__ = library.IAttentionInputLayer
                 layer.attention.decomposable = True
         config = self._config(builder, cache)
-        plan = self._made(builder.build_serialized_network(network, config), "no engine")
-        (folder / f"{key}.engine").write_bytes(plan)
+        path = folder / f"{key}.engine"
+        with path.open("wb") as file:
+            # Not in memory first: an engine is as large as its weights.
+            if not builder.build_serialized_network_to_stream(network, config, _writer(library, file)):
+                raise self._failed("no engine")
         if self._builder == "tensorrt":
             cache.write_bytes(config.get_timing_cache().serialize())
-        layers, summary = self._layers(plan)
+        layers, summary = self._layers(path)
         (folder / f"{key}.layers.json").write_text(json.dumps(layers, indent=1), encoding="utf-8")
         return {
             "build_s": round(time.perf_counter() - begin, 1),
             "build_cpu_s": round(time.process_time() - begin_cpu, 1),
-            "engine_bytes": plan.nbytes,
-            # Of the process so far: building holds the weights of its graph, and earlier ones may have been larger.
+            "engine_bytes": path.stat().st_size,
+            # Of the process so far, weights that it maps from their file among them.
             "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "layers": summary,
         }
@@ -129,28 +132,39 @@ class _Build:
             config.set_compute_capability(getattr(library.ComputeCapability, name), 0)
         return config
 
-    def _layers(self, plan: Any) -> tuple[Any, Mapping[str, Any]]:
+    def _layers(self, path: Path) -> tuple[Any, Mapping[str, Any]]:
         if self._builder == "tensorrt-rtx":
             layers = parse_layers(self._log)
             return [asdict(layer) for layer in layers], summarise(layers)
         runtime = self._library.Runtime(self._logger)
-        engine = self._made(runtime.deserialize_cuda_engine(plan), "no engine")
+        engine = runtime.deserialize_cuda_engine(path.read_bytes())
+        if engine is None:
+            raise self._failed("an engine that does not load")
         inspector = engine.create_engine_inspector()
         text = inspector.get_engine_information(self._library.LayerInformationFormat.JSON)
         return json.loads(text), {"count": engine.num_layers}
 
-    def _made(self, result: Any, lacking: str) -> Any:
-        if result is None:
-            raise RuntimeError(
-                f"{self._graph}: the builder made {lacking}: {'; '.join(self._errors) or 'no reason given'}"
-            )
-        return result
+    def _failed(self, what: str) -> RuntimeError:
+        return RuntimeError(f"{self._graph}: the builder made {what}: {'; '.join(self._errors) or 'no reason given'}")
 
     def _take(self, severity: Any, message: str) -> None:
         if severity <= self._library.ILogger.Severity.ERROR:
             self._errors.append(message)
         elif message.startswith("Layers:\n"):
             self._log.append(message)
+
+
+def _writer(library: Any, file: BinaryIO) -> Any:
+    """What the builder streams an engine to."""
+
+    class Writer(library.IStreamWriter):  # type: ignore[misc]
+        def __init__(self) -> None:
+            library.IStreamWriter.__init__(self)
+
+        def write(self, data: bytes) -> int:
+            return file.write(data)
+
+    return Writer()
 
 
 def _local_capability() -> str:
