@@ -186,6 +186,8 @@ class LeRobotDataset:
         order = np.argsort(table["frame_index"].to_numpy(), kind="stable")
         rows = {}
         for feature in features:
+            if table[feature].null_count:
+                raise DataError(f"{name}: {entry.data}: {feature} has rows without a value")
             column = table[feature].combine_chunks()
             flat = column.flatten() if hasattr(column, "flatten") and column.type.num_fields else column
             rows[feature] = flat.to_numpy(zero_copy_only=False).reshape(table.num_rows, -1)[order]

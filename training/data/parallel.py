@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -16,15 +16,19 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def worker_pool(processes: int) -> ProcessPoolExecutor:
-    """Processes that start afresh (threads and renderers do not survive a fork) and end with this one."""
-    return ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=_end_with_parent)
+def worker_pool(processes: int, function: Callable[[Any], Any] | None = None) -> ProcessPoolExecutor:
+    """Processes that start afresh (threads and renderers do not survive a fork) and end with this one.
+
+    function: what call_function calls in them; it may be large, since it is sent once.
+    """
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(processes, context, initializer=_begin, initargs=(function,))
 
 
 def in_parallel(
     function: Callable[[Item], Result], items: Sequence[Item], processes: int, title: str
 ) -> Iterator[Result]:
-    """function of every item, in order. With one process, in this one. function and items are pickled otherwise."""
+    """function of every item, in order. With one process, in this one; with more, function and items are pickled."""
     with progress_bar() as progress:
         task = progress.add_task(title, total=len(items))
         if processes == 1 or len(items) <= 1:
@@ -32,8 +36,8 @@ def in_parallel(
                 yield function(item)
                 progress.advance(task)
             return
-        with worker_pool(min(processes, len(items))) as pool:
-            for result in pool.map(function, items):
+        with worker_pool(min(processes, len(items)), function) as pool:
+            for result in pool.map(call_function, items):
                 yield result
                 progress.advance(task)
 
@@ -51,7 +55,18 @@ def progress_bar() -> Progress:
     )
 
 
-def _end_with_parent() -> None:
+_function: Callable[[Any], Any] | None = None
+
+
+def call_function(item: Any) -> Any:
+    """In a worker: the pool's function of an item."""
+    assert _function is not None
+    return _function(item)
+
+
+def _begin(function: Callable[[Any], Any] | None) -> None:
+    global _function
+    _function = function
     parent = multiprocessing.parent_process()
     if parent is None:
         return
