@@ -2,6 +2,8 @@
 PYTHON ?= python3
 PYTEST_ARGS ?= -n 2
 FUZZ_SECONDS ?= 60
+SOAK_SECONDS ?= 600
+SOAK_PORT ?= 8767
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint gpu-test bench bench-gpu clean
+.PHONY: help demo test lint gpu-test bench bench-gpu soak clean
 
 help:
 	@echo "make demo      install, then drive a simulated two-armed robot with a small random model"
@@ -27,6 +29,7 @@ help:
 	@echo "make bench-gpu the whole table on a GPU, published sizes; results and a page go to outputs/gpu"
 	@echo "make sanitize  test the native module under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make fuzz      fuzz the native module, then the server's readers of bytes, each for FUZZ_SECONDS (now: $(FUZZ_SECONDS))"
+	@echo "make soak      a server and an executor at 30 Hz for SOAK_SECONDS (now: $(SOAK_SECONDS)); report in outputs/soak"
 	@echo "make clean     remove what was built; $(VENV) stays"
 	@echo
 	@echo "The installation goes to $(VENV). PYTHON chooses the interpreter (now: $(PYTHON), 3.10 to 3.13)."
@@ -99,6 +102,21 @@ build/fuzz: $(INSTALLED)-cpu $(CSRC) CMakeLists.txt
 	$(CONFIGURE) -DXR0_FUZZ=ON -DCMAKE_CXX_COMPILER=clang++
 	$(BIN)/cmake --build $@
 	@touch $@
+
+# Server and executor are two processes on this machine, with a core each where there are two. Exit code 1: a deadline was
+# missed.
+soak: $(INSTALLED)-cpu
+	rm -rf outputs/soak && mkdir -p outputs/soak
+	$(BIN)/xr0 init --out outputs/soak/tiny
+	set -e; export OMP_NUM_THREADS=1; \
+	$(BIN)/xr0 serve outputs/soak/tiny --robot-type bimanual --image-size 256x256 --port $(SOAK_PORT) 2> outputs/soak/server.log & \
+	server=$$!; trap "kill $$server" EXIT; \
+	until $(BIN)/python -c "import urllib.request as u; u.urlopen('http://127.0.0.1:$(SOAK_PORT)/healthz')" 2> /dev/null; do \
+	  kill -0 $$server; sleep 1; done; \
+	$(BIN)/xr0 drive --env null --server ws://127.0.0.1:$(SOAK_PORT) --seconds $(SOAK_SECONDS) \
+	  --record outputs/soak/session.jsonl --json > outputs/soak/report.json || missed=$$?; \
+	$(BIN)/xr0 replay outputs/soak/session.jsonl --out outputs/soak/session.png; \
+	$(BIN)/python -m json.tool outputs/soak/report.json; exit $${missed:-0}
 
 clean:
 	rm -rf build dist *.egg-info outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis xr0_engine/_C.*.so
