@@ -101,6 +101,15 @@ def test_batch_equals_one_by_one(engine):
         assert together[row].prefix_length == alone.prefix_length == (0 if given_ is None else 4)
 
 
+def test_rows_with_own_seeds_are_as_alone(engine):
+    observation = engine.example("libero_all")
+    chunks = engine.infer([observation] * 3, seed=[5, None, 3])
+    for chunk, seed in ((chunks[0], 5), (chunks[2], 3)):
+        assert closest(chunk, engine.infer(observation, seed=seed)) < SAME
+    with pytest.raises(ValueError, match=r"seed: expected one per observation \(2\), got 3"):
+        engine.infer([observation] * 2, seed=[1, 2, 3])
+
+
 @pytest.mark.parametrize("length", [0, 1, 6, 30])
 def test_prefix_comes_back_unchanged_and_conditions_the_rest(engine, length):
     observation = engine.example("bimanual")

@@ -141,7 +141,7 @@ class Engine:
         observation: Sequence[Observation],
         prefix: Sequence[np.ndarray | None] | None = None,
         noise: np.ndarray | None = None,
-        seed: int | None = None,
+        seed: int | Sequence[int | None] | None = None,
     ) -> list[ActionChunk]: ...
 
     def infer(self, observation, prefix=None, noise=None, seed=None):  # type: ignore[no-untyped-def]
@@ -150,7 +150,8 @@ class Engine:
         prefix: (P, A) robot units, P <= T, the actions already committed, in the frame of this observation; they come
         back unchanged as the chunk's first P. With a batch: one per observation, each an array or None.
         noise: (T, A) float32, with a batch (B, T, A), where the flow starts; else seed (an int; row i of a batch uses
-        seed + i) gives it; else it is drawn anew. Raises ValueError for a wrong input, before any work on the device.
+        seed + i; or a list with one for each, None for none) gives it; else it is drawn anew. Raises ValueError for a
+        wrong input, before any work on the device.
         """
         if isinstance(observation, Observation):
             return self._infer([observation], [prefix], noise, seed)[0]
@@ -195,7 +196,7 @@ class Engine:
         observations: list[Observation],
         prefixes: Sequence[np.ndarray | None],
         noise: np.ndarray | None,
-        seed: int | None,
+        seed: int | Sequence[int | None] | None,
     ) -> list[ActionChunk]:
         clock = _StageClock(self.model.device)
         inputs = self._preprocess(observations)
@@ -282,8 +283,10 @@ class _StageClock:
         return time.perf_counter()
 
 
-def _noise(noise: np.ndarray | Tensor | None, seed: int | None, shape: tuple[int, ...]) -> Tensor:
-    """float32 noise of the shape (batch, T, A): as given ((T, A) for a batch of one), or from seed + row, or fresh."""
+def _noise(
+    noise: np.ndarray | Tensor | None, seed: int | Sequence[int | None] | None, shape: tuple[int, ...]
+) -> Tensor:
+    """float32 noise (batch, T, A): as given ((T, A) for a batch of one), from seed + row or a row's own, or fresh."""
     if noise is not None:
         if seed is not None:
             raise ValueError("noise, seed: expected at most one of them, got both")
@@ -292,6 +295,10 @@ def _noise(noise: np.ndarray | Tensor | None, seed: int | None, shape: tuple[int
         return _checked("noise", noise, shape)
     if seed is None:
         return torch.randn(shape)
+    if isinstance(seed, list | tuple):
+        if len(seed) != shape[0]:
+            raise ValueError(f"seed: expected one per observation ({shape[0]}), got {len(seed)}")
+        return torch.cat([_noise(None, own, (1, *shape[1:])) for own in seed])
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**63 - shape[0]:
         raise ValueError(f"seed: expected a whole number from 0 below 2**63, got {seed!r}")
     rows = [torch.randn(shape[1:], generator=torch.Generator().manual_seed(int(seed) + row)) for row in range(shape[0])]

@@ -48,6 +48,14 @@ def serve(
         bool, typer.Option("--legacy-pickle", help="Also speak the released TCP protocol, through a safe unpickler.")
     ] = False,
     legacy_port: Annotated[int, typer.Option(min=1, max=65535, help="Its port.")] = 10086,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Replicas of the engine on Ray Serve, one per GPU (extra `ray`).")
+    ] = False,
+    replicas: Annotated[int, typer.Option(min=1, help="With --ray: how many there always are.")] = 1,
+    max_replicas: Annotated[
+        int | None, typer.Option(min=1, help="With --ray: how many there may be; as many as --replicas.")
+    ] = None,
+    max_batch: Annotated[int, typer.Option(min=1, help="With --ray: requests inferred together.")] = 4,
     max_message_mb: Annotated[int, typer.Option(min=1, help="Largest request, in MiB.")] = 32,
 ) -> None:
     """Serve chunks over websockets: to xr0_engine.Client, to openpi's client, and a status page to browsers.
@@ -79,7 +87,22 @@ def serve(
         return Engine.from_pretrained(checkpoint, device, dtype, backend, embodiment)
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    run(Server(EngineThread(load, size, robot_type), config))
+    if not ray:
+        run(Server(EngineThread(load, size, robot_type), config))
+        return
+    from xr0_engine.serve.ray import RayOptions, RayReplicas
+
+    options = RayOptions(replicas, max_replicas or replicas, gpus=_gpus_per_replica(device), max_batch=max_batch)
+    run(Server(RayReplicas(load, options, size, robot_type), config))
+
+
+def _gpus_per_replica(device: str) -> int:
+    """A replica has a GPU to itself, which it sees as its only one."""
+    from xr0_engine import ops
+
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device: expected auto, cpu or cuda beside --ray, which deals the GPUs out, got {device!r}")
+    return int(ops.resolve_device(device).type == "cuda")
 
 
 def run(server: Server) -> None:
