@@ -12,9 +12,10 @@ import pytest
 from PIL import Image
 
 from tests.training.data.fixtures import INSTRUCTION, damage, frame_number, write_dataset, write_episode
+from xr0_engine.training.data.order import CYCLE, shuffled
 from xr0_engine.training.data.samples import DataError, LanguageSample, RobotSample
 from xr0_engine.training.data.sources import open_source, split
-from xr0_engine.training.data.stream import CYCLE, Mixture, Stream, shuffled, training_windows, validation_samples
+from xr0_engine.training.data.stream import Mixture, Stream, training_windows, validation_samples
 from xr0_engine.training.data.windows import Windows
 
 T = 5
