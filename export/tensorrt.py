@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import time
 from collections.abc import Mapping, Sequence
@@ -10,9 +11,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import onnx
+
 from xr0_engine.checkpoint import all_or_nothing
 from xr0_engine.export.layers import parse_layers, summarise
-from xr0_engine.exported.manifest import MANIFEST_FILE, EngineManifest, Manifest, check_sizes, record_files, sha256
+from xr0_engine.exported.manifest import MANIFEST_FILE, EngineManifest, Manifest, changed_files, record_files, sha256
 from xr0_engine.exported.tensorrt import load_library, make_logger
 
 TARGETS = {"rtx4090": "8.9", "rtx5090": "12.0", "a100": "8.0"}
@@ -20,6 +23,10 @@ TARGETS = {"rtx4090": "8.9", "rtx5090": "12.0", "a100": "8.0"}
 LOCAL = "local"
 STAGES = ("vision", "prefill", "flow")
 TIMING_CACHE = "timing.cache"
+MEMINFO = Path("/proc/meminfo")
+MEMORY_BASE = 2**30
+MEMORY_PER_WEIGHT = 1.3
+"""Memory that building takes, pages of files apart: libraries and graph, and for every byte of weights."""
 
 
 def build_engines(
@@ -39,7 +46,6 @@ def build_engines(
             "--builder tensorrt-rtx"
         )
     manifest = Manifest.read(folder)
-    check_sizes(manifest.located(folder))
     graphs = {key: name for key, name in manifest.stages.items() if key.partition(".")[0] in stages}
     missing = [stage for stage in stages if not any(key.partition(".")[0] == stage for key in graphs)]
     if missing or not graphs:
@@ -48,9 +54,13 @@ def build_engines(
     if out.exists():
         raise ValueError(f"{out} exists; remove it to build again")
     library = load_library(builder)
+    changed = changed_files(manifest.located(folder))
+    if changed:
+        raise ValueError(f"{folder}: missing or changed since they were written: {', '.join(changed)}")
     capability = TARGETS.get(target) or _local_capability()
-    weights = sum(manifest.files[name].bytes for name in manifest.files if name.endswith(".data"))
-    with all_or_nothing(out, weights) as partial:
+    weights = {key: _weight_bytes(folder / name) for key, name in graphs.items()}
+    _check_memory(max(weights.values()))
+    with all_or_nothing(out, sum(weights.values())) as partial:
         # TensorRT for RTX times nothing here: it chooses kernels on the GPU, when the engine is first run.
         cache = partial / TIMING_CACHE
         if builder == "tensorrt":
@@ -91,7 +101,8 @@ class _Build:
         network = builder.create_network(1 << int(library.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = library.OnnxParser(network, self._logger)
         if not parser.parse_from_file(str(self._graph)):
-            faults = [parser.get_error(index).desc() for index in range(parser.num_errors)]
+            errors = [parser.get_error(index) for index in range(parser.num_errors)]
+            faults = [f"{error.node_name()} ({error.node_operator()}): {error.desc()}" for error in errors]
             raise RuntimeError(f"{self._graph}: the builder cannot read it: {'; '.join(faults)}")
         for index in range(network.num_layers):
             layer = network.get_layer(index)
@@ -152,6 +163,30 @@ class _Build:
             self._errors.append(message)
         elif message.startswith("Layers:\n"):
             self._log.append(message)
+
+
+def _weight_bytes(graph: Path) -> int:
+    """Of the weights that a graph takes from its file."""
+    initializers = onnx.load(graph, load_external_data=False).graph.initializer
+    return sum(int(entry.value) for tensor in initializers for entry in tensor.external_data if entry.key == "length")
+
+
+def _check_memory(weights: int) -> None:
+    """Raises RuntimeError if building an engine of so many bytes of weights would run out of memory."""
+    needed, available = MEMORY_BASE + int(MEMORY_PER_WEIGHT * weights), _available_memory()
+    if available is not None and available < needed:
+        raise RuntimeError(
+            f"building takes about {needed / 2**30:.1f} GiB of memory, {available / 2**30:.1f} GiB are free: build on "
+            "a machine with more (no GPU is needed), or other stages (--stage)"
+        )
+
+
+def _available_memory() -> int | None:
+    """Bytes that the system can give without swapping; None where it does not tell."""
+    if not MEMINFO.is_file():
+        return None
+    found = re.search(r"MemAvailable: +(\d+) kB", MEMINFO.read_text(encoding="utf-8"))
+    return None if found is None else int(found[1]) * 1024
 
 
 def _writer(library: Any, file: BinaryIO) -> Any:

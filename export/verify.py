@@ -12,7 +12,7 @@ from torch import Tensor
 from xr0_engine.comparison import FLOAT32_EXPORT_MAX_ERROR, Comparison, compare
 from xr0_engine.embodiment import load_embodiment
 from xr0_engine.export.inputs import INSTRUCTION, observations
-from xr0_engine.exported.manifest import checkpoint_hash, sha256, stage_key
+from xr0_engine.exported.manifest import changed_files, checkpoint_hash, stage_key
 from xr0_engine.exported.model import ExportedModel, prompt
 from xr0_engine.model.weights import load_model, read_index, resolve_checkpoint
 from xr0_engine.model.xr0 import XR0Model
@@ -40,7 +40,7 @@ def verify_export(
             f"{source} is another checkpoint (hash {actual[:12]}) than the export's "
             f"({model.manifest.checkpoint_sha256[:12]}): pass the one that it was made from"
         )
-    changed = [path.name for path, record in model.files.items() if sha256(path) != record.sha256]
+    changed = changed_files(model.files)
     what = "as written" if not changed else "changed: " + ", ".join(changed)
     yield Comparison("files", what, len(changed), 0, "files of another hash")
     case = model.manifest.case

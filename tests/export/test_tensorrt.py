@@ -7,12 +7,13 @@ import json
 import shutil
 
 import pytest
+from onnx import helper
 
 from tests.export.cases import LIBERO
 from xr0_engine.export.layers import Layer, parse_layers, summarise
 from xr0_engine.export.onnx import export_onnx
 from xr0_engine.export.tensorrt import build_engines
-from xr0_engine.exported.manifest import MANIFEST_FILE, EngineManifest, sha256
+from xr0_engine.exported.manifest import MANIFEST_FILE, EngineManifest, changed_files, sha256
 
 needs_builder = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None,
@@ -35,9 +36,7 @@ def test_engines_for_a_4090_are_built_without_a_gpu(checkpoint, tmp_path):
     built = build_engines(folder, "rtx4090")
     out = folder / "rtx4090"
     assert built == EngineManifest.read(out)
-    assert {path: sha256(path) for path in built.located(out)} == {
-        path: record.sha256 for path, record in built.located(out).items()
-    }
+    assert changed_files(built.located(out)) == []
     assert (built.compute_capability, built.export_sha256) == ("8.9", sha256(folder / MANIFEST_FILE))
     assert set(built.stages) == set(built.facts) == {"vision", "prefill.96", "flow.96"}
     for key, facts in built.facts.items():
@@ -93,14 +92,47 @@ def test_local_target_needs_a_gpu(graphs):
         build_engines(graphs, "local")
 
 
+def replaced_vision(folder, content: bytes) -> None:
+    (folder / "vision.onnx").write_bytes(content)
+    manifest = json.loads((folder / MANIFEST_FILE).read_text())
+    manifest["files"]["vision.onnx"] = {"bytes": len(content), "sha256": sha256(folder / "vision.onnx")}
+    (folder / MANIFEST_FILE).write_text(json.dumps(manifest))
+
+
 @needs_builder
 def test_graph_that_the_builder_cannot_read_leaves_nothing(graphs):
-    manifest = json.loads((graphs / MANIFEST_FILE).read_text())
-    size = manifest["files"]["vision.onnx"]["bytes"]
-    (graphs / "vision.onnx").write_bytes(b"\xff" * size)
-    with pytest.raises(RuntimeError, match=r"vision\.onnx: the builder cannot read it"):
+    values = [helper.make_tensor_value_info("x", 1, (3, 3)), helper.make_tensor_value_info("y", 1, ())]
+    graph = helper.make_graph([helper.make_node("Det", ["x"], ["y"])], "determinant", values[:1], values[1:])
+    replaced_vision(graphs, helper.make_model(graph).SerializeToString())
+    with pytest.raises(RuntimeError, match=r"vision\.onnx: the builder cannot read it: .*Det"):
         build_engines(graphs, "rtx4090", stages=["vision"])
     assert [path.name for path in graphs.iterdir() if path.is_dir()] == []
+
+
+@needs_builder
+def test_changed_graphs_are_not_built(graphs):
+    path = graphs / "vision.onnx"
+    path.write_bytes(b"\xff" * path.stat().st_size)
+    with pytest.raises(ValueError, match=r"missing or changed since they were written: vision\.onnx"):
+        build_engines(graphs, "rtx4090")
+
+
+@needs_builder
+def test_too_little_memory_is_refused_before_any_work(graphs, tmp_path, monkeypatch):
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal:       24000000 kB\nMemAvailable:     500000 kB\n")
+    monkeypatch.setattr("xr0_engine.export.tensorrt.MEMINFO", meminfo)
+    with pytest.raises(RuntimeError, match=r"takes about 1\.0 GiB of memory, 0\.5 GiB are free"):
+        build_engines(graphs, "rtx4090")
+    assert not (graphs / "rtx4090").exists()
+
+
+@needs_builder
+def test_disk_without_room_is_refused(graphs, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**4))
+    with pytest.raises(OSError, match="GiB free; rtx4090 takes"):
+        build_engines(graphs, "rtx4090")
+    assert not (graphs / "rtx4090").exists()
 
 
 def test_target_that_exists_is_not_overwritten(graphs):

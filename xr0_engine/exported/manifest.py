@@ -206,6 +206,11 @@ def check_sizes(files: Mapping[Path, FileRecord]) -> None:
         raise ValueError("the export is damaged: " + "; ".join(faults))
 
 
+def changed_files(files: Mapping[Path, FileRecord]) -> list[str]:
+    """Names of those that are missing or have other content than was written; reads every file."""
+    return [path.name for path, record in files.items() if not path.is_file() or sha256(path) != record.sha256]
+
+
 def sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
