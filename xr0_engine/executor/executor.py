@@ -138,7 +138,7 @@ class Executor:
             self._begin(step, now)
         else:
             self._collect(step + 1, now)
-        if self._row is not None and not self._ended.is_set():
+        if self._row is not None:
             self._send(tick, step, phase, is_new)
         if self._settings.mode != "sync":
             self._request(step, now)
@@ -174,9 +174,10 @@ class Executor:
         self._source = None
         waits = self._told is None or self._settings.mode == "sync"
         self.report.counts["waited" if waits else "held"] += 1
-        if not waits and self._settings.starvation == "stop":
+        stops = not waits and self._settings.starvation == "stop"
+        if stops:
             self.end("starved")
-        self._row = None if self._told is None else coast(self._frame, *self._told, self._settings.motion_kept)
+        self._row = None if stops or self._told is None else coast(self._frame, *self._told, self._settings.motion_kept)
 
     def _send(self, tick: int, step: int, phase: int, is_new: bool) -> None:
         loop_hz = self._settings.loop_hz
