@@ -77,6 +77,11 @@ def open_source(path: Path) -> Source:
         raise DataError(
             f"{path}: views, arms, state and action are for LeRobot datasets; episode files are self-evident"
         )
+    if description.embodiment.layout != "bimanual":
+        raise DataError(
+            f"{path}: episode files hold two arms: expected an embodiment of layout 'bimanual', "
+            f"got {description.embodiment.name!r} of {description.embodiment.layout!r}"
+        )
     return EpisodeFolder(description)
 
 

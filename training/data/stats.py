@@ -99,8 +99,9 @@ def merge(file: Path, statistics: Statistics, replace: bool) -> None:
             raw = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{file} is not valid JSON: {error}") from None
-        if not isinstance(raw, dict) or not isinstance(raw.get("action_config", {}), dict):
-            raise ValueError(f"{file}: expected a JSON object with action_config, got something else")
+        known = raw.get("action_config", {}) if isinstance(raw, dict) else None
+        if not isinstance(known, dict) or not all(isinstance(it, dict) and "std" in it for it in known.values()):
+            raise ValueError(f"{file}: expected a JSON object with action_config: {{robot type: {{mean, std}}}}")
     known = raw.setdefault("action_config", {})
     name = statistics.robot_type
     if name in known:

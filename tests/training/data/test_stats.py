@@ -131,7 +131,11 @@ def test_another_robot_or_length_is_never_replaced(tmp_path, statistics, shape, 
     assert file.read_text() == before
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"action_config": 3}'], ids=["cut off", "list", "no mapping"])
+@pytest.mark.parametrize(
+    "content",
+    ["{", "[]", '{"action_config": 3}', '{"action_config": {"arm": {}}}'],
+    ids=["cut off", "list", "no mapping", "no std"],
+)
 def test_file_that_is_something_else_is_left_alone(tmp_path, statistics, content):
     (tmp_path / "p.json").write_text(content)
     with pytest.raises(ValueError, match=r"p\.json"):

@@ -258,6 +258,27 @@ def test_dataset_that_is_not_there(tmp_path):
         Stream(everything(tmp_path), 1, 0)
 
 
+@pytest.mark.parametrize(
+    ("description", "complaint"),
+    [("robot_type: libero_all", "layout 'bimanual', got 'libero'"), ("views: {ego: a}", "are for LeRobot datasets")],
+    ids=["one arm", "views"],
+)
+def test_description_that_does_not_fit_episode_files(tmp_path, description, complaint):
+    write_dataset(tmp_path, (3,))
+    (tmp_path / "xr0.yaml").write_text(description)
+    with pytest.raises(DataError, match=complaint):
+        open_source(tmp_path)
+
+
+def test_view_of_the_embodiment_that_is_missing(tmp_path):
+    path = write_episode(tmp_path, 0, 3)
+    raw = json.loads(path.read_text())
+    del raw["observations"]["wrist_right"]
+    path.write_text(json.dumps(raw))
+    with pytest.raises(DataError, match=r"episode_000\.json: lacks the view 'right_wrist' of embodiment 'bimanual'"):
+        open_source(tmp_path)
+
+
 def test_nothing_but_invalid_episodes(tmp_path):
     write_dataset(tmp_path, (5, 5), {0: "invalid", 1: "invalid"})
     with pytest.raises(DataError, match="nothing to train on"):
