@@ -174,6 +174,7 @@ def test_checker_catches_root_folders_in_tests():
         pytest.param("kernels.a", "import math, torch, triton.language\nimport xr0_engine.kernels.b", id="kernels"),
         pytest.param("training.trainer", "from xr0_engine.model.dit import ActionHead", id="downward"),
         pytest.param("engine", "from xr0_engine import __version__, ops", id="version"),
+        pytest.param("executor.frame", "from xr0_engine.decode import anchor", id="executor, decode"),
     ],
 )
 def test_checker_accepts(module, source):
