@@ -12,15 +12,11 @@ from typing import Any
 import numpy as np
 
 from xr0_engine.decode import rotation_exp, rotation_log
-from xr0_engine.sim import CONTROL_RATE_HZ, AlohaEnv
+from xr0_engine.sim import CONTROL_RATE_HZ, GRASP_POINT_M, GRIPPER_BODY, AlohaEnv
 
 ARMS = ("left", "right")
-GRIPPER_BODY = "vx300s_{}/gripper_link"
 ARM_JOINTS = 6
 CUBE = "red_box"
-
-# Where a cube is held: between the finger tips, this far along the gripper's x axis from its origin.
-GRASP_POINT_M = 0.135
 OPEN, CLOSED = 1.0, 0.0
 
 # The right gripper comes from above, tilted; its fingers close along two sides of the cube.
