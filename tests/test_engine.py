@@ -14,6 +14,8 @@ from hypothesis.extra import numpy as npst
 
 from xr0_engine.checkpoint import init_checkpoint
 from xr0_engine.engine import Engine
+from xr0_engine.model.fused import FusedModel
+from xr0_engine.tactics import TacticTable
 from xr0_engine.types import CheckpointError, Observation
 
 SAME = 2e-5
@@ -292,7 +294,7 @@ def test_actions_that_are_not_finite_are_never_returned(folder):
         ({"device": "tpu"}, ValueError, "device: expected auto, cpu, cuda"),
         ({"device": "cuda:99"}, ValueError, "CUDA GPUs that torch can use"),
         ({"backend": "fast"}, ValueError, "backend: expected auto, reference"),
-        ({"backend": "triton"}, NotImplementedError, "use backend='reference'"),
+        ({"backend": "cuda"}, NotImplementedError, "use backend='reference'"),
         ({"embodiment": "octopus"}, ValueError, "embodiment: expected bimanual"),
     ],
     ids=["dtype", "device", "no-such-gpu", "backend", "backend-not-here", "embodiment"],
@@ -328,3 +330,52 @@ def test_own_embodiment_file(folder, tmp_path):
     observation = engine.example("libero_all")
     assert list(observation.images) == ["front"]
     assert engine.infer(observation, seed=0).actions.shape == (10, 32)
+
+
+@pytest.fixture(scope="module")
+def fused_engine(folder):
+    """The GPU backend's engine, its ops the kernels' oracles."""
+    plain = Engine.from_pretrained(folder, device="cpu", dtype="float32")
+    return Engine(FusedModel(plain.model, "reference", TacticTable(""), graphs=False), plain._preprocess, "triton")
+
+
+def test_fused_engine_gives_the_same_chunks(engine, fused_engine):
+    for robot_type in ("libero_all", "bimanual"):
+        observation = engine.example(robot_type)
+        committed = engine.infer(observation, seed=0).actions[2:5]
+        expected, actual = (e.infer(observation, committed, seed=1) for e in (engine, fused_engine))
+        assert closest(actual, expected) < SAME
+        assert list(actual.timing_ms) == ["preprocess", "step", "decode", "total"]
+
+
+def test_fused_engine_keeps_a_chunk_when_the_next_is_made(fused_engine):
+    observation = fused_engine.example("bimanual")
+    first = fused_engine.infer(observation, seed=0)
+    kept = first.normalized.copy()
+    fused_engine.infer(observation, seed=1)
+    assert np.array_equal(first.normalized, kept)
+
+
+def test_upcoming_observations_change_no_chunk(engine, fused_engine):
+    example = engine.example("libero_all")
+    rng = np.random.default_rng(0)
+    frames = [
+        replace(
+            example, images={key: rng.integers(0, 256, i.shape, dtype=np.uint8) for key, i in example.images.items()}
+        )
+        for _ in range(3)
+    ]
+    expected = [engine.infer(frame, seed=0) for frame in frames]
+    actual = []
+    for frame, following in zip(frames, [*frames[1:], None], strict=True):
+        actual.append(fused_engine.infer(frame, seed=0, upcoming=following))
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert closest(ours, theirs) < SAME
+    assert closest(expected[0], expected[1]) > 1e-4
+
+
+def test_a_wrong_upcoming_observation_is_refused_at_once(fused_engine):
+    observation = fused_engine.example("libero_all")
+    with pytest.raises(ValueError, match="state"):
+        fused_engine.infer(observation, seed=0, upcoming=replace(observation, state=np.zeros(3, np.float32)))
+    assert fused_engine.infer(observation, seed=0).actions.shape == (10, 32)

@@ -116,6 +116,37 @@ def test_whole_step_agrees_call_after_call(plain, mode, prefix_length):
         torch.testing.assert_close(fused.step(inputs, *chunk), expected, rtol=0, atol=MAX_ERROR)
 
 
+def test_images_encoded_ahead_change_nothing(plain, monkeypatch):
+    fused, model = fused_of(plain)
+    runs = []
+    encode = fused.vision.run
+    monkeypatch.setattr(fused.vision, "run", lambda *arguments: (runs.append(1), encode(*arguments)))
+    calls = [random_inputs(model.config, [TWO_VIEWS], [[3, 2, 4]], 4, seed) for seed in range(3)]
+    # The last belongs to another session: its images are encoded when their time comes.
+    calls.append(random_inputs(model.config, [[(4, 4)]], [[3, 2]], 4))
+    for number, inputs in enumerate(calls):
+        chunk = chunk_inputs(inputs, model.config, 1)
+        expected = model.sample(model.prefill(inputs, model.encode_images(inputs)), inputs.state, *chunk)
+        if number + 1 == len(calls):
+            actual = fused.step(inputs, *chunk)
+        else:
+            following = calls[number + 1]
+            actual, returned = fused.step_ahead(inputs, *chunk, lambda following=following: following)
+            assert returned is following
+        torch.testing.assert_close(actual, expected, rtol=0, atol=MAX_ERROR)
+    assert len(runs) == len(calls)
+
+
+def test_images_encoded_ahead_are_forgotten_when_another_call_comes(plain):
+    fused, model = fused_of(plain)
+    first, second, third = (random_inputs(model.config, [TWO_VIEWS], [[3, 2, 4]], 4, seed) for seed in range(3))
+    fused.step_ahead(first, *chunk_inputs(first, model.config, 0), lambda: second)
+    for inputs in (third, second):
+        chunk = chunk_inputs(inputs, model.config, 0)
+        expected = model.sample(model.prefill(inputs, model.encode_images(inputs)), inputs.state, *chunk)
+        torch.testing.assert_close(fused.step(inputs, *chunk), expected, rtol=0, atol=MAX_ERROR)
+
+
 def test_folding_leaves_the_plain_model_what_it_was(plain):
     fused, model = fused_of(plain)
     inputs = inputs_of(model.config, 2, 4)

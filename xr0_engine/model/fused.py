@@ -75,6 +75,7 @@ class FusedModel:
                 FusedHead(model.head),
             )
         self._sessions: OrderedDict[SessionKey, Session] = OrderedDict()
+        self._flows: OrderedDict[tuple[int, int, int], FlowSession] = OrderedDict()
 
     @property
     def device(self) -> torch.device:
@@ -99,12 +100,7 @@ class FusedModel:
     def prefill(self, inputs: ModelInputs, vision: VisionTokens) -> KVBlock:
         """As XR0Model.prefill, op by op; the block lies as the inputs do, padded on the left."""
         session = self.session(inputs)
-        session.stage(right_padded(inputs, session.key, self.config))
-        session.staging.upload()
-        session.vision.tokens.copy_(vision.tokens)
-        for own, given in zip(session.vision.deepstack, vision.deepstack, strict=True):
-            own.copy_(given)
-        session.prefill()
+        session.prefill_with(inputs, vision)
         mask = inputs.attention_mask.to(self.device)
         keys, values = (_left_padded(t, mask) for t in (session.flow_inputs.keys, session.flow_inputs.values))
         next_position = session.flow_inputs.next_position.long()
@@ -120,8 +116,20 @@ class FusedModel:
         prefix_length: Tensor,
         trace: list[Tensor] | None = None,
     ) -> Tensor:
-        """As XR0Model.sample, from a kept KV block. Raises ValueError if a row's tokens have a gap between them."""
-        return sample_fused(self.head, self.ops(), kv, state, noise, prefix, prefix_length, trace)
+        """As XR0Model.sample, from a kept KV block. Raises ValueError if a row's tokens have a gap between them.
+
+        With a trace, and where there are no graphs, op by op.
+        """
+        if trace is not None or not self.graphs:
+            return sample_fused(self.head, self.ops(), kv, state, noise, prefix, prefix_length, trace)
+        batch, tokens = kv.mask.shape
+        key = (batch, _bucket(tokens), noise.shape[1])
+        if key not in self._flows:
+            if len(self._flows) >= MAX_SESSIONS:
+                self._flows.popitem(last=False)[1].close()
+            self._flows[key] = FlowSession(self, *key)
+        self._flows.move_to_end(key)
+        return self._flows[key].sample(kv, state, noise, prefix, prefix_length)
 
     @torch.inference_mode()
     def step(self, inputs: ModelInputs, noise: Tensor, prefix: Tensor, prefix_length: Tensor) -> Tensor:
@@ -133,6 +141,26 @@ class FusedModel:
         session.update(inputs, noise, prefix, prefix_length)
         session.replay()
         return session.chunk
+
+    @torch.inference_mode()
+    def step_ahead(
+        self,
+        inputs: ModelInputs,
+        noise: Tensor,
+        prefix: Tensor,
+        prefix_length: Tensor,
+        upcoming: Callable[[], ModelInputs],
+    ) -> tuple[Tensor, ModelInputs]:
+        """As step; the next call's inputs are prepared on the host, and their images encoded, under this call's flow.
+
+        upcoming: makes the next call's inputs. Returns the chunk and these inputs: when they, the same object, are what
+        is stepped next, their images are encoded already. Inputs of another session are encoded when their time comes.
+        """
+        session = self.session(inputs)
+        session.update(inputs, noise, prefix, prefix_length)
+        session.replay_to_prefill()
+        following = session.flow_beside(upcoming)
+        return session.chunk, following
 
     def session(self, inputs: ModelInputs) -> Session:
         """The buffers and graphs for these inputs, made on first use."""
@@ -151,6 +179,8 @@ class Session:
     def __init__(self, model: FusedModel, key: SessionKey, inputs: ModelInputs) -> None:
         self.model, self.key = model, key
         self._graphs: dict[str, Graph] = {}
+        self._encoded: ModelInputs | None = None
+        self._ahead = Staging({"patches": _fields(model.config, key, model.dtype)["patches"]}, model.device)
         self.staging = Staging(_fields(model.config, key, model.dtype), model.device)
         on_device = self.staging.device
         self.ops, self.flow_ops = model.ops(), model.ops()
@@ -180,9 +210,11 @@ class Session:
         """Everything that changes, to the device in one transfer."""
         host = self.staging.host
         self.staging.wait()
-        self.stage(right_padded(inputs, self.key, self.model.config))
+        self._stage(right_padded(inputs, self.key, self.model.config))
+        if self._encoded is not inputs:
+            self._encoded = None
+            host["patches"].copy_(inputs.pixel_values)
         for name, value in (
-            ("patches", inputs.pixel_values),
             ("state", inputs.state),
             ("action_mask", inputs.action_mask),
             ("noise", noise),
@@ -190,21 +222,74 @@ class Session:
             ("prefix_length", prefix_length),
         ):
             host[name].copy_(value)
-        self.staging.upload()
+        self._upload()
 
-    def stage(self, prompts: Prompts) -> None:
+    @torch.inference_mode()
+    def prefill_with(self, inputs: ModelInputs, vision: VisionTokens) -> None:
+        """The KV block of image tokens that the caller has, op by op."""
+        self.staging.wait()
+        self._stage(right_padded(inputs, self.key, self.model.config))
+        self._upload()
+        self._encoded = None
+        self.vision.tokens.copy_(vision.tokens)
+        for own, given in zip(self.vision.deepstack, vision.deepstack, strict=True):
+            own.copy_(given)
+        self.prefill()
+
+    def _stage(self, prompts: Prompts) -> None:
         for name, value in vars(prompts).items():
             self.staging.host[name].copy_(torch.from_numpy(value))
+
+    def _upload(self) -> None:
+        """Behind what may still read the inputs: images that are being encoded ahead."""
+        if self.model.graphs:
+            torch.cuda.current_stream().wait_stream(self._side_stream)
+        self.staging.upload()
 
     def replay(self, part: str = "step") -> None:
         """The whole step on what was uploaded last, or one stage of PARTS on what the stages before it left.
 
         The graph of each is captured the first time.
         """
+        if part == "step" and self._encoded is not None:
+            self.replay_to_prefill()
+            part = "flow"
         if self.model.graphs:
             self.graph(part).replay()
         else:
             self._work(part)()
+
+    def replay_to_prefill(self) -> None:
+        """The step up to the KV block, without the images if they were encoded ahead."""
+        if self._encoded is None:
+            self.replay("vision")
+        self._encoded = None
+        self.replay("prefill")
+
+    def flow_beside(self, upcoming: Callable[[], ModelInputs]) -> ModelInputs:
+        """The flow, and beside it the images of the next call, if its inputs belong to this session."""
+        prefilled = torch.cuda.Event() if self.model.graphs else None
+        if prefilled is not None:
+            prefilled.record()
+        self.replay("flow")
+        following = upcoming()
+        if session_key(following) != self.key:
+            return following
+        self._ahead.wait()
+        self._ahead.host["patches"].copy_(following.pixel_values)
+        if prefilled is None:
+            self._encode_ahead()
+        else:
+            with torch.cuda.stream(self._side_stream):
+                self._side_stream.wait_event(prefilled)
+                self._encode_ahead()
+        self._encoded = following
+        return following
+
+    def _encode_ahead(self) -> None:
+        self._ahead.upload()
+        self.staging.device["patches"].copy_(self._ahead.device["patches"])
+        self.replay("vision")
 
     def graph(self, part: str = "step") -> Graph:
         """The captured graph of a part. Raises NotImplementedError where there is no CUDA GPU."""
@@ -274,6 +359,59 @@ class Session:
         return torch.cuda.Stream(self.model.device)
 
 
+class FlowSession:
+    """The flow alone, on KV blocks that were kept: static buffers and a graph for one batch, bucket and length."""
+
+    def __init__(self, model: FusedModel, batch: int, tokens: int, chunk_length: int) -> None:
+        head, device = model.config.head, model.device
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        cache = (head.num_layers, batch, head.num_kv_heads, tokens, head.head_dim)
+        chunk = (batch, chunk_length, head.action_dim)
+        self.inputs = FlowInputs(
+            keys=zeros(*cache, dtype=model.dtype),
+            values=zeros(*cache, dtype=model.dtype),
+            begin=zeros(batch, dtype=torch.int32),
+            end=zeros(batch, dtype=torch.int32),
+            next_position=zeros(3, batch, dtype=torch.int32),
+            state=zeros(batch, head.state_length, head.state_dim, dtype=model.dtype),
+            noise=zeros(*chunk),
+            prefix=zeros(*chunk),
+            prefix_length=zeros(batch, dtype=torch.int32),
+            action_mask=zeros(*chunk),
+        )
+        self._buffers, self._ops, self._head = model.head.buffers(batch, chunk_length), model.ops(), model.head
+        self._graph = Graph(self._run, device, f"flow {batch}x{tokens}")
+
+    def sample(self, kv: KVBlock, state: Tensor, noise: Tensor, prefix: Tensor, prefix_length: Tensor) -> Tensor:
+        begin, end = _visible_range(kv.mask)
+        tokens, held = kv.mask.shape[1], self.inputs
+        held.keys[..., :tokens, :].copy_(kv.keys)
+        held.values[..., :tokens, :].copy_(kv.values)
+        for target, value in (
+            (held.begin, begin),
+            (held.end, end),
+            (held.next_position, kv.next_position),
+            (held.state, state),
+            (held.noise, noise),
+            (held.prefix, prefix),
+            (held.prefix_length, prefix_length),
+            (held.action_mask, kv.action_mask),
+        ):
+            target.copy_(value)
+        self._graph.replay()
+        return self._buffers.z[self._head.steps % 2].clone()
+
+    def close(self) -> None:
+        self._graph.close()
+
+    @torch.inference_mode()
+    def _run(self) -> None:
+        self._head.run(self._ops, self.inputs, self._buffers)
+
+
 @torch.inference_mode()
 def sample_fused(
     head: FusedHead,
@@ -316,10 +454,14 @@ def session_key(inputs: ModelInputs) -> SessionKey:
     return SessionKey(
         batch=batch,
         grids=inputs.image_grids,
-        tokens=-(-longest // PROMPT_BUCKET) * PROMPT_BUCKET,
+        tokens=_bucket(longest),
         head=tuple(head.tolist()),
         chunk_length=inputs.action_mask.shape[1],
     )
+
+
+def _bucket(tokens: int) -> int:
+    return -(-tokens // PROMPT_BUCKET) * PROMPT_BUCKET
 
 
 def right_padded(inputs: ModelInputs, key: SessionKey, config: XR0Config) -> Prompts:
