@@ -54,6 +54,7 @@ class Variant:
 def variants(subject: Subject) -> dict[str, Variant]:
     """Optimisation -> the engine without it, for those that take effect on this machine."""
     engine, model = subject.engine, subject.engine.model
+    assert isinstance(model, XR0Model)
     preprocess = Preprocessor.load(subject.folder)
 
     def of_model(variant: XR0Model) -> Infer:
@@ -266,7 +267,7 @@ def measure(setup: Setup, rounds: int, command: str) -> tuple[Result, BaseExcept
 
     Raises as Subject.load does, and RuntimeError if a variant gives other actions.
     """
-    subject = Subject.load(setup)
+    subject = Subject.load(replace(setup, backend="reference"))
     found = variants(subject)
     errors = check(subject.infer, found, setup.dtype)
     calls = {ENGINE: _timed(subject.infer)} | {name: _timed(variant.infer) for name, variant in found.items()}

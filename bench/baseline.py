@@ -8,6 +8,7 @@ engine's, so that only the structure differs; it must give the same actions befo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -102,6 +103,35 @@ class ReleasedHead:
         return head.action_output_layer(x[:, context.shape[1] :])
 
 
+@dataclass(frozen=True)
+class ReleasedInputs:
+    """What a step of the released way takes. ids, grids: always on the host; the rest on the host or on the device.
+
+    ids: (B, N); grids: (images, 3); pixel_values: (P, patch_dim); state: (B, state_length, S); noise, prefix: (B, T,
+    A); action_mask: (T, A); prefix_length: (B,).
+    """
+
+    ids: Tensor
+    grids: Tensor
+    pixel_values: Tensor
+    state: Tensor
+    noise: Tensor
+    action_mask: Tensor
+    prefix: Tensor
+    prefix_length: Tensor
+
+    def on(self, device: torch.device, dtype: torch.dtype) -> ReleasedInputs:
+        return replace(
+            self,
+            pixel_values=self.pixel_values.to(device, dtype),
+            state=self.state.to(device, dtype),
+            noise=self.noise.to(device),
+            action_mask=self.action_mask.to(device),
+            prefix=self.prefix.to(device),
+            prefix_length=self.prefix_length.to(device),
+        )
+
+
 class ReleasedModel:
     """Camera images to actions, as the released inference code does it."""
 
@@ -116,7 +146,7 @@ class ReleasedModel:
     ) -> None:
         """As ReleasedHead. The VLM is loaded anew, by transformers, onto the head's device."""
         self.released_head = ReleasedHead(head, attention, compiled)
-        self.config, self.device, self.dtype = config, head.sink.weight.device, dtype
+        self.config, self.device, self.dtype, self.compiled = config, head.sink.weight.device, dtype, compiled
         # transformers declares what its models and caches hold too loosely to be checked.
         self.vlm: Any = _load_vlm(folder, config, self.device, dtype, ATTENTION[attention])
         if compiled:
@@ -134,7 +164,6 @@ class ReleasedModel:
             image_std=[0.5] * 3,
         )
 
-    @torch.inference_mode()
     def infer(
         self,
         observations: Sequence[Observation],
@@ -145,9 +174,28 @@ class ReleasedModel:
     ) -> tuple[np.ndarray, dict[str, float]]:
         """Actions in the model's units (B, T, A), after they were decoded too, and the milliseconds of each stage.
 
-        observations: of one robot type, prompts of one length; noise: (B, T, A) float32; prefixes: as Engine.infer.
+        As prepare takes them.
         """
         clock = Stopwatch(self.device)
+        inputs = self.prepare(observations, embodiment, statistics, noise, prefixes)
+        clock.mark("preprocess")
+        result = self.step(inputs, clock.mark).cpu().numpy()
+        clock.mark("flow")
+        for row in result:
+            decode(row, statistics)
+        clock.mark("decode")
+        return result, clock.times()
+
+    def prepare(
+        self,
+        observations: Sequence[Observation],
+        embodiment: Embodiment,
+        statistics: ActionStatistics,
+        noise: np.ndarray,
+        prefixes: Sequence[np.ndarray | None],
+    ) -> ReleasedInputs:
+        """On the host. observations: of one robot type, prompts of one length; noise: (B, T, A) float32; prefixes: as
+        Engine.infer."""
         # A turned image is a view with negative strides, which the processor would be slow to read.
         turned = (orient(each.images[view.key], view) for each in observations for view in embodiment.views)
         images = [np.ascontiguousarray(image) for image in turned]
@@ -163,48 +211,57 @@ class ReleasedModel:
             for row, each in enumerate(observations)
         ]
         ids = torch.tensor([self.tokenizer.encode(prompt, add_special_tokens=False).ids for prompt in prompts])
-        is_image = (ids == self.config.tokens.image).int()
         prefix = np.zeros_like(noise)
         for row, given in enumerate(prefixes):
             if given is not None:
                 prefix[row, : len(given)] = encode_prefix(given, statistics)
-        lengths = torch.tensor([0 if given is None else len(given) for given in prefixes])
-        clock.mark("preprocess")
+        head = self.config.head
+        states = np.stack([each.state for each in observations]).reshape(len(ids), head.state_length, head.state_dim)
+        return ReleasedInputs(
+            ids=ids,
+            grids=grids,
+            pixel_values=pixels["pixel_values"],
+            state=torch.from_numpy(states),
+            noise=torch.from_numpy(noise),
+            action_mask=torch.from_numpy(statistics.action_mask),
+            prefix=torch.from_numpy(prefix),
+            prefix_length=torch.tensor([0 if given is None else len(given) for given in prefixes]),
+        )
 
+    @torch.inference_mode()
+    def step(self, given: ReleasedInputs, mark: Callable[[str], None] = lambda stage: None) -> Tensor:
+        """(B, T, A) float32 on the device, in the model's units. mark: called after `vision` and after `prefill`."""
+        if self.compiled:
+            # What a graph left before may be overwritten from here on.
+            torch.compiler.cudagraph_mark_step_begin()
+        inputs = given.on(self.device, self.dtype)
+        ids, grids = given.ids, given.grids
+        is_image = (ids == self.config.tokens.image).int()
         cache: Any = DynamicCache(config=self.vlm.config.text_config)
         # The model encodes the images itself; a hook tells the two stages apart.
-        hook = self.vlm.visual.register_forward_hook(lambda *_: clock.mark("vision"))
+        hook = self.vlm.visual.register_forward_hook(lambda *_: mark("vision"))
         self.vlm(
             input_ids=ids.to(self.device),
             attention_mask=torch.ones_like(ids).to(self.device),
-            pixel_values=pixels["pixel_values"].to(self.device, self.dtype),
+            pixel_values=inputs.pixel_values,
             image_grid_thw=grids.to(self.device),
             mm_token_type_ids=is_image.to(self.device),
             past_key_values=cache,
             use_cache=True,
         )
         hook.remove()
-        clock.mark("prefill")
-
-        head = self.config.head
-        states = np.stack([each.state for each in observations]).reshape(len(ids), head.state_length, head.state_dim)
+        mark("prefill")
         positions, _ = self.vlm.get_rope_index(ids, is_image, image_grid_thw=grids)
-        actions = self.released_head.sample(
-            [(layer.keys, layer.values) for layer in cache.layers[-head.num_layers :]],
+        return self.released_head.sample(
+            [(layer.keys, layer.values) for layer in cache.layers[-self.config.head.num_layers :]],
             positions.amax(-1).to(self.device) + 1,
             torch.ones_like(ids, dtype=torch.bool, device=self.device),
-            torch.from_numpy(states).to(self.device, self.dtype),
-            torch.from_numpy(noise).to(self.device),
-            torch.from_numpy(statistics.action_mask).to(self.device),
-            torch.from_numpy(prefix).to(self.device),
-            lengths.to(self.device),
+            inputs.state,
+            inputs.noise,
+            inputs.action_mask,
+            inputs.prefix,
+            inputs.prefix_length,
         )
-        result = actions.cpu().numpy()
-        clock.mark("flow")
-        for row in result:
-            decode(row, statistics)
-        clock.mark("decode")
-        return result, clock.times()
 
 
 def _layer(
@@ -235,7 +292,8 @@ def _layer(
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     # transformers' cache makes every layer compile anew; at the default limit, those from the eighth on would not.
     torch._dynamo.config.recompile_limit = 64
-    return torch.compile(function)
+    # On a GPU with CUDA graphs; what cannot be in one runs beside it.
+    return torch.compile(function, mode="max-autotune")
 
 
 def _attention(name: str, head: ActionHead) -> Attention:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from xr0_engine import ops
 from xr0_engine.checkpoint import ROBOTS, SIZES, init_checkpoint
 from xr0_engine.config import XR0Config
+from xr0_engine.decode import encode_prefix
 from xr0_engine.embodiment import Embodiment, embodiment_for, load_embodiment
 from xr0_engine.engine import DTYPES, Engine
 from xr0_engine.env import cache_dir
@@ -21,7 +22,7 @@ from xr0_engine.model.dit import ActionHead
 from xr0_engine.model.layers import RMSNorm, pack_linears
 from xr0_engine.model.weights import resolve_checkpoint
 from xr0_engine.preprocess import Preprocessor
-from xr0_engine.types import ActionChunk, KVBlock, Observation
+from xr0_engine.types import ActionChunk, KVBlock, ModelInputs, Observation
 
 LONG_INSTRUCTION = (
     "Pick up the red cube with the right arm, hand it over to the left arm without letting it touch the table, place "
@@ -98,7 +99,7 @@ class Setup:
     """What to measure, as it is asked for.
 
     size: of SIZES, a checkpoint with random weights; checkpoint: the user's own folder or hub id instead. threads:
-    of the CPU, None for torch's own choice.
+    of the CPU, None for torch's own choice. backend: as Engine.from_pretrained takes it.
     """
 
     case: Case
@@ -107,6 +108,7 @@ class Setup:
     device: str = "auto"
     dtype: str = "bfloat16"
     threads: int | None = None
+    backend: str = "auto"
 
     def folder(self) -> Path:
         """The checkpoint's folder. A random one is made on first use and kept in XR0_CACHE.
@@ -135,6 +137,16 @@ class Setup:
 
 
 @dataclass(frozen=True)
+class StepInputs:
+    """What a step of the model takes, on the host. noise, prefix: (B, T, A) float32; prefix_length: (B,)."""
+
+    inputs: ModelInputs
+    noise: Tensor
+    prefix: Tensor
+    prefix_length: Tensor
+
+
+@dataclass(frozen=True)
 class Subject:
     """An engine and one case's inputs. prefixes: as Engine.infer takes them; noise: (B, T, A) float32."""
 
@@ -150,16 +162,33 @@ class Subject:
         """Raises ValueError for what is wrong in setup, CheckpointError for a checkpoint that cannot be used."""
         device, case = setup.prepare(), setup.case
         folder = setup.folder()
-        engine = Engine.from_pretrained(folder, str(device), setup.dtype, embodiment=case.profile)
+        engine = Engine.from_pretrained(folder, str(device), setup.dtype, setup.backend, embodiment=case.profile)
         return cls(setup, folder, engine, case.observations(engine), case.prefixes(engine), case.noise(engine))
+
+    def with_case(self, case: Case) -> Subject:
+        """The same model in another case."""
+        profile = None if case.profile is None else load_embodiment(case.profile)
+        engine = Engine(self.engine.model, Preprocessor.load(self.folder, profile), self.engine.backend)
+        inputs = case.observations(engine), case.prefixes(engine), case.noise(engine)
+        return Subject(replace(self.setup, case=case), self.folder, engine, *inputs)
 
     def infer(self) -> list[ActionChunk]:
         return self.engine.infer(self.observations, self.prefixes, self.noise)
 
+    def inputs(self) -> ModelInputs:
+        return Preprocessor.load(self.folder, self.setup.case.embodiment)(self.observations)
+
+    def step_inputs(self) -> StepInputs:
+        prefix = np.zeros_like(self.noise)
+        for row, given in enumerate(self.prefixes):
+            if given is not None:
+                prefix[row, : len(given)] = encode_prefix(given, self.engine.statistics[self.setup.case.robot_type])
+        lengths = torch.tensor([0 if given is None else len(given) for given in self.prefixes])
+        return StepInputs(self.inputs(), torch.from_numpy(self.noise), torch.from_numpy(prefix), lengths)
+
     def describe(self) -> dict[str, Any]:
         """The case, as Result holds it."""
-        inputs = Preprocessor.load(self.folder, self.setup.case.embodiment)(self.observations)
-        return describe(self.setup, inputs.input_ids.shape[1], self.noise.shape[1])
+        return describe(self.setup, self.inputs().input_ids.shape[1], self.noise.shape[1])
 
 
 @dataclass(frozen=True)
@@ -183,7 +212,12 @@ class HeadSubject:
     @classmethod
     @torch.inference_mode()
     def make(cls, setup: Setup) -> HeadSubject:
-        """Needs no checkpoint and writes none. Raises ValueError for what is wrong in setup."""
+        """Needs no checkpoint and writes none. Raises ValueError for what is wrong in setup, NotImplementedError for
+        another backend than the reference."""
+        if setup.backend not in ("auto", "reference"):
+            raise NotImplementedError(
+                f"backend {setup.backend!r}: the action head alone runs on 'reference'; boundary replay has its own"
+            )
         if setup.checkpoint is not None:
             raise ValueError("checkpoint: expected none, since the action head alone is measured with random weights")
         if setup.size not in SIZES:

@@ -19,6 +19,7 @@ from torch import Tensor
 from xr0_engine import ops
 from xr0_engine.bench import websocket
 from xr0_engine.bench.cases import HeadSubject, Setup, Subject
+from xr0_engine.bench.replay import REPLAY_BOUNDARIES, check_graphs, engine_rival, released_rival, session_of
 from xr0_engine.bench.results import Result, environment
 from xr0_engine.bench.tables import footer, latency_table
 from xr0_engine.bench.timing import (
@@ -58,10 +59,11 @@ def measure(
     """The result, and what cut it short, if anything did.
 
     part: of PARTS, the whole model or the action head alone, which needs no checkpoint. boundary: stage (the default),
-    infer or websocket for the whole model, flow for the head. alone: the engine without rivals; attention: theirs;
-    compiled: torch.compile joins them. export: a folder of `xr0 export` for the case, which joins them too, run by
-    export_backend: onnx, tensorrt or auto. Raises ValueError for a wrong argument, NotImplementedError for what this
-    machine or version lacks, RuntimeError if the rivals disagree: nothing is timed then.
+    infer, replay, update+replay or websocket for the whole model, flow for the head. alone: the engine without rivals;
+    attention: theirs; compiled: torch.compile joins them. export: a folder of `xr0 export` for the case, which joins
+    them too, run by export_backend: onnx, tensorrt or auto. Raises ValueError for a wrong argument,
+    NotImplementedError for what this machine or version lacks, RuntimeError if the rivals disagree: nothing is timed
+    then.
     """
     if part not in PARTS:
         raise ValueError(f"part: expected one of {', '.join(PARTS)}; got {part!r}")
@@ -76,8 +78,12 @@ def measure(
     if export is not None and part == "dit":
         raise ValueError("export: expected none beside part dit: an export is measured as a whole")
     if export is None and export_backend != "auto":
-        raise ValueError(f"backend: expected an export beside it, got {export_backend!r} alone")
+        raise ValueError(f"export-backend: expected an export beside it, got {export_backend!r} alone")
     boundary = check_boundary(boundary or ("flow" if part == "dit" else "stage"), _boundaries(part))
+    if boundary in REPLAY_BOUNDARIES:
+        if export is not None:
+            raise ValueError(f"export: expected none beside boundary {boundary}: it has graphs of its own")
+        check_graphs(setup, f"boundary {boundary!r}")
     variants = {} if alone else {"released": False} | ({"compiled": True} if compiled else {})
     if part == "dit":
         head_subject = HeadSubject.make(setup)
@@ -113,7 +119,7 @@ def measure(
 
 
 def _boundaries(part: str) -> tuple[str, ...]:
-    return ("flow",) if part == "dit" else ("stage", "infer", "websocket")
+    return ("flow",) if part == "dit" else ("stage", "infer", *REPLAY_BOUNDARIES, "websocket")
 
 
 def _model_rivals(
@@ -137,7 +143,8 @@ def _model_rivals(
         chunks = engine.infer(subject.observations, subject.prefixes, subject.noise)
         return np.stack([chunk.normalized for chunk in chunks]), chunks[0].timing_ms
 
-    rivals = {"engine": rival(partial(ours, engine))}
+    replays = boundary in REPLAY_BOUNDARIES
+    rivals = {"engine": engine_rival(*session_of(subject), boundary) if replays else rival(partial(ours, engine))}
     if export is not None:
         exported = Engine.from_export(export, setup.device, export_backend, setup.case.profile)
         rivals[exported.backend] = rival(partial(ours, exported))
@@ -149,7 +156,7 @@ def _model_rivals(
         network = engine.model.reference if isinstance(engine.model, FusedModel) else engine.model
         model = ReleasedModel(subject.folder, engine.config, network.head, DTYPES[setup.dtype], attention, compiled)
         inputs = (subject.observations, profile, statistics, subject.noise, subject.prefixes)
-        rivals[name] = rival(partial(model.infer, *inputs))
+        rivals[name] = released_rival(model, subject, boundary) if replays else rival(partial(model.infer, *inputs))
     return rivals
 
 

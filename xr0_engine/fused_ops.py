@@ -157,9 +157,10 @@ class FusedOps:
 
     def refusal(self, kind: str, arguments: tuple[Any, ...], options: Mapping[str, Any], tactic: Tactic) -> str | None:
         """Run as `call` does; why the kernel, the compiler or the chip cannot have this tactic, None if it ran."""
+        refusals: tuple[type[Exception], ...] = (ValueError, NotImplementedError, *_compiler_faults(self.backend))
         try:
             self.call(kind, arguments, options, tactic)
-        except (ValueError, NotImplementedError, *_compiler_faults(self.backend)) as error:
+        except refusals as error:
             return str(error).strip().partition("\n")[0] or type(error).__name__
         except RuntimeError as error:
             # The compiler's passes have no exception of their own.
@@ -213,7 +214,8 @@ def compile_kernels(work: Callable[[], None], arch: int, done: Callable[[int, in
 def compile_beside(work: Callable[[], None], threads: int) -> None:
     """Compile the kernels that work launches, several at a time, and run none; they are found compiled afterwards.
 
-    work: calls with tactics that are no library's, on a CUDA GPU. What cannot be compiled is left out: its call says why.
+    work: calls with tactics that are no library's, on a CUDA GPU. What cannot be compiled is left out: its call will
+    say why.
     """
     from xr0_engine.kernels.launch import compiling
 

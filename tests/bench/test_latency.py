@@ -11,9 +11,10 @@ import torch
 
 from xr0_engine.bench import baseline, latency
 from xr0_engine.bench.baseline import ReleasedHead
-from xr0_engine.bench.cases import CASES, HeadSubject, Setup, Subject
+from xr0_engine.bench.cases import CASES, HeadSubject, Setup
 from xr0_engine.bench.latency import measure, relative_rms, show
 from xr0_engine.bench.results import Result
+from xr0_engine.engine import Engine
 
 STAGES = ["preprocess", "vision", "prefill", "flow", "decode", "total"]
 SAME = 1e-5
@@ -70,11 +71,12 @@ def test_released_way_takes_batches_and_prefixes(attention):
 def test_compiled_way_is_a_third_rival(monkeypatch, part):
     compiled = []
     # Compiling takes minutes; that it is asked for, and for what, is what counts here.
-    monkeypatch.setattr(torch, "compile", lambda function: compiled.append(function.__name__) or function)
+    monkeypatch.setattr(torch, "compile", lambda function, mode: compiled.append((function.__name__, mode)) or function)
     result, _ = measure(tiny(), 1, "", part=part, compiled=True)
     assert list(result.series) == ["engine", "released", "compiled"]
     assert result.facts["error_against_engine"]["compiled"] < SAME
-    assert compiled == (["_step"] if part == "dit" else ["_step", "forward", "forward"])
+    parts = ["_step"] if part == "dit" else ["_step", "forward", "forward"]
+    assert compiled == [(part, "max-autotune") for part in parts]
 
 
 def test_machine_that_cannot_compile_says_why(monkeypatch):
@@ -96,15 +98,15 @@ def test_nothing_is_timed_if_the_rivals_disagree(monkeypatch):
 
 
 def test_interrupted_run_gives_its_finished_rounds(monkeypatch):
-    infer, calls = Subject.infer, itertools.count()
+    infer, calls = Engine.infer, itertools.count()
 
-    def interrupted(self):
+    def interrupted(self, *arguments):
         # The gate, two rounds of warm-up and three that count come before.
         if next(calls) == 1 + 2 + 3:
             raise KeyboardInterrupt
-        return infer(self)
+        return infer(self, *arguments)
 
-    monkeypatch.setattr(Subject, "infer", interrupted)
+    monkeypatch.setattr(Engine, "infer", interrupted)
     result, reason = measure(tiny(), 9, "", alone=True)
     assert isinstance(reason, KeyboardInterrupt)
     assert not result.complete

@@ -105,12 +105,6 @@ def test_possible_boundary_is_returned():
     assert check_boundary("infer", ("stage", "infer")) == "infer"
 
 
-@pytest.mark.parametrize("name", timing.NOT_YET)
-def test_boundary_without_its_part_of_the_engine_says_so(name):
-    with pytest.raises(NotImplementedError, match="which the engine does not have yet"):
-        check_boundary(name, ("stage", "infer"))
-
-
 def test_unknown_boundary_is_refused():
     with pytest.raises(ValueError, match="boundary: expected one of stage, infer"):
         check_boundary("moon", ("stage", "infer"))

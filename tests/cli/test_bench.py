@@ -7,10 +7,10 @@ import itertools
 import pytest
 from typer.testing import CliRunner
 
-from xr0_engine.bench.cases import Subject
 from xr0_engine.bench.results import read
 from xr0_engine.cli import app
 from xr0_engine.cli.bench import app as bench_app
+from xr0_engine.engine import Engine
 
 COMMANDS = [command.callback.__name__ for command in bench_app.registered_commands]
 MEASURING = ("latency", "throughput", "coldstart", "jitter", "kernels", "ablate")
@@ -100,7 +100,10 @@ def test_wrong_rounds_exit_with_2(name):
     ("arguments", "message"),
     [
         pytest.param(("latency", "--boundary", "replay"), "it needs CUDA graphs", id="replay"),
-        pytest.param(("latency", "--boundary", "websocket"), "it needs the server", id="websocket"),
+        pytest.param(("latency", "--backend", "magic"), "backend: expected auto, reference", id="backend"),
+        pytest.param(("tune",), "tuning measures kernels on a CUDA GPU", id="tuning without a GPU"),
+        pytest.param(("graph",), "it needs CUDA graphs", id="graph without a GPU"),
+        pytest.param(("tune", "--case", "kitchen"), "case: expected one of libero", id="case"),
         pytest.param(("latency", "--part", "tail"), "part: expected one of all, dit", id="part"),
         pytest.param(("throughput", "--batches", "1;2"), "batches: expected whole numbers", id="batches"),
         pytest.param(("jitter", "--rate", "0"), "rate: expected more than 0", id="rate"),
@@ -109,7 +112,8 @@ def test_wrong_rounds_exit_with_2(name):
 )
 def test_impossible_wish_exits_with_2(arguments, message):
     name, *options = arguments
-    result = bench(name, *(TINY if name != "report" else ()), *options)
+    given = {"report": (), "tune": TINY[:-2], "graph": TINY[:-2]}.get(name, TINY)
+    result = bench(name, *given, *options)
     assert result.exit_code == 2
     assert message in result.stderr
 
@@ -118,15 +122,15 @@ def test_impossible_wish_exits_with_2(arguments, message):
     ("reason", "exit_code"), [(KeyboardInterrupt(), 130), (ValueError("worn out"), 2)], ids=["Ctrl-C", "error"]
 )
 def test_interrupted_run_leaves_a_valid_file(monkeypatch, tmp_path, reason, exit_code):
-    infer, calls = Subject.infer, itertools.count()
+    infer, calls = Engine.infer, itertools.count()
 
-    def interrupted(self):
+    def interrupted(self, *arguments):
         # The gate, two rounds of warm-up and one that counts come before.
         if next(calls) == 1 + 2 + 1:
             raise reason
-        return infer(self)
+        return infer(self, *arguments)
 
-    monkeypatch.setattr(Subject, "infer", interrupted)
+    monkeypatch.setattr(Engine, "infer", interrupted)
     file = tmp_path / "latency.json"
     result = bench("latency", *TINY, "--alone", "--rounds", "9", "--json", str(file))
     assert result.exit_code == exit_code

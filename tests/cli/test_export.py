@@ -52,7 +52,17 @@ def test_demo_takes_a_checkpoint_or_an_export(checkpoint, tmp_path):
 def test_latency_takes_turns_with_an_export(checkpoint, tmp_path):
     folder = export(checkpoint, tmp_path / "export", "libero")
     out = tmp_path / "result.json"
-    arguments = ["--checkpoint", str(checkpoint), "--export", folder, "--backend", "onnx", "--alone", "--rounds", "2"]
+    arguments = [
+        "--checkpoint",
+        str(checkpoint),
+        "--export",
+        folder,
+        "--export-backend",
+        "onnx",
+        "--alone",
+        "--rounds",
+        "2",
+    ]
     result = CliRunner().invoke(app, ["bench", "latency", *arguments, "--dtype", "float32", "--json", str(out)])
     assert result.exit_code == 0, result.stderr
     measured = json.loads(out.read_text())
@@ -65,7 +75,7 @@ def test_latency_takes_turns_with_an_export(checkpoint, tmp_path):
     ("arguments", "message"),
     [
         (["--export", "nowhere"], "nowhere holds no manifest.json"),
-        (["--backend", "onnx"], "backend: expected an export beside it, got 'onnx' alone"),
+        (["--export-backend", "onnx"], "export-backend: expected an export beside it, got 'onnx' alone"),
         (["--export", "nowhere", "--part", "dit"], "export: expected none beside part dit"),
     ],
     ids=["no-export", "backend-alone", "part"],

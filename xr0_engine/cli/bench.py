@@ -21,6 +21,7 @@ Checkpoint = Annotated[str | None, typer.Option(help="Your own checkpoint instea
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, typer.Option(help="bfloat16, float16 or float32.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; torch's choice if not given.")]
+Backend = Annotated[str, typer.Option(help="What runs the engine: auto, reference or triton.")]
 Rounds = Annotated[int, typer.Option(help="How often each is measured.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write every sample and the environment here.")]
 
@@ -47,7 +48,10 @@ def latency(
     rounds: Rounds = 100,
     part: Annotated[str, typer.Option(help="all, or dit: the action head alone, which needs no checkpoint.")] = "all",
     boundary: Annotated[
-        str | None, typer.Option(help="What is timed: stage (each stage), infer (the whole call) or websocket (through the server).")
+        str | None,
+        typer.Option(
+            help="What is timed: stage (each stage), infer (the whole call) or websocket (through the server)."
+        ),
     ] = None,
     alone: Annotated[
         bool, typer.Option("--alone", help="Only the engine, without the released way beside it.")
@@ -59,7 +63,8 @@ def latency(
     export: Annotated[
         Path | None, typer.Option(help="A folder of `xr0 export` for this case, as a further rival.")
     ] = None,
-    backend: Annotated[str, typer.Option(help="What runs the export: onnx, tensorrt or auto.")] = "auto",
+    export_backend: Annotated[str, typer.Option(help="What runs the export: onnx, tensorrt or auto.")] = "auto",
+    backend: Backend = "auto",
     json_file: JsonFile = None,
 ) -> None:
     """The engine against the released way to run the model, per stage, taking turns in one run.
@@ -70,9 +75,9 @@ def latency(
     from xr0_engine.bench import latency as module
 
     _check_file(json_file)
-    setup = _setup(case, size, checkpoint, device, dtype, threads)
+    setup = _setup(case, size, checkpoint, device, dtype, threads, backend)
     _deliver(
-        *module.measure(setup, rounds, _command(), part, boundary, alone, attention, compiled, export, backend),
+        *module.measure(setup, rounds, _command(), part, boundary, alone, attention, compiled, export, export_backend),
         module.show,
         json_file,
     )
@@ -88,13 +93,14 @@ def throughput(
     threads: Threads = None,
     rounds: Rounds = 20,
     batches: Annotated[str, typer.Option(help="Batch sizes, with commas.")] = "1,2,4,8",
+    backend: Backend = "auto",
     json_file: JsonFile = None,
 ) -> None:
     """Chunks per second against batch size."""
     from xr0_engine.bench import throughput as module
 
     _check_file(json_file)
-    setup = _setup(case, size, checkpoint, device, dtype, threads)
+    setup = _setup(case, size, checkpoint, device, dtype, threads, backend)
     try:
         sizes = [int(word) for word in batches.split(",")]
     except ValueError:
@@ -114,13 +120,14 @@ def coldstart(
     evict: Annotated[
         bool, typer.Option("--evict", help="Ask the kernel to drop the weights from its page cache before each.")
     ] = False,
+    backend: Backend = "auto",
     json_file: JsonFile = None,
 ) -> None:
     """From the start of a fresh process to its first action, weights on disk."""
     from xr0_engine.bench import coldstart as module
 
     _check_file(json_file)
-    setup = _setup(case, size, checkpoint, device, dtype, threads)
+    setup = _setup(case, size, checkpoint, device, dtype, threads, backend)
     _deliver(*module.measure(setup, rounds, evict, _command()), module.show, json_file)
 
 
@@ -134,13 +141,14 @@ def jitter(
     threads: Threads = None,
     rate: Annotated[float, typer.Option(help="Ticks per second.")] = 30.0,
     seconds: Annotated[float, typer.Option(help="How long the loop runs.")] = 10.0,
+    backend: Backend = "auto",
     json_file: JsonFile = None,
 ) -> None:
     """A control loop of fixed rate that infers in every tick: tail of the latency, missed deadlines, steadiness."""
     from xr0_engine.bench import jitter as module
 
     _check_file(json_file)
-    setup = _setup(case, size, checkpoint, device, dtype, threads)
+    setup = _setup(case, size, checkpoint, device, dtype, threads, backend)
     _deliver(*module.measure(setup, rate, seconds, _command()), module.show, json_file)
 
 
@@ -263,6 +271,53 @@ def compile_(
 
 
 @app.command()
+def tune(
+    cases: Annotated[
+        str, typer.Option("--case", help="Cases whose shapes are tuned, with commas.")
+    ] = "libero,bimanual",
+    size: Size = "4b",
+    checkpoint: Checkpoint = None,
+    device: Device = "auto",
+    dtype: Dtype = "bfloat16",
+    minutes: Annotated[float, typer.Option(help="After so many no further op is begun; the rest keep defaults.")] = 5.0,
+    out: Annotated[Path | None, typer.Option(metavar="FILE.json", help="Instead of XR0_CACHE/tactics.")] = None,
+) -> None:
+    """Measure which kernel variant is fastest for each op of a step on this GPU, and write the table that says so.
+
+    A variant is timed only after it has given what the default gives. The engine reads the table when it loads.
+    """
+    from xr0_engine.bench import tune as module
+    from xr0_engine.bench.cases import find_case
+
+    if out is not None:
+        _check_file(out, "--out")
+    found = [find_case(name.strip()) for name in cases.split(",")]
+    module.run(_setup(found[0].name, size, checkpoint, device, dtype, None, "triton"), found, minutes, out)
+
+
+@app.command()
+def graph(
+    case: CaseName = "libero",
+    size: Size = "small",
+    checkpoint: Checkpoint = None,
+    device: Device = "auto",
+    dtype: Dtype = "bfloat16",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """What the captured CUDA graphs hold, read back from the driver: nodes by kind, kernels by name. Times nothing."""
+    import json
+    from dataclasses import asdict
+
+    from xr0_engine.bench.replay import captured, show_contents
+
+    contents = captured(_setup(case, size, checkpoint, device, dtype, None, "triton"))
+    if as_json:
+        print(json.dumps({part: asdict(found) for part, found in contents.items()}))
+    else:
+        show_contents(contents)
+
+
+@app.command()
 def seams(
     checkpoint: Annotated[
         str | None, typer.Option(help="With robot type `bimanual`. Without it: scripted motions, no model.")
@@ -341,10 +396,12 @@ def report(
     print(f"wrote {out}")
 
 
-def _setup(case: str, size: str, checkpoint: str | None, device: str, dtype: str, threads: int | None) -> Setup:
+def _setup(
+    case: str, size: str, checkpoint: str | None, device: str, dtype: str, threads: int | None, backend: str = "auto"
+) -> Setup:
     from xr0_engine.bench.cases import Setup, find_case
 
-    return Setup(find_case(case), size, checkpoint, device, dtype, threads)
+    return Setup(find_case(case), size, checkpoint, device, dtype, threads, backend)
 
 
 def _command() -> str:
