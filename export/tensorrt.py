@@ -25,7 +25,7 @@ STAGES = ("vision", "prefill", "flow")
 TIMING_CACHE = "timing.cache"
 MEMINFO = Path("/proc/meminfo")
 MEMORY_BASE = 2**30
-MEMORY_PER_WEIGHT = 1.3
+MEMORY_PER_WEIGHT = 1.7
 """Memory that building takes, pages of files apart: libraries and graph, and for every byte of weights."""
 
 
