@@ -12,6 +12,8 @@ INSTALLED := $(VENV)/.installed
 GPU_RESULTS ?= outputs/gpu
 XR0_GPU := $(BIN)/xr0 bench
 GPU_4B := --size 4b --device cuda
+GPU_ENGINE := --backend triton
+TUNE_MINUTES ?= 4
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo -n)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -26,7 +28,8 @@ help:
 	@echo "make lint      install, then check style, types and formatting"
 	@echo "make gpu-test  install with CUDA, then run the tests that need a GPU"
 	@echo "make bench     install, then time every kernel; results go to outputs/kernels.json"
-	@echo "make bench-gpu the whole table on a GPU, published sizes; results and a page go to outputs/gpu"
+	@echo "make bench-gpu tune, then measure on a GPU, published sizes; results and a page go to outputs/gpu"
+	@echo "make bench-gpu-more   the same with torch.compile as a rival, batches, a control loop, cold starts"
 	@echo "make sanitize  test the native module under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make fuzz      fuzz the native module, then the server's readers of bytes, each for FUZZ_SECONDS (now: $(FUZZ_SECONDS))"
 	@echo "make soak      a server and an executor at 30 Hz for SOAK_SECONDS (now: $(SOAK_SECONDS)); report in outputs/soak"
@@ -57,21 +60,32 @@ bench: $(INSTALLED)-$(if $(shell command -v nvidia-smi),cuda,cpu)
 	$(BIN)/python -m pytest bench/suite.py --benchmark-only --benchmark-sort=fullname \
 	  --benchmark-columns=min,median,iqr,rounds --benchmark-json=outputs/kernels.json
 
-# The released way under torch.compile is one of the rivals, where that works. Each command leaves its result, should a later one fail.
+# Each command leaves its result, should a later one fail. The engine's own table is made first and then used by all.
 bench-gpu: $(INSTALLED)-cuda
 	$(BIN)/python -c "import torch; torch.cuda.init()"
 	@mkdir -p $(GPU_RESULTS)
+	$(XR0_GPU) tune $(GPU_4B) --case libero,bimanual --minutes $(TUNE_MINUTES)
+	$(XR0_GPU) graph $(GPU_4B) | tee $(GPU_RESULTS)/graph.txt
 	set -e; for case in libero bimanual; do \
 	  $(XR0_GPU) roofline $(GPU_4B) --case $$case --chip here --json $(GPU_RESULTS)/$$case-bound.json; \
-	  $(XR0_GPU) latency $(GPU_4B) --case $$case --rounds 200 --json $(GPU_RESULTS)/$$case-latency.json --compile || \
-	  $(XR0_GPU) latency $(GPU_4B) --case $$case --rounds 200 --json $(GPU_RESULTS)/$$case-latency.json; \
-	  $(XR0_GPU) throughput $(GPU_4B) --case $$case --json $(GPU_RESULTS)/$$case-throughput.json; \
+	  $(XR0_GPU) latency $(GPU_4B) $(GPU_ENGINE) --case $$case --boundary replay --rounds 100 --json $(GPU_RESULTS)/$$case-replay.json; \
 	done
+	$(XR0_GPU) latency $(GPU_4B) $(GPU_ENGINE) --boundary replay --alone --rounds 10000 --json $(GPU_RESULTS)/libero-tail.json
+	$(XR0_GPU) latency $(GPU_4B) $(GPU_ENGINE) --boundary update+replay --rounds 100 --json $(GPU_RESULTS)/libero-update.json
 	$(XR0_GPU) kernels $(GPU_4B) --json $(GPU_RESULTS)/kernels.json
 	$(XR0_GPU) images --device cuda --json $(GPU_RESULTS)/images.json
-	$(XR0_GPU) ablate $(GPU_4B) --json $(GPU_RESULTS)/ablate.json
-	$(XR0_GPU) jitter $(GPU_4B) --json $(GPU_RESULTS)/jitter.json
-	$(XR0_GPU) coldstart $(GPU_4B) --rounds 3 --json $(GPU_RESULTS)/coldstart.json
+	$(XR0_GPU) ablate $(GPU_4B) --rounds 10 --json $(GPU_RESULTS)/ablate.json
+	$(XR0_GPU) report $(GPU_RESULTS)/*.json --out $(GPU_RESULTS)/report.html
+
+# What takes minutes more: the released way under torch.compile with CUDA graphs, batches, a control loop, cold starts.
+bench-gpu-more: $(INSTALLED)-cuda
+	@mkdir -p $(GPU_RESULTS)
+	set -e; for case in libero bimanual; do \
+	  $(XR0_GPU) latency $(GPU_4B) $(GPU_ENGINE) --case $$case --boundary replay --rounds 100 --compile --json $(GPU_RESULTS)/$$case-compiled.json; \
+	  $(XR0_GPU) throughput $(GPU_4B) $(GPU_ENGINE) --case $$case --batches 1,2,4,8,16,32 --json $(GPU_RESULTS)/$$case-throughput.json; \
+	done
+	$(XR0_GPU) jitter $(GPU_4B) $(GPU_ENGINE) --json $(GPU_RESULTS)/jitter.json
+	$(XR0_GPU) coldstart $(GPU_4B) $(GPU_ENGINE) --rounds 3 --json $(GPU_RESULTS)/coldstart.json
 	$(XR0_GPU) report $(GPU_RESULTS)/*.json --out $(GPU_RESULTS)/report.html
 
 # CMake settings of a build of csrc/ outside of the package.
