@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
@@ -180,7 +181,10 @@ def export_checkpoint(
 
     def tensors(names: list[str]) -> dict[str, Tensor]:
         learned = {trained[name]: torch.empty(shapes[name]) for name in names if name in trained}
-        load(learned, storage_reader=FileSystemReader(checkpoint), no_dist=True)
+        with warnings.catch_warnings():
+            # That one process reads alone is meant.
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            load(learned, storage_reader=FileSystemReader(checkpoint), no_dist=True)
         values = {name: learned[trained[name]] if name in trained else read_tensor(stored[name]) for name in names}
         return {name: value.to(EXPORT_DTYPE).contiguous() for name, value in values.items()}
 

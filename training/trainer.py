@@ -105,10 +105,11 @@ class Trainer:
                             log.write(self.step, metrics)
                     if is_last or self.step % config.checkpoint_every == 0:
                         self.checkpointer.save(self.step, progress)
-            self.checkpointer.wait()
         finally:
             if log:
                 log.close()
+            # What went wrong in training is no reason to lose a checkpoint that is being written.
+            self.checkpointer.wait()
         if world.is_main:
             plot_run(self.folder, self.folder / "curve.png")
             if not (self.folder / EXPORTED).exists():
@@ -202,7 +203,7 @@ class Trainer:
         folder = self.folder / f"nan-step-{self.step + 1:08d}"
         self.checkpointer.wait()
         self.checkpointer.save_aside(folder, {"step": self.step, "data": position})
-        mine = {"rank": self.world.rank, "loss": str(float(output.loss)), "samples": sources}
+        mine = {"rank": self.world.rank, "loss": str(output.loss.item()), "samples": sources}
         batches = self.world.gather(mine)
         if self.world.is_main:
             (folder / "batch.json").write_text(json.dumps(batches, indent=2), encoding="utf-8")

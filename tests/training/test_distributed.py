@@ -1,0 +1,69 @@
+"""Two processes over gloo are one process with twice the micro-batches."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+
+import torch
+from safetensors.torch import load_file
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict_loader import load
+
+from tests.support import ROOT
+from tests.training.support import config_for, tiny_checkpoint, train
+from xr0_engine.training.checkpoint import checkpoints
+
+SAME_PARAMETERS = 1e-5
+"""After 20 steps: sums over the two halves of a batch in another order, through Adam's division by small roots."""
+RUN = """
+import sys
+from pathlib import Path
+from tests.training.test_distributed import twenty_steps
+twenty_steps(Path(sys.argv[1]), Path(sys.argv[2]), accumulate=1)
+"""
+
+
+def twenty_steps(base, folder, accumulate):
+    short = ("optim.steps=20", "optim.warmup_steps=2", "run.checkpoint_every=20", "data.batch_size=2")
+    train(config_for("post_train_async", base, *short, f"optim.accumulate={accumulate}"), folder)
+
+
+def start_process(base, folder, rank, port):
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **{name: str(value) for name, value in places.items()}}
+    command = [sys.executable, "-c", RUN, str(base), str(folder)]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def trained(folder):
+    (checkpoint,) = checkpoints(folder / "checkpoints")
+    entries = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    state = {name: torch.empty(entry.size) for name, entry in entries.items() if name.startswith("model.")}
+    load(state, storage_reader=FileSystemReader(checkpoint), no_dist=True)
+    return state
+
+
+def test_two_processes_give_the_parameters_of_one(tmp_path):
+    base, alone, together = tiny_checkpoint(tmp_path / "base"), tmp_path / "alone", tmp_path / "together"
+    for folder in (alone, together):
+        folder.mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [start_process(base, together, rank, port) for rank in range(2)]
+    try:
+        twenty_steps(base, alone, accumulate=2)
+        errors = [process.communicate(timeout=300)[1].decode() for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], errors
+    expected, actual = trained(alone), trained(together)
+    assert expected.keys() == actual.keys()
+    assert max(float((expected[name] - actual[name]).abs().max()) for name in expected) < SAME_PARAMETERS
+    begun = load_file(base / "model-00001-of-00001.safetensors")["sink.weight"].float()
+    assert (expected["model.head.sink.weight"] - begun).abs().max() > 100 * SAME_PARAMETERS
+    assert (together / "model" / "config.json").is_file()

@@ -1,0 +1,228 @@
+"""Whole runs on tasks small enough to learn in seconds: what is learned, resumed, exported, refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from tests.support import ROOT
+from tests.training.support import (
+    ROBOT_TYPE,
+    Numbered,
+    config_for,
+    metrics,
+    robot_sample,
+    statistics,
+    tiny_checkpoint,
+    train,
+    values,
+    without_supervision,
+)
+from xr0_engine import Engine, Observation
+from xr0_engine.training.checkpoint import checkpoints
+from xr0_engine.training.distributed import world
+from xr0_engine.training.trainer import Trainer
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return tiny_checkpoint(tmp_path_factory.mktemp("base") / "model")
+
+
+class Stopped(Exception):
+    pass
+
+
+class StopsAt(Numbered):
+    """A source that fails like a process that is killed: in the middle of a run."""
+
+    last = 10**9
+
+    def __next__(self):
+        if self.number >= self.last:
+            raise Stopped
+        return super().__next__()
+
+
+def test_a_run_learns_and_the_engine_loads_what_it_made(base, tmp_path):
+    config = config_for(
+        "pretrain_dit", base, "optim.steps=80", "run.validate_every=40", "data.batch_size=8", "run.checkpoint_every=40"
+    )
+    held_out = [robot_sample(10**6 + number) for number in range(16)]
+    lines = train(config, tmp_path, validation=lambda: held_out)
+    losses = values(lines, "loss")
+    assert losses[-1] < 0.5 * losses[0]
+    assert lines[-1]["validation/ratio"] > 1.5
+    assert lines[-1]["validation/baseline_l1"] == pytest.approx(
+        float(np.mean([np.abs(sample.actions[sample.mask]).mean() for sample in held_out])), rel=1e-5
+    )
+    assert len(lines[-1]["validation/l1_by_step"]) == 6
+    assert len(lines[-1]["loss_by_step"]) == 6
+    assert len(lines[-1]["loss_by_time"]) == 5
+    assert {"grad_norm", "learning_rate", "steps_per_s", "samples_per_s", "tflops", "memory_gib"} <= lines[-1].keys()
+    assert (tmp_path / "curve.png").stat().st_size > 1_000
+    assert list((tmp_path / "tensorboard").iterdir())
+
+    engine = Engine.from_pretrained(tmp_path / "model", dtype="float32")
+    assert engine.robot_types == (ROBOT_TYPE,)
+    assert engine.config.std_epsilon == 1e-6
+    errors, baselines = [], []
+    for sample in held_out:
+        chunk = engine.infer(Observation(sample.images, sample.instruction, sample.state), seed=0)
+        errors.append(np.abs(chunk.actions - sample.actions)[sample.mask].mean())
+        baselines.append(np.abs(sample.actions)[sample.mask].mean())
+    assert sum(errors) < 0.75 * sum(baselines)
+
+
+@pytest.mark.parametrize("recipe", ["post_train_sync", "post_train_async", "training_rtc", "finetune_head"])
+def test_recipe_runs_and_says_what_it_is_in_the_export(recipe, base, tmp_path):
+    config = config_for(recipe, base, "optim.steps=2", "optim.warmup_steps=1", "flow.frequency_weight=1")
+    lines = train(config, tmp_path)
+    assert math.isfinite(lines[-1]["loss"])
+    assert lines[-1]["frequency"] > 0
+    head = Engine.from_pretrained(tmp_path / "model").config.head
+    expected = (4, 10) if recipe == "post_train_async" else (None, 0)
+    assert (head.local_window, head.position_offset) == expected
+
+
+def test_resumed_after_an_error_the_losses_are_the_same_bit_for_bit(base, tmp_path):
+    config = config_for(
+        "post_train_async", base, "optim.steps=8", "optim.warmup_steps=2", "run.log_every=1", "run.checkpoint_every=3"
+    )
+    whole = train(config, tmp_path / "whole")
+    source = StopsAt(robot_sample, config.data.batch_size)
+    source.last = 7
+    with pytest.raises(Stopped):
+        train(config, tmp_path / "cut", source=source)
+    assert checkpoints(tmp_path / "cut" / "checkpoints")[-1].name == "step-00000006"
+    resumed = train(config, tmp_path / "cut")
+    assert [line["step"] for line in resumed] == list(range(1, 9))
+    exact = ("loss", "grad_norm", "loss_by_step", "loss_by_time")
+    assert [{name: line[name] for name in exact} for line in resumed] == [
+        {name: line[name] for name in exact} for line in whole
+    ]
+    first, second = (tmp_path / run / "model" / "model-00001-of-00001.safetensors" for run in ("whole", "cut"))
+    assert first.read_bytes() == second.read_bytes()
+
+
+RUN = """
+import sys, time
+from pathlib import Path
+from tests.training.support import *
+class Slow(Numbered):
+    def __next__(self):
+        time.sleep(0.05)
+        return super().__next__()
+often = ("optim.steps=100000", "run.log_every=1", "run.checkpoint_every=2")
+config = config_for("pretrain_dit", Path(sys.argv[1]), *often)
+train(config, Path(sys.argv[2]), source=Slow(robot_sample, 4))
+"""
+
+
+def test_killed_at_any_moment_it_keeps_a_whole_checkpoint(base, tmp_path):
+    run = subprocess.Popen([sys.executable, "-c", RUN, str(base), str(tmp_path)], cwd=ROOT, stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and len(checkpoints(tmp_path / "checkpoints")) < 2:
+            assert run.poll() is None
+            time.sleep(0.02)
+    finally:
+        os.kill(run.pid, signal.SIGKILL)
+        run.wait()
+    last = checkpoints(tmp_path / "checkpoints")[-1]
+    step = int(last.name.rpartition("-")[2])
+    before = metrics_up_to(tmp_path, step)
+    config = config_for("pretrain_dit", base, "optim.steps=100000", "run.log_every=1", "run.checkpoint_every=2")
+    source = StopsAt(robot_sample, 4)
+    source.last = step + 2
+    with pytest.raises(Stopped):
+        train(config, tmp_path, source=source)
+    lines = metrics(tmp_path)
+    assert [line["step"] for line in lines] == list(range(1, step + 3))
+    assert lines[:step] == before
+
+
+def metrics_up_to(folder, step):
+    whole = [line for line in (folder / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
+    return [json.loads(line) for line in whole][:step]
+
+
+def test_invalid_episodes_teach_nothing(base, tmp_path):
+    config = config_for("finetune_head", base, "optim.steps=2", "optim.warmup_steps=0", "optim.weight_decay=0")
+    lines = train(config, tmp_path, make=lambda number: without_supervision(robot_sample(number)))
+    assert lines[-1]["loss"] == 0
+    assert lines[-1]["grad_norm"] == 0
+    assert lines[-1]["loss_by_step"] == [None] * 6
+
+
+def test_nan_stops_the_run_and_tells_the_samples(base, tmp_path):
+    def poisoned(number):
+        sample = robot_sample(number)
+        if number == 13:
+            sample.state[0, 0] = 1e38
+        return sample
+
+    config = config_for("finetune_head", base, "optim.steps=9", "run.checkpoint_every=2")
+    with pytest.raises(RuntimeError, match=r"step 4: .* not finite.*episode.json:12, episode.json:13"):
+        train(config, tmp_path, make=poisoned)
+    aside = tmp_path / "nan-step-00000004"
+    (batch,) = json.loads((aside / "batch.json").read_text())
+    assert batch["samples"] == [f"episode.json:{number}" for number in range(12, 16)]
+    assert json.loads((aside / "progress.json").read_text())["step"] == 3
+    assert [path.name for path in checkpoints(tmp_path / "checkpoints")] == ["step-00000002"]
+
+
+@pytest.mark.parametrize(
+    ("tables", "complaint"),
+    [
+        pytest.param(statistics(7), r"robot type 'bridge_delta' has shape \(7, 32\)", id="length"),
+        pytest.param({}, "there are none", id="none"),
+    ],
+)
+def test_statistics_that_do_not_fit_are_refused_before_any_work(tables, complaint, base, tmp_path):
+    with world() as here, pytest.raises(ValueError, match=complaint):
+        Trainer(config_for("finetune_head", base), tmp_path, here, Numbered(robot_sample, 4), None, tables)
+    assert list(tmp_path.iterdir()) == []
+
+
+def choice_run(base, folder, *assignments, **more):
+    config = config_for(
+        "pretrain_vlm",
+        base,
+        "data.batch_size=8",
+        "data.language_every=3",
+        "run.log_every=15",
+        "optim.warmup_steps=5",
+        *assignments,
+    )
+    return train(config, folder, make=lambda number: robot_sample(number, two_modes=True), **more)
+
+
+def test_choice_policies_learn_both_modes_and_language(base, tmp_path):
+    many = choice_run(base, tmp_path / "many", "optim.steps=75", "choice.candidates=4")
+    single = choice_run(base, tmp_path / "single", "optim.steps=75", "choice.candidates=1")
+    winner, language = values(many, "winner_l1"), values(many, "next_token")
+    assert winner[-1] < 0.5 * winner[0]
+    assert language[-1] < 0.5 * language[0]
+    # Up or down is not in the observation: a single regression cannot do better than their middle.
+    assert winner[-1] < 0.5 * values(single, "winner_l1")[-1]
+
+
+def test_without_language_data_the_next_token_loss_rises(base, tmp_path):
+    mixed = choice_run(base, tmp_path / "mixed", "optim.steps=60")
+    learned = values(mixed, "next_token")[-1]
+    # From there, robot data alone; a last micro-batch of language tells what is left.
+    alone = choice_run(
+        tmp_path / "mixed" / "model", tmp_path / "alone", "optim.steps=60", "data.language_every=60", "run.log_every=60"
+    )
+    assert values(alone, "next_token")[-1] > 2 * learned
+    assert torch.isfinite(torch.tensor(values(alone, "winner_l1"))).all()
