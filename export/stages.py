@@ -333,18 +333,15 @@ def _dit_layer(
 ) -> str:
     """x: (B * Q, C); keys, values: (B, H, N, D). Returns (B * Q, C)."""
     config, batch = net.config.head, net.shapes.batch
-    table = dict(zip(MODULATIONS, net.modulations[layer, step, :, 0], strict=True))
+    modulations = dict(zip(MODULATIONS, net.modulations[layer, step, :, 0], strict=True))
 
     def norm(value: str, name: str) -> str:
         return g.rms_norm(value, f"{name}_layernorm", DIT_RMS_EPS)
 
-    def modulate(kind: str, value: str) -> str:
-        return g.op("Mul", value, g.table(f"{kind}.step{step}", table[kind]))
+    def modulate(value: str, operator: str, name: str) -> str:
+        return g.op(operator, value, g.table(f"{name}.step{step}", modulations[name]))
 
-    def shift(kind: str, value: str) -> str:
-        return g.op("Add", value, g.table(f"{kind}.step{step}", table[kind]))
-
-    h = shift("shift_a", modulate("scale_a", norm(x, "input")))
+    h = modulate(modulate(norm(x, "input"), "Mul", "scale_a"), "Add", "shift_a")
     with g.scope("attn"):
         qkv = g.reshape(g.linear(h, "qkv_proj", bias=True), batch, -1, 3, config.num_heads, config.head_dim)
         parts = g.split(g.transpose(qkv, 2, 0, 3, 1, 4), 1, 1, 1, axis=0)
@@ -353,6 +350,6 @@ def _dit_layer(
         k = _rotate(g, g.rms_norm(k, "k_norm", DIT_RMS_EPS), *rope)
         mixed = g.attention(q, g.concat(keys, k, axis=2), g.concat(values, v, axis=2), allowed)
         h = g.linear(g.reshape(g.transpose(mixed, 0, 2, 1, 3), -1, config.hidden_size), "o_proj")
-    x = norm(g.op("Add", x, modulate("gate_a", h)), "middle")
-    h = _gated_mlp(g, shift("shift_m", modulate("scale_m", norm(x, "post"))))
-    return norm(g.op("Add", x, modulate("gate_m", h)), "final")
+    x = norm(g.op("Add", x, modulate(h, "Mul", "gate_a")), "middle")
+    h = _gated_mlp(g, modulate(modulate(norm(x, "post"), "Mul", "scale_m"), "Add", "shift_m"))
+    return norm(g.op("Add", x, modulate(h, "Mul", "gate_m")), "final")

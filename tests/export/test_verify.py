@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -75,6 +76,14 @@ def test_padded_batch_two_prompt_lengths_and_half_precision(checkpoint, tmp_path
     rows = list(verify_export(folder))
     assert [row for row in rows if not row.passed] == []
     assert {"end to end.96", "end to end.160"} <= {row.case for row in rows}
+
+
+def test_time_rounded_as_the_released_code_does(checkpoint, tmp_path):
+    config = XR0Config.load(checkpoint)
+    folder, out = tmp_path / "checkpoint", tmp_path / "export"
+    write_checkpoint(folder, replace(config, head=replace(config.head, compat_bf16_time=True)))
+    export_onnx(folder, LIBERO, "fp32", out, stages=["flow"])
+    assert failures(out) == set()
 
 
 @pytest.mark.gpu
