@@ -176,6 +176,7 @@ def _prefetch(keys, values, key_stride, value_stride, first, end, DIM: tl.conste
 
 @triton.jit
 def _lambda_attention(
+    program,
     q,
     q_b,
     q_h,
@@ -203,6 +204,8 @@ def _lambda_attention(
     out_m,
     partials,
     counters,
+    tiles,
+    groups,
     queries,
     cached,
     window,
@@ -216,8 +219,10 @@ def _lambda_attention(
     OWN: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    tile, split = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
-    group, batch = tl.program_id(1), tl.program_id(2)
+    if program is None:
+        program = tl.program_id(0)
+    tile_index, split = program // SPLITS, program % SPLITS
+    tile, group, batch = tile_index % tiles, tile_index // tiles % groups, tile_index // tiles // groups
     keys = kv_keys + batch * kv_keys_b + group * kv_keys_g
     values = kv_values + batch * kv_values_b + group * kv_values_g
     if PDL:
@@ -264,7 +269,6 @@ def _lambda_attention(
     if SPLITS == 1:
         tl.store(place, (total / weight[:, None]).to(out.dtype.element_ty), inside)
     else:
-        tile_index = (batch * tl.num_programs(1) + group) * (tl.num_programs(0) // SPLITS) + tile
         totals = partials + tile_index * (SPLITS * BLOCK_M * (DIM + 2))
         weights = totals + SPLITS * BLOCK_M * DIM
         tops = weights + SPLITS * BLOCK_M
@@ -331,8 +335,9 @@ def lambda_attention(
     elements = 0 if splits == 1 else batch * groups * tiles * splits * tactic.block_m * (dim + 2)
     launch(
         _lambda_attention,
-        (tiles * splits, groups, batch),
+        (tiles * splits * groups * batch,),
         {
+            "program": None,
             **strided("q", q, "bhm"),
             **strided("k", k, "bhm"),
             **strided("v", v, "bhm"),
@@ -343,6 +348,8 @@ def lambda_attention(
             **strided("out", out, "bm"),
             "partials": workspace.partials(elements),
             "counters": workspace.counters(batch * groups * tiles),
+            "tiles": tiles,
+            "groups": groups,
             "queries": queries,
             "cached": cached,
             "window": queries if window is None else window,

@@ -29,17 +29,19 @@ MAX_ROWS = 32
 
 
 @triton.jit
-def _load_projection(in_weight, in_weight_c, actions, hidden_columns, ACTIONS: tl.constexpr, HIDDEN: tl.constexpr):
-    """This program's columns of the input projection: (ACTIONS, HIDDEN)."""
-    action, column = tl.arange(0, ACTIONS)[:, None], tl.program_id(1) * HIDDEN + tl.arange(0, HIDDEN)[None, :]
+def _load_projection(
+    in_weight, in_weight_c, column_tile, actions, hidden_columns, ACTIONS: tl.constexpr, HIDDEN: tl.constexpr
+):
+    """A tile's columns of the input projection: (ACTIONS, HIDDEN)."""
+    action, column = tl.arange(0, ACTIONS)[:, None], column_tile * HIDDEN + tl.arange(0, HIDDEN)[None, :]
     return tl.load(in_weight + column * in_weight_c + action, (action < actions) & (column < hidden_columns), 0.0)
 
 
 @triton.jit
-def _project(z, mask, projection, place, hidden_columns, in_rows, HIDDEN: tl.constexpr):
-    """gelu((z * mask) @ projection) to this program's columns of the rows at place, (rows, 1) pointers."""
+def _project(z, mask, projection, place, column_tile, hidden_columns, in_rows, HIDDEN: tl.constexpr):
+    """gelu((z * mask) @ projection) to a tile's columns of the rows at place, (rows, 1) pointers."""
     value = tl.dot((z * mask).to(projection.dtype), projection, input_precision="ieee")
-    column = tl.program_id(1) * HIDDEN + tl.arange(0, HIDDEN)[None, :]
+    column = column_tile * HIDDEN + tl.arange(0, HIDDEN)[None, :]
     value = gelu_tanh(value).to(place.dtype.element_ty)
     tl.store(place + column, value, in_rows & (column < hidden_columns))
 
@@ -73,21 +75,22 @@ def _start_flow(
     HIDDEN: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    column_tile = tl.program_id(1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     batch, token = row // tokens, row % tokens
     action = tl.arange(0, ACTIONS)[None, :]
     in_rows = row < rows
     inside = in_rows & (action < actions)
-    projection = _load_projection(in_weight, in_weight_c, actions, hidden_columns, ACTIONS, HIDDEN)
+    projection = _load_projection(in_weight, in_weight_c, column_tile, actions, hidden_columns, ACTIONS, HIDDEN)
     gdc_begin(PDL)
     given = token < tl.load(prefix_length + batch, in_rows, 0)
     value = tl.load(noise + batch * noise_b + token * noise_t + action, inside & ~given, 0.0)
     value += tl.load(prefix + batch * prefix_b + token * prefix_t + action, inside & given, 0.0)
-    if tl.program_id(1) == 0:
+    if column_tile == 0:
         tl.store(z + batch * z_b + token * z_t + action, value, inside)
     mask = tl.load(action_mask + batch * action_mask_b + token * action_mask_t + action, inside, 0.0)
     place = hidden + batch * hidden_b + token * hidden_t
-    _project(value, mask, projection, place, hidden_columns, in_rows, HIDDEN)
+    _project(value, mask, projection, place, column_tile, hidden_columns, in_rows, HIDDEN)
 
 
 def start_flow(
@@ -134,6 +137,7 @@ def start_flow(
 
 @triton.jit
 def _euler_step(
+    program,
     x,
     x_b,
     x_t,
@@ -168,6 +172,7 @@ def _euler_step(
     columns,
     slots,
     hidden_columns,
+    column_tiles,
     ROWS: tl.constexpr,
     ACTIONS: tl.constexpr,
     HIDDEN: tl.constexpr,
@@ -175,7 +180,10 @@ def _euler_step(
     SLOTS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    if program is None:
+        program = tl.program_id(0)
+    row_tile, column_tile = program // column_tiles, program % column_tiles
+    row = row_tile * ROWS + tl.arange(0, ROWS)[:, None]
     batch, token = row // tokens, row % tokens
     action = tl.arange(0, ACTIONS)
     in_rows, in_actions = row < rows, action < actions
@@ -183,13 +191,13 @@ def _euler_step(
     weight1 = out_weight1 + action[None, :] * out_weight1_a
     if PDL:
         LINE: tl.constexpr = 1024 // out_weight1.dtype.element_ty.primitive_bitwidth
-        for start in range(tl.program_id(1) * OUTPUT, columns, tl.num_programs(1) * OUTPUT):
+        for start in range(column_tile * OUTPUT, columns, column_tiles * OUTPUT):
             line = start + tl.arange(0, OUTPUT // LINE)[:, None] * LINE
             prefetch_l2(tl.where((line < columns) & in_actions[None, :], weight1 + line, out_weight1))
     weight2_inside = in_actions[:, None] & in_actions[None, :]
     weight2 = tl.load(out_weight2 + action[None, :] * out_weight2_a + action[:, None], weight2_inside, 0.0)
     if hidden is not None:
-        projection = _load_projection(in_weight, in_weight_c, actions, hidden_columns, ACTIONS, HIDDEN)
+        projection = _load_projection(in_weight, in_weight_c, column_tile, actions, hidden_columns, ACTIONS, HIDDEN)
     gdc_begin(PDL)
 
     slot = tl.arange(0, SLOTS)[None, :]
@@ -206,13 +214,13 @@ def _euler_step(
     value = tl.load(z + batch * z_b + token * z_t + action[None, :], inside, 0.0)
     given = token < tl.load(prefix_length + batch, in_rows, 0)
     value = tl.where(given, value, value + dt * velocity)
-    if tl.program_id(1) == 0:
+    if column_tile == 0:
         tl.store(z_next + batch * z_next_b + token * z_next_t + action[None, :], value, inside)
     if hidden is not None:
         mask_place = action_mask + batch * action_mask_b + token * action_mask_t
         mask = tl.load(mask_place + action[None, :], inside, 0.0)
         hidden_place = hidden + batch * hidden_b + token * hidden_t
-        _project(value, mask, projection, hidden_place, hidden_columns, in_rows, HIDDEN)
+        _project(value, mask, projection, hidden_place, column_tile, hidden_columns, in_rows, HIDDEN)
 
 
 def euler_step(
@@ -256,10 +264,12 @@ def euler_step(
         expect("in_weight", in_weight, (hidden_columns, actions))
         expect("hidden", hidden, (batch, tokens, hidden_columns))
     rows, tiles = batch * tokens, _tiles(batch * tokens, actions)
+    column_tiles = triton.cdiv(hidden_columns, HIDDEN_BLOCK)
     launch(
         _euler_step,
-        (triton.cdiv(rows, tiles["ROWS"]), triton.cdiv(hidden_columns, HIDDEN_BLOCK)),
+        (triton.cdiv(rows, tiles["ROWS"]) * column_tiles,),
         {
+            "program": None,
             **strided("x", x, "bt"),
             **strided("sums", sums, "sbt"),
             "eps": eps,
@@ -278,6 +288,7 @@ def euler_step(
             "columns": columns,
             "slots": slots,
             "hidden_columns": hidden_columns,
+            "column_tiles": column_tiles,
             "OUTPUT": OUTPUT_BLOCK,
             "SLOTS": triton.next_power_of_2(slots),
             **tiles,

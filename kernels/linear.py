@@ -33,7 +33,6 @@ from xr0_engine.kernels.product import (
     finish,
     launch_product,
     multiply,
-    optional,
     paired,
     prefetch_weight,
     rows_of,
@@ -92,6 +91,7 @@ def _divisors(number: int) -> list[int]:
 
 @triton.jit
 def _linear(
+    program,
     x,
     x_b,
     x_m,
@@ -150,7 +150,9 @@ def _linear(
     STREAM: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    row_tile, split, column_tile = tile_of(tl.program_id(0), row_tiles, SPLIT_K)
+    if program is None:
+        program = tl.program_id(0)
+    row_tile, split, column_tile = tile_of(program, row_tiles, SPLIT_K)
     batch, row, row_inside = rows_of(row_tile, rows, batch_rows, BLOCK_M)
     column = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     column_inside = column < outputs
@@ -167,47 +169,48 @@ def _linear(
         y = multiply(
             x, x_offset, w, w_n, n, col_scale, split, inputs, SPLIT_K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, STREAM
         )
+    complete = SPLIT_K == 1
     if SPLIT_K > 1:
         tile = column_tile * row_tiles + row_tile
-        if deposit(y, partials, counters, tile, split, SPLIT_K, BLOCK_M, BLOCK_N) < SPLIT_K - 1:
-            return
-        y = collect(partials, counters, tile, SPLIT_K, BLOCK_M, BLOCK_N)
-
-    place = batch * sums_b + row * sums_m
-    y = finish(y, n, scale, bias, sums, sums_s, place, column_sums, norm_eps, slots, inputs, NORM, SLOTS)
-    if ACTIVATION == "gelu":
-        y = 0.5 * y * (1.0 + tl.erf(y * 0.7071067811865476))
-    elif ACTIVATION == "gelu_tanh":
-        y = gelu_tanh(y)
-    if residual is not None:
-        base = tl.load(residual + (batch * residual_b + row * residual_m)[:, None] + column[None, :], mask, 0.0)
-        base = base.to(tl.float32)
-        if base_sums is not None:
-            base_place = batch * base_sums_b + row * base_sums_m
-            squares = add_slots(base_sums, base_sums_s, base_place, tl.cdiv(outputs, SLOT_COLUMNS), OUT_SLOTS)
-            base *= tl.rsqrt(squares / outputs + base_eps)[:, None]
-            base *= tl.load(base_weight + column, column_inside, 0.0)[None, :]
-        if gate is not None:
-            y *= tl.load(gate + column, column_inside, 0.0)[None, :]
-        y += base
-        if extra is not None:
-            index = tl.load(extra_index + batch * extra_index_b + row)
-            extra_mask = mask & (index >= 0)[:, None]
-            extra_place = (index.to(tl.int64) * extra_r)[:, None] + column[None, :]
-            y += tl.load(extra + extra_place, extra_mask, 0.0).to(tl.float32)
-    tl.store(out + (batch * out_b + row * out_m)[:, None] + column[None, :], y.to(out.dtype.element_ty), mask)
-    if stats is not None:
-        y = tl.where(column_inside[None, :], y, 0.0)
-        second = y
-        if stats_weight is not None:
-            second = y * tl.load(stats_weight + column, column_inside, 0.0)[None, :]
-            second *= second
-        parts: tl.constexpr = (BLOCK_M, BLOCK_N // SLOT_COLUMNS, SLOT_COLUMNS)
-        slot = column_tile * (BLOCK_N // SLOT_COLUMNS) + tl.arange(0, BLOCK_N // SLOT_COLUMNS)
-        target = stats + (batch * stats_b + row * stats_m)[:, None] + slot[None, :] * stats_s
-        slot_mask = row_inside[:, None] & (slot * SLOT_COLUMNS < outputs)[None, :]
-        tl.store(target, tl.sum(tl.reshape(y * y, parts), 2), slot_mask)
-        tl.store(target + 1, tl.sum(tl.reshape(second, parts), 2), slot_mask)
+        complete = deposit(y, partials, counters, tile, split, SPLIT_K, BLOCK_M, BLOCK_N) == SPLIT_K - 1
+    if complete:
+        if SPLIT_K > 1:
+            y = collect(partials, counters, tile, SPLIT_K, BLOCK_M, BLOCK_N)
+        place = batch * sums_b + row * sums_m
+        y = finish(y, n, scale, bias, sums, sums_s, place, column_sums, norm_eps, slots, inputs, NORM, SLOTS)
+        if ACTIVATION == "gelu":
+            y = 0.5 * y * (1.0 + tl.erf(y * 0.7071067811865476))
+        elif ACTIVATION == "gelu_tanh":
+            y = gelu_tanh(y)
+        if residual is not None:
+            base = tl.load(residual + (batch * residual_b + row * residual_m)[:, None] + column[None, :], mask, 0.0)
+            base = base.to(tl.float32)
+            if base_sums is not None:
+                base_place = batch * base_sums_b + row * base_sums_m
+                squares = add_slots(base_sums, base_sums_s, base_place, tl.cdiv(outputs, SLOT_COLUMNS), OUT_SLOTS)
+                base *= tl.rsqrt(squares / outputs + base_eps)[:, None]
+                base *= tl.load(base_weight + column, column_inside, 0.0)[None, :]
+            if gate is not None:
+                y *= tl.load(gate + column, column_inside, 0.0)[None, :]
+            y += base
+            if extra is not None:
+                index = tl.load(extra_index + batch * extra_index_b + row)
+                extra_mask = mask & (index >= 0)[:, None]
+                extra_place = (index.to(tl.int64) * extra_r)[:, None] + column[None, :]
+                y += tl.load(extra + extra_place, extra_mask, 0.0).to(tl.float32)
+        tl.store(out + (batch * out_b + row * out_m)[:, None] + column[None, :], y.to(out.dtype.element_ty), mask)
+        if stats is not None:
+            y = tl.where(column_inside[None, :], y, 0.0)
+            second = y
+            if stats_weight is not None:
+                second = y * tl.load(stats_weight + column, column_inside, 0.0)[None, :]
+                second *= second
+            parts: tl.constexpr = (BLOCK_M, BLOCK_N // SLOT_COLUMNS, SLOT_COLUMNS)
+            slot = column_tile * (BLOCK_N // SLOT_COLUMNS) + tl.arange(0, BLOCK_N // SLOT_COLUMNS)
+            target = stats + (batch * stats_b + row * stats_m)[:, None] + slot[None, :] * stats_s
+            slot_mask = row_inside[:, None] & (slot * SLOT_COLUMNS < outputs)[None, :]
+            tl.store(target, tl.sum(tl.reshape(y * y, parts), 2), slot_mask)
+            tl.store(target + 1, tl.sum(tl.reshape(second, parts), 2), slot_mask)
 
 
 def linear(
@@ -255,14 +258,14 @@ def linear(
         {
             "outputs": outputs,
             **strided("out", out, "bm"),
-            **optional("residual", None if residual is None else residual.x, "bm"),
+            **strided("residual", None if residual is None else residual.x, "bm"),
             "gate": base.gate,
-            **optional("base_sums", base.sums, "sbm"),
+            **strided("base_sums", base.sums, "sbm"),
             "base_weight": base.weight,
             "base_eps": base.eps,
-            **optional("extra", base.extra, "r"),
-            **optional("extra_index", base.extra_index, "b"),
-            **optional("stats", None if stats is None else stats.sums, "sbm"),
+            **strided("extra", base.extra, "r"),
+            **strided("extra_index", base.extra_index, "b"),
+            **strided("stats", None if stats is None else stats.sums, "sbm"),
             "stats_weight": None if stats is None else stats.weight,
             "ACTIVATION": activation,
             "OUT_SLOTS": triton.next_power_of_2(triton.cdiv(outputs, STATS_COLUMNS)),
@@ -301,6 +304,7 @@ def _check_stats(stats: StatsOut | None, batch: int, rows: int, outputs: int, ta
 
 @triton.jit
 def _swiglu(
+    program,
     x,
     x_b,
     x_m,
@@ -337,7 +341,9 @@ def _swiglu(
     STREAM: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    row_tile, split, column_tile = tile_of(tl.program_id(0), row_tiles, SPLIT_K)
+    if program is None:
+        program = tl.program_id(0)
+    row_tile, split, column_tile = tile_of(program, row_tiles, SPLIT_K)
     batch, row, row_inside = rows_of(row_tile, rows, batch_rows, BLOCK_M)
     first_column = column_tile * (BLOCK_N // 2)
     # Behind the last column the pairs run on, within the weight but for the last rows.
@@ -353,19 +359,20 @@ def _swiglu(
         y = multiply(
             x, x_offset, w, w_n, n, col_scale, split, inputs, SPLIT_K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, STREAM
         )
+    complete = SPLIT_K == 1
     if SPLIT_K > 1:
         tile = column_tile * row_tiles + row_tile
-        if deposit(y, partials, counters, tile, split, SPLIT_K, BLOCK_M, BLOCK_N) < SPLIT_K - 1:
-            return
-        y = collect(partials, counters, tile, SPLIT_K, BLOCK_M, BLOCK_N)
-
-    place = batch * sums_b + row * sums_m
-    y = finish(y, n, scale, bias, sums, sums_s, place, column_sums, norm_eps, slots, inputs, NORM, SLOTS)
-    gate, up = tl.split(tl.reshape(y, (BLOCK_M, BLOCK_N // 2, 2)))
-    column = first_column + tl.arange(0, BLOCK_N // 2)
-    target = out + (batch * out_b + row * out_m)[:, None] + column[None, :]
-    value = gate * tl.sigmoid(gate) * up
-    tl.store(target, value.to(out.dtype.element_ty), row_inside[:, None] & (column < outputs)[None, :])
+        complete = deposit(y, partials, counters, tile, split, SPLIT_K, BLOCK_M, BLOCK_N) == SPLIT_K - 1
+    if complete:
+        if SPLIT_K > 1:
+            y = collect(partials, counters, tile, SPLIT_K, BLOCK_M, BLOCK_N)
+        place = batch * sums_b + row * sums_m
+        y = finish(y, n, scale, bias, sums, sums_s, place, column_sums, norm_eps, slots, inputs, NORM, SLOTS)
+        gate, up = tl.split(tl.reshape(y, (BLOCK_M, BLOCK_N // 2, 2)))
+        column = first_column + tl.arange(0, BLOCK_N // 2)
+        target = out + (batch * out_b + row * out_m)[:, None] + column[None, :]
+        value = gate * tl.sigmoid(gate) * up
+        tl.store(target, value.to(out.dtype.element_ty), row_inside[:, None] & (column < outputs)[None, :])
 
 
 def swiglu(

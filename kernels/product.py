@@ -265,13 +265,6 @@ def check_product(
         raise NotImplementedError(f"library: {weight.data.dtype} weights; a tactic without library takes them")
 
 
-def optional(name: str, tensor: Tensor | None, dimensions: str) -> dict[str, Any]:
-    """As strided, with strides of 0 for a tensor that is not there."""
-    if tensor is not None:
-        return dict(strided(name, tensor, dimensions))
-    return {name: None, **{f"{name}_{letter}": 0 for letter in dimensions}}
-
-
 def launch_product(
     kernel: Any,
     x: Tensor,
@@ -297,12 +290,13 @@ def launch_product(
         kernel,
         (tiles * split_k,),
         {
+            "program": None,
             **strided("x", x, "bm"),
             **strided("w", weight.data, "n"),
             "scale": weight.scale,
             "bias": bias,
             "col_scale": col_scale,
-            **optional("sums", None if norm is None else norm.sums, "sbm"),
+            **strided("sums", None if norm is None else norm.sums, "sbm"),
             "column_sums": None if norm is None else norm.column_sums,
             "norm_eps": 0.0 if norm is None else norm.eps,
             "partials": workspace.partials(tiles * split_k * tactic.block_m * tile_weights) if split else None,

@@ -21,7 +21,6 @@ from xr0_engine.kernels.product import (
     finish,
     launch_product,
     multiply,
-    optional,
     paired,
     prefetch_weight,
     rows_of,
@@ -53,6 +52,7 @@ def _store_rotated(first, second, norm_weight, eps, cos, sin, angles, out, place
 
 @triton.jit
 def _qkv(
+    program,
     x,
     x_b,
     x_m,
@@ -108,8 +108,10 @@ def _qkv(
     STREAM: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    if program is None:
+        program = tl.program_id(0)
     HALF: tl.constexpr = BLOCK_N // 2
-    row_tile, split, head = tile_of(tl.program_id(0), row_tiles, SPLIT_K)
+    row_tile, split, head = tile_of(program, row_tiles, SPLIT_K)
     batch, row, row_inside = rows_of(row_tile, rows, batch_rows, BLOCK_M)
     n = paired(head * BLOCK_N, HALF, BLOCK_N)
     if PDL and not LIBRARY and row_tile == 0:
@@ -123,26 +125,27 @@ def _qkv(
         y = multiply(
             x, x_offset, w, w_n, n, col_scale, split, inputs, SPLIT_K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, STREAM
         )
+    complete = SPLIT_K == 1
     if SPLIT_K > 1:
         tile = head * row_tiles + row_tile
-        if deposit(y, partials, counters, tile, split, SPLIT_K, BLOCK_M, BLOCK_N) < SPLIT_K - 1:
-            return
-        y = collect(partials, counters, tile, SPLIT_K, BLOCK_M, BLOCK_N)
-
-    place = batch * sums_b + row * sums_m
-    y = finish(y, n, scale, bias, sums, sums_s, place, column_sums, norm_eps, slots, inputs, NORM, SLOTS)
-    first, second = tl.split(tl.reshape(y, (BLOCK_M, HALF, 2)))
-    mask = row_inside[:, None]
-    angles = (batch * cos_b + row * cos_m, batch * sin_b + row * sin_m)
-    if head >= query_heads + kv_heads:
-        value_place = batch * v_b + (head - query_heads - kv_heads) * v_h + row * v_m
-        _store_head(first, second, v, value_place, mask, HALF)
-    elif head >= query_heads:
-        key_place = batch * k_b + (head - query_heads) * k_h + row * k_m
-        _store_rotated(first, second, k_weight, eps, cos, sin, angles, k, key_place, mask, HALF)
-    elif q is not None:
-        query_place = batch * q_b + head * q_h + row * q_m
-        _store_rotated(first, second, q_weight, eps, cos, sin, angles, q, query_place, mask, HALF)
+        complete = deposit(y, partials, counters, tile, split, SPLIT_K, BLOCK_M, BLOCK_N) == SPLIT_K - 1
+    if complete:
+        if SPLIT_K > 1:
+            y = collect(partials, counters, tile, SPLIT_K, BLOCK_M, BLOCK_N)
+        place = batch * sums_b + row * sums_m
+        y = finish(y, n, scale, bias, sums, sums_s, place, column_sums, norm_eps, slots, inputs, NORM, SLOTS)
+        first, second = tl.split(tl.reshape(y, (BLOCK_M, HALF, 2)))
+        mask = row_inside[:, None]
+        angles = (batch * cos_b + row * cos_m, batch * sin_b + row * sin_m)
+        if head >= query_heads + kv_heads:
+            value_place = batch * v_b + (head - query_heads - kv_heads) * v_h + row * v_m
+            _store_head(first, second, v, value_place, mask, HALF)
+        elif head >= query_heads:
+            key_place = batch * k_b + (head - query_heads) * k_h + row * k_m
+            _store_rotated(first, second, k_weight, eps, cos, sin, angles, k, key_place, mask, HALF)
+        elif q is not None:
+            query_place = batch * q_b + head * q_h + row * q_m
+            _store_rotated(first, second, q_weight, eps, cos, sin, angles, q, query_place, mask, HALF)
 
 
 def qkv(
@@ -200,7 +203,7 @@ def qkv(
         {
             "query_heads": heads,
             "kv_heads": groups,
-            **optional("q", q, "bhm"),
+            **strided("q", q, "bhm"),
             **strided("k", k, "bhm"),
             **strided("v", v, "bhm"),
             "q_weight": q_weight,

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ARCHS = (89, 90, 120)
+"""Compute capabilities of the chips that kernels are compiled for without one: Ada, Hopper, Blackwell."""
 
 DTYPES = [
     pytest.param(torch.float32, id="float32"),

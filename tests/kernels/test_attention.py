@@ -5,36 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.kernels.ahead_of_time import assert_compiles
 from tests.kernels.support import DEVICE, DTYPES, Frame, assert_as_plain, assert_close, randn
 from xr0_engine.kernels import fused_reference
 from xr0_engine.kernels.arguments import Tactic, Workspace
-from xr0_engine.kernels.attention import attention, attention_tactic, lambda_attention, lambda_tactic
+from xr0_engine.kernels.attention import attention, lambda_attention
 
 SMALL = {"block_m": 16, "block_n": 16}
-
-
-def record_launches(arch):
-    def meta(*shape, dtype=torch.bfloat16):
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    workspace = Workspace(torch.device("meta"))
-    q, kv, out = meta(1, 315, 32, 128), meta(1, 8, 315, 128), meta(1, 315, 4096)
-    tactic = attention_tactic((1, 32, 315, 8, 315, 128), arch)
-    attention(q.transpose(1, 2), kv, kv, out, causal=True, tactic=tactic, workspace=workspace)
-    patches = meta(2, 256, 3, 16, 64).permute(2, 0, 3, 1, 4)
-    tactic = attention_tactic((2, 16, 256, 16, 256, 64), arch)
-    attention(*patches, meta(2, 256, 1024), causal=False, tactic=tactic, workspace=workspace)
-    span = meta(1, dtype=torch.int32)
-    for queries in (12, 32):
-        own, cache = meta(1, 8, queries, 128), meta(1, 8, 315, 128)
-        tactic = lambda_tactic((1, 8, queries, 8, 315, 128), arch)
-        arguments = (own, own, own, cache, cache, span, span, meta(1, queries, 1024))
-        lambda_attention(*arguments, window=4, context=2, tactic=tactic, workspace=workspace)
-
-
-def test_compiles_ahead_of_time():
-    assert_compiles("test_attention")
 
 
 @pytest.fixture

@@ -6,31 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.kernels.ahead_of_time import assert_compiles
 from tests.kernels.support import DEVICE, DTYPES, Frame, assert_as_plain, assert_close, randn
 from xr0_engine.kernels import fused_reference
 from xr0_engine.kernels.arguments import StatsOut
 from xr0_engine.kernels.embed import embed, layer_norm, rope_tables
 
 EPS = 1e-6
-
-
-def record_launches():
-    def meta(*shape, dtype=torch.bfloat16):
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    def int32(*shape):
-        return meta(*shape, dtype=torch.int32)
-
-    sums = meta(40, 1, 174, 2, dtype=torch.float32)
-    embed(int32(1, 174), meta(151936, 2560), int32(1, 174), meta(128, 2560), meta(1, 174, 2560), StatsOut(sums))
-    tables = [meta(1, 174, 64, dtype=torch.float32) for _ in range(2)]
-    rope_tables(int32(3, 1, 174), meta(64, dtype=torch.float32), int32(64), *tables)
-    layer_norm(meta(1, 128, 4096), meta(4096), meta(4096), EPS, meta(1, 128, 4096))
-
-
-def test_compiles_ahead_of_time():
-    assert_compiles("test_embed")
 
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])

@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.kernels.ahead_of_time import assert_compiles
 from tests.kernels.support import DEVICE, DTYPES, Frame, assert_as_plain, assert_close, randn
 from xr0_engine.kernels import fused_reference
 from xr0_engine.kernels.arguments import StatsOut
@@ -20,26 +19,6 @@ SIZES = [
     pytest.param(3, 5, 7, 200, id="odd sizes"),
     pytest.param(1, 1, 40, 72, id="one action"),
 ]
-
-
-def record_launches():
-    def meta(*shape, dtype=torch.float32):
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    lengths, z, z_next = meta(1, dtype=torch.int32), meta(1, 30, 32), meta(1, 30, 32)
-    weight, hidden = (meta(*shape, dtype=torch.bfloat16) for shape in ((1024, 32), (1, 30, 1024)))
-    start_flow(z, z, lengths, z, weight, z, hidden)
-    x, sums = meta(1, 32, 1024)[:, 2:], meta(16, 1, 32, 2)[:, :, 2:]
-    out_weights = [meta(*shape, dtype=torch.bfloat16) for shape in ((32, 1024), (32, 32))]
-    for after in ((weight, hidden), (None, None)):
-        euler_step(x, sums, EPS, *out_weights, z, z_next, lengths, z, DT, *after)
-    tables = meta(1, 32, 64), meta(1, 32, 64)
-    axes = meta(64, dtype=torch.int32)
-    dit_rope_tables(meta(3, 1, dtype=torch.int32), lengths, meta(64), axes, *tables, context=2, offset=10)
-
-
-def test_compiles_ahead_of_time():
-    assert_compiles("test_flow")
 
 
 def prefix_lengths(batch, tokens):

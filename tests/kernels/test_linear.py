@@ -8,21 +8,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.kernels.ahead_of_time import ARCHS, assert_compiles
 from tests.kernels.products import (
     EPS,
     LIBRARY,
-    META_WORKSPACE,
     SPLIT,
     TACTICS,
     Product,
-    meta,
-    meta_float,
-    meta_sums,
     statistics,
     workspace,
 )
-from tests.kernels.support import DEVICE, DTYPES, Frame, assert_close, randn
+from tests.kernels.support import ARCHS, DEVICE, DTYPES, Frame, assert_close, randn
 from xr0_engine.kernels import fused_reference
 from xr0_engine.kernels.arguments import STATS_COLUMNS, InputNorm, Residual, StatsOut, Tactic, Weight
 from xr0_engine.kernels.linear import PROCESSORS, default_tactic, linear, swiglu
@@ -325,37 +320,3 @@ def test_default_tactic_of_many_rows(kind, n, k, rows, arch):
 def test_default_tactic_of_an_unknown_chip():
     with pytest.raises(ValueError, match="arch: expected one of 80, 86, 89"):
         default_tactic("linear", 12, 1024, 1024, 75)
-
-
-def record_launches(arch):
-    """The end of a DiT layer at 32 rows, with its float32 stream; a prefill's gated layer at 315; 8-bit weights."""
-    run = {"workspace": META_WORKSPACE}
-    stream, vector, sums = meta_float(1, 32, 1024), meta_float(1024), meta_sums(32, 1024)
-    linear(
-        meta(1, 32, 4096),
-        Weight(meta(1024, 4096)),
-        stream,
-        residual=Residual(stream, vector, sums, vector, EPS),
-        stats=StatsOut(sums, vector),
-        tactic=default_tactic("linear", 32, 1024, 4096, arch),
-        **run,
-    )
-    swiglu(
-        meta(1, 315, 2560),
-        Weight(meta(19456, 2560)),
-        meta(1, 315, 9728),
-        norm=InputNorm(meta_sums(315, 2560), EPS),
-        tactic=default_tactic("swiglu", 315, 19456, 2560, arch),
-        **run,
-    )
-    linear(
-        meta(1, 12, 1024),
-        Weight(meta(1024, 1024, dtype=torch.float8_e4m3fn), vector),
-        meta(1, 12, 1024),
-        tactic=default_tactic("linear", 12, 1024, 1024, arch),
-        **run,
-    )
-
-
-def test_compiles_ahead_of_time():
-    assert_compiles("test_linear")

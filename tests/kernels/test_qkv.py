@@ -6,23 +6,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.kernels.ahead_of_time import assert_compiles
 from tests.kernels.products import (
     EPS,
     LIBRARY,
-    META_WORKSPACE,
     SPLIT,
     TACTICS,
     Product,
-    meta,
-    meta_float,
-    meta_sums,
     workspace,
 )
 from tests.kernels.support import DEVICE, DTYPES, Frame, assert_close, randn
 from xr0_engine.kernels import fused_reference
-from xr0_engine.kernels.arguments import InputNorm, Tactic, Weight
-from xr0_engine.kernels.linear import default_tactic
+from xr0_engine.kernels.arguments import Tactic, Weight
 from xr0_engine.kernels.qkv import qkv
 
 # (B, M, K, H, G, D)
@@ -163,29 +157,3 @@ def test_wrong_arguments(change, message):
     }
     with pytest.raises(ValueError, match=message):
         qkv(**{**arguments, **change})
-
-
-def record_launches(arch):
-    """A layer of a flow step at 32 rows, which reads a float32 stream, and one of a prefill of 315."""
-
-    def run(rows, inputs, heads, groups, dim, x_dtype=torch.bfloat16, **more):
-        outputs = (heads + 2 * groups) * dim
-        tables = {name: meta_float(1, rows, dim // 2) for name in ("cos", "sin")}
-        qkv(
-            meta(1, rows, inputs, dtype=x_dtype),
-            Weight(meta(outputs, inputs)),
-            *(meta(1, count, rows, dim) for count in (heads, groups, groups)),
-            **tables,
-            **more,
-            tactic=default_tactic("qkv", rows, outputs, inputs, arch),
-            workspace=META_WORKSPACE,
-        )
-
-    norms = {name: meta_float(128) for name in ("q_weight", "k_weight")}
-    dit = {"bias": meta_float(3072), "col_scale": meta_float(1024), **norms}
-    run(32, 1024, 8, 8, 128, torch.float32, norm=InputNorm(meta_sums(32, 1024), EPS, "double_rms"), **dit)
-    run(315, 2560, 32, 8, 128, norm=InputNorm(meta_sums(315, 2560), EPS), **norms)
-
-
-def test_compiles_ahead_of_time():
-    assert_compiles("test_qkv")
