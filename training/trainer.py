@@ -111,7 +111,8 @@ class Trainer:
             # What went wrong in training is no reason to lose a checkpoint that is being written.
             self.checkpointer.wait()
         if world.is_main:
-            plot_run(self.folder, self.folder / "curve.png")
+            if self.validation:
+                plot_run(self.folder, self.folder / "curve.png")
             if not (self.folder / EXPORTED).exists():
                 export_checkpoint(
                     checkpoints(self.folder / CHECKPOINTS)[-1],

@@ -17,7 +17,8 @@ from tests.training.support import config_for, tiny_checkpoint, train
 from xr0_engine.training.checkpoint import checkpoints
 
 SAME_PARAMETERS = 1e-5
-"""After 20 steps: sums over the two halves of a batch in another order, through Adam's division by small roots."""
+"""After 20 steps at the published learning rate, which move a parameter by up to 2e-3: the sums over both halves of a
+batch come in another order, and Adam divides by small roots."""
 RUN = """
 import sys
 from pathlib import Path
@@ -27,8 +28,9 @@ twenty_steps(Path(sys.argv[1]), Path(sys.argv[2]), accumulate=1)
 
 
 def twenty_steps(base, folder, accumulate):
-    short = ("optim.steps=20", "optim.warmup_steps=2", "run.checkpoint_every=20", "data.batch_size=2")
-    train(config_for("post_train_async", base, *short, f"optim.accumulate={accumulate}"), folder)
+    published = ("optim.peak_lr=1e-4", "optim.min_lr=5e-7", "optim.weight_decay=0.1")
+    short = ("optim.steps=20", "optim.warmup_steps=2", "run.checkpoint_every=20", "data.batch_size=2", "flow.repeat=1")
+    train(config_for("post_train_async", base, *published, *short, f"optim.accumulate={accumulate}"), folder)
 
 
 def start_process(base, folder, rank, port):
@@ -65,5 +67,5 @@ def test_two_processes_give_the_parameters_of_one(tmp_path):
     assert expected.keys() == actual.keys()
     assert max(float((expected[name] - actual[name]).abs().max()) for name in expected) < SAME_PARAMETERS
     begun = load_file(base / "model-00001-of-00001.safetensors")["sink.weight"].float()
-    assert (expected["model.head.sink.weight"] - begun).abs().max() > 100 * SAME_PARAMETERS
+    assert (expected["model.head.sink.weight"] - begun).abs().max() > 20 * SAME_PARAMETERS
     assert (together / "model" / "config.json").is_file()

@@ -1,0 +1,73 @@
+"""xr0 train: recipes from the command line. What training does is tested in tests/training."""
+
+from __future__ import annotations
+
+import pytest
+from typer.testing import CliRunner
+
+from tests.support import make_config
+from tests.training.data.fixtures import write_dataset
+from tests.training.support import SIZES
+from xr0_engine import Engine
+from xr0_engine.checkpoint import write_checkpoint
+from xr0_engine.cli import app
+from xr0_engine.training.config import TrainConfig
+from xr0_engine.training.recipes import RECIPES, post_train_async, tiny
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["train", *map(str, arguments)])
+
+
+def test_help_lists_the_recipes():
+    shown = run("--help").output
+    assert [name for name in (*RECIPES, "resume", "export") if name not in shown] == []
+
+
+def test_show_prints_the_resolved_config():
+    result = run("post_train_async", "--tiny", "--show", "optim.steps=7")
+    assert result.exit_code == 0
+    config = TrainConfig.from_json(result.output)
+    assert config.optim.steps == 7
+    assert config.flow == tiny(post_train_async()).flow
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["finetune_head"], "expected model.checkpoint and data.robot and data.statistics, as KEY=VALUE"),
+        (["finetune_head", "optim.step=3"], "there is no key 'optim.step'; did you mean 'optim.steps'?"),
+        (["resume", "nowhere"], "nowhere holds no config.json: not a run's folder"),
+        (["export", "nowhere", "--out", "x"], "nowhere holds no config.json: not a run's folder"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistakes_are_one_line_and_exit_code_2(arguments, complaint, capfd):
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert complaint in result.output + capfd.readouterr().err
+
+
+def test_from_episodes_to_a_checkpoint_that_the_engine_loads(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_checkpoint(tmp_path / "base", make_config(**SIZES))
+    write_dataset(tmp_path / "episodes", (12, 9))
+    stats = ["data", "stats", "episodes", "--out", "statistics.json", "--chunk-length", "5"]
+    assert CliRunner().invoke(app, stats).exit_code == 0
+    paths = ["model.checkpoint=base", "data.robot=episodes", "data.statistics=statistics.json"]
+    short = ["data.chunk_length=5", "data.batch_size=2", "data.workers=0", "data.validation_samples=2", "optim.steps=2"]
+    started = run("finetune_head", "--tiny", "--out", "run", *paths, *short)
+    assert started.exit_code == 0, started.output
+    assert TrainConfig.from_json((tmp_path / "run" / "config.json").read_text()).data.chunk_length == 5
+    engine = Engine.from_pretrained(tmp_path / "run" / "model")
+    assert engine.robot_types == ("bimanual",)
+    assert engine.statistics["bimanual"].chunk_length == 5
+
+    again = run("finetune_head", "--tiny", "--out", "run", *paths, *short)
+    assert again.exit_code == 2
+    assert "run exists and is not empty: xr0 train resume run" in again.output
+    assert run("resume", "run").exit_code == 0
+    assert "--step: expected one of 2, got 7" in run("export", "run", "--out", "other", "--step", "7").output
+    assert run("export", "run", "--out", "other").exit_code == 0
+    weights = "model-00001-of-00001.safetensors"
+    assert (tmp_path / "other" / weights).read_bytes() == (tmp_path / "run" / "model" / weights).read_bytes()
