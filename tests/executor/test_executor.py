@@ -411,6 +411,15 @@ def test_commands_between_actions_are_interpolated():
     assert_adds_up(report)
 
 
+def test_starving_behind_a_limit_does_not_turn_back():
+    """A command that a limit holds back follows through the whole step; what is held is the last one."""
+    limits = replace(Limits.none(WIDTH), velocity=np.array([12.0, np.inf, np.inf]))
+    policy = MarkedPolicy(faults=dict.fromkeys(range(2, 100), ConnectionError("gone")))
+    report, robot, _ = execute(commands_per_action=4, limits=limits, policy=policy)
+    assert report.counts["held"] > 50
+    assert (np.diff(robot.column(STEP)) >= 0).all()
+
+
 def test_deltas_are_not_interpolated():
     with pytest.raises(ValueError, match="commands_per_action"):
         Executor(MarkedPolicy(), MarkedRobot(None), PlainFrame(3, [0]), Settings(30, commands_per_action=2))

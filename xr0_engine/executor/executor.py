@@ -74,7 +74,9 @@ class Executor:
         self._step: int | None = None
         self._row: np.ndarray | None = None
         self._source: int | None = None
-        # What the robot was told in the last step, and in the one before.
+        # What a recording says of that step.
+        self._note: dict[str, Any] = {}
+        # What the robot was told last, and what in the step before.
         self._told: tuple[np.ndarray, np.ndarray] | None = None
         if recorder is not None:
             recorder.write(
@@ -167,7 +169,7 @@ class Executor:
             self._starve()
         source = "chunk" if planned else "none" if self._row is None else "hold"
         index = planned.index if planned else None
-        self._note: dict[str, Any] = {"step": step, "source": source, "chunk": self._source, "index": index}
+        self._note = {"step": step, "source": source, "chunk": self._source, "index": index}
 
     def _starve(self) -> None:
         """No action for this step: stand still, come to rest, or end."""
@@ -193,8 +195,9 @@ class Executor:
         self.report.jitter.add(sent_s - tick / loop_hz)
         if sent_s >= (tick + 1) / loop_hz:
             self.report.counts["deadline_misses"] += 1
+        last, before = (command, command) if self._told is None else self._told
+        self._told = command, last if is_new else before
         if is_new:
-            self._told = command, command if self._told is None else self._told[0]
             self._timeline.executed(step, command)
             if self._recorder is not None:
                 self._record("step", time_s=sent_s, row=command.tolist(), clipped=clipped, **self._note)
