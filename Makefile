@@ -69,10 +69,10 @@ bench-gpu: $(INSTALLED)-cuda
 	set -e; for case in libero bimanual; do \
 	  $(XR0_GPU) roofline $(GPU_4B) --case $$case --chip here --json $(GPU_RESULTS)/$$case-bound.json; \
 	  $(XR0_GPU) latency $(GPU_4B) $(GPU_ENGINE) --case $$case --boundary replay --rounds 100 --json $(GPU_RESULTS)/$$case-replay.json; \
+	  $(XR0_GPU) kernels $(GPU_4B) $(GPU_ENGINE) --case $$case --json $(GPU_RESULTS)/$$case-kernels.json; \
 	done
 	$(XR0_GPU) latency $(GPU_4B) $(GPU_ENGINE) --boundary replay --alone --rounds 10000 --json $(GPU_RESULTS)/libero-tail.json
 	$(XR0_GPU) latency $(GPU_4B) $(GPU_ENGINE) --boundary update+replay --rounds 100 --json $(GPU_RESULTS)/libero-update.json
-	$(XR0_GPU) kernels $(GPU_4B) --json $(GPU_RESULTS)/kernels.json
 	$(XR0_GPU) images --device cuda --json $(GPU_RESULTS)/images.json
 	$(XR0_GPU) ablate $(GPU_4B) --rounds 10 --json $(GPU_RESULTS)/ablate.json
 	$(XR0_GPU) report $(GPU_RESULTS)/*.json --out $(GPU_RESULTS)/report.html

@@ -33,7 +33,12 @@ def bounds_of(result: Result, others: Iterable[Result]) -> Bounds:
     if result.kind not in ("latency", "jitter"):
         return Bounds()
     for other in others:
-        if other.kind == "roofline" and _same_case(result.case, other.case) and _same_machine(result, other):
+        if (
+            other.kind == "roofline"
+            and same_case(result.case, other.case)
+            and same_machine(result, other)
+            and _on_the_spot(other)
+        ):
             bound = other.facts["bound_ms"]
             # The action head alone has one stage.
             ms = {"total": bound["flow"]} if result.boundary == "flow" else bound
@@ -41,14 +46,18 @@ def bounds_of(result: Result, others: Iterable[Result]) -> Bounds:
     return Bounds()
 
 
-def _same_case(measured: Mapping[str, Any], roofline: Mapping[str, Any]) -> bool:
+def same_case(measured: Mapping[str, Any], roofline: Mapping[str, Any]) -> bool:
+    """But for a few tokens."""
     tokens, counted = measured.get("tokens", 0), roofline["tokens"]
     return {**measured, "tokens": counted} == roofline and abs(tokens - counted) <= NEAR * counted
 
 
-def _same_machine(measured: Result, roofline: Result) -> bool:
+def same_machine(one: Result, other: Result) -> bool:
+    return all(one.environment.get(key) == other.environment.get(key) for key in MACHINE)
+
+
+def _on_the_spot(roofline: Result) -> bool:
     """A roofline of ceilings measured on the spot (`--chip here`) is named after its device. A chip by name may differ
     from its namesake in clocks, memory or cooling."""
     chip = str(roofline.facts["chip"])
-    on_the_spot = chip == roofline.environment.get("device") or chip.startswith("CPU")
-    return on_the_spot and all(measured.environment.get(key) == roofline.environment.get(key) for key in MACHINE)
+    return chip == roofline.environment.get("device") or chip.startswith("CPU")

@@ -217,7 +217,7 @@ def measure(setup: Setup, rounds: int, command: str, backend: str = "auto") -> t
     backend = ops.resolve_backend(backend)
     device = setup.prepare()
     config, work = Workload.of_case(setup)
-    specs = kernel_specs(config, work, setup.dtype)
+    specs, counted = kernel_specs(config, work, setup.dtype), operators(config, work, setup.dtype)
     random = random_tensors(device, setup.dtype)
     kernels = {spec.name: spec.make(random) for spec in specs}
     errors = {name: check(name, kernel, setup.dtype) for name, kernel in kernels.items()}
@@ -248,6 +248,8 @@ def measure(setup: Setup, rounds: int, command: str, backend: str = "auto") -> t
             "ceilings": asdict(ceilings),
             "bound_ms": {spec.name: spec.bound_ms(ceilings) for spec in specs},
             "shapes": {spec.name: spec.shape for spec in specs},
+            # Runs in a step, of those that the bound counts; what stands between them is not counted.
+            "counts": {spec.name: spec.cost.count for spec in specs if spec.cost in counted},
             "error_against_float64": errors,
         },
         complete=reason is None,

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from xr0_engine.bench import charts, results
+from xr0_engine.bench.advice import Advice, advise
 from xr0_engine.bench.bounds import Bounds, bounds_of
 from xr0_engine.bench.charts import Bar, milliseconds
 from xr0_engine.bench.page import definitions, document, figure, folded, table
@@ -49,7 +50,7 @@ def page(named: Sequence[tuple[str, Result]]) -> str:
     header = f"<h1>xr0-engine benchmarks</h1><p>{escape(machines)}</p>{f'<nav>{links}</nav>' if len(named) > 1 else ''}"
     others = [result for _, result in named]
     sections = [
-        _section(number, name, result, bounds_of(result, others)) for number, (name, result) in enumerate(named)
+        _section(number, name, result, bounds_of(result, others), others) for number, (name, result) in enumerate(named)
     ]
     return document(f"xr0-engine benchmarks: {machines}", header, "\n".join(sections))
 
@@ -62,7 +63,7 @@ def machine(result: Result) -> str:
     return f"{known.get('processor', 'unknown CPU')}, {threads}" if device == "cpu" else device
 
 
-def _section(number: int, name: str, result: Result, bounds: Bounds) -> str:
+def _section(number: int, name: str, result: Result, bounds: Bounds, others: Sequence[Result]) -> str:
     series = _ordered(result.series)
     warning = "" if result.complete else '<p class="warning">Interrupted: this holds the rounds that were finished.</p>'
     parts = [
@@ -71,6 +72,7 @@ def _section(number: int, name: str, result: Result, bounds: Bounds) -> str:
         _tiles(result, series, bounds),
         *_figures(result, series, bounds),
         _percentiles(result, series, bounds),
+        _advice(advise(result, bounds, others)),
         _operators(result.facts.get("operators", [])),
         _details(name, result),
         "</section>",
@@ -172,6 +174,13 @@ def _percentiles(result: Result, series: Series, bounds: Bounds) -> str:
     whole = f'{table(head, rows)}<p class="note">{escape(TOO_FEW)}</p>'
     # Many variants, of which the figure above tells what matters.
     return folded("Percentiles", whole) if result.kind == "ablate" else f"<h3>Percentiles</h3>{whole}"
+
+
+def _advice(found: Sequence[Advice]) -> str:
+    if not found:
+        return ""
+    rows = [[each.stage, _cell(each.bound_ms), _cell(each.time_ms), f"{each.reached:.0%}", each.next] for each in found]
+    return f"<h3>What to try next</h3>{table(['', 'bound', 'p50', 'of bound', 'next'], rows)}"
 
 
 def _rivals(series: Series) -> list[str]:

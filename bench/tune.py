@@ -92,13 +92,14 @@ class RecordingOps(FusedOps):
 class Trial:
     """One call, tried with one tactic after the other. Leaves its buffers as they were."""
 
-    def __init__(self, ops: FusedOps, call: Call, default: Tactic, gate: float) -> None:
-        """gate: relative RMS between a candidate's outputs and the default's."""
+    def __init__(self, ops: FusedOps, call: Call, default: Tactic, gate: float, judge: FusedOps | None = None) -> None:
+        """gate: relative RMS between a candidate's outputs and the default's. judge: other ops that say what is
+        right."""
         self.ops, self.call, self.gate = ops, call, gate
         self._outputs = call.written()
         self._before = [output.clone() for output in self._outputs]
         self._reset()
-        self._run(default)
+        (judge or ops).call(call.kind, call.arguments, call.options, default)
         self._expected = [output.float() for output in map(torch.clone, self._outputs)]
 
     def fault(self, tactic: Tactic) -> str | None:
@@ -109,7 +110,7 @@ class Trial:
         for output, expected in zip(self._outputs, self._expected, strict=True):
             error = float((output.float() - expected).norm() / expected.norm().clamp(min=1e-30))
             if not error < self.gate:
-                return f"differs from the default by {error:.1e}"
+                return f"differs from what is right by {error:.1e}"
         return None
 
     def microseconds(self, timer: Timer, tactics: Sequence[Tactic], launches: int) -> dict[Tactic, float]:

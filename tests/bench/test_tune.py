@@ -113,7 +113,7 @@ def test_the_fastest_that_is_right_wins_and_the_residual_stream_is_as_before():
     assert next(iter(outcome.microseconds)) == outcome.winner
     assert outcome.saved_us == pytest.approx(10 * (1000 - 1000 * (0.5 + 0.02 + 0.032)))
     reasons = {reason.partition(" by")[0] for reason in outcome.refused.values()}
-    assert reasons == {"too large", "differs from the default"}
+    assert reasons == {"too large", "differs from what is right"}
     assert torch.equal(call.arguments[2], before)
 
 
@@ -133,7 +133,7 @@ def test_an_output_left_unwritten_is_noticed(monkeypatch):
     trial = tune.Trial(chip, call, Tactic(), GATE)
     assert trial.fault(Tactic(block_n=32)) is None
     monkeypatch.setattr(chip, "refusal", lambda *arguments: None)
-    assert "differs from the default" in trial.fault(Tactic(block_n=32))
+    assert "differs from what is right" in trial.fault(Tactic(block_n=32))
 
 
 @pytest.fixture

@@ -164,12 +164,19 @@ def kernels(
     backend: Annotated[str, typer.Option(help="auto, reference, triton or cuda.")] = "auto",
     json_file: JsonFile = None,
 ) -> None:
-    """Every op and GEMM of a case alone, beside its bound on this machine. Makes and reads no weights."""
+    """Every op and GEMM of a case alone, beside its bound on this machine.
+
+    Makes and reads no weights; with --backend triton: the calls of one of the engine's own steps, with its tactics.
+    """
     from xr0_engine.bench import kernels as module
+    from xr0_engine.bench import step_kernels
 
     _check_file(json_file)
-    setup = _setup(case, size, checkpoint, device, dtype, threads)
-    _deliver(*module.measure(setup, rounds, _command(), backend), module.show, json_file)
+    setup = _setup(case, size, checkpoint, device, dtype, threads, backend)
+    if backend == "triton":
+        _deliver(*step_kernels.measure(setup, rounds, _command()), module.show, json_file)
+    else:
+        _deliver(*module.measure(setup, rounds, _command(), backend), module.show, json_file)
 
 
 @app.command()
