@@ -63,8 +63,8 @@ def finetune_head() -> TrainConfig:
     return TrainConfig(
         "finetune_head",
         model=ModelConfig(train="head"),
-        data=DataConfig(batch_size=8),
-        optim=OptimConfig(steps=10_000, warmup_steps=500),
+        data=DataConfig(batch_size=4),
+        optim=OptimConfig(steps=10_000, warmup_steps=500, accumulate=4),
     )
 
 

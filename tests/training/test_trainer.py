@@ -94,6 +94,27 @@ def test_recipe_runs_and_says_what_it_is_in_the_export(recipe, base, tmp_path):
     assert (head.local_window, head.position_offset) == expected
 
 
+def test_bfloat16_keeps_float32_masters(base, tmp_path):
+    """The published precision, activations of the vision tower recomputed, two micro-batches a step."""
+    config = config_for(
+        "post_train_async",
+        base,
+        *("model.dtype=bfloat16", "model.checkpoint_activations=true", "optim.accumulate=2"),
+        *("optim.steps=2", "optim.warmup_steps=0", "optim.peak_lr=1e-4"),
+    )
+    with world() as here:
+        trainer = Trainer(config, tmp_path, here, Numbered(robot_sample, 4), None, statistics())
+        before = {name: p.full_tensor().clone() for name, p in trainer.policy.named_parameters() if p.requires_grad}
+        trainer.run()
+        after = {name: p.full_tensor() for name, p in trainer.policy.named_parameters() if p.requires_grad}
+    assert {value.dtype for value in after.values()} == {torch.float32}
+    # Steps of 1e-4 would be lost in bfloat16 weights of order 0.1 and more.
+    changed = [float((after[name] != before[name]).float().mean()) for name in after]
+    assert min(changed) > 0
+    assert sum(changed) / len(changed) > 0.8
+    assert math.isfinite(metrics(tmp_path)[-1]["loss"])
+
+
 def test_resumed_after_an_error_the_losses_are_the_same_bit_for_bit(base, tmp_path):
     config = config_for(
         "post_train_async", base, "optim.steps=8", "optim.warmup_steps=2", "run.log_every=1", "run.checkpoint_every=3"
