@@ -6,7 +6,7 @@ import base64
 
 import pytest
 
-from xr0_engine.serve.access import check_bind, is_allowed, read_keys
+from xr0_engine.serve.access import check_bind, is_allowed, is_local_name, read_keys
 
 KEYS = ("first-key-1", "second-key")
 
@@ -51,6 +51,22 @@ def test_other_addresses_need_one(host):
         check_bind(host, (), allow_anyone=False)
     check_bind(host, KEYS, allow_anyone=False)
     check_bind(host, (), allow_anyone=True)
+
+
+@pytest.mark.parametrize(
+    ("host", "local"),
+    [
+        ("localhost:8000", True),
+        ("127.0.0.1", True),
+        ("[::1]:8000", True),
+        ("evil.example:8000", False),
+        ("localhost.evil.example", False),
+        ("", False),
+        (None, False),
+    ],
+)
+def test_host_header(host, local):
+    assert is_local_name(host) is local
 
 
 def test_keys_of_file_and_environment(tmp_path):

@@ -226,8 +226,12 @@ def test_key_is_asked_for(key):
 
 
 def test_web_pages_of_others_cannot_connect():
-    with serving() as server, pytest.raises(InvalidStatus), connect(server.url, origin="http://evil.example"):
-        pass
+    with serving() as server:
+        with pytest.raises(InvalidStatus), connect(server.url, origin="http://evil.example"):
+            pass
+        # A name that was made to resolve to this machine.
+        assert get(server, "/frames/1/base", Host="evil.example")[0] == 403
+        assert get(server, "/healthz", Host="evil.example")[0] == 200
 
 
 def test_tls(tmp_path):

@@ -14,7 +14,7 @@ MIN_KEY_LENGTH = 8
 
 def check_bind(host: str, keys: tuple[str, ...], allow_anyone: bool) -> None:
     """Raises ValueError if other machines could reach the server without a key and nobody said that they may."""
-    if not keys and not allow_anyone and not _is_loopback(host):
+    if not keys and not allow_anyone and not is_loopback(host):
         raise ValueError(
             f"host: {host} can be reached from other machines, so it takes API keys (--api-keys or XR0_API_KEYS); "
             "--allow-anyone serves without"
@@ -59,6 +59,16 @@ def is_allowed(authorization: str | None, keys: tuple[str, ...]) -> bool:
     return any(matches)
 
 
+def is_local_name(header: str | None) -> bool:
+    """Whether a Host header names this machine itself.
+
+    A web page can have its own name resolve to 127.0.0.1 and then counts as of the same origin; the name betrays it.
+    """
+    name = (header or "").strip()
+    name = name[1:].partition("]")[0] if name.startswith("[") else name.partition(":")[0]
+    return is_loopback(name)
+
+
 def tls_context(certificate: Path | None, key: Path | None) -> ssl.SSLContext | None:
     """None without files. Raises ValueError if one is missing or they do not fit."""
     if certificate is None and key is None:
@@ -73,7 +83,8 @@ def tls_context(certificate: Path | None, key: Path | None) -> ssl.SSLContext | 
     return context
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether an address or name is this machine's own and reaches no further."""
     if host == "localhost":
         return True
     try:

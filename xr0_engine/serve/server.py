@@ -27,7 +27,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request as HttpRequest
 from websockets.http11 import Response
 
-from xr0_engine.serve.access import check_bind, is_allowed
+from xr0_engine.serve.access import check_bind, is_allowed, is_local_name, is_loopback
 from xr0_engine.serve.images import encode_jpeg
 from xr0_engine.serve.monitor import Monitor
 from xr0_engine.serve.protocol import (
@@ -109,6 +109,7 @@ class Server:
         self._clients = 0
         self.connections = 0
         self._failures = 0
+        self._for_this_machine = not config.keys and is_loopback(config.host)
 
     async def run(self, stop: asyncio.Event, listening: Callable[[int], None] = lambda port: None) -> None:
         """Listen, load, serve until stop is set, then answer what was asked and close.
@@ -268,6 +269,9 @@ class Server:
         if path == "/healthz":
             status, text = self.health()
             return _response(status, text.encode())
+        if self._for_this_machine and not is_local_name(request.headers.get("Host")):
+            self.monitor.rejected("unauthorized")
+            return _response(HTTPStatus.FORBIDDEN, b"expected this machine's own name as the host")
         if not is_allowed(request.headers.get("Authorization"), self.config.keys):
             self.monitor.rejected("unauthorized")
             response = _response(HTTPStatus.UNAUTHORIZED, b"expected an API key in the Authorization header")
