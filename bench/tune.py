@@ -216,7 +216,7 @@ def tune(
     try:
         recording = RecordingOps(model.backend, model.device)
         for given in cases.values():
-            _run_recorded(model, given, recording)
+            _run_recorded(model, given, recording, threads)
         outcomes = _outcomes(recording, timer, GATE[dtype], minutes, threads, done)
         winners = {key: outcome.winner for key, outcome in outcomes.items() if outcome.winner != outcome.default}
         measured = {
@@ -229,10 +229,12 @@ def tune(
         model.table = before
 
 
-def _run_recorded(model: FusedModel, given: StepInputs, recording: RecordingOps) -> None:
+def _run_recorded(model: FusedModel, given: StepInputs, recording: RecordingOps, threads: int) -> None:
     session = Session(model, session_key(given.inputs), given.inputs)
-    session.ops = session.flow_ops = recording
     session.update(given.inputs, given.noise, given.prefix, given.prefix_length)
+    if model.device.type == "cuda":
+        compile_beside(session.run, threads)
+    session.ops = session.flow_ops = recording
     # Not session.run, which may take two streams: the ops have the scratch memory of one.
     session.encode()
     session.prefill()

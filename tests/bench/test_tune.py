@@ -5,12 +5,15 @@ On a CPU the ops are the kernels' oracles, which take any tactic; time is inject
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
-from tests.support import CPU, make_config, random_inputs
+from tests.support import CPU, ROOT, make_config, random_inputs
 from xr0_engine.bench import candidates, tune
 from xr0_engine.bench.cases import StepInputs
 from xr0_engine.checkpoint import write_checkpoint
@@ -173,3 +176,43 @@ def test_steps_that_disagree_give_no_table(model, given, few, monkeypatch):
     with pytest.raises(RuntimeError, match="toy, default: the chunk differs"):
         tune.tune(model, {"toy": given}, 0, 1, lambda *progress: None)
     assert model.table == TacticTable("toy")
+
+
+COMPILED_AHEAD = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from xr0_engine.fused_ops import FusedOps, Tactic, Weight, compile_beside
+from xr0_engine.kernels import launch, linear
+
+class Absent:
+    get_current_target = lambda self: GPUTarget("cuda", 90, 32)
+    get_current_device = lambda self: 0
+    get_current_stream = lambda self, device=0: 0
+
+driver.set_active(Absent())
+launch.capability = lambda device: 90
+ops = FusedOps("triton", torch.device("cpu"), arch=90)
+x, out = torch.zeros(1, 12, 64).bfloat16(), torch.ones(1, 12, 64).bfloat16()
+tactics = Tactic(16, 64), Tactic(16, 64, stages=2), Tactic(16, 24)
+told = []
+
+def work():
+    told.extend(ops.refusal("linear", (x, Weight(torch.zeros(64, 64).bfloat16()), out), {}, tactic) for tactic in tactics)
+
+compile_beside(work, 2)
+kernels = list(linear._linear.device_caches[0][0].values())
+assert [type(kernel).__name__ for kernel in kernels] == ["CompiledKernel"] * 2, kernels
+assert told[:2] == [None, None] and "power of two" in told[2], told
+assert bool((out == 1).all())
+"""
+
+
+def test_candidates_are_compiled_side_by_side_and_run_nothing(tmp_path):
+    """For a chip that is not here, through the path that a launch takes; without the interpreter."""
+    pytest.importorskip("triton")
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    command = [sys.executable, "-c", COMPILED_AHEAD]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
