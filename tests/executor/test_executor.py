@@ -153,6 +153,22 @@ def test_inference_five_times_slower_than_promised():
     assert_adds_up(report)
 
 
+@pytest.mark.parametrize("mode", ["async", "naive_async"])
+@pytest.mark.parametrize("starvation", ["hold", "decelerate"])
+def test_inference_slower_than_a_chunk_lasts(mode, starvation):
+    """The robot goes on chunk by chunk: what was seen at rest is executed from its first action after the prefix."""
+    report, robot, policy = execute(mode, delay_steps=40.0, seconds=20, starvation=starvation)
+    assert report.counts["executed"] >= 5 * 24
+    assert report.counts["outdated"] > 0
+    calls, position = robot.column(CALL), robot.column(STEP)
+    for call in np.unique(calls)[1:]:
+        observation, prefix = policy.calls[int(call) - 1]
+        first = round(observation.timestamp_s * RATE_HZ)
+        assert position[calls == call][0] == first + (0 if prefix is None else len(prefix))
+    np.testing.assert_array_equal(np.diff(robot.steps), 1)
+    assert_adds_up(report)
+
+
 def test_delay_that_needs_a_longer_prefix_than_trained_is_refused():
     with pytest.raises(ValueError, match=r"prefix of 7 actions.*at most 6"):
         Settings(rate_hz=30, expected_delay_s=0.2, margin=1)

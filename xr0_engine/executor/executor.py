@@ -28,6 +28,8 @@ ROUNDING_TICKS = 1e-6
 JUMP_PERIODS = 2.0
 # A prefix goes to the model's units and back in float32, good to 1e-6 of its size; one that was ignored is far off.
 PREFIX_TOLERANCE = 1e-4
+# Metres or radians in a step: a robot that is told to move less stands still.
+STILL = 1e-4
 
 
 class Executor:
@@ -74,6 +76,8 @@ class Executor:
         self._step: int | None = None
         self._row: np.ndarray | None = None
         self._source: int | None = None
+        # The first of the steps, up to now, in which the robot was told to stand still; None if it moves.
+        self._still_since: int | None = None
         # What a recording says of that step.
         self._note: dict[str, Any] = {}
         # What the robot was told last, and what in the step before.
@@ -163,15 +167,15 @@ class Executor:
             if follows and self._row is not None:
                 neighbours = self.report.inner if planned.chunk == self._source else self.report.seams
                 neighbours.add(self._frame.difference(planned.row, self._row))
-            self._row, self._source = planned.row, planned.chunk
+            self._row, self._source, self._still_since = planned.row, planned.chunk, None
             counts["executed"] += 1
         else:
-            self._starve()
+            self._starve(step)
         source = "chunk" if planned else "none" if self._row is None else "hold"
         index = planned.index if planned else None
         self._note = {"step": step, "source": source, "chunk": self._source, "index": index}
 
-    def _starve(self) -> None:
+    def _starve(self, step: int) -> None:
         """No action for this step: stand still, come to rest, or end."""
         self._source = None
         waits = self._told is None or self._settings.mode == "sync"
@@ -179,7 +183,15 @@ class Executor:
         stops = not waits and self._settings.starvation == "stop"
         if stops:
             self.end("starved")
-        self._row = None if stops or self._told is None else coast(self._frame, *self._told, self._settings.motion_kept)
+        if stops or self._told is None:
+            self._row = None
+            return
+        self._row = coast(self._frame, *self._told, self._settings.motion_kept)
+        motion = np.where(self._frame.delta, self._row, self._frame.difference(self._row, self._told[0]))
+        if np.abs(motion).max() > STILL:
+            self._still_since = None
+        elif self._still_since is None:
+            self._still_since = step
 
     def _send(self, tick: int, step: int, phase: int, is_new: bool) -> None:
         loop_hz = self._settings.loop_hz
@@ -310,9 +322,12 @@ class Executor:
         self._delay.add(delay_s)
         self._chunk_length = len(rows)
         first = request.first_step
-        # A robot at rest since its observation can start from the chunk's first action.
+        # To a robot at rest since its observation no chunk comes too late: it starts with the first action, or with the
+        # first after the prefix, which then tells it to stand still.
         if settings.mode == "sync" or request.at_rest:
             first = step
+        elif self._still_since is not None and first >= self._still_since:
+            first = max(first, step - request.prefix_length)
         if self._told is None:
             start = self._frame.start(request.snapshot.origin)
             if start is not None:
@@ -349,7 +364,7 @@ class Executor:
         self.report.counts["clock_jumps"] += 1
         self.report.counts["discarded"] += self._timeline.clear()
         self._pending_is_void = True
-        self._step, self._retry_s = None, -math.inf
+        self._step, self._still_since, self._retry_s = None, None, -math.inf
         self._limiter.clock_jumped((self._next_tick() - 1) / self._settings.loop_hz)
         if self._told is not None:
             self._told = self._told[0], self._told[0]
