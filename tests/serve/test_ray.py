@@ -83,6 +83,7 @@ def local_ray():
         runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
     )
     yield
+    ray.serve.shutdown()
     ray.shutdown()
 
 

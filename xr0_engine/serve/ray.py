@@ -87,6 +87,8 @@ class RayReplicas:
         if self._handle is not None:
             from ray import serve
 
+            # Its threads would go on reporting to a Ray that may be gone.
+            await self._handle.shutdown_async()
             await asyncio.to_thread(serve.delete, APPLICATION)
 
     def _deploy(self) -> Any:
