@@ -12,7 +12,7 @@ from xr0_engine.cli import app
 from xr0_engine.cli.bench import app as bench_app
 from xr0_engine.engine import Engine
 
-COMMANDS = [command.callback.__name__ for command in bench_app.registered_commands]
+COMMANDS = [command.name or command.callback.__name__ for command in bench_app.registered_commands]
 MEASURING = ("latency", "throughput", "coldstart", "jitter", "kernels", "ablate")
 TINY = ("--size", "tiny", "--device", "cpu", "--dtype", "float32", "--threads", "1")
 
