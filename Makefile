@@ -20,7 +20,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint gpu-test bench bench-gpu soak clean
+.PHONY: help demo test lint gpu-test bench bench-gpu bench-gpu-more sanitize fuzz soak clean
 
 help:
 	@echo "make demo      install, then drive a simulated two-armed robot with a small random model"
