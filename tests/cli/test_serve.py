@@ -89,6 +89,13 @@ def test_mistakes_are_told_in_one_line(checkpoint, more, complaint):
     assert result.stderr.splitlines()[-1].startswith("xr0: error: ")
 
 
+@pytest.mark.parametrize("arguments", [(), ("checkpoint", "--export", "folder")], ids=["neither", "both"])
+def test_either_a_checkpoint_or_an_export_is_served(arguments):
+    result = CliRunner().invoke(app, ["serve", *arguments])
+    assert isinstance(result.exception, ValueError)
+    assert "expected one of them" in str(result.exception)
+
+
 def test_port_in_use_is_told(checkpoint):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

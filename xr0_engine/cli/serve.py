@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 
 def serve(
-    checkpoint: Annotated[str, typer.Argument(help="Checkpoint folder, or a Hugging Face hub id.")],
+    checkpoint: Annotated[str | None, typer.Argument(help="Checkpoint folder, or a Hugging Face hub id.")] = None,
+    export: Annotated[Path | None, typer.Option(help="Serve a folder of `xr0 export` instead of a checkpoint.")] = None,
     host: Annotated[
         str, typer.Option(help="Address to listen on; 0.0.0.0 for every one of this machine.")
     ] = "127.0.0.1",
@@ -28,8 +29,10 @@ def serve(
         typer.Option(help="Views and layout: a built-in profile or your own YAML file. Follows from the robot type."),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
-    backend: Annotated[str, typer.Option(help="auto, reference, triton or cuda.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32; an export has its own.")] = "bfloat16",
+    backend: Annotated[
+        str, typer.Option(help="auto, reference, triton or cuda; of an export onnx or tensorrt.")
+    ] = "auto",
     image_size: Annotated[
         str, typer.Option(metavar="WIDTHxHEIGHT", help="Of the robot's images, to warm up with.")
     ] = "640x480",
@@ -67,6 +70,8 @@ def serve(
     from xr0_engine.serve.server import Server, ServerConfig
     from xr0_engine.serve.worker import EngineThread
 
+    if (checkpoint is None) == (export is None):
+        raise ValueError("CHECKPOINT, --export: expected one of them")
     size = _read_size(image_size)
     config = ServerConfig(
         host=host,
@@ -84,6 +89,9 @@ def serve(
     def load() -> Engine:
         from xr0_engine.engine import Engine
 
+        if export is not None:
+            return Engine.from_export(export, device, backend, embodiment)
+        assert checkpoint is not None
         return Engine.from_pretrained(checkpoint, device, dtype, backend, embodiment)
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
