@@ -26,10 +26,11 @@ from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
 from xr0_engine.checkpoint import all_or_nothing, write_weights
 from xr0_engine.config import XR0Config
-from xr0_engine.model.weights import check_tensors, checkpoint_shapes, read_index
+from xr0_engine.model.weights import checkpoint_shapes
 from xr0_engine.normalize import STATISTICS_FILE, ActionStatistics
+from xr0_engine.training.base import Base, fresh_head, read_tensor
 from xr0_engine.training.distributed import World
-from xr0_engine.training.model import checkpoint_name, read_tensor
+from xr0_engine.training.model import checkpoint_name
 from xr0_engine.types import CheckpointError
 
 STEP_PREFIX = "step-"
@@ -161,23 +162,28 @@ def export_checkpoint(
     checkpoint: Path,
     out: Path,
     xr0: XR0Config,
-    base: Path,
+    base: Base,
     statistics: Mapping[str, ActionStatistics],
+    seed: int,
 ) -> None:
-    """Write a folder that the engine loads as it is: the base checkpoint with everything that the run has trained.
+    """Write a folder that the engine loads as it is: the run's base with everything that the run has trained.
 
     checkpoint: a folder of checkpoints(); out: absent or empty, appears whole or not at all; xr0: the trained model's
-    config. bfloat16, statistics of the training data alone. Raises CheckpointError, ValueError or OSError.
+    config; seed: the run's, of an action head that neither base nor run gives. bfloat16, statistics of the training
+    data alone. Raises CheckpointError, ValueError or OSError.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not empty; remove it or choose another folder")
-    stored, shapes = read_index(base), checkpoint_shapes(xr0)
-    check_tensors(stored, shapes)
+    shapes = checkpoint_shapes(xr0)
     trained = {
         checkpoint_name(key.removeprefix("model.")): key
         for key in _stored_shapes(checkpoint)
         if key.startswith("model.")
     }
+    fresh = {} if base.has_head else fresh_head(xr0, seed)
+
+    def untrained(name: str) -> Tensor:
+        return read_tensor(base.stored[name]) if name in base.stored else fresh[name]
 
     def tensors(names: list[str]) -> dict[str, Tensor]:
         learned = {trained[name]: torch.empty(shapes[name]) for name in names if name in trained}
@@ -185,10 +191,10 @@ def export_checkpoint(
             # That one process reads alone is meant.
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
             load(learned, storage_reader=FileSystemReader(checkpoint), no_dist=True)
-        values = {name: learned[trained[name]] if name in trained else read_tensor(stored[name]) for name in names}
+        values = {name: learned[trained[name]] if name in trained else untrained(name) for name in names}
         return {name: value.to(EXPORT_DTYPE).contiguous() for name, value in values.items()}
 
-    preprocessor = json.loads((base / STATISTICS_FILE).read_text(encoding="utf-8"))
+    preprocessor = base.preprocessor()
     preprocessor["action_config"] = {
         robot_type: {"mean": item.mean.tolist(), "std": item.std.tolist()} for robot_type, item in statistics.items()
     }
@@ -196,7 +202,7 @@ def export_checkpoint(
     with all_or_nothing(out, num_bytes) as target:
         (target / "config.json").write_text(json.dumps(xr0.to_hf(), indent=2), encoding="utf-8")
         (target / STATISTICS_FILE).write_text(json.dumps(preprocessor), encoding="utf-8")
-        for file in base.glob("*.json"):
+        for file in base.folder.glob("*.json"):
             if file.name.startswith(("tokenizer", "special_tokens", "added_tokens", "vocab")):
                 shutil.copy(file, target / file.name)
         write_weights(target, shapes, EXPORT_DTYPE, tensors)

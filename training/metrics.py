@@ -114,7 +114,8 @@ class Log:
         """Drop what a killed run reported behind the checkpoint that this one starts from."""
         if not self._path.is_file():
             return
-        lines = self._path.read_text(encoding="utf-8").splitlines()
+        # From step 0 all is reported anew, what the run starts from included.
+        lines = self._path.read_text(encoding="utf-8").splitlines() if step else []
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
         partial = self._path.with_suffix(".partial")
         partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")

@@ -8,24 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from xr0_engine.config import XR0Config
 from xr0_engine.flow import prefix_positions, training_pair
 from xr0_engine.model.dit import ActionHead, Projector, dit_geometry
-from xr0_engine.model.weights import (
-    StoredTensor,
-    check_tensors,
-    checkpoint_shapes,
-    read_index,
-)
+from xr0_engine.training.base import Base, fresh_head, read_tensor
 from xr0_engine.training.batch import IGNORED, LanguageBatch, RobotBatch
 from xr0_engine.training.config import ChoiceConfig, FlowConfig, TrainConfig
 from xr0_engine.training.draws import FlowDraw, hide_columns
@@ -234,19 +227,22 @@ def build_policy(config: TrainConfig, xr0: XR0Config) -> Policy:
     return policy
 
 
-def load_policy(policy: Policy, config: TrainConfig, xr0: XR0Config, folder: Path, device: torch.device) -> None:
-    """Materialise a policy of build_policy on the device and fill it from the checkpoint folder, sharded or not.
+def load_policy(policy: Policy, config: TrainConfig, xr0: XR0Config, base: Base, device: torch.device) -> None:
+    """Materialise a policy of build_policy on the device and fill it from the base, sharded or not.
 
-    Every tensor of the checkpoint is checked before any is read; heads that the checkpoint does not give start anew,
-    from the run's seed. Raises CheckpointError as the engine does.
+    Heads that the base does not give start anew, from the run's seed. Raises ValueError if the recipe wants an action
+    head that the base does not have.
     """
-    stored = read_index(folder)
-    check_tensors(stored, checkpoint_shapes(xr0))
+    if isinstance(policy, FlowPolicy) and not (base.has_head or config.model.fresh_head):
+        raise ValueError(
+            f"model.checkpoint: {base.folder} is a VLM without an action head; expected an XR-0 checkpoint, the recipe "
+            "pretrain_vlm, or model.fresh_head=true"
+        )
     policy.to_empty(device=device)
     policy.vlm.reset_tables()
     fresh = _fresh_heads(policy, config, xr0)
     for name, parameter in policy.named_parameters():
-        value = fresh[name] if name in fresh else read_tensor(stored[checkpoint_name(name)])
+        value = fresh[name] if name in fresh else read_tensor(base.stored[checkpoint_name(name)])
         set_parameter(parameter, value)
 
 
@@ -267,24 +263,13 @@ def set_parameter(parameter: nn.Parameter, value: Tensor) -> None:
             parameter.copy_(value)
 
 
-def read_tensor(place: StoredTensor) -> Tensor:
-    """One tensor of a checkpoint, as stored."""
-    with safe_open(place.file, framework="pt") as handle:
-        return handle.get_tensor(place.key)
-
-
 def _fresh_heads(policy: Policy, config: TrainConfig, xr0: XR0Config) -> Mapping[str, Tensor]:
     """New weights, by parameter name: of the DiT if the recipe wants it new, of Choice Policies' heads always."""
+    if isinstance(policy, FlowPolicy):
+        head = fresh_head(xr0, config.run.seed) if config.model.fresh_head else {}
+        return {f"head.{name}": value for name, value in head.items()}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
-        if isinstance(policy, ChoicePolicy):
-            heads = ChoiceHeads(xr0, config.choice.candidates, config.data.chunk_length)
-            nn.init.normal_(heads.tokens, std=0.02)
-            return {f"choice.{name}": p.detach() for name, p in heads.named_parameters()}
-        if not config.model.fresh_head:
-            return {}
-        head = ActionHead(xr0)
-        for name, p in head.named_parameters():
-            if name.endswith("adaln_table"):
-                nn.init.normal_(p, std=p.shape[-1] ** -0.5)
-        return {f"head.{name}": p.detach() for name, p in head.named_parameters()}
+        heads = ChoiceHeads(xr0, config.choice.candidates, config.data.chunk_length)
+        nn.init.normal_(heads.tokens, std=0.02)
+    return {f"choice.{name}": p.detach() for name, p in heads.named_parameters()}

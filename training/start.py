@@ -9,9 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from xr0_engine.config import XR0Config
-from xr0_engine.model.weights import resolve_checkpoint
 from xr0_engine.normalize import ActionStatistics, read_statistics
+from xr0_engine.training.base import Base, read_base
 from xr0_engine.training.checkpoint import checkpoints, export_checkpoint
 from xr0_engine.training.config import TrainConfig
 from xr0_engine.training.data.stream import Mixture, Stream, validation_samples
@@ -41,10 +40,10 @@ def start_run(config: TrainConfig, folder: Path) -> None:
     is_first = os.environ.get("RANK", "0") == "0"
     if is_first and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists and is not empty: xr0 train resume {folder}, or choose another folder")
-    base = resolve_checkpoint(config.model.checkpoint)
-    statistics = _statistics(Path(config.data.statistics), XR0Config.load(base))
+    base = read_base(config.model.checkpoint)
+    statistics = _statistics(Path(config.data.statistics), base)
     # A run is resumed from any folder, so its paths are absolute.
-    model = replace(config.model, checkpoint=str(base.resolve()))
+    model = replace(config.model, checkpoint=str(base.folder.resolve()))
     datasets: dict[str, Any] = {name: tuple(_absolute(text) for text in getattr(config.data, name)) for name in PATHS}
     config = replace(config, model=model, data=replace(config.data, **datasets))
     _train(config, folder, statistics)
@@ -53,21 +52,22 @@ def start_run(config: TrainConfig, folder: Path) -> None:
 def resume_run(folder: Path) -> None:
     """Go on with a run after its last checkpoint. Raises ValueError if the folder holds no run."""
     config = _read_config(folder)
-    _train(config, folder, _read_statistics(folder, config))
+    base = read_base(config.model.checkpoint)
+    _train(config, folder, _statistics(folder / STATISTICS_FILE, base))
 
 
 def export_run(folder: Path, out: Path, step: int | None) -> None:
     """Write the checkpoint of a step (None: the last) as a folder that the engine loads. Raises ValueError."""
     config = _read_config(folder)
-    base = Path(config.model.checkpoint)
     saved = {int(path.name.rpartition("-")[2]): path for path in checkpoints(folder / CHECKPOINTS)}
     if not saved:
         raise ValueError(f"{folder} has no checkpoint yet")
     if step is not None and step not in saved:
         raise ValueError(f"--step: expected one of {', '.join(map(str, saved))}, got {step}")
-    xr0 = model_config(XR0Config.load(base), config)
+    base = read_base(config.model.checkpoint)
     chosen = saved[max(saved) if step is None else step]
-    export_checkpoint(chosen, out, xr0, base, _read_statistics(folder, config))
+    statistics = _statistics(folder / STATISTICS_FILE, base)
+    export_checkpoint(chosen, out, model_config(base.config, config), base, statistics, config.run.seed)
 
 
 def _train(config: TrainConfig, folder: Path, statistics: Mapping[str, ActionStatistics]) -> None:
@@ -120,12 +120,8 @@ def _read_config(folder: Path) -> TrainConfig:
     return TrainConfig.from_json(path.read_text(encoding="utf-8"))
 
 
-def _read_statistics(folder: Path, config: TrainConfig) -> dict[str, ActionStatistics]:
-    return _statistics(folder / STATISTICS_FILE, XR0Config.load(Path(config.model.checkpoint)))
-
-
-def _statistics(path: Path, xr0: XR0Config) -> dict[str, ActionStatistics]:
-    return read_statistics(path, xr0.head.action_dim, xr0.std_epsilon)
+def _statistics(path: Path, base: Base) -> dict[str, ActionStatistics]:
+    return read_statistics(path, base.config.head.action_dim, base.config.std_epsilon)
 
 
 def _absolute(text: str) -> str:

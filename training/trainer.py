@@ -12,10 +12,9 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from xr0_engine.config import XR0Config
 from xr0_engine.embodiment import load_embodiment
-from xr0_engine.model.weights import resolve_checkpoint
 from xr0_engine.normalize import ActionStatistics
+from xr0_engine.training.base import read_base
 from xr0_engine.training.batch import Collator, LanguageBatch, RobotBatch
 from xr0_engine.training.checkpoint import Checkpointer, checkpoints, export_checkpoint
 from xr0_engine.training.config import TrainConfig
@@ -59,14 +58,14 @@ class Trainer:
     ) -> None:
         self.config, self.folder, self.world = config, folder, world
         self.source, self.validation = source, validation
-        self.base = resolve_checkpoint(config.model.checkpoint)
-        self.xr0 = model_config(XR0Config.load(self.base), config)
+        self.base = read_base(config.model.checkpoint)
+        self.xr0 = model_config(self.base.config, config)
         _check_statistics(statistics, config.data.chunk_length, self.xr0.head.action_dim)
         self.statistics = {
             name: ActionStatistics(item.mean, item.std, self.xr0.std_epsilon) for name, item in statistics.items()
         }
         profile = load_embodiment(config.data.embodiment) if config.data.embodiment else None
-        self.collate = Collator(self.base, self.xr0, self.statistics, profile)
+        self.collate = Collator(self.base.folder, self.xr0, self.statistics, profile)
         if world.device.type == "cpu" and config.run.threads:
             torch.set_num_threads(config.run.threads)
 
@@ -87,14 +86,19 @@ class Trainer:
         config, world = self.config.run, self.world
         log = Log(self.folder, self.config.optim.steps, self.step) if world.is_main else None
         peak = config.peak_tflops or peak_tflops(world.device)
-        averages, speed = Averages(), Speed()
         try:
+            # What the run starts from.
+            if self.validation and self.step == 0:
+                metrics = self._validate()
+                if log:
+                    log.write(0, metrics)
+            averages, speed = Averages(), Speed()
             with self._batches() as batches:
                 while self.step < self.config.optim.steps:
                     progress = self._train_step(batches, averages, speed)
                     self.checkpointer.poll()
                     is_last = self.step == self.config.optim.steps
-                    metrics: dict[str, Any] = {}
+                    metrics = {}
                     if is_last or self.step % config.log_every == 0:
                         metrics |= averages.take(world) | speed.take(world, peak)
                     if self.validation and (is_last or self.step % config.validate_every == 0):
@@ -120,6 +124,7 @@ class Trainer:
                     self.xr0,
                     self.base,
                     self.statistics,
+                    self.config.run.seed,
                 )
         world.barrier()
 

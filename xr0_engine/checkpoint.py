@@ -121,7 +121,8 @@ def write_checkpoint(folder: Path, config: XR0Config, seed: int = 0) -> None:
     num_bytes = sum(torch.Size(shape).numel() for shape in shapes.values()) * DTYPE.itemsize
     with all_or_nothing(folder, num_bytes) as target:
         (target / "config.json").write_text(json.dumps(config.to_hf(), indent=2), encoding="utf-8")
-        (target / STATISTICS_FILE).write_text(json.dumps(_preprocessor(config, seed)), encoding="utf-8")
+        preprocessor = {**preprocessor_config(config), "action_config": _random_statistics(config, seed)}
+        (target / STATISTICS_FILE).write_text(json.dumps(preprocessor), encoding="utf-8")
         _write_tokenizer(target, config)
         numbered = {name: index for index, name in enumerate(shapes)}
         write_weights(
@@ -146,7 +147,7 @@ def write_weights(
     dtype: torch.dtype,
     tensors: Callable[[list[str]], dict[str, torch.Tensor]],
 ) -> None:
-    """Safetensors shards of at most SHARD_BYTES, and their index. tensors: the values, in dtype, of one shard's names."""
+    """Safetensors shards of at most SHARD_BYTES, and their index. tensors: those of one shard, in dtype."""
     shards: list[list[str]] = [[]]
     room = SHARD_BYTES
     for name, shape in shapes.items():
@@ -179,7 +180,20 @@ def _random_weight(name: str, shape: tuple[int, ...], seed: int, number: int) ->
     return value.div_(value[0].numel() ** 0.5)
 
 
-def _preprocessor(config: XR0Config, seed: int) -> dict[str, Any]:
+def preprocessor_config(config: XR0Config) -> dict[str, Any]:
+    """What preprocessor_config.json says of images: the released values (spec section 3.1). No statistics."""
+    return {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "patch_size": config.vision.patch_size,
+        "temporal_patch_size": config.vision.temporal_patch_size,
+        "merge_size": config.vision.spatial_merge_size,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "size": {"shortest_edge": 1024, "longest_edge": 90_000},
+    }
+
+
+def _random_statistics(config: XR0Config, seed: int) -> dict[str, Any]:
     rng = np.random.default_rng(seed)
     action_config = {}
     for robot_type, (length, columns) in ROBOTS.items():
@@ -190,16 +204,7 @@ def _preprocessor(config: XR0Config, seed: int) -> dict[str, Any]:
         std[:, active] = spread * rng.uniform(0.5, 1.5, len(active))
         mean[:, active] = 0.1 * spread * rng.standard_normal(len(active))
         action_config[robot_type] = {"mean": mean.round(6).tolist(), "std": std.round(6).tolist()}
-    return {
-        "image_processor_type": "Qwen2VLImageProcessor",
-        "patch_size": config.vision.patch_size,
-        "temporal_patch_size": config.vision.temporal_patch_size,
-        "merge_size": config.vision.spatial_merge_size,
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_std": [0.5, 0.5, 0.5],
-        "size": {"shortest_edge": 1024, "longest_edge": 90_000},
-        "action_config": action_config,
-    }
+    return action_config
 
 
 def _write_tokenizer(folder: Path, config: XR0Config) -> None:

@@ -108,14 +108,7 @@ class XR0Config:
     @staticmethod
     def load(folder: Path) -> XR0Config:
         """Read folder/config.json. Raises CheckpointError if it is missing, no JSON, or of another model."""
-        path = folder / "config.json"
-        if not path.is_file():
-            raise CheckpointError(f"{folder} holds no config.json: not a checkpoint folder")
-        try:
-            hf = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{path} is not valid JSON: {error}") from None
-        return XR0Config.from_hf(hf)
+        return XR0Config.from_hf(read_hf_config(folder))
 
     @staticmethod
     def from_hf(hf: Mapping[str, Any]) -> XR0Config:
@@ -196,6 +189,17 @@ class XR0Config:
             "compat_bf16_time": head.compat_bf16_time,
             "std_epsilon": self.std_epsilon,
         }
+
+
+def read_hf_config(folder: Path) -> Any:
+    """What folder/config.json holds, unchecked. Raises CheckpointError if it is missing or no JSON."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{folder} holds no config.json: not a checkpoint folder")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
 
 
 def _read(hf: Mapping[str, Any]) -> XR0Config:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +12,16 @@ import numpy as np
 
 from tests.support import make_config
 from xr0_engine.checkpoint import write_checkpoint
-from xr0_engine.config import XR0Config
 from xr0_engine.normalize import ActionStatistics
 from xr0_engine.training.config import TrainConfig, override
 from xr0_engine.training.data.samples import LanguageSample, RobotSample
 from xr0_engine.training.distributed import world
 from xr0_engine.training.recipes import RECIPES, tiny
 from xr0_engine.training.trainer import Trainer
+
+FORKED = multiprocessing.get_context("forkserver")
+"""Processes that begin with this module imported: importing torch and transformers takes longer than most runs here."""
+FORKED.set_forkserver_preload([__name__])
 
 ROBOT_TYPE = "bridge_delta"
 """One view, so little to compute."""
@@ -121,7 +125,3 @@ def values(lines: Sequence[dict], name: str) -> list[float]:
 
 def without_supervision(sample: RobotSample) -> RobotSample:
     return replace(sample, mask=np.zeros_like(sample.mask))
-
-
-def loaded_config(folder: Path) -> XR0Config:
-    return XR0Config.load(folder)

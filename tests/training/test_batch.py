@@ -9,31 +9,21 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from tests.support import make_config
 from tests.training.support import (
     ACTIVE,
     LENGTH,
-    SIZES,
     language_sample,
     robot_sample,
     statistics,
     without_supervision,
 )
-from xr0_engine.checkpoint import write_checkpoint
 from xr0_engine.config import XR0Config
 from xr0_engine.training.batch import IGNORED, Collator
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base") / "model"
-    write_checkpoint(folder, make_config(**SIZES))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def collate(folder):
-    return Collator(folder, XR0Config.load(folder), statistics())
+def collate(base):
+    return Collator(base, XR0Config.load(base), statistics())
 
 
 def test_robot_batch(collate):
@@ -79,9 +69,9 @@ def test_wrong_sample_is_refused_by_name(change, complaint, collate):
         collate.robot([replace(robot_sample(7), **change)])
 
 
-def test_language_batch_predicts_what_the_assistant_says(collate, folder):
+def test_language_batch_predicts_what_the_assistant_says(collate, base):
     batch = collate.language([language_sample(0), language_sample(3)])
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
     for row in range(2):
         ids = batch.inputs.input_ids[row][batch.inputs.attention_mask[row]]
         text = tokenizer.decode(ids.tolist(), skip_special_tokens=False)
@@ -97,10 +87,10 @@ def test_language_batch_predicts_what_the_assistant_says(collate, folder):
     assert batch.inputs.image_grids == ((2, 2), (2, 2))
 
 
-def test_images_stand_where_the_text_says(collate, folder):
+def test_images_stand_where_the_text_says(collate, base):
     sample = replace(language_sample(0), conversations=(("user", "This: <image> What?"), ("assistant", "A cube.")))
     ids = collate.language([sample]).inputs.input_ids[0].tolist()
-    text = Tokenizer.from_file(str(folder / "tokenizer.json")).decode(ids, skip_special_tokens=False)
+    text = Tokenizer.from_file(str(base / "tokenizer.json")).decode(ids, skip_special_tokens=False)
     assert "user\nThis: <|vision_start|><|image_pad|><|vision_end|> What?" in text
     twice = replace(sample, conversations=(("user", "<image><image>"),))
     with pytest.raises(ValueError, match=r"questions.jsonl:0: expected 1 <image> in the text or none, got 2"):

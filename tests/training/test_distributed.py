@@ -4,27 +4,18 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
-import sys
 
 import torch
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from tests.support import ROOT
-from tests.training.support import config_for, tiny_checkpoint, train
+from tests.training.support import FORKED, config_for, train
 from xr0_engine.training.checkpoint import checkpoints
 
 SAME_PARAMETERS = 1e-5
 """After 20 steps at the published learning rate, which move a parameter by up to 2e-3: the sums over both halves of a
 batch come in another order, and Adam divides by small roots."""
-RUN = """
-import sys
-from pathlib import Path
-from tests.training.test_distributed import twenty_steps
-twenty_steps(Path(sys.argv[1]), Path(sys.argv[2]), accumulate=1)
-"""
 
 
 def twenty_steps(base, folder, accumulate):
@@ -33,11 +24,10 @@ def twenty_steps(base, folder, accumulate):
     train(config_for("post_train_async", base, *published, *short, f"optim.accumulate={accumulate}"), folder)
 
 
-def start_process(base, folder, rank, port):
+def one_of_two(base, folder, rank, port):
     places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **{name: str(value) for name, value in places.items()}}
-    command = [sys.executable, "-c", RUN, str(base), str(folder)]
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    os.environ.update({name: str(value) for name, value in places.items()})
+    twenty_steps(base, folder, accumulate=1)
 
 
 def trained(folder):
@@ -48,21 +38,24 @@ def trained(folder):
     return state
 
 
-def test_two_processes_give_the_parameters_of_one(tmp_path):
-    base, alone, together = tiny_checkpoint(tmp_path / "base"), tmp_path / "alone", tmp_path / "together"
+def test_two_processes_give_the_parameters_of_one(base, tmp_path):
+    alone, together = tmp_path / "alone", tmp_path / "together"
     for folder in (alone, together):
         folder.mkdir()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = [start_process(base, together, rank, port) for rank in range(2)]
+    processes = [FORKED.Process(target=one_of_two, args=(base, together, rank, port)) for rank in range(2)]
     try:
+        for process in processes:
+            process.start()
         twenty_steps(base, alone, accumulate=2)
-        errors = [process.communicate(timeout=300)[1].decode() for process in processes]
+        for process in processes:
+            process.join(timeout=300)
+        assert [process.exitcode for process in processes] == [0, 0]
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [0, 0], errors
     expected, actual = trained(alone), trained(together)
     assert expected.keys() == actual.keys()
     assert max(float((expected[name] - actual[name]).abs().max()) for name in expected) < SAME_PARAMETERS

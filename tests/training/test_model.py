@@ -8,11 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.support import CPU, GOLDEN, load, make_config, random_inputs
-from tests.training.support import SIZES, config_for, language_sample, robot_sample, statistics
-from xr0_engine.checkpoint import write_checkpoint
-from xr0_engine.config import XR0Config
+from tests.support import CPU, GOLDEN, load, random_inputs
+from tests.training.support import config_for, language_sample, robot_sample, statistics
 from xr0_engine.model.weights import read_headers
+from xr0_engine.training.base import read_base, read_tensor
 from xr0_engine.training.batch import Collator, RobotBatch
 from xr0_engine.training.config import FlowConfig
 from xr0_engine.training.draws import FlowDraw, draw_flow, micro_batch_generator
@@ -23,7 +22,6 @@ from xr0_engine.training.model import (
     checkpoint_name,
     load_policy,
     model_config,
-    read_tensor,
     repeat_kv,
     set_parameter,
 )
@@ -37,17 +35,11 @@ FLOAT32_LOSS_ERROR = 2e-5
 TWO_ROWS = ([[(4, 4), (4, 4)], [(6, 2)]], [[2, 3, 4], [1, 2]])
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base") / "model"
-    write_checkpoint(folder, make_config(**SIZES))
-    return folder
-
-
 def loaded(config, base):
-    xr0 = model_config(XR0Config.load(base), config)
+    start = read_base(base)
+    xr0 = model_config(start.config, config)
     policy = build_policy(config, xr0)
-    load_policy(policy, config, xr0, base, CPU)
+    load_policy(policy, config, xr0, start, CPU)
     return policy, xr0
 
 

@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 import torch
 
-from tests.support import ROOT
 from tests.training.support import (
+    FORKED,
     ROBOT_TYPE,
     Numbered,
     config_for,
     metrics,
     robot_sample,
     statistics,
-    tiny_checkpoint,
     train,
     values,
     without_supervision,
@@ -31,11 +26,6 @@ from xr0_engine import Engine, Observation
 from xr0_engine.training.checkpoint import checkpoints
 from xr0_engine.training.distributed import world
 from xr0_engine.training.trainer import Trainer
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return tiny_checkpoint(tmp_path_factory.mktemp("base") / "model")
 
 
 class Stopped(Exception):
@@ -135,38 +125,37 @@ def test_resumed_after_an_error_the_losses_are_the_same_bit_for_bit(base, tmp_pa
     assert first.read_bytes() == second.read_bytes()
 
 
-RUN = """
-import sys, time
-from pathlib import Path
-from tests.training.support import *
 class Slow(Numbered):
     def __next__(self):
         time.sleep(0.05)
         return super().__next__()
-often = ("optim.steps=100000", "run.log_every=1", "run.checkpoint_every=2")
-config = config_for("pretrain_dit", Path(sys.argv[1]), *often)
-train(config, Path(sys.argv[2]), source=Slow(robot_sample, 4))
-"""
+
+
+OFTEN = ("optim.steps=100000", "run.log_every=1", "run.checkpoint_every=2")
+
+
+def endless_run(base, folder):
+    train(config_for("pretrain_dit", base, *OFTEN), folder, source=Slow(robot_sample, 4))
 
 
 def test_killed_at_any_moment_it_keeps_a_whole_checkpoint(base, tmp_path):
-    run = subprocess.Popen([sys.executable, "-c", RUN, str(base), str(tmp_path)], cwd=ROOT, stdout=subprocess.DEVNULL)
+    run = FORKED.Process(target=endless_run, args=(base, tmp_path))
+    run.start()
     try:
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and len(checkpoints(tmp_path / "checkpoints")) < 2:
-            assert run.poll() is None
+            assert run.is_alive()
             time.sleep(0.02)
     finally:
-        os.kill(run.pid, signal.SIGKILL)
-        run.wait()
+        run.kill()
+        run.join()
     last = checkpoints(tmp_path / "checkpoints")[-1]
     step = int(last.name.rpartition("-")[2])
     before = metrics_up_to(tmp_path, step)
-    config = config_for("pretrain_dit", base, "optim.steps=100000", "run.log_every=1", "run.checkpoint_every=2")
     source = StopsAt(robot_sample, 4)
     source.last = step + 2
     with pytest.raises(Stopped):
-        train(config, tmp_path, source=source)
+        train(config_for("pretrain_dit", base, *OFTEN), tmp_path, source=source)
     lines = metrics(tmp_path)
     assert [line["step"] for line in lines] == list(range(1, step + 3))
     assert lines[:step] == before
@@ -228,8 +217,16 @@ def choice_run(base, folder, *assignments, **more):
     return train(config, folder, make=lambda number: robot_sample(number, two_modes=True), **more)
 
 
-def test_choice_policies_learn_both_modes_and_language(base, tmp_path):
-    many = choice_run(base, tmp_path / "many", "optim.steps=75", "choice.candidates=4")
+@pytest.fixture(scope="module")
+def co_trained(base, tmp_path_factory):
+    """A run's folder: four candidates, every third micro-batch vision-language data."""
+    folder = tmp_path_factory.mktemp("choice") / "run"
+    choice_run(base, folder, "optim.steps=75", "choice.candidates=4")
+    return folder
+
+
+def test_choice_policies_learn_both_modes_and_language(base, co_trained, tmp_path):
+    many = metrics(co_trained)
     single = choice_run(base, tmp_path / "single", "optim.steps=75", "choice.candidates=1")
     winner, language = values(many, "winner_l1"), values(many, "next_token")
     assert winner[-1] < 0.5 * winner[0]
@@ -238,12 +235,11 @@ def test_choice_policies_learn_both_modes_and_language(base, tmp_path):
     assert winner[-1] < 0.5 * values(single, "winner_l1")[-1]
 
 
-def test_without_language_data_the_next_token_loss_rises(base, tmp_path):
-    mixed = choice_run(base, tmp_path / "mixed", "optim.steps=60")
-    learned = values(mixed, "next_token")[-1]
+def test_without_language_data_the_next_token_loss_rises(co_trained, tmp_path):
+    learned = values(metrics(co_trained), "next_token")[-1]
     # From there, robot data alone; a last micro-batch of language tells what is left.
     alone = choice_run(
-        tmp_path / "mixed" / "model", tmp_path / "alone", "optim.steps=60", "data.language_every=60", "run.log_every=60"
+        co_trained / "model", tmp_path / "alone", "optim.steps=30", "data.language_every=30", "run.log_every=30"
     )
     assert values(alone, "next_token")[-1] > 2 * learned
     assert torch.isfinite(torch.tensor(values(alone, "winner_l1"))).all()
