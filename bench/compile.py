@@ -12,9 +12,9 @@ from torch import Tensor
 from xr0_engine.bench.roofline import Workload
 from xr0_engine.config import XR0Config
 from xr0_engine.engine import DTYPES
-from xr0_engine.fused_ops import SHARED_LIMIT, FusedOps, compile_kernels, triton_installed
+from xr0_engine.fused_ops import SHARED_LIMIT, FlowInputs, FusedOps, compile_kernels, triton_installed
 from xr0_engine.model.fused import PROMPT_BUCKET
-from xr0_engine.model.fused_head import FlowInputs, FusedHead
+from xr0_engine.model.fused_head import FusedHead
 from xr0_engine.model.fused_vlm import FusedText, FusedVision
 from xr0_engine.model.layers import pack_linears
 from xr0_engine.model.xr0 import XR0Model

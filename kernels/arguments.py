@@ -85,6 +85,91 @@ class Tactic:
     library: bool = False
 
 
+@dataclass(frozen=True)
+class HalfBlock:
+    """Attention or MLP of the layers at the steps: what surrounds its products, (S, L, columns) float32 each.
+
+    scale: of the input's columns: the weights of the norms before it, times 1 + scale. bias: of the first product: its
+    own, plus what the shift contributes. gate: of the last product.
+    """
+
+    scale: Tensor
+    bias: Tensor
+    gate: Tensor
+
+    def at(self, step: int, layer: int) -> HalfBlock:
+        """Of one layer at one step, (columns,) each."""
+        return HalfBlock(self.scale[step, layer], self.bias[step, layer], self.gate[step, layer])
+
+
+@dataclass(frozen=True)
+class FlowWeights:
+    """What a flow of S steps through L layers is computed with; A action columns, C hidden, F inner, H heads of D.
+
+    addresses: (L, 4) int64, of each layer's contiguous matrices: attention's (3 H D, C) and (C, H D), the MLP's
+    (2 F, C) and (C, F); their owner keeps them. middle_norms, final_norms: (L, C), q_norms, k_norms: (L, D), float32.
+    in_weights: (C, A), (C, C), of the action projector; out_weights: (A, C), the last norm folded in, and (A, A).
+    """
+
+    addresses: Tensor
+    attention: HalfBlock
+    mlp: HalfBlock
+    middle_norms: Tensor
+    final_norms: Tensor
+    q_norms: Tensor
+    k_norms: Tensor
+    in_weights: tuple[Tensor, Tensor]
+    out_weights: tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class FlowInputs:
+    """What a chunk is sampled from, on the device; changing the values recaptures nothing.
+
+    keys, values: (L, B, G, N, D), of whose N tokens begin <= n < end count, (B,) int32 each; next_position: (3, B)
+    int32; state: (B, state_length, S) in the head's dtype; noise, prefix, action_mask: (B, T, A) float32;
+    prefix_length: (B,) int32.
+    """
+
+    keys: Tensor
+    values: Tensor
+    begin: Tensor
+    end: Tensor
+    next_position: Tensor
+    state: Tensor
+    noise: Tensor
+    prefix: Tensor
+    prefix_length: Tensor
+    action_mask: Tensor
+
+
+@dataclass(frozen=True)
+class FlowBuffers:
+    """One batch size and chunk length, Q = context + T tokens. Streams are (B, Q, C) float32, each with its sums.
+
+    start: the step's input; middle: after a layer's attention; end: after its MLP. q, k, v: (B, H, Q, D); mixed: (B, Q,
+    C); hidden: (B, Q, 4 C); embedded: (B, T, C); state_hidden: (B, state_length, C); cos, sin: (B, Q, D / 2); z: (2, B,
+    T, A) float32, whose halves take turns.
+    """
+
+    start: Tensor
+    start_sums: Tensor
+    middle: Tensor
+    middle_sums: Tensor
+    end: Tensor
+    end_sums: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mixed: Tensor
+    hidden: Tensor
+    embedded: Tensor
+    state_hidden: Tensor
+    cos: Tensor
+    sin: Tensor
+    z: Tensor
+
+
 class Workspace:
     """Scratch memory of split reductions, for kernels that run one after another on one stream.
 

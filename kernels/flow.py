@@ -114,7 +114,7 @@ def start_flow(
     hidden_columns = in_weight.shape[0]
     expect("in_weight", in_weight, (hidden_columns, actions))
     expect("hidden", hidden, (batch, tokens, hidden_columns))
-    rows, tiles = batch * tokens, _tiles(batch * tokens, actions)
+    rows, tiles = batch * tokens, flow_tiles(batch * tokens, actions)
     launch(
         _start_flow,
         (triton.cdiv(rows, tiles["ROWS"]), triton.cdiv(hidden_columns, HIDDEN_BLOCK)),
@@ -263,7 +263,7 @@ def euler_step(
     if in_weight is not None and hidden is not None:
         expect("in_weight", in_weight, (hidden_columns, actions))
         expect("hidden", hidden, (batch, tokens, hidden_columns))
-    rows, tiles = batch * tokens, _tiles(batch * tokens, actions)
+    rows, tiles = batch * tokens, flow_tiles(batch * tokens, actions)
     column_tiles = triton.cdiv(hidden_columns, HIDDEN_BLOCK)
     launch(
         _euler_step,
@@ -296,7 +296,8 @@ def euler_step(
     )
 
 
-def _tiles(rows: int, actions: int) -> dict[str, int]:
+def flow_tiles(rows: int, actions: int) -> dict[str, int]:
+    """Compile-time sizes for rows of all batches and so many action columns."""
     return {
         "ROWS": max(MIN_DOT, min(MAX_ROWS, triton.next_power_of_2(rows))),
         "ACTIONS": max(MIN_DOT, triton.next_power_of_2(actions)),

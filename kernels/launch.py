@@ -48,13 +48,14 @@ COMPILER_FAULTS = (CompilationError, OutOfResources, PTXASError)
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel call. arguments: by parameter name, constexprs among them, PDL left out."""
+    """One kernel call. arguments: by parameter name, constexprs among them, PDL left out. cooperative: as launch."""
 
     kernel: Any
     grid: tuple[int, ...]
     arguments: dict[str, Any]
     warps: int
     stages: int
+    cooperative: bool = False
 
     @property
     def name(self) -> str:
@@ -111,8 +112,23 @@ def capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], warps: int = 4, stages: int = 3) -> None:
+@lru_cache(maxsize=8)
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors; 1 in the interpreter, which runs one program after the other, and on paper."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 1
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    arguments: dict[str, Any],
+    warps: int = 4,
+    stages: int = 3,
+    cooperative: bool = False,
+) -> None:
     """Run kernel over grid. arguments: every parameter by name but PDL, which is true where the chip can do it.
+
+    cooperative: all programs run at once, and may wait for each other; such a kernel has no dependent launch.
 
     A kernel with PDL calls gdc_wait() before it reads or writes what an earlier kernel may still use, and
     gdc_launch_dependents() once its own successor may start.
@@ -120,16 +136,26 @@ def launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], warps:
     device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
     if device.type == "meta":
         assert _recorded is not None, "tensors on the meta device need recording()"
-        _recorded.append(Launch(kernel, grid, arguments, warps, stages))
+        _recorded.append(Launch(kernel, grid, arguments, warps, stages, cooperative))
         return
     if INTERPRETED:
         kernel[grid](**arguments, PDL=False)
         return
-    dependent = capability(device) >= DEPENDENT_LAUNCH_FROM
+    dependent = capability(device) >= DEPENDENT_LAUNCH_FROM and not cooperative
+    options = _options(warps, stages, dependent, cooperative)
     if _compile_only:
-        kernel.warmup(**arguments, PDL=dependent, grid=grid, num_warps=warps, num_stages=stages, launch_pdl=dependent)
+        kernel.warmup(**arguments, PDL=dependent, grid=grid, **options)
         return
-    kernel[grid](**arguments, PDL=dependent, num_warps=warps, num_stages=stages, launch_pdl=dependent)
+    kernel[grid](**arguments, PDL=dependent, **options)
+
+
+def _options(warps: int, stages: int, dependent: bool, cooperative: bool) -> dict[str, Any]:
+    options = {"num_warps": warps, "num_stages": stages}
+    if dependent:
+        options["launch_pdl"] = True
+    if cooperative:
+        options["launch_cooperative_grid"] = True
+    return options
 
 
 def variants(launches: list[Launch]) -> list[Launch]:
@@ -147,9 +173,7 @@ def compile_for(call: Launch, arch: int) -> Compiled:
         constexprs=constexprs,
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in divisible},
     )
-    options = {"num_warps": call.warps, "num_stages": call.stages}
-    if constexprs["PDL"]:
-        options["launch_pdl"] = True
+    options = _options(call.warps, call.stages, constexprs["PDL"], call.cooperative)
     binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     registers, spills = _resources(binary.asm["cubin"])
     return Compiled(call.name, arch, binary.metadata.shared, registers, spills, 32 * call.warps, constexprs)
@@ -165,9 +189,10 @@ def _signature(call: Launch, arch: int) -> tuple[dict[str, str], dict[str, Any],
     signature: dict[str, str] = {}
     constexprs: dict[str, Any] = {}
     divisible = []
+    dependent = arch >= DEPENDENT_LAUNCH_FROM and not call.cooperative
     for parameter in call.kernel.params:
         name = parameter.name
-        value = arch >= DEPENDENT_LAUNCH_FROM if name == "PDL" else call.arguments[name]
+        value = dependent if name == "PDL" else call.arguments[name]
         if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
             signature[name], constexprs[name] = "constexpr", value
         elif isinstance(value, Tensor):

@@ -14,7 +14,12 @@ from xr0_engine.tactics import TacticTable, read_tactics, tactics_for, write_tac
 
 KEY = tactic_key("linear", (3, 8, 16), torch.float32)
 TABLE = TacticTable(
-    "toy", {KEY: Tactic(16, 32, 64, split_k=2, warps=8, library=True)}, True, {KEY: {"a": 1.5}}, {"torch": "2"}
+    "toy",
+    {KEY: Tactic(16, 32, 64, split_k=2, warps=8, library=True)},
+    True,
+    {KEY: {"a": 1.5}},
+    {"torch": "2"},
+    "persistent",
 )
 
 
@@ -45,6 +50,7 @@ def test_a_table_that_cannot_be_written_leaves_the_old_one(tmp_path):
         pytest.param(lambda content: content.pop("schema"), "schema", id="no schema"),
         pytest.param(lambda content: content["tactics"][KEY].update(block_q=1), r"unknown \['block_q'\]", id="tactic"),
         pytest.param(lambda content: content.update(colour="red"), "colour", id="field"),
+        pytest.param(lambda content: content.update(flow="both"), "flow: expected chained or persistent", id="flow"),
         pytest.param(lambda content: content.update(tactics=[1]), "no tactic table", id="type"),
     ],
 )

@@ -19,6 +19,10 @@ from torch import Tensor
 from xr0_engine.kernels.arguments import (
     SHARED_LIMIT,
     STATS_COLUMNS,
+    FlowBuffers,
+    FlowInputs,
+    FlowWeights,
+    HalfBlock,
     InputNorm,
     Residual,
     StatsOut,
@@ -33,7 +37,11 @@ if TYPE_CHECKING:
 __all__ = [
     "SHARED_LIMIT",
     "STATS_COLUMNS",
+    "FlowBuffers",
+    "FlowInputs",
+    "FlowWeights",
     "FusedOps",
+    "HalfBlock",
     "InputNorm",
     "Residual",
     "StatsOut",
@@ -132,6 +140,28 @@ class FusedOps:
     def euler_step(self, *arguments: Any) -> None:
         """As kernels/flow.py: euler_step."""
         self._kernels.euler_step(*arguments)
+
+    def flow_loop(self, weights: FlowWeights, inputs: FlowInputs, buffers: FlowBuffers, **options: Any) -> None:
+        """All steps of the flow. As kernels/persistent.py: flow_loop.
+
+        Its stages have the default tiles: those of the table won as kernels of their own. Raises NotImplementedError
+        for the reference, which has no such kernel.
+        """
+        if self.backend == "reference":
+            raise NotImplementedError("flow 'persistent': the reference runs op by op; the triton backend has it")
+        batch, heads, tokens, dim = buffers.q.shape
+        columns, inner = buffers.mixed.shape[-1], buffers.hidden.shape[-1]
+        rows, action_rows = batch * tokens, batch * buffers.embedded.shape[1]
+        shapes = {
+            "qkv": ("qkv", (rows, 3 * heads * dim, columns, dim)),
+            "attention": ("lambda_attention", (batch, heads, tokens, *inputs.keys.shape[2:])),
+            "out": ("linear", (rows, columns, columns)),
+            "gate_up": ("swiglu", (rows, 2 * inner, columns)),
+            "down": ("linear", (rows, columns, inner)),
+            "tokens": ("linear", (action_rows, columns, columns)),
+        }
+        tactics = {name: self.default(kind, shape) for name, (kind, shape) in shapes.items()}
+        self._kernels.flow_loop(weights, inputs, buffers, **options, tactics=tactics, workspace=self.workspace)
 
     def dit_rope_tables(self, *arguments: Tensor, context: int, offset: int) -> None:
         """As kernels/flow.py: dit_rope_tables."""
@@ -240,10 +270,11 @@ def _kernels(backend: str) -> SimpleNamespace:
     from xr0_engine.kernels.embed import embed, layer_norm, rope_tables
     from xr0_engine.kernels.flow import dit_rope_tables, euler_step, start_flow
     from xr0_engine.kernels.linear import linear, swiglu
+    from xr0_engine.kernels.persistent import flow_loop
     from xr0_engine.kernels.qkv import qkv
 
     ops: list[Callable[..., None]] = [linear, swiglu, qkv, attention, lambda_attention, start_flow, euler_step]
-    ops += [dit_rope_tables, rope_tables, embed, layer_norm]
+    ops += [flow_loop, dit_rope_tables, rope_tables, embed, layer_norm]
     return SimpleNamespace(**{op.__name__: op for op in ops}, default_tactic=_default_tactic)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -18,13 +18,16 @@ from xr0_engine.env import cache_dir
 from xr0_engine.fused_ops import Tactic
 
 SCHEMA = 1
+Flow = Literal["chained", "persistent"]
+"""All steps of the flow as a chain of kernels, or as one kernel."""
 
 
 @dataclass(frozen=True)
 class TacticTable:
     """What was measured on one kind of GPU.
 
-    tactics: key (fused_ops.tactic_key) -> tactic. overlap: the flow's first step runs beside the VLM's last layers.
+    tactics: key (fused_ops.tactic_key) -> tactic. overlap: the flow's first step runs beside the VLM's last layers; its
+    kernels are chained then. flow: how it runs otherwise.
     measured: key -> {candidate: microseconds}, winner first. environment: versions, driver, commit.
     """
 
@@ -33,6 +36,7 @@ class TacticTable:
     overlap: bool = False
     measured: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
+    flow: Flow = "chained"
 
 
 def gpu_name(device: torch.device) -> str:
@@ -72,7 +76,10 @@ def read_tactics(path: Path) -> TacticTable:
             if unknown := set(value) - known:
                 raise ValueError(f"{key}: unknown {sorted(unknown)}")
         tactics = {key: Tactic(**value) for key, value in content.pop("tactics").items()}
-        return TacticTable(tactics=tactics, **content)
+        table = TacticTable(tactics=tactics, **content)
+        if table.flow not in get_args(Flow):
+            raise ValueError(f"flow: expected {' or '.join(get_args(Flow))}, got {table.flow!r}")
+        return table
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no tactic table: {error}; `xr0 bench tune` makes one") from None
 

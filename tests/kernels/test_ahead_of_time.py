@@ -17,7 +17,19 @@ import torch
 from tests.kernels.products import EPS, META_WORKSPACE, meta, meta_float, meta_sums
 from tests.kernels.support import ARCHS
 from tests.support import ROOT
-from xr0_engine.kernels.arguments import SHARED_LIMIT, InputNorm, Residual, StatsOut, Tactic, Weight
+from xr0_engine.fused_ops import FusedOps
+from xr0_engine.kernels.arguments import (
+    SHARED_LIMIT,
+    FlowBuffers,
+    FlowInputs,
+    FlowWeights,
+    HalfBlock,
+    InputNorm,
+    Residual,
+    StatsOut,
+    Tactic,
+    Weight,
+)
 from xr0_engine.kernels.attention import lambda_attention, lambda_tactic
 from xr0_engine.kernels.launch import compile_for, recording, variants
 from xr0_engine.kernels.linear import default_tactic, linear, swiglu
@@ -47,6 +59,7 @@ def main() -> None:
             record_eight_bits(arch)
             record_library_epilogues()
             record_twelve_queries(arch)
+            record_flow_loop(arch)
         compiled += [asdict(compile_for(call, arch)) for call in variants(launches)]
     print(json.dumps(compiled, default=str))
 
@@ -96,6 +109,43 @@ def record_twelve_queries(arch: int) -> None:
     tactic = lambda_tactic((1, 8, 12, 8, 315, 128), arch)
     arguments = (own, own, own, cache, cache, span, span, meta(1, 12, 1024))
     lambda_attention(*arguments, window=4, context=2, tactic=tactic, workspace=META_WORKSPACE)
+
+
+def record_flow_loop(arch: int) -> None:
+    """All steps for a chunk of 30 after 320 tokens, at the published sizes."""
+    batch, tokens, layers, steps, columns, inner, heads, dim, actions = 1, 32, 16, 5, 1024, 4096, 8, 128, 32
+    chunk, span = (batch, tokens - 2, actions), meta(batch, dtype=torch.int32)
+
+    def half(outputs: int) -> HalfBlock:
+        return HalfBlock(*(meta_float(steps, layers, size) for size in (columns, outputs, columns)))
+
+    norms, head_norms = meta_float(layers, columns), meta_float(layers, dim)
+    weights = FlowWeights(
+        addresses=meta(layers, 4, dtype=torch.int64),
+        attention=half(3 * columns),
+        mlp=half(2 * inner),
+        middle_norms=norms,
+        final_norms=norms,
+        q_norms=head_norms,
+        k_norms=head_norms,
+        in_weights=(meta(columns, actions), meta(columns, columns)),
+        out_weights=(meta(actions, columns), meta(actions, actions)),
+    )
+    cache = meta(layers, batch, 8, 320, dim)
+    inputs = FlowInputs(
+        *(cache, cache, span, span, meta(3, batch, dtype=torch.int32), meta(batch, 1, 32)),
+        *(meta_float(*chunk), meta_float(*chunk), span, meta_float(*chunk)),
+    )
+    stream, sums = meta_float(batch, tokens, columns), meta_sums(tokens, columns)
+    own, table = meta(batch, heads, tokens, dim), meta_float(batch, tokens, dim // 2)
+    buffers = FlowBuffers(
+        *(stream, sums, stream, sums, stream, sums, own, own, own),
+        *(meta(batch, tokens, columns), meta(batch, tokens, inner), meta(batch, tokens - 2, columns)),
+        *(meta(batch, 1, columns), table, table, meta_float(2, *chunk)),
+    )
+    FusedOps("triton", torch.device("meta"), arch=arch).flow_loop(
+        weights, inputs, buffers, eps=EPS, context=2, window=4
+    )
 
 
 if __name__ == "__main__":

@@ -47,8 +47,10 @@ def fused_of(plain, **head) -> tuple[FusedModel, object]:
     return FusedModel(model, "reference", TacticTable(""), graphs=False), original
 
 
-@pytest.mark.parametrize("batch", [1, 2], ids=["one row", "padded batch"])
-def test_the_kernels_compute_the_step(tmp_path, batch):
+@pytest.mark.parametrize(
+    ("batch", "flow"), [(1, "chained"), (2, "persistent")], ids=["one row", "padded batch, persistent flow"]
+)
+def test_the_kernels_compute_the_step(tmp_path, batch, flow):
     """All kernels in sequence, in Triton's interpreter or on the GPU, at the smallest sizes that have every part."""
     pytest.importorskip("triton")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -63,7 +65,7 @@ def test_the_kernels_compute_the_step(tmp_path, batch):
     inputs = random_inputs(config, [[(2, 4)]] * batch, [[3, 7], [1, 2]][:batch], 4)
     chunk = chunk_inputs(inputs, config, 1)
     expected = model.sample(model.prefill(inputs, model.encode_images(inputs)), inputs.state, *chunk)
-    fused = FusedModel(model, "triton", TacticTable(""), graphs=device.type == "cuda")
+    fused = FusedModel(model, "triton", TacticTable("", flow=flow), graphs=device.type == "cuda")
     torch.testing.assert_close(fused.step(inputs, *chunk), expected, rtol=0, atol=MAX_ERROR)
 
 

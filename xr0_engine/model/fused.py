@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from xr0_engine.config import XR0Config
-from xr0_engine.fused_ops import FusedOps
+from xr0_engine.fused_ops import FlowInputs, FusedOps
 from xr0_engine.graph import Graph
-from xr0_engine.model.fused_head import FlowInputs, FusedHead
+from xr0_engine.model.fused_head import FusedHead
 from xr0_engine.model.fused_vlm import FusedText, FusedVision
 from xr0_engine.model.staging import Staging
 from xr0_engine.model.xr0 import XR0Model
@@ -321,7 +321,8 @@ class Session:
 
     @torch.inference_mode()
     def sample(self) -> None:
-        self.model.head.run(self.flow_ops, self.flow_inputs, self.flow)
+        persistent = self.model.table.flow == "persistent"
+        self.model.head.run(self.flow_ops, self.flow_inputs, self.flow, persistent=persistent)
 
     def close(self) -> None:
         for graph in self._graphs.values():
@@ -383,6 +384,7 @@ class FlowSession:
             action_mask=zeros(*chunk),
         )
         self._buffers, self._ops, self._head = model.head.buffers(batch, chunk_length), model.ops(), model.head
+        self._persistent = model.table.flow == "persistent"
         self._graph = Graph(self._run, device, f"flow {batch}x{tokens}")
 
     def sample(self, kv: KVBlock, state: Tensor, noise: Tensor, prefix: Tensor, prefix_length: Tensor) -> Tensor:
@@ -409,7 +411,7 @@ class FlowSession:
 
     @torch.inference_mode()
     def _run(self) -> None:
-        self._head.run(self._ops, self.inputs, self._buffers)
+        self._head.run(self._ops, self.inputs, self._buffers, persistent=self._persistent)
 
 
 @torch.inference_mode()

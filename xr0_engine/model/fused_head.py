@@ -10,77 +10,24 @@ heads, D head_dim, L layers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
 from xr0_engine.flow import flow_times
-from xr0_engine.fused_ops import FusedOps, InputNorm, Residual, StatsOut, Weight
+from xr0_engine.fused_ops import (
+    FlowBuffers,
+    FlowInputs,
+    FlowWeights,
+    FusedOps,
+    HalfBlock,
+    InputNorm,
+    Residual,
+    StatsOut,
+    Weight,
+)
 from xr0_engine.model.dit import DIT_RMS_EPS, MLP_RATIO, ActionHead, DiTLayer, Projector
 from xr0_engine.model.fused_vlm import new_sums, packed
 from xr0_engine.model.layers import inverse_frequencies, mrope_axes, parts_of
-
-
-@dataclass(frozen=True)
-class HalfBlock:
-    """Attention or MLP of one layer at one step: what surrounds its products, (columns,) float32 each.
-
-    scale: of the input's columns: the weights of the norms before it, times 1 + scale. bias: of the first product: its
-    own, plus what the shift contributes. gate: of the last product.
-    """
-
-    scale: Tensor
-    bias: Tensor
-    gate: Tensor
-
-
-@dataclass(frozen=True)
-class FlowInputs:
-    """What a chunk is sampled from, on the device; changing the values recaptures nothing.
-
-    keys, values: (L, B, G, N, D), of whose N tokens begin <= n < end count, (B,) int32 each; next_position: (3, B)
-    int32; state: (B, state_length, S) in the head's dtype; noise, prefix, action_mask: (B, T, A) float32;
-    prefix_length: (B,) int32.
-    """
-
-    keys: Tensor
-    values: Tensor
-    begin: Tensor
-    end: Tensor
-    next_position: Tensor
-    state: Tensor
-    noise: Tensor
-    prefix: Tensor
-    prefix_length: Tensor
-    action_mask: Tensor
-
-
-@dataclass(frozen=True)
-class FlowBuffers:
-    """One batch size and chunk length. Streams are (B, Q, C) float32, each with its sums.
-
-    start: the step's input; middle: after a layer's attention; end: after its MLP. q, k, v: (B, H, Q, D); mixed: (B, Q,
-    C); hidden: (B, Q, 4 C); embedded: (B, T, C); state_hidden: (B, state_length, C); cos, sin: (B, Q, D / 2); z: two of
-    (B, T, A) float32, which take turns.
-    """
-
-    start: Tensor
-    start_sums: Tensor
-    middle: Tensor
-    middle_sums: Tensor
-    end: Tensor
-    end_sums: Tensor
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    mixed: Tensor
-    hidden: Tensor
-    embedded: Tensor
-    state_hidden: Tensor
-    cos: Tensor
-    sin: Tensor
-    z: tuple[Tensor, Tensor]
 
 
 class FusedHead:
@@ -95,13 +42,8 @@ class FusedHead:
             self.frequencies = self.frequencies.bfloat16().float()
         self.axes = mrope_axes(len(self.frequencies), head.mrope_section, weight.device).int()
         self._layers = parts_of(head.dit.layers, DiTLayer)
-        self._middle_norms = [layer.middle_layernorm.weight.float() for layer in self._layers]
-        self._final_norms = [layer.final_layernorm.weight.float() for layer in self._layers]
-        self._tables = _half_blocks(head, self._layers)
         self._state_weights = _weights(head.state_projector)
-        self._action_weights = _weights(head.action_projector)
-        first, second = _weights(head.action_output_layer)
-        self._out_weights = (first.float() * self._final_norms[-1]).to(weight.dtype), second
+        self._weights = _flow_weights(head, self._layers)
 
     @property
     def steps(self) -> int:
@@ -143,15 +85,30 @@ class FusedHead:
             state_hidden=empty(batch, config.state_length, width),
             cos=table(),
             sin=table(),
-            z=(empty(*z_shape, dtype=torch.float32), empty(*z_shape, dtype=torch.float32)),
+            z=empty(2, *z_shape, dtype=torch.float32),
         )
 
-    def run(self, ops: FusedOps, inputs: FlowInputs, b: FlowBuffers, trace: list[Tensor] | None = None) -> Tensor:
-        """Returns the buffer of b.z that then holds the chunk, (B, T, A) float32, in the model's units.
+    def run(
+        self,
+        ops: FusedOps,
+        inputs: FlowInputs,
+        b: FlowBuffers,
+        trace: list[Tensor] | None = None,
+        *,
+        persistent: bool = False,
+    ) -> Tensor:
+        """Returns the half of b.z that then holds the chunk, (B, T, A) float32, in the model's units.
 
-        trace, if given, receives a copy of z before each step and after the last.
+        trace, if given, receives a copy of z before each step and after the last. persistent: all steps in one kernel,
+        which leaves no trace.
         """
+        assert not (persistent and trace is not None)
         self.begin(ops, inputs, b)
+        if persistent:
+            ops.flow_loop(
+                self._weights, inputs, b, eps=DIT_RMS_EPS, context=self.context, window=self.config.local_window
+            )
+            return b.z[self.steps % 2]
         return self.finish(ops, inputs, b, 0, trace)
 
     def finish(
@@ -170,7 +127,7 @@ class FusedHead:
 
     def begin(self, ops: FusedOps, inputs: FlowInputs, b: FlowBuffers) -> None:
         """Rotary tables, the state's token, and the first step's input."""
-        (state_in, state_out), (action_in, action_out) = self._state_weights, self._action_weights
+        (state_in, state_out), (action_in, action_out) = self._state_weights, self._weights.in_weights
         ops.dit_rope_tables(
             inputs.next_position, inputs.prefix_length, self.frequencies, self.axes, b.cos, b.sin,
             context=self.context, offset=self.config.position_offset,
@@ -184,18 +141,19 @@ class FusedHead:
 
     def layer(self, ops: FusedOps, inputs: FlowInputs, b: FlowBuffers, step: int, index: int) -> None:
         """The first layer of a step reads b.start, the others b.end; all write b.end."""
-        layer = self._layers[index]
-        attention, mlp = self._tables[step][index]
-        middle_norm, final_norm = self._middle_norms[index], self._final_norms[index]
+        layer, weights = self._layers[index], self._weights
+        attention, mlp = weights.attention.at(step, index), weights.mlp.at(step, index)
+        middle_norm, final_norm = weights.middle_norms[index], weights.final_norms[index]
         if index == 0:
             norm, residual = InputNorm(b.start_sums, DIT_RMS_EPS), Residual(b.start, attention.gate)
         else:
             norm = InputNorm(b.end_sums, DIT_RMS_EPS, "double_rms")
-            residual = Residual(b.end, attention.gate, b.end_sums, self._final_norms[index - 1], DIT_RMS_EPS)
+            residual = Residual(b.end, attention.gate, b.end_sums, weights.final_norms[index - 1], DIT_RMS_EPS)
         attn = layer.attn
         ops.qkv(
             residual.x, Weight(attn.qkv_proj.weight), b.q, b.k, b.v, bias=attention.bias, col_scale=attention.scale,
-            norm=norm, q_weight=attn.q_norm.weight, k_weight=attn.k_norm.weight, eps=DIT_RMS_EPS, cos=b.cos, sin=b.sin,
+            norm=norm, q_weight=weights.q_norms[index], k_weight=weights.k_norms[index], eps=DIT_RMS_EPS, cos=b.cos,
+            sin=b.sin,
         )  # fmt: skip
         ops.lambda_attention(
             b.q, b.k, b.v, inputs.keys[index], inputs.values[index], inputs.begin, inputs.end, b.mixed,
@@ -215,9 +173,9 @@ class FusedHead:
 
     def end_step(self, ops: FusedOps, inputs: FlowInputs, b: FlowBuffers, step: int) -> None:
         """Velocity, Euler update and, but for the last step, the next step's input."""
-        (first, second), more = self._action_weights, step + 1 < self.steps
+        (first, second), more = self._weights.in_weights, step + 1 < self.steps
         ops.euler_step(
-            b.end[:, self.context :], b.end_sums[:, :, self.context :], DIT_RMS_EPS, *self._out_weights,
+            b.end[:, self.context :], b.end_sums[:, :, self.context :], DIT_RMS_EPS, *self._weights.out_weights,
             b.z[step % 2], b.z[(step + 1) % 2], inputs.prefix_length, inputs.action_mask, 1.0 / self.steps,
             first if more else None, b.embedded if more else None,
         )  # fmt: skip
@@ -233,21 +191,46 @@ def _weights(projector: Projector) -> tuple[Tensor, Tensor]:
     return first.weight, second.weight
 
 
-def _half_blocks(head: ActionHead, layers: list[DiTLayer]) -> list[list[tuple[HalfBlock, HalfBlock]]]:
-    """[step][layer]: attention and MLP."""
+def _flow_weights(head: ActionHead, layers: list[DiTLayer]) -> FlowWeights:
+    attention, mlp = _half_blocks(head, layers)
+    first, second = _weights(head.action_output_layer)
+    final_norms = torch.stack([layer.final_layernorm.weight.float() for layer in layers])
+    matrices = [
+        (layer.attn.qkv_proj.weight, layer.attn.o_proj.weight, packed(layer.mlp), layer.mlp.down_proj.weight)
+        for layer in layers
+    ]
+    assert all(matrix.is_contiguous() for layer in matrices for matrix in layer)
+    addresses = [[matrix.data_ptr() for matrix in layer] for layer in matrices]
+    return FlowWeights(
+        addresses=torch.tensor(addresses, dtype=torch.int64, device=first.device),
+        attention=attention,
+        mlp=mlp,
+        middle_norms=torch.stack([layer.middle_layernorm.weight.float() for layer in layers]),
+        final_norms=final_norms,
+        q_norms=torch.stack([layer.attn.q_norm.weight.float() for layer in layers]),
+        k_norms=torch.stack([layer.attn.k_norm.weight.float() for layer in layers]),
+        in_weights=_weights(head.action_projector),
+        out_weights=((first.float() * final_norms[-1]).to(first.dtype), second),
+    )
+
+
+def _half_blocks(head: ActionHead, layers: list[DiTLayer]) -> tuple[HalfBlock, HalfBlock]:
+    """Attention and MLP."""
     # (L, steps, 6, C): shift, 1 + scale, gate of attention, then of the MLP.
     modulations = head.modulations(flow_times(head.config.flow_steps).to(head.sink.weight.device)).squeeze(3).float()
     outer = torch.ones_like(modulations[0, 0, 0])
-    tables: list[list[tuple[HalfBlock, HalfBlock]]] = [[] for _ in range(head.config.flow_steps)]
-    for layer, steps in zip(layers, modulations, strict=True):
+    attention: list[tuple[Tensor, ...]] = []
+    mlp: list[tuple[Tensor, ...]] = []
+    for layer, parts in zip(layers, modulations.transpose(1, 2), strict=True):
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = parts
         qkv, gate_up = layer.attn.qkv_proj, packed(layer.mlp).float()
         into_attention = outer * layer.input_layernorm.weight.float()
         into_mlp = layer.middle_layernorm.weight.float() * layer.post_layernorm.weight.float()
         outer = layer.final_layernorm.weight.float()
-        qkv_bias = steps[:, 0] @ qkv.weight.float().T + qkv.bias.float()
-        mlp_bias = steps[:, 3] @ gate_up.T
-        for step, (_, scale_a, gate_a, _, scale_m, gate_m) in enumerate(steps.unbind(0)):
-            attention = HalfBlock(into_attention * scale_a, qkv_bias[step], gate_a.contiguous())
-            mlp = HalfBlock(into_mlp * scale_m, mlp_bias[step], gate_m.contiguous())
-            tables[step].append((attention, mlp))
-    return tables
+        attention.append((into_attention * scale_a, shift_a @ qkv.weight.float().T + qkv.bias.float(), gate_a))
+        mlp.append((into_mlp * scale_m, shift_m @ gate_up.T, gate_m))
+
+    def stacked(half: list[tuple[Tensor, ...]]) -> HalfBlock:
+        return HalfBlock(*(torch.stack(of_layers, dim=1) for of_layers in zip(*half, strict=True)))
+
+    return stacked(attention), stacked(mlp)
