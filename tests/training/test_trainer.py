@@ -51,6 +51,8 @@ def test_a_run_learns_and_the_engine_loads_what_it_made(base, tmp_path):
     lines = train(config, tmp_path, validation=lambda: held_out)
     losses = values(lines, "loss")
     assert losses[-1] < 0.5 * losses[0]
+    assert [line["step"] for line in lines if "validation/l1" in line] == [0, 40, 80]
+    assert lines[-1]["validation/l1"] < 0.5 * lines[0]["validation/l1"]
     assert lines[-1]["validation/ratio"] > 1.5
     assert lines[-1]["validation/baseline_l1"] == pytest.approx(
         float(np.mean([np.abs(sample.actions[sample.mask]).mean() for sample in held_out])), rel=1e-5
@@ -123,6 +125,17 @@ def test_resumed_after_an_error_the_losses_are_the_same_bit_for_bit(base, tmp_pa
     ]
     first, second = (tmp_path / run / "model" / "model-00001-of-00001.safetensors" for run in ("whole", "cut"))
     assert first.read_bytes() == second.read_bytes()
+
+
+def test_cut_before_the_first_checkpoint_it_reports_anew(base, tmp_path):
+    config = config_for("finetune_head", base, "optim.steps=2", "run.log_every=1")
+    held_out = [robot_sample(10**6)]
+    source = StopsAt(robot_sample, config.data.batch_size)
+    source.last = 1
+    with pytest.raises(Stopped):
+        train(config, tmp_path, source=source, validation=lambda: held_out)
+    assert [line["step"] for line in metrics(tmp_path)] == [0, 1]
+    assert [line["step"] for line in train(config, tmp_path, validation=lambda: held_out)] == [0, 1, 2]
 
 
 class Slow(Numbered):
