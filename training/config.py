@@ -22,7 +22,7 @@ UNSET = ""
 class ModelConfig:
     """Where the weights come from and which of them learn.
 
-    checkpoint: folder or hub id that gives sizes, tokenizer and the starting weights.
+    checkpoint: folder or hub id that gives sizes, tokenizer and starting weights, of XR-0 or its VLM alone (base.py).
     train: `head` (VLM frozen, kept in the compute dtype), `vlm` (head frozen) or `all`.
     fresh_head: start the DiT from new random weights instead of the checkpoint's.
     train_text_embeddings: they stay frozen unless this is set (so does the LM head, which is tied to them).
