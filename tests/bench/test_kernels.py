@@ -103,7 +103,7 @@ def test_suite_times_what_was_checked(monkeypatch):
         pytest.param(ValueError, {"dtype": "int8"}, "auto", id="dtype"),
         pytest.param(ValueError, {"size": "huge"}, "auto", id="size"),
         pytest.param(ValueError, {}, "metal", id="unknown backend"),
-        pytest.param(NotImplementedError, {}, "triton", id="backend"),
+        pytest.param(NotImplementedError, {}, "cuda", id="backend"),
     ],
 )
 def test_refused(error, change, backend):
