@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import replace
+from importlib.util import find_spec
 
 from xr0_engine.fused_ops import Tactic
 
@@ -35,6 +36,8 @@ def tiles(kind: str, shape: tuple[int, ...], default: Tactic, processors: int) -
     """
     if kind == "attention":
         found = [*_attention_tiles(default), replace(default, library=True)]
+        if find_spec("flash_attn") is not None:
+            found.append(replace(default, library=True, flash=True))
     elif kind == "lambda_attention":
         found = _lambda_tiles(shape, default, processors)
     elif kind in ("linear", "swiglu", "qkv"):
@@ -54,6 +57,8 @@ def schedules(best: Tactic) -> list[Tactic]:
 
 def name(tactic: Tactic) -> str:
     """`64x128x64 split 2, 4 warps, 3 stages`."""
+    if tactic.flash:
+        return "flash-attn"
     if tactic.library:
         return f"library, {tactic.block_m}x{tactic.block_n} after it"
     tile = f"{tactic.block_m}x{tactic.block_n}x{tactic.block_k} split {tactic.split_k}"

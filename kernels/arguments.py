@@ -74,7 +74,11 @@ class StatsOut:
 
 @dataclass(frozen=True)
 class Tactic:
-    """How one kernel runs. library: the product by torch (cuBLASLt), what surrounds it by one kernel of ours."""
+    """How one kernel runs.
+
+    library: the product by torch (cuBLASLt), what surrounds it by one kernel of ours; attention by torch alone. flash:
+    with library, attention by the package flash-attn instead.
+    """
 
     block_m: int = 32
     block_n: int = 64
@@ -83,6 +87,7 @@ class Tactic:
     warps: int = 4
     stages: int = 3
     library: bool = False
+    flash: bool = False
 
 
 @dataclass(frozen=True)

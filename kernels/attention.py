@@ -14,6 +14,8 @@ Shape legend: B batch, H query heads, G KV heads, M or Q queries, N keys, D head
 from __future__ import annotations
 
 import math
+from importlib import import_module
+from importlib.util import find_spec
 
 import torch.nn.functional as F
 import triton
@@ -122,7 +124,8 @@ def attention(
 ) -> None:
     """Softmax attention with scale 1/sqrt(D) and grouped KV. causal: query i sees keys up to i + N - M.
 
-    q: (B, H, M, D); k, v: (B, G, N, D); out: (B, M, H * D). Raises ValueError for shapes that do not fit.
+    q: (B, H, M, D); k, v: (B, G, N, D); out: (B, M, H * D). Raises ValueError for shapes that do not fit,
+    NotImplementedError for a tactic of flash-attn where that is not installed.
     """
     batch, heads, rows, dim = q.shape
     groups, keys = k.shape[1], k.shape[2]
@@ -135,9 +138,8 @@ def attention(
     if causal and keys < rows:
         raise ValueError(f"k: expected at least as many keys as queries, {rows}, if causal; got {keys}")
     if tactic.library:
-        mask = causal_lower_right(rows, keys) if causal else None
-        mixed = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=heads != groups)
-        out.unflatten(-1, (heads, dim)).copy_(mixed.transpose(1, 2))
+        mixed = _flash(q, k, v, causal) if tactic.flash else _torch_attention(q, k, v, causal)
+        out.unflatten(-1, (heads, dim)).copy_(mixed)
         return
     expect_tiles(tactic, "block_m", "block_n")
     share = heads // groups
@@ -365,6 +367,20 @@ def lambda_attention(
         tactic.warps,
         tactic.stages,
     )
+
+
+def _torch_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """(B, M, H, D), by torch."""
+    mask = causal_lower_right(q.shape[2], k.shape[2]) if causal else None
+    return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """The same by flash-attn, whose causal mask is ours: the last query sees all keys (since its version 2.1)."""
+    if find_spec("flash_attn") is None:
+        raise NotImplementedError("tactic.flash: flash-attn is not installed; a tactic without it runs")
+    flash = import_module("flash_attn")
+    return flash.flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal=causal)
 
 
 def _expect_groups(heads: int, groups: int) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
 import pytest
 import torch
 
@@ -50,6 +54,31 @@ def plain_attention(q, k, v, mask):
     k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
     scores = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).masked_fill(~mask, -torch.inf)
     return scores.softmax(-1) @ v
+
+
+def test_flash_attn_is_called_as_it_wants_to_be(workspace, monkeypatch):
+    """With a stand-in that states the package's contract: (B, M, H, D), grouped KV, the last query sees all keys."""
+
+    def flash_attn_func(q, k, v, causal):
+        assert q.shape == (2, 5, 4, 16)
+        assert k.shape == v.shape == (2, 7, 2, 16)
+        assert causal
+        mask = torch.ones(5, 7, dtype=torch.bool, device=DEVICE).tril(2)
+        return plain_attention(*(t.transpose(1, 2) for t in (q, k, v)), mask).transpose(1, 2)
+
+    q, k, v = randn(2, 4, 5, 16), randn(2, 2, 7, 16), randn(2, 2, 7, 16)
+    out, expected = torch.empty(2, 5, 64, device=DEVICE), torch.empty(2, 5, 64, device=DEVICE)
+    tactic = Tactic(library=True, flash=True)
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    with pytest.raises(NotImplementedError, match="flash-attn is not installed"):
+        attention(q, k, v, out, causal=True, tactic=tactic, workspace=workspace)
+    package = ModuleType("flash_attn")
+    package.flash_attn_func = flash_attn_func
+    package.__spec__ = ModuleSpec("flash_attn", None)
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    attention(q, k, v, out, causal=True, tactic=tactic, workspace=workspace)
+    fused_reference.attention(q, k, v, expected, causal=True, tactic=tactic, workspace=workspace)
+    torch.testing.assert_close(out, expected)
 
 
 LAMBDA_SIZES = [
