@@ -218,6 +218,9 @@ def _ratio_table(result: Result, rivals: list[str]) -> Table:
         table.add_column(rival, justify="right")
         table.add_column("quartiles", justify="right")
     for stage, samples in result.series["engine"].items():
+        # One CUDA graph has one `step` where the rivals have stages: the total is what both have.
+        if any(stage not in result.series[rival] for rival in rivals):
+            continue
         row = []
         for rival in rivals:
             middle, low, high = ratio_with_spread(np.array(result.series[rival][stage]), np.array(samples))

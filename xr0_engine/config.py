@@ -10,6 +10,10 @@ from typing import Any
 
 from xr0_engine.types import CheckpointError
 
+TRAINED_PREFIX = 6
+"""Longest prefix of the published training (spec section 4.1), which checkpoints do not state: what a longer one gives
+was never learned."""
+
 
 @dataclass(frozen=True)
 class VisionConfig:

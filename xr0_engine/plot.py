@@ -34,7 +34,7 @@ STYLE: dict[Any, Any] = {
 # Okabe and Ito's palette: told apart with any colour vision.
 COLORS = ("#D55E00", "#009E73", "#0072B2", "#CC79A7", "#E69F00", "#56B4E9")
 JOINTS = ("waist", "shoulder", "elbow", "forearm roll", "wrist angle", "wrist rotate")
-STAGES = ("preprocess", "vision", "prefill", "flow", "decode")
+STAGES = ("preprocess", "vision", "prefill", "flow", "step", "decode")
 
 
 @dataclass(frozen=True)

@@ -168,3 +168,14 @@ def test_tables_fit_80_columns(capsys, monkeypatch):
         assert text in printed
     assert "INTERRUPTED" in printed
     assert "…" not in printed
+
+
+def test_an_engine_of_one_graph_is_shown_beside_rivals_of_stages():
+    series = {
+        "engine": {"preprocess": [1.0, 1.0], "step": [4.0, 4.0], "decode": [0.1, 0.1], "total": [5.1, 5.1]},
+        "released": {"preprocess": [2.0, 2.0], "vision": [9.0, 9.0], "total": [20.4, 20.4]},
+    }
+    result = Result("latency", "xr0", {}, {"name": "libero"}, "stage", "triton", series)
+    table = latency._ratio_table(result, ["released"])
+    assert list(table.columns[0].cells) == ["preprocess", "total"]
+    assert list(table.columns[1].cells) == ["2.00", "4.00"]

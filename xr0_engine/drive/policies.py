@@ -7,10 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from xr0_engine.config import TRAINED_PREFIX
 from xr0_engine.executor import Policy
-
-# What post-training draws prefixes from (spec section 4.1); checkpoints do not say.
-TRAINED_PREFIX = 6
 
 
 @dataclass(frozen=True)

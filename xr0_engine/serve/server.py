@@ -27,6 +27,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request as HttpRequest
 from websockets.http11 import Response
 
+from xr0_engine.config import TRAINED_PREFIX
 from xr0_engine.serve.access import check_bind, is_allowed, is_local_name, is_loopback
 from xr0_engine.serve.images import encode_jpeg
 from xr0_engine.serve.monitor import Monitor
@@ -48,7 +49,7 @@ from xr0_engine.serve.protocol import (
     read_request,
     request_id,
 )
-from xr0_engine.serve.worker import TRAINED_PREFIX, Backend, Served
+from xr0_engine.serve.worker import Backend, Served
 from xr0_engine.types import ActionChunk
 
 log = logging.getLogger("xr0_engine.serve")

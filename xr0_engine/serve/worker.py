@@ -17,9 +17,6 @@ from xr0_engine.embodiment import Embodiment
 from xr0_engine.serve.protocol import Request, RobotInfo
 from xr0_engine.types import ActionChunk, Observation
 
-TRAINED_PREFIX = 6
-"""Longest prefix of the published training (spec section 4.1): what a longer one gives was never learned."""
-
 
 class ServedEngine(Protocol):
     """What is asked of an engine: xr0_engine.Engine has it, and so may anything else that gives chunks."""
