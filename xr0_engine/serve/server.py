@@ -424,7 +424,7 @@ class _Session:
                 except (Refused, PolicyFailed) as error:
                     outcome = error
             if isinstance(outcome, tuple):
-                await self._connection.send(self._reply(waiting, *outcome, queue_ms))
+                await self._reply(waiting, *outcome, queue_ms)
             else:
                 await self._refuse(outcome, waiting.request.id)
             self._answering = False
@@ -436,11 +436,12 @@ class _Session:
         self._answering = True
         return waiting
 
-    def _reply(self, waiting: _Waiting, chunk: ActionChunk, infer_ms: float, queue_ms: float) -> bytes:
+    async def _reply(self, waiting: _Waiting, chunk: ActionChunk, infer_ms: float, queue_ms: float) -> None:
         total_ms = 1e3 * (time.perf_counter() - waiting.received)
         timing = {"infer_ms": infer_ms, "queue_ms": queue_ms, "total_ms": total_ms}
+        await self._connection.send(encode_chunk(chunk, waiting.request.id, timing))
+        # The robot waits for the chunk, nobody for the metrics.
         self._server.monitor.answered(self._number, waiting.request.observation, chunk, timing)
-        return encode_chunk(chunk, waiting.request.id, timing)
 
     async def _refuse(self, error: ServerError, number: int | None) -> None:
         self._server.monitor.refused(self._number, error.kind)
