@@ -1,22 +1,63 @@
-"""The executor with a real client and a real server process: killed in the middle of a chunk, and started again."""
+"""The executor with a real client and a real server process: in order, and killed in the middle of a chunk."""
 
 from __future__ import annotations
 
+import json
+import signal
 import subprocess
 import sys
 import threading
 import time
 
 import numpy as np
+import pytest
+from typer.testing import CliRunner
 
 from tests.executor.support import assert_adds_up
 from tests.support import ROOT
+from xr0_engine.checkpoint import init_checkpoint
+from xr0_engine.cli import app
 from xr0_engine.drive.null import NullRobot
 from xr0_engine.drive.policies import from_server
-from xr0_engine.executor import Executor, Settings, SystemClock
+from xr0_engine.executor import Executor, Settings, SystemClock, read_session
 
 # Starting Python on a busy machine.
 PATIENCE_S = 60.0
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """The address of `xr0 serve` with a tiny checkpoint."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    init_checkpoint(folder, "tiny")
+    command = [sys.executable, "-m", "xr0_engine", "serve", str(folder), "--port", "0", "--robot-type", "bimanual"]
+    server = subprocess.Popen([*command, "--image-size", "64x64"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    yield server.stdout.readline().split()[2].rstrip(",")
+    server.send_signal(signal.SIGTERM)
+    assert server.wait(PATIENCE_S) == 0
+    server.stdout.close()
+
+
+@pytest.mark.parametrize("env", ["null", "demo"])
+def test_drive_against_a_server(served, env, tmp_path):
+    """What `make soak` does for ten minutes, and the demo environment the same way."""
+    if env == "demo":
+        pytest.importorskip("gym_aloha")
+    recording = tmp_path / "session.jsonl"
+    command = ["drive", "--env", env, "--server", served, "--seconds", "3", "--record", str(recording), "--json"]
+    result = CliRunner().invoke(app, command)
+    report = json.loads(result.stdout)
+    counts, jitter = report["counts"], report["jitter"]
+    assert result.exit_code == (1 if counts["deadline_misses"] else 0)
+    assert report["ended"] == "time"
+    assert counts["chunks"] > 0
+    assert counts["failed"] == counts["rejected"] == counts["clock_jumps"] == 0
+    steps = read_session(recording).lines["step"]
+    assert jitter["count"] == len(steps) > 0
+    assert 0 < jitter["p50_ms"] <= jitter["p99_9_ms"] <= jitter["max_ms"]
+    # However slow this machine is, no step is lost without being counted.
+    assert counts["executed"] + counts["held"] + counts["waited"] + counts["missed"] >= 89
+    assert np.isfinite([line["row"] for line in steps]).all()
 
 
 def start_server(port=0):

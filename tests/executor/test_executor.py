@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from dataclasses import replace
 
@@ -562,3 +563,17 @@ def test_an_error_of_the_robot_stops_it():
     with pytest.raises(OSError, match="bus off"):
         execute(clock=clock, robot=robot)
     assert robot.stops == 1
+
+
+@pytest.mark.parametrize("frozen_by_caller", [False, True], ids=["by the run alone", "by the caller too"])
+def test_no_full_garbage_collection_while_it_runs(frozen_by_caller):
+    executing = []
+    clock = VirtualClock(100.0)
+    if frozen_by_caller:
+        gc.freeze()
+    try:
+        execute(clock=clock, robot=MarkedRobot(clock, on_command=lambda _: executing.append(gc.get_freeze_count())))
+        assert min(executing) > 1000
+        assert bool(gc.get_freeze_count()) == frozen_by_caller
+    finally:
+        gc.unfreeze()

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from xr0_engine.executor.clock import Clock, SystemClock
+from xr0_engine.executor.clock import Clock, SystemClock, short_collections
 from xr0_engine.executor.delay import DelayEstimator
 from xr0_engine.executor.frame import Frame, coast
 from xr0_engine.executor.interfaces import Policy, Robot, SensorsNotReady, Snapshot
@@ -99,21 +99,9 @@ class Executor:
         """
         if not 0 < seconds < math.inf:
             raise ValueError(f"seconds: expected a time above 0, got {seconds}")
-        loop_hz = self._settings.loop_hz
-        tick = self._next_tick()
-        last = tick + max(1, round(seconds * loop_hz))
         try:
-            while tick < last and not self._ended.is_set():
-                if not self._wait(tick):
-                    self._clock_went_back()
-                    restart = self._next_tick()
-                    last, tick = last - tick + restart, restart
-                    continue
-                now = self._clock.now()
-                current = max(tick, math.floor(now * loop_hz + ROUNDING_TICKS))
-                self.report.counts["deadline_misses"] += current - tick
-                self._tick(current, now)
-                tick = current + 1
+            with short_collections():
+                self._loop(max(1, round(seconds * self._settings.loop_hz)))
         finally:
             self._robot.stop()
             self._finish()
@@ -124,6 +112,22 @@ class Executor:
         if not self._ended.is_set():
             self.report.ended = reason
             self._ended.set()
+
+    def _loop(self, ticks: int) -> None:
+        loop_hz = self._settings.loop_hz
+        tick = self._next_tick()
+        last = tick + ticks
+        while tick < last and not self._ended.is_set():
+            if not self._wait(tick):
+                self._clock_went_back()
+                restart = self._next_tick()
+                last, tick = last - tick + restart, restart
+                continue
+            now = self._clock.now()
+            current = max(tick, math.floor(now * loop_hz + ROUNDING_TICKS))
+            self.report.counts["deadline_misses"] += current - tick
+            self._tick(current, now)
+            tick = current + 1
 
     def _next_tick(self) -> int:
         return math.ceil(self._clock.now() * self._settings.loop_hz - ROUNDING_TICKS)
