@@ -7,7 +7,6 @@ and at most one at work; clients take turns in the order in which they came to w
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import ssl
 import threading
@@ -16,39 +15,27 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from http import HTTPStatus
-from importlib.resources import files
 from types import TracebackType
 from typing import Protocol
 
 from websockets.asyncio.server import Server as WebsocketServer
 from websockets.asyncio.server import ServerConnection, serve
-from websockets.datastructures import Headers
 from websockets.exceptions import ConnectionClosed
-from websockets.http11 import Request as HttpRequest
-from websockets.http11 import Response
 
 from xr0_engine.config import TRAINED_PREFIX
-from xr0_engine.serve.access import check_bind, is_allowed, is_local_name, is_loopback
-from xr0_engine.serve.images import encode_jpeg
+from xr0_engine.serve.access import check_bind, is_loopback
 from xr0_engine.serve.monitor import Monitor
+from xr0_engine.serve.pages import answer_http
 from xr0_engine.serve.protocol import (
     DEFAULT_PORT,
-    Busy,
     PolicyFailed,
     PolicyMetadata,
     Refused,
     Request,
-    ServerError,
-    Superseded,
     check_chunk,
-    encode_chunk,
-    encode_error,
     encode_metadata,
-    has_files,
-    read_fields,
-    read_request,
-    request_id,
 )
+from xr0_engine.serve.session import Session
 from xr0_engine.serve.worker import Backend, Served
 from xr0_engine.types import ActionChunk
 
@@ -65,7 +52,6 @@ HANDSHAKE_S = 5.0
 KEEPALIVE_S = 20.0
 SPARE_CONNECTIONS = 32
 """Connections beyond the clients: pages, metrics, and those that are being turned away."""
-FRAME_QUALITY = 80
 
 
 @dataclass(frozen=True)
@@ -110,7 +96,8 @@ class Server:
         self._clients = 0
         self.connections = 0
         self._failures = 0
-        self._for_this_machine = not config.keys and is_loopback(config.host)
+        # Without keys, its pages must not be reached under a name that some site's DNS gave this machine.
+        self.is_for_this_machine = not config.keys and is_loopback(config.host)
 
     async def run(self, stop: asyncio.Event, listening: Callable[[int], None] = lambda port: None) -> None:
         """Listen, load, serve until stop is set, then answer what was asked and close.
@@ -122,7 +109,7 @@ class Server:
             self._handle,
             self.config.host,
             self.config.port,
-            process_request=self._answer_http,
+            process_request=lambda connection, request: answer_http(self, request),
             # It takes any callable that makes one, as its documentation says and its types do not.
             create_connection=partial(_CountedConnection, self),  # type: ignore[arg-type]
             # A page in a browser must not reach a robot's server: browsers send an origin, clients do not.
@@ -181,7 +168,7 @@ class Server:
 
     def admit(self) -> bool:
         """Take a place for a client, if there is one; release gives it back."""
-        if self._clients >= self.config.max_clients:
+        if self.is_full:
             self.monitor.rejected("too_many_clients")
             return False
         self._clients += 1
@@ -195,6 +182,11 @@ class Server:
     @property
     def draining(self) -> bool:
         return self.state == "draining"
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no further client has a place."""
+        return self._clients >= self.config.max_clients
 
     def health(self) -> tuple[HTTPStatus, str]:
         if self.state != "ready":
@@ -250,7 +242,7 @@ class Server:
         try:
             metadata = await self.ready()
             await connection.send(encode_metadata(metadata))
-            session = _Session(self, connection, metadata, number)
+            session = Session(self, connection, metadata, number)
             self.sessions.add(session)
             try:
                 await session.run()
@@ -263,58 +255,6 @@ class Server:
             raise
         finally:
             self.release(number)
-
-    async def _answer_http(self, connection: ServerConnection, request: HttpRequest) -> Response | None:
-        """The answer to a plain HTTP request, or to a websocket that is not let in; None lets it in."""
-        path = request.path.partition("?")[0]
-        if path == "/healthz":
-            status, text = self.health()
-            return _response(status, text.encode())
-        if self._for_this_machine and not is_local_name(request.headers.get("Host")):
-            self.monitor.rejected("unauthorized")
-            return _response(HTTPStatus.FORBIDDEN, b"expected this machine's own name as the host")
-        if not is_allowed(request.headers.get("Authorization"), self.config.keys):
-            self.monitor.rejected("unauthorized")
-            response = _response(HTTPStatus.UNAUTHORIZED, b"expected an API key in the Authorization header")
-            response.headers["WWW-Authenticate"] = 'Basic realm="xr0"'
-            return response
-        if "Upgrade" in request.headers:
-            if self.draining:
-                return _response(HTTPStatus.SERVICE_UNAVAILABLE, b"the server is shutting down")
-            if self._clients >= self.config.max_clients:
-                self.monitor.rejected("too_many_clients")
-                return _response(HTTPStatus.SERVICE_UNAVAILABLE, b"too many clients")
-            return None
-        if path == "/":
-            page = files("xr0_engine.serve").joinpath("page.html").read_bytes()
-            return _response(HTTPStatus.OK, page, "text/html; charset=utf-8")
-        if path == "/metrics":
-            return _response(HTTPStatus.OK, self.monitor.prometheus(), "text/plain; version=0.0.4; charset=utf-8")
-        if path == "/status.json":
-            return _response(HTTPStatus.OK, self._status(), "application/json")
-        if path.startswith("/frames/"):
-            return await self._frame(path)
-        return _response(HTTPStatus.NOT_FOUND, b"not found")
-
-    def _status(self) -> bytes:
-        status, text = self.health()
-        robots = {} if self.metadata is None else self.metadata.robots
-        about = {
-            "state": "unhealthy" if self.state == "ready" and status != HTTPStatus.OK else self.state,
-            "health": text,
-            "max_clients": self.config.max_clients,
-        }
-        return json.dumps({**about, **self.monitor.snapshot(robots)}, allow_nan=False).encode()
-
-    async def _frame(self, path: str) -> Response:
-        """/frames/CLIENT/VIEW: what the client saw last, as JPEG."""
-        _, _, number, view = (*path.split("/", 3), "")[:4]
-        record = self.monitor.clients.get(int(number)) if number.isdecimal() else None
-        observation = record.last_observation if record is not None else None
-        if observation is None or view not in observation.images:
-            return _response(HTTPStatus.NOT_FOUND, b"no such frame")
-        data = await asyncio.to_thread(encode_jpeg, observation.images[view], FRAME_QUALITY)
-        return _response(HTTPStatus.OK, data, "image/jpeg")
 
 
 class _HasBusy(Protocol):
@@ -347,131 +287,6 @@ class _CountedConnection(ServerConnection):
             super().connection_lost(exc)
 
 
-@dataclass(frozen=True)
-class _Waiting:
-    request: Request
-    received: float
-
-
-class _Session:
-    """One client: a reader that keeps its newest request, and an answerer that takes it when its turn comes."""
-
-    def __init__(self, server: Server, connection: ServerConnection, metadata: PolicyMetadata, number: int) -> None:
-        self._server = server
-        self._connection = connection
-        self._metadata = metadata
-        self._number = number
-        self._waiting: _Waiting | None = None
-        self._arrived = asyncio.Event()
-        self._answering = False
-        self._allowance = _Allowance(metadata.max_requests_per_s)
-
-    @property
-    def busy(self) -> bool:
-        return self._answering or self._waiting is not None
-
-    async def run(self) -> None:
-        """Until the connection is closed. Raises ConnectionClosed unless it was closed in order."""
-        tasks = [asyncio.create_task(self._answer()), asyncio.create_task(self._read())]
-        try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.wait(tasks)
-        faults = [task.exception() for task in tasks if not task.cancelled()]
-        for fault in sorted(filter(None, faults), key=lambda fault: isinstance(fault, ConnectionClosed)):
-            raise fault
-
-    async def _read(self) -> None:
-        # Errors are sent from here, so that a client that does not read its replies is not read from either.
-        async for message in self._connection:
-            received = time.perf_counter()
-            number = None
-            allowed = self._allowance.spend()
-            try:
-                fields = read_fields(message)
-                number = request_id(fields)
-                if not allowed or self._server.draining:
-                    raise Busy(self._why_not())
-                if has_files(fields):
-                    request = await asyncio.to_thread(read_request, fields, self._metadata)
-                else:
-                    request = read_request(fields, self._metadata)
-            except Busy as error:
-                await self._refuse(error, number)
-            except ValueError as error:
-                await self._refuse(Refused(str(error)), number)
-            else:
-                old, self._waiting = self._waiting, _Waiting(request, received)
-                self._arrived.set()
-                if old is not None:
-                    await self._refuse(Superseded("a newer observation took its place"), old.request.id)
-            # Neither reading nor sending need wait, so a flood of messages would keep the loop from everyone else; one
-            # beyond the allowance is read no faster than that.
-            await asyncio.sleep(0 if allowed else 1 / self._metadata.max_requests_per_s)
-
-    async def _answer(self) -> None:
-        while True:
-            await self._arrived.wait()
-            outcome: tuple[ActionChunk, float] | ServerError
-            async with self._server.turn():
-                # Only now: what came while others had their turn is newer.
-                waiting = self._take()
-                queue_ms = 1e3 * (time.perf_counter() - waiting.received)
-                try:
-                    outcome = await self._server.infer(waiting.request)
-                except (Refused, PolicyFailed) as error:
-                    outcome = error
-            if isinstance(outcome, tuple):
-                await self._reply(waiting, *outcome, queue_ms)
-            else:
-                await self._refuse(outcome, waiting.request.id)
-            self._answering = False
-
-    def _take(self) -> _Waiting:
-        waiting, self._waiting = self._waiting, None
-        assert waiting is not None
-        self._arrived.clear()
-        self._answering = True
-        return waiting
-
-    async def _reply(self, waiting: _Waiting, chunk: ActionChunk, infer_ms: float, queue_ms: float) -> None:
-        total_ms = 1e3 * (time.perf_counter() - waiting.received)
-        timing = {"infer_ms": infer_ms, "queue_ms": queue_ms, "total_ms": total_ms}
-        await self._connection.send(encode_chunk(chunk, waiting.request.id, timing))
-        # The robot waits for the chunk, nobody for the metrics.
-        self._server.monitor.answered(self._number, waiting.request.observation, chunk, timing)
-
-    async def _refuse(self, error: ServerError, number: int | None) -> None:
-        self._server.monitor.refused(self._number, error.kind)
-        await self._connection.send(encode_error(error, number))
-
-    def _why_not(self) -> str:
-        if self._server.draining:
-            return "the server is shutting down"
-        return f"expected at most {self._metadata.max_requests_per_s:g} requests per second"
-
-
-class _Allowance:
-    """Requests that a client may still make: rate per second, and as many at once as one second brings."""
-
-    def __init__(self, rate: float) -> None:
-        self._rate = rate
-        self._left = max(rate, 1.0)
-        self._at = time.monotonic()
-
-    def spend(self) -> bool:
-        """Whether there was one left."""
-        now = time.monotonic()
-        self._left = min(self._left + (now - self._at) * self._rate, max(self._rate, 1.0))
-        self._at = now
-        if self._left < 1:
-            return False
-        self._left -= 1
-        return True
-
-
 def _metadata(served: Served, config: ServerConfig) -> PolicyMetadata:
     shortest = min(robot.chunk_length for robot in served.robots.values())
     return PolicyMetadata(
@@ -488,22 +303,6 @@ def _metadata(served: Served, config: ServerConfig) -> PolicyMetadata:
 def _address(connection: ServerConnection) -> str:
     host, port = connection.remote_address[:2]
     return f"{host}:{port}"
-
-
-def _response(status: HTTPStatus, body: bytes, kind: str = "text/plain; charset=utf-8") -> Response:
-    headers = Headers(
-        {
-            "Content-Type": kind,
-            "Content-Length": str(len(body)),
-            "Cache-Control": "no-store",
-            "Connection": "close",
-            "X-Content-Type-Options": "nosniff",
-            # The page is complete in itself, and shows in no other site's frame.
-            "Content-Security-Policy": "default-src 'self' 'unsafe-inline'; img-src 'self' data:; "
-            "frame-ancestors 'none'",
-        }
-    )
-    return Response(status.value, status.phrase, headers, body)
 
 
 class BackgroundServer:

@@ -1,0 +1,156 @@
+"""One client of the server: its requests read, kept until their turn, and answered."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from websockets.asyncio.server import ServerConnection
+from websockets.exceptions import ConnectionClosed
+
+from xr0_engine.serve.protocol import (
+    Busy,
+    PolicyFailed,
+    PolicyMetadata,
+    Refused,
+    Request,
+    ServerError,
+    Superseded,
+    encode_chunk,
+    encode_error,
+    has_files,
+    read_fields,
+    read_request,
+    request_id,
+)
+from xr0_engine.types import ActionChunk
+
+if TYPE_CHECKING:
+    from xr0_engine.serve.server import Server
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    request: Request
+    received: float
+
+
+class Session:
+    """One client: a reader that keeps its newest request, and an answerer that takes it when its turn comes."""
+
+    def __init__(self, server: Server, connection: ServerConnection, metadata: PolicyMetadata, number: int) -> None:
+        self._server = server
+        self._connection = connection
+        self._metadata = metadata
+        self._number = number
+        self._waiting: _Waiting | None = None
+        self._arrived = asyncio.Event()
+        self._answering = False
+        self._allowance = _Allowance(metadata.max_requests_per_s)
+
+    @property
+    def busy(self) -> bool:
+        return self._answering or self._waiting is not None
+
+    async def run(self) -> None:
+        """Until the connection is closed. Raises ConnectionClosed unless it was closed in order."""
+        tasks = [asyncio.create_task(self._answer()), asyncio.create_task(self._read())]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+        faults = [task.exception() for task in tasks if not task.cancelled()]
+        for fault in sorted(filter(None, faults), key=lambda fault: isinstance(fault, ConnectionClosed)):
+            raise fault
+
+    async def _read(self) -> None:
+        # Errors are sent from here, so that a client that does not read its replies is not read from either.
+        async for message in self._connection:
+            received = time.perf_counter()
+            number = None
+            allowed = self._allowance.spend()
+            try:
+                fields = read_fields(message)
+                number = request_id(fields)
+                if not allowed or self._server.draining:
+                    raise Busy(self._why_not())
+                if has_files(fields):
+                    request = await asyncio.to_thread(read_request, fields, self._metadata)
+                else:
+                    request = read_request(fields, self._metadata)
+            except Busy as error:
+                await self._refuse(error, number)
+            except ValueError as error:
+                await self._refuse(Refused(str(error)), number)
+            else:
+                old, self._waiting = self._waiting, _Waiting(request, received)
+                self._arrived.set()
+                if old is not None:
+                    await self._refuse(Superseded("a newer observation took its place"), old.request.id)
+            # Neither reading nor sending need wait, so a flood of messages would keep the loop from everyone else; one
+            # beyond the allowance is read no faster than that.
+            await asyncio.sleep(0 if allowed else 1 / self._metadata.max_requests_per_s)
+
+    async def _answer(self) -> None:
+        while True:
+            await self._arrived.wait()
+            outcome: tuple[ActionChunk, float] | ServerError
+            async with self._server.turn():
+                # Only now: what came while others had their turn is newer.
+                waiting = self._take()
+                queue_ms = 1e3 * (time.perf_counter() - waiting.received)
+                try:
+                    outcome = await self._server.infer(waiting.request)
+                except (Refused, PolicyFailed) as error:
+                    outcome = error
+            if isinstance(outcome, tuple):
+                await self._reply(waiting, *outcome, queue_ms)
+            else:
+                await self._refuse(outcome, waiting.request.id)
+            self._answering = False
+
+    def _take(self) -> _Waiting:
+        waiting, self._waiting = self._waiting, None
+        assert waiting is not None
+        self._arrived.clear()
+        self._answering = True
+        return waiting
+
+    async def _reply(self, waiting: _Waiting, chunk: ActionChunk, infer_ms: float, queue_ms: float) -> None:
+        total_ms = 1e3 * (time.perf_counter() - waiting.received)
+        timing = {"infer_ms": infer_ms, "queue_ms": queue_ms, "total_ms": total_ms}
+        await self._connection.send(encode_chunk(chunk, waiting.request.id, timing))
+        # The robot waits for the chunk, nobody for the metrics.
+        self._server.monitor.answered(self._number, waiting.request.observation, chunk, timing)
+
+    async def _refuse(self, error: ServerError, number: int | None) -> None:
+        self._server.monitor.refused(self._number, error.kind)
+        await self._connection.send(encode_error(error, number))
+
+    def _why_not(self) -> str:
+        if self._server.draining:
+            return "the server is shutting down"
+        return f"expected at most {self._metadata.max_requests_per_s:g} requests per second"
+
+
+class _Allowance:
+    """Requests that a client may still make: rate per second, and as many at once as one second brings."""
+
+    def __init__(self, rate: float) -> None:
+        self._rate = rate
+        self._left = max(rate, 1.0)
+        self._at = time.monotonic()
+
+    def spend(self) -> bool:
+        """Whether there was one left."""
+        now = time.monotonic()
+        self._left = min(self._left + (now - self._at) * self._rate, max(self._rate, 1.0))
+        self._at = now
+        if self._left < 1:
+            return False
+        self._left -= 1
+        return True
