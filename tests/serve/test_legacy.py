@@ -93,6 +93,11 @@ def test_released_client_gets_chunks(client, engine):
             np.testing.assert_array_equal(engine.seen[-1].images[view], image)
 
 
+# Pickle writes the second time as a reference.
+SHARED, SHAPE = "the same text", (64, 48)
+TOO_DEEP = b"N" + b"\x85" * 15_000
+
+
 class Bomb:
     """What pickle runs on loading, if it may."""
 
@@ -137,6 +142,12 @@ BOMBS = {
     "image without a state": opcodes(IMAGE_CLASS, b")\x81"),
     "class alone": opcodes(IMAGE_CLASS),
     "objects in an array": pickle.dumps(np.array([{}, {}])),
+    "twice of twice": opcodes(b"K\x01", b"2\x86" * 40),
+    "twice of twice from the memo": opcodes(b"K\x01", *(b"\x94h%c\x86" % index for index in range(40))),
+    "twice of twice as a key": opcodes(b"}K\x01", *(b"\x94h%c\x86" % index for index in range(40)), b"Ns"),
+    "lists filled afterwards": opcodes(b"]\x94]\x94(h\x00h\x00eh\x01(K\x01K\x01e"),
+    "map in two places": opcodes(b"]}\x94h\x00\x86a"),
+    "long shape in two places": opcodes(b"((" + b"K\x01" * 1000 + b"t\x94h\x00t"),
     "many opcodes": opcodes(b"N0" * 20_000, b"N"),
     "empty stack": opcodes(),
     "no end": b"\x80\x04N",
@@ -169,14 +180,18 @@ def test_plain_values_survive(protocol):
         "file": Image.open(picture),
         "number": np.int64(3),
         "list": [1.5, "a", None, True, (2, b"x")],
+        "same picture": IMAGE,
+        "same text": SHARED,
+        "same shape": [SHARED, SHAPE, SHAPE],
     }
     read = restricted_loads(pickle.dumps(value, protocol), MAX_PIXELS)
-    assert read["list"] == value["list"]
+    for name in ("list", "same text", "same shape"):
+        assert read[name] == value[name]
     np.testing.assert_array_equal(read["grey"], np.asarray(IMAGE.convert("L").convert("RGB")))
     for name in ("state", "columns first", "big-endian", "empty", "number"):
         np.testing.assert_array_equal(read[name], value[name])
         assert read[name].dtype == value[name].dtype
-    for name in ("picture", "file"):
+    for name in ("picture", "same picture", "file"):
         np.testing.assert_array_equal(read[name], np.asarray(IMAGE))
 
 
@@ -190,6 +205,9 @@ def test_image_beyond_the_limit_is_refused():
     [
         pytest.param(BOMBS["code"], id="bomb"),
         pytest.param(pickle.dumps([1]), id="no dictionary"),
+        pytest.param(opcodes(b"}", TOO_DEEP, b"Ns"), id="deep key"),
+        pytest.param(opcodes(b"}\x8c\x04seed", TOO_DEEP, b"s"), id="deep seed"),
+        pytest.param(pickle.dumps({**REQUEST, "state": [["x" * 500_000] + [""] * 1000]}), id="texts as state"),
         pytest.param(pickle.dumps({**REQUEST, "more": 1}), id="unknown field"),
         pytest.param(pickle.dumps({**REQUEST, "state": None}), id="no state"),
         pytest.param(pickle.dumps({**REQUEST, "language": "Refuse me."}), id="refused by the engine"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -176,7 +177,10 @@ def test_robot_type_may_be_left_out_where_there_is_one():
         pytest.param({"prompt": 3}, "prompt: expected text, got int", id="prompt"),
         pytest.param({"prompt": None}, "prompt: expected text, got nothing", id="no prompt"),
         pytest.param({"state": None}, "state: expected numbers, got nothing", id="no state"),
-        pytest.param({"state": "zero"}, "state: expected numbers, got <U4", id="state of text"),
+        pytest.param({"state": "zero"}, "state: expected numbers, got str", id="state of text"),
+        pytest.param({"state": ["zero"]}, "state: expected numbers, got str", id="state with text in it"),
+        pytest.param({"state": [[[[[1.0]]]]]}, "state: expected lists of numbers at most 4 deep", id="deep state"),
+        pytest.param({"prompt": "Go. " * 2000}, "prompt: expected at most 4096 characters, got 8000", id="long prompt"),
         pytest.param(
             {"state": [[1.0], [1.0, 2.0]]}, "state: expected numbers, got lists of different", id="ragged state"
         ),
@@ -199,6 +203,18 @@ def test_robot_type_may_be_left_out_where_there_is_one():
 def test_wrong_field_is_refused(change, complaint):
     with pytest.raises(ValueError, match=complaint):
         read_request({**PLAIN, **change}, METADATA)
+
+
+def test_texts_where_numbers_belong_take_no_memory():
+    """NumPy would give each of these short texts the room of the long one: 2 GB for half a megabyte."""
+    state = [["x" * 65_000] + [""] * 1000] * 8
+    message = pack({**PLAIN, "state": state})
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="state: expected numbers, got str"):
+        read_request(read_fields(message), METADATA)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 32 << 20
 
 
 @pytest.mark.parametrize("message", ["text", pack([1]), pack({b"state": 1})], ids=["text", "list", "bytes as key"])

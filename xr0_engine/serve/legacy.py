@@ -17,7 +17,7 @@ import pickle
 import pickletools
 import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from PIL import Image
 
 from xr0_engine.serve.protocol import Busy, PolicyFailed, PolicyMetadata, Refused, Request
 from xr0_engine.serve.protocol import read_request as read_fields
-from xr0_engine.serve.wire import make_array
+from xr0_engine.serve.wire import MAX_DIMENSIONS, make_array
 from xr0_engine.types import ActionChunk
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ _ADMITTED: dict[tuple[str, str], type[_StandIn]] = {
 
 # Everything a dictionary of arrays, pictures and plain values needs, in protocols 3 to 5.
 _NAMES = """
-    PROTO FRAME STOP MARK POP POP_MARK DUP NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT
+    PROTO FRAME STOP MARK POP POP_MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT
     BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8
     EMPTY_LIST APPEND APPENDS LIST EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_DICT DICT SETITEM SETITEMS
     BINPUT LONG_BINPUT BINGET LONG_BINGET MEMOIZE GLOBAL STACK_GLOBAL REDUCE NEWOBJ BUILD
@@ -114,6 +114,7 @@ _NONSENSE = (
     EOFError,
     OverflowError,
     AssertionError,
+    RecursionError,
     struct.error,
 )
 
@@ -129,6 +130,24 @@ class _Reader(pickle._Unpickler):
         raise pickle.UnpicklingError("persistent objects are not admitted")
 
 
+def _recall(load: Callable[[Any], None]) -> Callable[[Any], None]:
+    """A memo opcode that gives no containers a second time. NumPy and Pillow share names, texts and small shapes; a
+    list of twice a list of twice a list ... is a few bytes that unfold without end wherever they are looked at."""
+
+    def recall(reader: Any) -> None:
+        load(reader)
+        value = reader.stack[-1]
+        is_shape = isinstance(value, tuple) and len(value) <= MAX_DIMENSIONS and all(map(_is_single, value))
+        if not is_shape and not _is_single(value):
+            raise pickle.UnpicklingError(f"one {type(value).__name__} in two places")
+
+    return recall
+
+
+def _is_single(value: object) -> bool:
+    return not isinstance(value, list | tuple | dict)
+
+
 def _build(reader: Any) -> None:
     # Anything but a stand-in could be changed by its state: the classes themselves, for all later requests.
     if not isinstance(reader.stack[-2], _StandIn):
@@ -137,7 +156,11 @@ def _build(reader: Any) -> None:
     reader.stack[-1].__setstate__(state)
 
 
-_Reader.dispatch = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: _build}
+_Reader.dispatch = {
+    **pickle._Unpickler.dispatch,
+    pickle.BUILD[0]: _build,
+    **{opcode: _recall(pickle._Unpickler.dispatch[opcode]) for opcode in (pickle.BINGET[0], pickle.LONG_BINGET[0])},
+}
 
 
 def restricted_loads(data: bytes, max_pixels: int) -> Any:
@@ -255,6 +278,8 @@ def _read(data: bytes, metadata: PolicyMetadata) -> Request:
         return read_request(restricted_loads(data, metadata.max_image_pixels), metadata)
     except ValueError as error:
         raise Refused(str(error)) from None
+    except RecursionError:
+        raise Refused("request: expected plain values, got lists nested too deeply") from None
 
 
 def _check_opcodes(data: bytes) -> None:

@@ -67,7 +67,7 @@ def _status(server: Server) -> bytes:
 async def _frame(server: Server, path: str) -> Response:
     """/frames/CLIENT/VIEW: what the client saw last, as JPEG."""
     _, _, number, view = (*path.split("/", 3), "")[:4]
-    record = server.monitor.clients.get(int(number)) if number.isdecimal() else None
+    record = {str(one): record for one, record in server.monitor.clients.items()}.get(number)
     observation = record.last_observation if record is not None else None
     if observation is None or view not in observation.images:
         return _response(HTTPStatus.NOT_FOUND, b"no such frame")

@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 
 from xr0_engine.serve.images import encode_jpeg, read_image
-from xr0_engine.serve.wire import pack, unpack
+from xr0_engine.serve.wire import MAX_DIMENSIONS, pack, unpack
 from xr0_engine.types import ActionChunk, Observation
 
 PROTOCOL_VERSION = 1
 DEFAULT_PORT = 8000
+MAX_INSTRUCTION_LENGTH = 4096
+"""Characters. The model's time and memory grow with them, whoever waits behind."""
 
 
 class Refused(ValueError):
@@ -207,9 +209,12 @@ def read_request(fields: Mapping[str, Any], metadata: PolicyMetadata) -> Request
     state = _numbers("state", rest.get("state"))
     if state.ndim not in (1, 2) or state.shape[-1] != metadata.state_width:
         raise ValueError(f"state: expected {metadata.state_width} values, got shape {state.shape}")
+    instruction = _text(rest, "prompt") or ""
+    if len(instruction) > MAX_INSTRUCTION_LENGTH:
+        raise ValueError(f"prompt: expected at most {MAX_INSTRUCTION_LENGTH} characters, got {len(instruction)}")
     observation = Observation(
         images=_read_images(images, robot.views, metadata.max_image_pixels),
-        instruction=_text(rest, "prompt") or "",
+        instruction=instruction,
         state=state,
         robot_type=robot_type,
         timestamp_s=_timestamp(rest.get("timestamp_s")),
@@ -340,8 +345,7 @@ def _text(fields: Mapping[str, Any], name: str, optional: bool = False) -> str |
 
 def _numbers(name: str, value: object) -> np.ndarray:
     """float32, finite."""
-    if value is None:
-        raise ValueError(f"{name}: expected numbers, got nothing")
+    _check_numbers(name, value, MAX_DIMENSIONS)
     try:
         array = np.asarray(value)
     except ValueError:
@@ -354,6 +358,17 @@ def _numbers(name: str, value: object) -> np.ndarray:
     if not np.isfinite(array).all():
         raise ValueError(f"{name}: expected finite numbers, got NaN or inf")
     return array
+
+
+def _check_numbers(name: str, value: object, dimensions: int) -> None:
+    """Before NumPy looks at lists: of one long text and many short ones it makes an array of long ones."""
+    if isinstance(value, list | tuple):
+        if not dimensions:
+            raise ValueError(f"{name}: expected lists of numbers at most {MAX_DIMENSIONS} deep, got deeper ones")
+        for item in value:
+            _check_numbers(name, item, dimensions - 1)
+    elif not isinstance(value, int | float | np.number | np.ndarray):
+        raise ValueError(f"{name}: expected numbers, got {'nothing' if value is None else type(value).__name__}")
 
 
 def _seed(value: object) -> int | None:
