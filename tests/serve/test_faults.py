@@ -140,6 +140,18 @@ def test_client_that_floods_and_never_reads_holds_nobody_up(message):
         flooding.join()
 
 
+PING = b"\x89\x80" + bytes(4)
+
+
+def test_flood_of_pings_is_cut_off(server, raw):
+    with Client(server.url) as client, pytest.raises(OSError):
+        raw.socket.settimeout(30)
+        for _ in range(1000):
+            raw.socket.sendall(PING * 100_000)
+    with Client(server.url) as client:
+        assert client.infer(GO).actions[0, 0] == 0.25
+
+
 @pytest.mark.parametrize("head", [b"", b"GET / HTTP/1.1\r\n"], ids=["silent", "half a request"])
 def test_a_thousand_connections(head):
     # Both ends are in this process.

@@ -52,6 +52,9 @@ HANDSHAKE_S = 5.0
 KEEPALIVE_S = 20.0
 SPARE_CONNECTIONS = 32
 """Connections beyond the clients: pages, metrics, and those that are being turned away."""
+LONGEST_READ_S = 0.1
+"""Processor time to take frames out of what came at once, at most 256 KiB. Images take less than a millisecond, pings
+without pause nearly a second, in which nobody else is served."""
 
 
 @dataclass(frozen=True)
@@ -265,7 +268,8 @@ class _HasBusy(Protocol):
 
 
 class _CountedConnection(ServerConnection):
-    """Turns away, before anything is read, what comes beyond all clients and a few more."""
+    """Turns away, before anything is read, what comes beyond all clients and a few more; and, later, what keeps the
+    loop from everyone else."""
 
     def __init__(self, owner: Server, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]
@@ -280,6 +284,13 @@ class _CountedConnection(ServerConnection):
         self._owner.monitor.rejected("too_many_connections")
         assert isinstance(transport, asyncio.WriteTransport)
         transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        start = time.thread_time()
+        super().data_received(data)
+        if time.thread_time() - start > LONGEST_READ_S:
+            self._owner.monitor.rejected("flooding")
+            self.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._owner.connections -= 1
