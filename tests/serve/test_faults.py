@@ -144,10 +144,8 @@ PING = b"\x89\x80" + bytes(4)
 
 
 def test_flood_of_pings_is_cut_off(server, raw):
-    with Client(server.url) as client, pytest.raises(OSError):
-        raw.socket.settimeout(30)
-        for _ in range(1000):
-            raw.socket.sendall(PING * 100_000)
+    with pytest.raises(OSError, match=r"reset|pipe|descriptor"):
+        raw.socket.sendall(PING * 20_000_000)
     with Client(server.url) as client:
         assert client.infer(GO).actions[0, 0] == 0.25
 
