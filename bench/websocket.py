@@ -34,6 +34,8 @@ class NullPolicy:
     profile: Embodiment
     observation: Observation
 
+    max_prefix = 0
+
     @property
     def robot_types(self) -> tuple[str, ...]:
         return (self.chunk.robot_type,)

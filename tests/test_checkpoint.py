@@ -14,13 +14,14 @@ from typer.testing import CliRunner
 
 from tests.support import load
 from xr0_engine import checkpoint
-from xr0_engine.checkpoint import ROBOTS, SIZES, init_checkpoint, published_config
+from xr0_engine.checkpoint import ROBOTS, SIZES, init_checkpoint, published_config, tiny_config
 from xr0_engine.cli import app
 from xr0_engine.config import XR0Config
 from xr0_engine.embodiment import builtin_embodiments, load_embodiment
 from xr0_engine.model.weights import checkpoint_shapes, read_index
 from xr0_engine.normalize import load_statistics
 from xr0_engine.prompt import PromptTokenizer
+from xr0_engine.types import CheckpointError
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +82,17 @@ def test_configuration_round_trips():
     for make in SIZES.values():
         config = make()
         assert XR0Config.from_hf(json.loads(json.dumps(config.to_hf()))) == config
+
+
+def test_what_it_says_of_prefixes():
+    hf = tiny_config().to_hf()
+    for stated in (0, 9):
+        assert XR0Config.from_hf({**hf, "max_prefix": stated}).head.max_prefix == stated
+    # Released checkpoints do not say it.
+    del hf["max_prefix"]
+    assert XR0Config.from_hf(hf).head.max_prefix == 6
+    with pytest.raises(CheckpointError, match="max_prefix -1 is negative"):
+        XR0Config.from_hf({**hf, "max_prefix": -1})
 
 
 def test_shards_are_split_and_indexed(tmp_path, monkeypatch):

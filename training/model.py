@@ -202,8 +202,13 @@ def repeat_kv(kv: KVBlock, times: int) -> KVBlock:
 
 def model_config(base: XR0Config, config: TrainConfig) -> XR0Config:
     """The checkpoint's config with what the recipe says about the action head: trained so, and saved so."""
-    mode = {"local_window": config.model.local_window, "position_offset": config.model.position_offset}
-    head = replace(base.head, **mode, action_length=config.data.chunk_length)  # type: ignore[arg-type]
+    head = replace(
+        base.head,
+        local_window=config.model.local_window,
+        position_offset=config.model.position_offset,
+        max_prefix=0 if config.flow.prefix == "none" else config.flow.max_prefix,
+        action_length=config.data.chunk_length,
+    )
     return replace(base, head=head, std_epsilon=STD_EPSILON)
 
 

@@ -11,8 +11,7 @@ from typing import Any
 from xr0_engine.types import CheckpointError
 
 TRAINED_PREFIX = 6
-"""Longest prefix of the published training (spec section 4.1), which checkpoints do not state: what a longer one gives
-was never learned."""
+"""Longest prefix of the published training (spec section 4.1); released checkpoints do not state it."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +63,7 @@ class ActionHeadConfig:
     local_window: how many actions back an action sees (None = all); position_offset: added to the positions of actions
     that are not prefix. None and 0 are the released benchmark checkpoints' mode, 4 and 10 the post-training code's
     (spec section 2.4). compat_bf16_time: round 1000 t and RoPE's inv_freq to bfloat16 as the released code does.
+    max_prefix: the longest prefix that it was trained with; what a longer one gives was never learned.
     """
 
     hidden_size: int
@@ -78,6 +78,7 @@ class ActionHeadConfig:
     local_window: int | None = None
     position_offset: int = 0
     compat_bf16_time: bool = False
+    max_prefix: int = TRAINED_PREFIX
 
     @property
     def num_heads(self) -> int:
@@ -191,6 +192,7 @@ class XR0Config:
             "local_window": head.local_window,
             "position_offset": head.position_offset,
             "compat_bf16_time": head.compat_bf16_time,
+            "max_prefix": head.max_prefix,
             "std_epsilon": self.std_epsilon,
         }
 
@@ -262,6 +264,7 @@ def _read(hf: Mapping[str, Any]) -> XR0Config:
             local_window=None if hf.get("local_window") is None else int(hf["local_window"]),
             position_offset=int(hf.get("position_offset", 0)),
             compat_bf16_time=bool(hf.get("compat_bf16_time", False)),
+            max_prefix=int(hf.get("max_prefix", TRAINED_PREFIX)),
         ),
         tokens=TokenIds(
             image=int(vlm["image_token_id"]),
@@ -279,7 +282,7 @@ def _contradictions(config: XR0Config) -> list[str]:
         f"{part}.{name} is {value}"
         for part, sizes in (("text", text), ("vision", vision), ("head", head))
         for name, value in vars(sizes).items()
-        if type(value) in (int, float) and name not in ("local_window", "position_offset") and value <= 0
+        if type(value) in (int, float) and name not in ("local_window", "position_offset", "max_prefix") and value <= 0
     ]
     if not_positive:
         return not_positive
@@ -309,5 +312,6 @@ def _contradictions(config: XR0Config) -> list[str]:
             f"deepstack_visual_indexes {list(vision.deepstack_layers)} do not fit {vision.depth} blocks",
         ),
         (head.local_window is None or head.local_window >= 0, f"local_window {head.local_window} is negative"),
+        (head.max_prefix >= 0, f"max_prefix {head.max_prefix} is negative"),
     ]
     return [message for holds, message in checks if not holds]

@@ -104,6 +104,11 @@ class Engine:
         """The robot types that the checkpoint has action statistics for."""
         return tuple(self.statistics)
 
+    @property
+    def max_prefix(self) -> int:
+        """The longest prefix that the checkpoint was trained with. infer takes longer ones, up to T."""
+        return self.config.head.max_prefix
+
     def embodiment(self, robot_type: str | None = None) -> Embodiment:
         """The profile used for a robot type (None: the checkpoint's only one)."""
         return self._preprocess.resolve(robot_type)[1]

@@ -222,6 +222,13 @@ def test_wrong_settings_name_the_field(field, value):
         Settings(**{"rate_hz": 30.0, field: value})
 
 
+def test_async_needs_a_policy_that_knows_prefixes():
+    with pytest.raises(ValueError, match="mode: async needs a policy trained with prefixes"):
+        Settings(30.0, max_prefix=0)
+    for mode in ("sync", "naive_async"):
+        Settings(30.0, mode, max_prefix=0)
+
+
 def make_pose(value):
     arm = ArmPose(np.full(3, value), np.eye(3), np.full(6, value), np.array([value]))
     return BimanualPose(arm, arm)

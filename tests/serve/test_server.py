@@ -68,6 +68,17 @@ def test_metadata_tells_how_to_drive():
     assert metadata.prefix_range == (0, 6)
 
 
+@pytest.mark.parametrize(("trained", "asked", "longest"), [(4, None, 4), (4, 2, 2), (0, None, 0), (20, None, 10)])
+def test_prefixes_are_as_long_as_the_engine_was_trained_for(trained, asked, longest):
+    engine = EchoEngine()
+    engine.max_prefix = trained
+    with serving(engine, max_prefix=asked) as server, Client(server.url) as client:
+        assert client.metadata.prefix_range == (0, longest)
+        client.infer(GO, prefix=np.zeros((longest, 32), np.float32))
+        with pytest.raises(Refused, match=f"prefix: expected 0 to {longest} actions"):
+            client.infer(GO, prefix=np.zeros((longest + 1, 32), np.float32))
+
+
 def test_asyncio_client():
     async def infer(url: str):
         async with AsyncClient(url) as client:

@@ -55,6 +55,7 @@ def inspect(
         "mask": f"windowed, {config.head.local_window} actions back" if windowed else "full_causal",
         "position_offset": config.head.position_offset,
         "flow_steps": config.head.flow_steps,
+        "max_prefix": config.head.max_prefix,
         "sizes": {name: _sizes(part) for name, part in vars(config).items() if name in ("text", "vision", "head")},
         "robot_types": {
             name: {
@@ -102,7 +103,8 @@ def _print_tables(report: dict[str, Any]) -> None:
         robots.add_row(name, str(robot["chunk_length"]), str(robot["active_columns"]), profile)
     console.print(robots)
     console.print(
-        f"mask: {report['mask']}, position offset {report['position_offset']}, {report['flow_steps']} flow steps"
+        f"mask: {report['mask']}, position offset {report['position_offset']}, {report['flow_steps']} flow steps, "
+        f"prefixes of up to {report['max_prefix']} actions"
     )
     memory = ", ".join(f"{_size(count)} in {dtype}" for dtype, count in report["memory_bytes"].items())
     console.print(f"{report['tensors']} tensors, {_size(report['stored_bytes'])} on disk")

@@ -36,7 +36,10 @@ def serve(
     image_size: Annotated[
         str, typer.Option(metavar="WIDTHxHEIGHT", help="Of the robot's images, to warm up with.")
     ] = "640x480",
-    max_prefix: Annotated[int, typer.Option(min=0, help="Longest prefix that the checkpoint was trained for.")] = 6,
+    max_prefix: Annotated[
+        int | None,
+        typer.Option(min=0, help="Longest prefix taken; by default what the checkpoint was trained with."),
+    ] = None,
     api_keys: Annotated[
         Path | None, typer.Option(metavar="FILE", help="API keys, one a line; also from XR0_API_KEYS, with commas.")
     ] = None,

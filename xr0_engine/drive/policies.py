@@ -74,7 +74,7 @@ def from_checkpoint(
         layout=profile.layout,
         action_width=head.action_dim,
         state_width=head.state_dim,
-        max_prefix=min(TRAINED_PREFIX, engine.statistics[name].chunk_length - 1),
+        max_prefix=min(engine.max_prefix, engine.statistics[name].chunk_length - 1),
     )
 
 

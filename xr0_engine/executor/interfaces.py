@@ -45,4 +45,4 @@ class Robot(Protocol):
         """Send one action: (A,) float64, absolute targets for layout `bimanual` (frame.py), robot units otherwise."""
 
     def stop(self) -> None:
-        """Come to rest and stay there: called when actions run out under starvation policy `stop`."""
+        """Come to rest and stay there: called when a run ends, for whatever reason."""

@@ -29,7 +29,8 @@ class Settings:
     with. expected_delay_s: from observation to chunk, until it is measured; None: as long as max_prefix covers.
     starvation: when actions run out: `hold` the last target, `decelerate` to rest, or `stop` the robot and end.
     hang_s: an inference that takes longer is reported as hanging. retry_s: pause after a failed one.
-    Raises ValueError that names the field; among others if expected_delay_s takes a longer prefix than max_prefix.
+    Raises ValueError that names the field; among others for async without prefixes, or if expected_delay_s takes a
+    longer one than max_prefix.
     """
 
     rate_hz: float
@@ -66,6 +67,11 @@ class Settings:
                 raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
         if self.loop_hz > MAX_LOOP_HZ:
             raise ValueError(f"commands_per_action: expected at most {MAX_LOOP_HZ:g} commands/s, got {self.loop_hz:g}")
+        if self.mode == "async" and self.max_prefix == 0:
+            raise ValueError(
+                "mode: async needs a policy trained with prefixes (max_prefix above 0), got max_prefix 0; sync and "
+                "naive_async do without"
+            )
         if self.mode == "async" and self.expected_delay_s is not None:
             needed = delay_steps(self.expected_delay_s, self.rate_hz) + self.margin
             if needed > self.max_prefix:

@@ -22,7 +22,6 @@ from websockets.asyncio.server import Server as WebsocketServer
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 
-from xr0_engine.config import TRAINED_PREFIX
 from xr0_engine.serve.access import check_bind, is_loopback
 from xr0_engine.serve.monitor import Monitor
 from xr0_engine.serve.pages import answer_http
@@ -60,8 +59,8 @@ without pause nearly a second, in which nobody else is served."""
 @dataclass(frozen=True)
 class ServerConfig:
     """port: 0 takes a free one. keys: API keys, none = everyone who can reach the port. max_requests_per_s: of one
-    client. max_prefix: longest prefix taken. drain_s: how long a shutdown waits for requests that are being answered.
-    legacy_port: of the released TCP protocol, None for none.
+    client. max_prefix: longest prefix taken; None: what the engine was trained with. drain_s: how long a shutdown waits
+    for requests that are being answered. legacy_port: of the released TCP protocol, None for none.
 
     Raises ValueError for an address beyond this machine without keys, unless allow_anyone.
     """
@@ -75,7 +74,7 @@ class ServerConfig:
     max_message_bytes: int = 32 << 20
     max_image_pixels: int = 4 << 20
     max_requests_per_s: float = 200.0
-    max_prefix: int = TRAINED_PREFIX
+    max_prefix: int | None = None
     drain_s: float = 10.0
     legacy_port: int | None = None
 
@@ -300,11 +299,12 @@ class _CountedConnection(ServerConnection):
 
 def _metadata(served: Served, config: ServerConfig) -> PolicyMetadata:
     shortest = min(robot.chunk_length for robot in served.robots.values())
+    longest = served.max_prefix if config.max_prefix is None else config.max_prefix
     return PolicyMetadata(
         robots=served.robots,
         action_width=served.action_width,
         state_width=served.state_width,
-        prefix_range=(0, min(config.max_prefix, shortest)),
+        prefix_range=(0, min(longest, shortest)),
         max_message_bytes=config.max_message_bytes,
         max_image_pixels=config.max_image_pixels,
         max_requests_per_s=config.max_requests_per_s,

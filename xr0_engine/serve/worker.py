@@ -24,6 +24,9 @@ class ServedEngine(Protocol):
     @property
     def robot_types(self) -> tuple[str, ...]: ...
 
+    @property
+    def max_prefix(self) -> int: ...
+
     def embodiment(self, robot_type: str | None = None) -> Embodiment: ...
 
     def example(self, robot_type: str | None = None, image_size: tuple[int, int] = ...) -> Observation: ...
@@ -37,11 +40,13 @@ class ServedEngine(Protocol):
 
 @dataclass(frozen=True)
 class Served:
-    """What an engine was found to serve. robots: robot type -> how it is driven; action_width A, state_width S."""
+    """What an engine was found to serve. robots: robot type -> how it is driven; action_width A, state_width S.
+    max_prefix: the longest that it was trained with."""
 
     robots: Mapping[str, RobotInfo]
     action_width: int
     state_width: int
+    max_prefix: int
 
 
 class Backend(Protocol):
@@ -88,7 +93,7 @@ def describe(engine: ServedEngine, image_size: tuple[int, int], only: str | None
         )
     if not robots:
         raise ValueError("; ".join(missing) or "engine: expected at least one robot type, got none")
-    return Served(robots, action_width, state_width)
+    return Served(robots, action_width, state_width, engine.max_prefix)
 
 
 class EngineThread:
