@@ -14,3 +14,8 @@ def cache_dir() -> Path:
 def api_keys() -> str:
     """XR0_API_KEYS: the keys that `xr0 serve` takes, with commas between them; default none."""
     return os.environ.get("XR0_API_KEYS", "")
+
+
+def api_key() -> str | None:
+    """XR0_API_KEY: the key that `xr0 drive` gives its server; default none."""
+    return os.environ.get("XR0_API_KEY")

@@ -14,12 +14,15 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.executor.support import assert_adds_up
+from tests.serve.support import EchoEngine, backend, make_certificate
 from tests.support import ROOT
 from xr0_engine.checkpoint import init_checkpoint
 from xr0_engine.cli import app
 from xr0_engine.drive.null import NullRobot
 from xr0_engine.drive.policies import from_server
 from xr0_engine.executor import Executor, Settings, SystemClock, read_session
+from xr0_engine.serve.access import tls_context
+from xr0_engine.serve.server import BackgroundServer, ServerConfig
 
 # Starting Python on a busy machine.
 PATIENCE_S = 60.0
@@ -58,6 +61,20 @@ def test_drive_against_a_server(served, env, tmp_path):
     # However slow this machine is, no step is lost without being counted.
     assert counts["executed"] + counts["held"] + counts["waited"] + counts["missed"] >= 89
     assert np.isfinite([line["row"] for line in steps]).all()
+
+
+def test_drive_over_tls_with_a_key(tmp_path, monkeypatch):
+    key = "drive-key-1"
+    monkeypatch.setenv("XR0_API_KEY", key)
+    certificate = make_certificate(tmp_path)
+    config = ServerConfig(port=0, keys=(key,), tls=tls_context(*certificate))
+    with BackgroundServer(backend(EchoEngine()), config) as server:
+        command = ["drive", "--env", "null", "--robot-type", "bimanual", "--seconds", "1", "--server", server.url]
+        result = CliRunner().invoke(app, [*command, "--ca-file", str(certificate[0]), "--json"])
+        assert json.loads(result.stdout)["counts"]["chunks"] > 0
+        result = CliRunner().invoke(app, [*command, "--ca-file", str(certificate[0]), "--api-key", "another-key"])
+        assert result.exit_code == 2
+        assert "HTTP 401" in result.stderr
 
 
 def start_server(port=0):

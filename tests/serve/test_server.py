@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import subprocess
 import threading
 import time
 import urllib.error
@@ -18,7 +17,7 @@ from openpi_client.websocket_client_policy import WebsocketClientPolicy
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
-from tests.serve.support import EchoEngine, backend, observation
+from tests.serve.support import EchoEngine, backend, make_certificate, observation
 from xr0_engine import AsyncClient, Client
 from xr0_engine.serve.access import tls_context
 from xr0_engine.serve.protocol import Busy, PolicyFailed, Refused, Superseded
@@ -246,10 +245,7 @@ def test_web_pages_of_others_cannot_connect():
 
 
 def test_tls(tmp_path):
-    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
-    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
-    files = ["-addext", "subjectAltName=DNS:localhost", "-keyout", key, "-out", certificate]
-    subprocess.run([*command.split(), *files], check=True, capture_output=True)
+    certificate, key = make_certificate(tmp_path)
     with serving(tls=tls_context(certificate, key)) as server:
         with Client(server.url, ca_file=certificate) as client:
             assert client.infer(GO).actions[0, 0] == 0.25

@@ -18,7 +18,11 @@ def drive(
         str, typer.Option(help="demo: the simulated two-armed robot; null: no robot, to watch the loop alone.")
     ] = "demo",
     server: Annotated[str | None, typer.Option(metavar="URL", help="ws://host:port of an `xr0 serve`.")] = None,
-    api_key: Annotated[str | None, typer.Option(envvar="XR0_API_KEY", help="For a server that asks for one.")] = None,
+    api_key: Annotated[str | None, typer.Option(help="For a server that asks for one; also from XR0_API_KEY.")] = None,
+    ca_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.pem", help="Certificates to trust, for a wss:// server that signed its own."),
+    ] = None,
     checkpoint: Annotated[
         str | None, typer.Option(help="Infer on this machine. Without it or a server: scripted motions, no model.")
     ] = None,
@@ -56,6 +60,7 @@ def drive(
     if trigger != "deadline" and not trigger.isdecimal():
         raise ValueError(f"--trigger: expected a whole number or deadline, got {trigger!r}")
 
+    from xr0_engine import env as env_vars
     from xr0_engine.drive.policies import from_checkpoint, from_server, scripted
     from xr0_engine.drive.run import run
     from xr0_engine.executor import Recorder, Settings
@@ -64,7 +69,7 @@ def drive(
     wanted = ROBOT_TYPE if env == "demo" else robot_type
     with ExitStack() as stack:
         if server is not None:
-            source = stack.enter_context(from_server(server, api_key, wanted))
+            source = stack.enter_context(from_server(server, api_key or env_vars.api_key(), wanted, ca_file))
         elif checkpoint is not None:
             source = from_checkpoint(checkpoint, wanted, seed, device, dtype, backend)
         else:

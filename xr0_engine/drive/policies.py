@@ -31,11 +31,14 @@ class Source:
 
 
 @contextmanager
-def from_server(url: str, api_key: str | None, robot_type: str | None) -> Iterator[Source]:
-    """A server's policy. Raises ConnectionError, PermissionError or ValueError if it cannot be had."""
+def from_server(url: str, api_key: str | None, robot_type: str | None, ca_file: Path | None = None) -> Iterator[Source]:
+    """A server's policy. ca_file: as in Client.
+
+    Raises ConnectionError, PermissionError or ValueError if it cannot be had.
+    """
     from xr0_engine.serve.client import Client
 
-    with Client(url, api_key) as client:
+    with Client(url, api_key, ca_file=ca_file) as client:
         metadata = client.metadata
         name = metadata.resolve(robot_type)
         robot = metadata.robot(name)
