@@ -59,7 +59,7 @@ class _Connecting:
         self.timeout_s = timeout_s
         self._jpeg_quality = jpeg_quality
         self._headers = {"Authorization": f"Api-Key {api_key}"} if api_key else {}
-        self._tls = ssl.create_default_context(cafile=ca_file) if self.url.startswith("wss://") else None
+        self._tls = _tls(self.url, ca_file)
         self._metadata: PolicyMetadata | None = None
         self._numbers = 0
         _keep_freed_memory()
@@ -116,6 +116,17 @@ class _Connecting:
         if len(message) > self.metadata.max_message_bytes:
             raise Refused(f"message: expected at most {self.metadata.max_message_bytes} bytes, got {len(message)}")
         return self._numbers, message
+
+
+def _tls(url: str, ca_file: str | Path | None) -> ssl.SSLContext | None:
+    if not url.startswith("wss://"):
+        if ca_file is not None:
+            raise ValueError(f"ca_file: expected a wss:// url beside it, got {url}")
+        return None
+    try:
+        return ssl.create_default_context(cafile=ca_file)
+    except OSError as error:
+        raise ValueError(f"ca_file: expected certificates in PEM, got {ca_file}: {error}") from None
 
 
 def _keep_freed_memory() -> None:
