@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from xr0_engine.config import XR0Config
     from xr0_engine.embodiment import load_embodiment
     from xr0_engine.engine import Engine
-    from xr0_engine.serve.client import AsyncClient, Client
+    from xr0_engine.serve.async_client import AsyncClient
+    from xr0_engine.serve.client import Client
     from xr0_engine.types import ActionChunk, CheckpointError, KVBlock, Observation
 
 __version__ = "0.1.0.dev0"
@@ -32,7 +33,7 @@ __all__ = [
 
 _HOMES = {
     "ActionChunk": "types",
-    "AsyncClient": "serve.client",
+    "AsyncClient": "serve.async_client",
     "CheckpointError": "types",
     "Client": "serve.client",
     "Engine": "engine",
