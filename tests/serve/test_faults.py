@@ -144,8 +144,10 @@ PING = b"\x89\x80" + bytes(4)
 
 
 def test_flood_of_pings_is_cut_off(server, raw):
-    with pytest.raises(OSError, match=r"reset|pipe|descriptor"):
-        raw.socket.sendall(PING * 20_000_000)
+    with suppress(OSError):
+        raw.socket.sendall(PING * 4_000_000)
+    # The server itself cut it off, not the client for want of an answer.
+    assert server.server.monitor.results["flooding"] == 1
     with Client(server.url) as client:
         assert client.infer(GO).actions[0, 0] == 0.25
 
