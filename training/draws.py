@@ -65,10 +65,15 @@ def draw_times(config: FlowConfig, generator: torch.Generator, rows: int) -> Ten
     return LATEST_TIME * (1 - uniform ** (1 / BETA))
 
 
-def draw_prefix_length(config: FlowConfig, generator: torch.Generator, length: int) -> int:
+def longest_prefix(config: FlowConfig, length: int) -> int:
+    """The longest that is drawn for chunks of so many actions; 0: there are none."""
     # A chunk that is all prefix would leave nothing to learn.
-    longest = min(config.max_prefix, length - 1)
-    if config.prefix == "none" or longest < 1:
+    return 0 if config.prefix == "none" else min(config.max_prefix, length - 1)
+
+
+def draw_prefix_length(config: FlowConfig, generator: torch.Generator, length: int) -> int:
+    longest = longest_prefix(config, length)
+    if longest < 1:
         return 0
     if config.prefix == "paper":
         return int(torch.randint(0, longest + 1, (), generator=generator))

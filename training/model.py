@@ -21,7 +21,7 @@ from xr0_engine.model.dit import ActionHead, Projector, dit_geometry
 from xr0_engine.training.base import Base, fresh_head, read_tensor
 from xr0_engine.training.batch import IGNORED, LanguageBatch, RobotBatch
 from xr0_engine.training.config import ChoiceConfig, FlowConfig, TrainConfig
-from xr0_engine.training.draws import FlowDraw, hide_columns
+from xr0_engine.training.draws import FlowDraw, hide_columns, longest_prefix
 from xr0_engine.training.losses import choice_losses, error_weights, frequency_loss, mse_loss
 from xr0_engine.training.vlm import TrainableVLM, next_position
 from xr0_engine.types import KVBlock, ModelInputs
@@ -206,7 +206,7 @@ def model_config(base: XR0Config, config: TrainConfig) -> XR0Config:
         base.head,
         local_window=config.model.local_window,
         position_offset=config.model.position_offset,
-        max_prefix=0 if config.flow.prefix == "none" else config.flow.max_prefix,
+        max_prefix=longest_prefix(config.flow, config.data.chunk_length),
         action_length=config.data.chunk_length,
     )
     return replace(base, head=head, std_epsilon=STD_EPSILON)
