@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 
 import numpy as np
@@ -11,7 +12,6 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from tests.executor.support import MarkedPolicy, execute
-from xr0_engine.checkpoint import init_checkpoint
 from xr0_engine.cli import app
 from xr0_engine.decode import BIMANUAL_COLUMNS, LEFT, RIGHT
 from xr0_engine.drive.aloha import LiveAloha, SimulatedAloha, aloha_limits
@@ -21,26 +21,10 @@ from xr0_engine.drive.policies import from_checkpoint, scripted
 from xr0_engine.drive.run import run
 from xr0_engine.drive.wander import CHUNK_LENGTH, JOINTS, WanderPolicy
 from xr0_engine.executor import Recorder, SensorsNotReady, Settings, SystemClock, VirtualClock, read_session
-from xr0_engine.sim import CONTROL_RATE_HZ, AlohaEnv, choose_renderer, columns_to_joints, joints_to_columns
+from xr0_engine.sim import CONTROL_RATE_HZ, AlohaEnv, columns_to_joints, joints_to_columns
 
 # Servos with friction stop this close to their target, and follow this fast.
 SERVO_TOLERANCE_RAD = 0.05
-
-
-@pytest.fixture(scope="module")
-def renderer():
-    pytest.importorskip("gym_aloha")
-    try:
-        choose_renderer()
-    except RuntimeError as reason:
-        pytest.skip(str(reason))
-
-
-@pytest.fixture(scope="module")
-def tiny_checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
-    init_checkpoint(folder, "tiny")
-    return folder
 
 
 @pytest.fixture
@@ -162,6 +146,17 @@ def test_checkpoint_executes_in_the_simulation(renderer, tiny_checkpoint):
     assert reports[0].counts["rejected"] == reports[0].counts["failed"] == 0
     # Simulated time and one seed: the same run.
     np.testing.assert_array_equal(reports[0].seams.largest, reports[1].seams.largest)
+
+
+def test_checkpoint_trained_without_prefixes_is_not_executed_async(tiny_checkpoint, tmp_path):
+    folder = tmp_path / "no-prefixes"
+    shutil.copytree(tiny_checkpoint, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_prefix": 0}))
+    command = ["drive", "--env", "null", "--checkpoint", folder, "--robot-type", "bimanual", "--seconds", 0.5]
+    refused = xr0(*command)
+    assert (refused.exit_code, "mode: async needs a policy trained with prefixes" in refused.stderr) == (2, True)
+    assert "ended: time" in xr0(*command, "--mode", "naive_async").stdout
 
 
 def test_simulation_refuses_another_robot(tiny_checkpoint):

@@ -16,7 +16,6 @@ from typer.testing import CliRunner
 from tests.executor.support import assert_adds_up
 from tests.serve.support import EchoEngine, backend, make_certificate
 from tests.support import ROOT
-from xr0_engine.checkpoint import init_checkpoint
 from xr0_engine.cli import app
 from xr0_engine.drive.null import NullRobot
 from xr0_engine.drive.policies import from_server
@@ -29,23 +28,24 @@ PATIENCE_S = 60.0
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory):
+def served(tiny_checkpoint):
     """The address of `xr0 serve` with a tiny checkpoint."""
-    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
-    init_checkpoint(folder, "tiny")
-    command = [sys.executable, "-m", "xr0_engine", "serve", str(folder), "--port", "0", "--robot-type", "bimanual"]
-    server = subprocess.Popen([*command, "--image-size", "64x64"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    yield server.stdout.readline().split()[2].rstrip(",")
-    server.send_signal(signal.SIGTERM)
-    assert server.wait(PATIENCE_S) == 0
-    server.stdout.close()
+    command = [sys.executable, "-m", "xr0_engine", "serve", str(tiny_checkpoint), "--port", "0"]
+    command += ["--robot-type", "bimanual", "--image-size", "64x64"]
+    server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        yield server.stdout.readline().split()[2].rstrip(",")
+    finally:
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(PATIENCE_S) == 0
+        server.stdout.close()
 
 
 @pytest.mark.parametrize("env", ["null", "demo"])
-def test_drive_against_a_server(served, env, tmp_path):
+def test_drive_against_a_server(served, env, tmp_path, request):
     """What `make soak` does for ten minutes, and the demo environment the same way."""
     if env == "demo":
-        pytest.importorskip("gym_aloha")
+        request.getfixturevalue("renderer")
     recording = tmp_path / "session.jsonl"
     command = ["drive", "--env", env, "--server", served, "--seconds", "3", "--record", str(recording), "--json"]
     result = CliRunner().invoke(app, command)
