@@ -259,9 +259,9 @@ class _LegacySession:
                 reply = encode_reply(chunk)
                 total_ms = 1e3 * (time.perf_counter() - received)
                 timing = {"infer_ms": infer_ms, "queue_ms": queue_ms, "total_ms": total_ms}
-                self._server.monitor.answered(self.number, request.observation, chunk, timing)
                 writer.write(struct.pack(">I", len(reply)) + reply)
                 await asyncio.wait_for(writer.drain(), IDLE_S)
+                self._server.monitor.answered(self.number, request.observation, chunk, timing)
             finally:
                 self.busy = False
 
