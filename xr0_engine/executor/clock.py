@@ -51,8 +51,8 @@ class VirtualClock:
 def short_collections() -> Iterator[None]:
     """Keep Python's garbage collector to what is made from here on.
 
-    A full collection stops every thread for as long as it takes to look at all there is: 35 ms in a process that has
-    imported torch, more than a tick at 30 Hz. What exists now is left alone until the end.
+    A full collection stops every thread for as long as it takes to look at all there is, which can be longer than a
+    tick. What exists now is left alone until the end.
     """
     frozen_before = gc.get_freeze_count()
     gc.freeze()

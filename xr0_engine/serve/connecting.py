@@ -114,8 +114,7 @@ def _keep_freed_memory() -> None:
     """Have glibc keep freed blocks as large as a message.
 
     It gives them back to the kernel until it has seen one so large freed, and every message then pays for its memory
-    anew: two images of 256x256 with 257 page faults, up to a fifth of what a robot waits beyond inference. This block
-    itself costs nothing: nobody touches it.
+    anew, with a page fault for each 4 KiB. This block itself costs nothing: nobody touches it.
     """
     bytes(31 << 20)
 
