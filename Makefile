@@ -57,7 +57,7 @@ gpu-test: $(INSTALLED)-cuda
 
 bench: $(INSTALLED)-$(if $(shell command -v nvidia-smi),cuda,cpu)
 	@mkdir -p outputs
-	$(BIN)/python -m pytest bench/suite.py --benchmark-only --benchmark-sort=fullname \
+	$(BIN)/python -m pytest xr0_engine/bench/step/suite.py --benchmark-only --benchmark-sort=fullname \
 	  --benchmark-columns=min,median,iqr,rounds --benchmark-json=outputs/kernels.json
 
 # Each command leaves its result, should a later one fail. The engine's own table is made first and then used by all.
@@ -96,10 +96,10 @@ CONFIGURE = $(BIN)/cmake -G Ninja -S . -B $@ -DCMAKE_MAKE_PROGRAM=$(abspath $(BI
 # the sanitizer has to be loaded first, and Python's own leaks are not looked for.
 sanitize: build/sanitize
 	rm -rf $</tree && mkdir $</tree
-	cp -a xr0_engine kernels export training bench tests pyproject.toml $</tree
+	cp -a xr0_engine tests pyproject.toml $</tree
 	rm -f $</tree/xr0_engine/_C.*.so && cp $</_C.*.so $</tree/xr0_engine
 	cd $</tree && LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 $(abspath $(BIN))/python -m pytest tests/test_native.py
+	  ASAN_OPTIONS=detect_leaks=0 $(abspath $(BIN))/python -m pytest tests/robot/test_native.py
 
 build/sanitize: $(INSTALLED)-cpu $(CSRC) CMakeLists.txt
 	$(CONFIGURE) -DXR0_SANITIZE=ON

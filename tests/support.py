@@ -13,7 +13,7 @@ from xr0_engine.checkpoint import tiny_config
 from xr0_engine.config import XR0Config
 from xr0_engine.model.weights import load_model, read_index
 from xr0_engine.model.xr0 import XR0Model
-from xr0_engine.preprocess import position_ids
+from xr0_engine.robot.preprocess import position_ids
 from xr0_engine.types import ModelInputs
 
 ROOT = Path(__file__).parent.parent
@@ -38,15 +38,19 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> XR0Model:
 
 
 def random_inputs(
-    config: XR0Config, rows: list[list[tuple[int, int]]], texts: list[list[int]], head_tokens: int = 4, seed: int = 0
+    config: XR0Config,
+    rows: list[list[tuple[int, int]]],
+    texts: list[list[int]],
+    preamble_tokens: int = 4,
+    seed: int = 0,
 ) -> ModelInputs:
     """Random prompts: per row some image grids (patches), and numbers of text tokens before, between and after them.
 
-    The first head_tokens tokens are the same in every row, and head_length says so.
+    The first preamble_tokens tokens are the same in every row, and preamble_length says so.
     """
     rng = np.random.default_rng(seed)
     head = config.head
-    common = rng.integers(0, 300, head_tokens)
+    common = rng.integers(0, 300, preamble_tokens)
     merge = config.vision.spatial_merge_size
     prompts = []
     for grids, lengths in zip(rows, texts, strict=True):
@@ -74,7 +78,7 @@ def random_inputs(
         pixel_values=torch.from_numpy(rng.uniform(-1, 1, (patches, config.vision.patch_dim)).astype(np.float32)),
         image_grids=grids,
         position_ids=torch.from_numpy(np.stack(positions, axis=1)),
-        head_length=head_tokens,
+        preamble_length=preamble_tokens,
         state=torch.from_numpy(rng.standard_normal((batch, head.state_length, head.state_dim)).astype(np.float32)),
         action_mask=torch.from_numpy(action_mask),
     )

@@ -17,10 +17,10 @@ from xr0_engine import checkpoint
 from xr0_engine.checkpoint import ROBOTS, SIZES, init_checkpoint, published_config, tiny_config
 from xr0_engine.cli import app
 from xr0_engine.config import XR0Config
-from xr0_engine.embodiment import builtin_embodiments, load_embodiment
 from xr0_engine.model.weights import checkpoint_shapes, read_index
-from xr0_engine.normalize import load_statistics
-from xr0_engine.prompt import PromptTokenizer
+from xr0_engine.robot.embodiment import builtin_embodiments, load_embodiment
+from xr0_engine.robot.normalize import load_statistics
+from xr0_engine.robot.prompt import PromptTokenizer
 from xr0_engine.types import CheckpointError
 
 

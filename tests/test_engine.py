@@ -14,8 +14,8 @@ from hypothesis.extra import numpy as npst
 
 from xr0_engine.checkpoint import init_checkpoint
 from xr0_engine.engine import Engine
-from xr0_engine.model.fused import FusedModel
-from xr0_engine.tactics import TacticTable
+from xr0_engine.fused.model import FusedModel
+from xr0_engine.fused.tactics import TacticTable
 from xr0_engine.types import CheckpointError, Observation
 
 SAME = 2e-5
@@ -294,7 +294,7 @@ def test_actions_that_are_not_finite_are_never_returned(folder):
         ({"device": "tpu"}, ValueError, "device: expected auto, cpu, cuda"),
         ({"device": "cuda:99"}, ValueError, "CUDA GPUs that torch can use"),
         ({"backend": "fast"}, ValueError, "backend: expected auto, reference"),
-        ({"backend": "cuda"}, NotImplementedError, "use backend='reference'"),
+        ({"backend": "cuda"}, ValueError, "backend: expected auto, reference, triton"),
         ({"embodiment": "octopus"}, ValueError, "embodiment: expected bimanual"),
     ],
     ids=["dtype", "device", "no-such-gpu", "backend", "backend-not-here", "embodiment"],

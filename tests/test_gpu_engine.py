@@ -13,18 +13,18 @@ from typer.testing import CliRunner
 from tests.kernels.support import LOW_PRECISION_FACTOR
 from tests.support import GOLDEN
 from xr0_engine.bench.cases import CASES, Setup, Subject
-from xr0_engine.bench.latency import relative_rms
+from xr0_engine.bench.measure.latency import relative_rms
 from xr0_engine.checkpoint import init_checkpoint
 from xr0_engine.cli import app
 from xr0_engine.config import XR0Config
 from xr0_engine.engine import Engine
-from xr0_engine.graph import Graph
-from xr0_engine.model import fused
-from xr0_engine.model.fused import FusedModel, Session, session_key
+from xr0_engine.fused import model as fused
+from xr0_engine.fused.graph import Graph
+from xr0_engine.fused.model import FusedModel, Session, session_key
+from xr0_engine.fused.tactics import TacticTable
+from xr0_engine.golden import verify_folder
 from xr0_engine.model.weights import load_model, read_index
-from xr0_engine.preprocess import Preprocessor
-from xr0_engine.tactics import TacticTable
-from xr0_engine.verify import verify_folder
+from xr0_engine.robot.preprocess import Preprocessor
 
 CASE = CASES["libero"]
 SAME = 1e-4

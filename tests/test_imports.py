@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Set
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -16,24 +17,23 @@ PACKAGE = "xr0_engine"
 LAYERS = (
     ("__main__",),
     ("__init__", "cli"),
-    ("verify", "drive"),
+    ("golden", "drive"),
     ("bench",),
     ("export", "training", "serve", "plot"),
     ("engine", "checkpoint", "sim"),
-    ("model", "exported", "executor"),
-    ("preprocess", "flow", "decode", "graph", "tactics"),
-    ("normalize", "prompt", "embodiment", "ops"),
-    ("fused_ops",),
+    ("fused", "exported"),
+    ("model", "executor"),
+    ("robot",),
     ("kernels", "_C"),
-    ("config", "comparison"),
+    ("backend", "comparison", "config"),
     ("types", "env"),
 )
 
-# Parts that see less of the package than the rows below theirs.
-SEES_ONLY = {"executor": {"types", "decode"}, "kernels": set[str]()}
+# Parts that see less of the package than the rows below theirs: these modules and what is inside them.
+SEES_ONLY = {"executor": {"types", "robot.decode"}, "kernels": set[str]()}
 
-# Parts that few others may import.
-SEEN_ONLY_BY = {"kernels": {"ops", "fused_ops"}, "_C": {"ops"}}
+# Modules that few parts may import. The oracles in kernels.reference are the reference backend: everyone's.
+SEEN_ONLY_BY = {"kernels": {"fused"}, "kernels.reference": {"model", "fused", "bench"}, "_C": {"robot"}}
 
 # Parts that must do with few packages besides the standard library.
 THIRD_PARTY = {"executor": {"numpy"}, "kernels": {"torch", "triton"}, "types": {"numpy"}, "env": set[str]()}
@@ -41,19 +41,24 @@ THIRD_PARTY = {"executor": {"numpy"}, "kernels": {"torch", "triton"}, "types": {
 # Names of the package itself that its modules may import from it.
 SHARED_NAMES = {"__version__"}
 
-# Folders at the root that are parts of the package: under their own names they would be imported twice.
+# Links at the root to parts of the package: under their own names they would be imported twice.
 LINKED = ("kernels", "export", "training", "bench")
 
 LEVEL = {part: level for level, row in enumerate(LAYERS) for part in row}
 
 
+def inside(module: str) -> str:
+    """xr0_engine.model.dit -> model.dit; xr0_engine -> __init__."""
+    return module.partition(".")[2] or "__init__"
+
+
 def part_of(module: str) -> str:
     """xr0_engine.model.dit -> model."""
-    return [*module.split("."), "__init__"][1]
+    return inside(module).split(".")[0]
 
 
 def imports(tree: ast.AST) -> Iterator[tuple[int, str, bool]]:
-    """(line, imported module, whether at run time) of every import; xr0_engine.a for `from xr0_engine import a`.
+    """(line, imported module, whether at run time) of every import; p.a for `from p import a`, p within the package.
 
     A relative import comes with its dots.
     """
@@ -70,7 +75,8 @@ def imports(tree: ast.AST) -> Iterator[tuple[int, str, bool]]:
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = "." * node.level + (node.module or "")
-            names = [f"{base}.{alias.name}" for alias in node.names] if base == PACKAGE else [base]
+            ours = base.split(".")[0] == PACKAGE
+            names = [f"{base}.{alias.name}" for alias in node.names] if ours else [base]
         for name in names:
             yield node.lineno, name, id(node) not in typing_only
 
@@ -91,7 +97,7 @@ def violations(module: str, source: str) -> list[str]:
         elif module.split(".")[0] != PACKAGE:
             continue
         elif root == PACKAGE:
-            reason = misplaced(part, part_of(name))
+            reason = misplaced(part, inside(name))
         elif at_run_time and part in THIRD_PARTY and root not in {*THIRD_PARTY[part], *sys.stdlib_module_names}:
             reason = f"is not among the packages that {part} may use: {sorted(THIRD_PARTY[part])}"
         if reason:
@@ -99,25 +105,30 @@ def violations(module: str, source: str) -> list[str]:
     return found
 
 
-def misplaced(part: str, imported: str) -> str | None:
-    """Why `part` may not import the part `imported`, or None."""
+def misplaced(part: str, name: str) -> str | None:
+    """Why `part` may not import `name`, a module within the package or a name in one; None if it may."""
+    imported = name.split(".")[0]
     if imported == part or imported in SHARED_NAMES:
         return None
     if imported not in LEVEL:
         return "has no place in LAYERS"
-    if part in SEES_ONLY and imported not in SEES_ONLY[part]:
+    if part in SEES_ONLY and not lies_in(name, SEES_ONLY[part]):
         return f"is hidden from {part}, which sees {sorted(SEES_ONLY[part])} of the package"
-    if part not in SEEN_ONLY_BY.get(imported, {part}):
-        return f"is for {' and '.join(sorted(SEEN_ONLY_BY[imported]))} alone"
+    guards = [guarded for guarded in SEEN_ONLY_BY if lies_in(name, {guarded})]
+    if guards and part not in SEEN_ONLY_BY[max(guards, key=len)]:
+        return f"is for {' and '.join(sorted(SEEN_ONLY_BY[max(guards, key=len)]))} alone"
     if LEVEL[imported] <= LEVEL[part]:
         return f"is not below {part}"
     return None
 
 
+def lies_in(name: str, modules: Set[str]) -> bool:
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
 def sources() -> dict[str, Path]:
-    """Dotted name -> file, for the package (the linked folders through their links), the tests and setup.py."""
-    package = [path for top in (ROOT / PACKAGE).iterdir() for path in ([top] if top.is_file() else top.rglob("*"))]
-    paths = [path for path in package if path.suffix in (".py", ".pyi")]
+    """Dotted name -> file, for the package, the tests and setup.py."""
+    paths = [path for path in (ROOT / PACKAGE).rglob("*") if path.suffix in (".py", ".pyi")]
     paths += [*(ROOT / "tests").rglob("*.py"), ROOT / "setup.py"]
     return {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in paths}
 
@@ -125,29 +136,57 @@ def sources() -> dict[str, Path]:
 SOURCES = sources()
 
 
+def arrows(texts: Mapping[str, str]) -> dict[str, set[str]]:
+    """Module of the package -> those that it imports anywhere in its text, TYPE_CHECKING included."""
+    ours = [module for module in texts if module.split(".")[0] == PACKAGE and module != PACKAGE]
+
+    def owner(name: str) -> str:
+        return name if name in texts else name.rpartition(".")[0]
+
+    return {
+        module: {owner(name) for _, name, _ in imports(ast.parse(texts[module]))} & set(ours) - {module}
+        for module in ours
+    }
+
+
 @pytest.mark.parametrize("module", sorted(SOURCES))
 def test_imports_point_downward(module):
     assert violations(module, SOURCES[module].read_text(encoding="utf-8")) == []
 
 
-def test_linked_folders_are_among_the_sources():
-    assert [name for name in LINKED if not (ROOT / PACKAGE / name).is_symlink()] == []
-    assert f"{PACKAGE}.kernels.reference" in SOURCES
+@pytest.mark.xfail(strict=True, reason="serve/ goes round in a circle")
+def test_no_circle_of_modules():
+    """__init__ of the package itself aside, whose lazy names lead everywhere."""
+    found = arrows({module: path.read_text(encoding="utf-8") for module, path in SOURCES.items()})
+    assert sum(map(len, found.values())) > 300
+    TopologicalSorter(found).prepare()
+
+
+def test_circle_is_caught():
+    later = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from xr0_engine.serve.a import A"
+    texts = {f"{PACKAGE}.serve.a": "from xr0_engine.serve import b", f"{PACKAGE}.serve.b": later}
+    with pytest.raises(CycleError):
+        TopologicalSorter(arrows(texts)).prepare()
+
+
+@pytest.mark.parametrize("module", sorted(name for name in SOURCES if name.split(".")[0] == PACKAGE))
+def test_every_file_says_what_it_does(module):
+    assert ast.get_docstring(ast.parse(SOURCES[module].read_text(encoding="utf-8")))
 
 
 @pytest.mark.parametrize(
     ("module", "source", "complaint"),
     [
         pytest.param("model.dit", "from xr0_engine.engine import Engine", "not below model", id="upward"),
-        pytest.param("decode", "from xr0_engine import flow", "not below decode", id="same row"),
+        pytest.param("fused.model", "from xr0_engine import exported", "not below fused", id="same row"),
         pytest.param("model.dit", "from . import layers", "relative", id="relative"),
         pytest.param("model.dit", "def f():\n    import xr0_engine.training", "not below model", id="in a function"),
         pytest.param("serve.server", "from xr0_engine.training import losses", "not below serve", id="serve, training"),
-        pytest.param(
-            "model.vlm", "from xr0_engine.kernels import reference", "for fused_ops and ops alone", id="kernels"
-        ),
-        pytest.param("preprocess", "from xr0_engine import _C", "for ops alone", id="native"),
+        pytest.param("model.vlm", "from xr0_engine.kernels import linear", "for fused alone", id="kernels"),
+        pytest.param("engine", "from xr0_engine.kernels import reference", "for bench and fused and", id="oracles"),
+        pytest.param("exported.model", "from xr0_engine import _C", "for robot alone", id="native"),
         pytest.param("executor.loop", "from xr0_engine.config import XR0Config", "hidden from executor", id="executor"),
+        pytest.param("executor.loop", "from xr0_engine.robot import patches", "hidden from", id="executor, robot"),
         pytest.param("executor.loop", "import torch", "not among the packages", id="executor, torch"),
         pytest.param("kernels.norm", "from xr0_engine import env", "hidden from kernels", id="kernels, env"),
         pytest.param("kernels.norm", "import numpy as np", "not among the packages", id="kernels, numpy"),
@@ -155,7 +194,7 @@ def test_linked_folders_are_among_the_sources():
         pytest.param("engine", "from xr0_engine import Engine", "no place in LAYERS", id="lazy name"),
         pytest.param("engine", "import xr0_engine.gadgets", "no place in LAYERS", id="unknown import"),
         pytest.param("gadgets", "import math", "no place in LAYERS", id="unknown module"),
-        pytest.param("ops", "from kernels import reference", "imported as xr0_engine.kernels", id="root folder"),
+        pytest.param("model.dit", "from kernels import reference", "imported as xr0_engine.kernels", id="root folder"),
     ],
 )
 def test_checker_catches(module, source, complaint):
@@ -170,11 +209,12 @@ def test_checker_catches_root_folders_in_tests():
     ("module", "source"),
     [
         pytest.param("types", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch", id="types only"),
-        pytest.param("ops", "from xr0_engine.kernels import reference", id="ops, kernels"),
+        pytest.param("model.dit", "from xr0_engine.kernels import reference", id="model, oracles"),
+        pytest.param("model.dit", "from xr0_engine.kernels.reference import rotate", id="model, one oracle"),
         pytest.param("kernels.a", "import math, torch, triton.language\nimport xr0_engine.kernels.b", id="kernels"),
         pytest.param("training.trainer", "from xr0_engine.model.dit import ActionHead", id="downward"),
-        pytest.param("engine", "from xr0_engine import __version__, ops", id="version"),
-        pytest.param("executor.frame", "from xr0_engine.decode import anchor", id="executor, decode"),
+        pytest.param("engine", "from xr0_engine import __version__, backend", id="version"),
+        pytest.param("executor.frame", "from xr0_engine.robot.decode import anchor", id="executor, decode"),
     ],
 )
 def test_checker_accepts(module, source):

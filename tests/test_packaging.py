@@ -1,4 +1,4 @@
-"""What a user installs: the wheel's contents, built from a source distribution and, without a compiler, a checkout."""
+"""What a user installs: the wheel, built from a source distribution and, without compiler and links, from a zip."""
 
 from __future__ import annotations
 
@@ -57,9 +57,8 @@ def wheel(checkout, tmp_path_factory):
 
 
 def package_files(pattern: str) -> set[str]:
-    """Names that files of the package have in the wheel, those of the linked folders included."""
-    folders = (PACKAGE, *(path for path in PACKAGE.iterdir() if path.is_symlink()))
-    return {path.relative_to(ROOT).as_posix() for folder in folders for path in folder.rglob(pattern)}
+    """Names that files of the package have in the wheel."""
+    return {path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob(pattern)}
 
 
 def test_only_top_level_name_is_the_package(wheel):
@@ -75,7 +74,7 @@ def test_every_module_is_in_the_wheel(wheel):
 
 def test_data_files_are_in_the_wheel(wheel):
     data = {"xr0_engine/py.typed", "xr0_engine/_C.pyi", *package_files("*.yaml")}
-    assert "xr0_engine/embodiments/libero.yaml" in data
+    assert "xr0_engine/robot/embodiments/libero.yaml" in data
     assert data - wheel == set()
 
 
@@ -88,11 +87,26 @@ def test_native_module_is_in_the_wheel(wheel):
     assert NATIVE in wheel
 
 
-def test_checkout_without_compiler_gives_the_same_wheel_less_the_native_module(checkout, wheel, tmp_path):
-    without = names_in(build(checkout, "wheel", tmp_path / "wheel", CXX=str(tmp_path / "no-compiler")))
-    assert {name for name in without if ".dist-info" not in name} == {
+def test_zip_of_the_sources_installs_without_compiler_and_links(checkout, wheel, tmp_path):
+    """What a download of the sources unpacks to where links are not kept: small files that name their target."""
+    source = tmp_path / "unpacked"
+    shutil.copytree(checkout, source, symlinks=True)
+    for name in LINKED:
+        (source / name).unlink()
+        (source / name).write_text(f"xr0_engine/{name}", encoding="utf-8")
+    target = tmp_path / "site"
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
+    environment = {**os.environ, "XR0_BUILD_CUDA": "0", "CXX": str(tmp_path / "no-compiler")}
+    subprocess.run([*command, "--target", str(target), str(source)], env=environment, check=True, capture_output=True)
+    installed = {path.relative_to(target).as_posix() for path in (target / "xr0_engine").rglob("*") if path.is_file()}
+    assert {name for name in installed if not name.endswith(".pyc")} == {
         name for name in wheel - {NATIVE} if ".dist-info" not in name
     }
+    shown = subprocess.run(
+        [sys.executable, "-c", "import xr0_engine.bench.cases as cases; print(cases.__file__)"],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(target)}, check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    assert Path(shown.stdout.strip()).is_relative_to(target)
 
 
 def test_licence_is_in_the_wheel(wheel):
@@ -100,7 +114,10 @@ def test_licence_is_in_the_wheel(wheel):
 
 
 @pytest.mark.parametrize("name", LINKED)
-def test_linked_folder_is_a_relative_link(name):
-    link = PACKAGE / name
-    assert link.readlink() == Path("..", name)
-    assert link.is_dir()
+def test_part_is_linked_at_the_root(name):
+    """So that the top level shows the parts. Nothing needs the links."""
+    assert (ROOT / name).readlink() == Path("xr0_engine", name)
+
+
+def test_no_link_inside_the_package():
+    assert [path for path in PACKAGE.rglob("*") if path.is_symlink()] == []

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from xr0_engine.embodiment import Embodiment, load_embodiment
 from xr0_engine.plot import STAGES, panels, plot_chunk, plot_rollout, spread, video_writer
+from xr0_engine.robot.embodiment import Embodiment, load_embodiment
 from xr0_engine.types import ActionChunk, Observation
 
 pytest.importorskip("matplotlib")

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from xr0_engine import sim
-from xr0_engine.decode import BIMANUAL_COLUMNS, LEFT, RIGHT
-from xr0_engine.embodiment import load_embodiment
+from xr0_engine.robot.decode import BIMANUAL_COLUMNS, LEFT, RIGHT
+from xr0_engine.robot.embodiment import load_embodiment
 from xr0_engine.sim import CONTROL_RATE_HZ, JOINT_NAMES, AlohaEnv, choose_renderer, columns_to_joints, joints_to_columns
 
 # Position servos with dry friction in the joints: they stop this close to their target (0.01 rad is 0.6 degrees).

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from xr0_engine.config import XR0Config
-    from xr0_engine.embodiment import load_embodiment
     from xr0_engine.engine import Engine
+    from xr0_engine.robot.embodiment import load_embodiment
     from xr0_engine.serve.async_client import AsyncClient
     from xr0_engine.serve.client import Client
     from xr0_engine.types import ActionChunk, CheckpointError, KVBlock, Observation
@@ -40,7 +40,7 @@ _HOMES = {
     "KVBlock": "types",
     "Observation": "types",
     "XR0Config": "config",
-    "load_embodiment": "embodiment",
+    "load_embodiment": "robot.embodiment",
 }
 
 

@@ -23,10 +23,10 @@ from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from xr0_engine.config import ActionHeadConfig, TextConfig, TokenIds, VisionConfig, XR0Config
-from xr0_engine.embodiment import builtin_embodiments, load_embodiment
 from xr0_engine.model.weights import INDEX_FILE, checkpoint_shapes
-from xr0_engine.normalize import STATISTICS_FILE
-from xr0_engine.prompt import build_prompt
+from xr0_engine.robot.embodiment import builtin_embodiments, load_embodiment
+from xr0_engine.robot.normalize import STATISTICS_FILE
+from xr0_engine.robot.prompt import build_prompt
 
 SHARD_BYTES = 2 * 2**30
 DTYPE = torch.bfloat16

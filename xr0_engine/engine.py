@@ -11,20 +11,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xr0_engine import ops
+from xr0_engine.backend import resolve_backend, resolve_device, resolve_dtype
 from xr0_engine.config import XR0Config
-from xr0_engine.decode import decode, encode_prefix
-from xr0_engine.embodiment import Embodiment, load_embodiment
 from xr0_engine.exported.model import ExportedModel
-from xr0_engine.model.fused import FusedModel
+from xr0_engine.fused.model import FusedModel
+from xr0_engine.fused.tactics import tactics_for
 from xr0_engine.model.weights import load_model, read_index, resolve_checkpoint
 from xr0_engine.model.xr0 import XR0Model
-from xr0_engine.normalize import select_robot_type
-from xr0_engine.preprocess import Preprocessor
-from xr0_engine.tactics import tactics_for
+from xr0_engine.robot.decode import decode, encode_prefix
+from xr0_engine.robot.embodiment import Embodiment, load_embodiment
+from xr0_engine.robot.normalize import select_robot_type
+from xr0_engine.robot.preprocess import Preprocessor
 from xr0_engine.types import ActionChunk, KVBlock, ModelInputs, Observation
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 class Engine:
@@ -55,21 +53,19 @@ class Engine:
         """Load a checkpoint folder, or a Hugging Face hub id.
 
         device: auto (a CUDA GPU if there is one), cpu, cuda, cuda:N. dtype: bfloat16, float16 or float32, whatever the
-        checkpoint stores. backend: auto, reference, triton or cuda; only auto may choose. embodiment: profile name,
+        checkpoint stores. backend: auto, reference or triton; only auto may choose. embodiment: profile name,
         YAML file or Embodiment for every observation; None picks the built-in profile by the observation's robot type.
         Raises CheckpointError for a checkpoint that cannot be used, ValueError for a wrong argument,
         NotImplementedError for a backend that this machine lacks. Nothing is loaded before everything is checked.
         """
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype: expected {', '.join(DTYPES)}; got {dtype!r}")
-        chosen_device = ops.resolve_device(device)
-        chosen_backend = ops.resolve_backend(backend, chosen_device)
+        chosen_dtype, chosen_device = resolve_dtype(dtype), resolve_device(device)
+        chosen_backend = resolve_backend(backend, chosen_device)
         if isinstance(embodiment, str | Path):
             embodiment = load_embodiment(embodiment)
         folder = resolve_checkpoint(path)
         preprocess = Preprocessor.load(folder, embodiment)
         table = tactics_for(chosen_device) if chosen_backend == "triton" else None
-        model = load_model(preprocess.config, read_index(folder), chosen_device, DTYPES[dtype])
+        model = load_model(preprocess.config, read_index(folder), chosen_device, chosen_dtype)
         if table is None:
             return cls(model, preprocess, chosen_backend)
         fused = FusedModel(model, chosen_backend, table, graphs=chosen_device.type == "cuda")

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from xr0_engine.decode import BIMANUAL_COLUMNS, LEFT, RIGHT
-from xr0_engine.embodiment import Embodiment
+from xr0_engine.robot.decode import BIMANUAL_COLUMNS, LEFT, RIGHT
+from xr0_engine.robot.embodiment import Embodiment
 from xr0_engine.types import ActionChunk, Observation
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from xr0_engine.decode import BIMANUAL_COLUMNS, LEFT, RIGHT, ArmPose, BimanualPose
+from xr0_engine.robot.decode import BIMANUAL_COLUMNS, LEFT, RIGHT, ArmPose, BimanualPose
 from xr0_engine.types import Observation
 
 ROBOT_TYPE = "bimanual"

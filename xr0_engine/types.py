@@ -66,7 +66,7 @@ class ModelInputs:
     input_ids: (B, N) int64. attention_mask: (B, N) bool, False = left padding.
     pixel_values: (P, 3 * temporal_patch * patch * patch) float32, all images in order of batch, then view.
     image_grids: per image (height, width) in patches. position_ids: (3, B, N) int64, M-RoPE.
-    head_length: leading tokens (padding aside) equal in every row and free of images: their KV can be kept.
+    preamble_length: leading tokens (padding aside) equal in every row and free of images: their KV can be kept.
     state: (B, state_length, S) float32. action_mask: (B, T, A) float32, 1 = column used by the robot type.
     """
 
@@ -75,7 +75,7 @@ class ModelInputs:
     pixel_values: Tensor
     image_grids: tuple[tuple[int, int], ...]
     position_ids: Tensor
-    head_length: int
+    preamble_length: int
     state: Tensor
     action_mask: Tensor
 

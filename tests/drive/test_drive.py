@@ -13,7 +13,6 @@ from typer.testing import CliRunner
 
 from tests.executor.support import MarkedPolicy, execute
 from xr0_engine.cli import app
-from xr0_engine.decode import BIMANUAL_COLUMNS, LEFT, RIGHT
 from xr0_engine.drive.aloha import LiveAloha, SimulatedAloha, aloha_limits
 from xr0_engine.drive.null import NullRobot
 from xr0_engine.drive.picture import plot_session
@@ -21,6 +20,7 @@ from xr0_engine.drive.policies import from_checkpoint, scripted
 from xr0_engine.drive.run import run
 from xr0_engine.drive.wander import CHUNK_LENGTH, JOINTS, WanderPolicy
 from xr0_engine.executor import Recorder, SensorsNotReady, Settings, SystemClock, VirtualClock, read_session
+from xr0_engine.robot.decode import BIMANUAL_COLUMNS, LEFT, RIGHT
 from xr0_engine.sim import CONTROL_RATE_HZ, AlohaEnv, columns_to_joints, joints_to_columns
 
 # Servos with friction stop this close to their target, and follow this fast.

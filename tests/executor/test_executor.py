@@ -22,7 +22,6 @@ from tests.executor.support import (
     execute,
     make_chunk,
 )
-from xr0_engine.decode import ArmPose, BimanualPose, anchor, bimanual_state, recover, rotation_exp
 from xr0_engine.executor import (
     BimanualFrame,
     Executor,
@@ -33,6 +32,7 @@ from xr0_engine.executor import (
     SystemClock,
     VirtualClock,
 )
+from xr0_engine.robot.decode import ArmPose, BimanualPose, anchor, bimanual_state, recover, rotation_exp
 from xr0_engine.types import Observation
 
 # float32 prefixes of metres and radians, turned into another frame and back.

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xr0_engine.decode import BIMANUAL_COLUMNS, LEFT, RIGHT, ArmPose, BimanualPose, anchor, recover, rotation_exp
 from xr0_engine.executor import BimanualFrame, PlainFrame
 from xr0_engine.executor.frame import coast
+from xr0_engine.robot.decode import BIMANUAL_COLUMNS, LEFT, RIGHT, ArmPose, BimanualPose, anchor, recover, rotation_exp
 
 # float32 actions of size 10, once rounded.
 FLOAT32 = 2e-6

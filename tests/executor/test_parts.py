@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from tests.executor.support import execute
-from xr0_engine.decode import ArmPose, BimanualPose, bimanual_state
 from xr0_engine.executor import (
     BimanualFrame,
     Limits,
@@ -25,6 +24,7 @@ from xr0_engine.executor.delay import DelayEstimator, delay_steps
 from xr0_engine.executor.limits import Limiter
 from xr0_engine.executor.report import BINS_PER_DECADE, COUNTS, Histogram
 from xr0_engine.executor.timeline import Timeline
+from xr0_engine.robot.decode import ArmPose, BimanualPose, bimanual_state
 
 IMAGE = np.zeros((2, 2, 3), np.uint8)
 HEADER = '{"kind": "session", "version": 1, "title": "", "settings": {}, "layout": "plain", "width": 3}\n'

@@ -8,7 +8,7 @@ import torch
 from tests.export.cases import LIBERO
 from tests.support import make_config
 from xr0_engine.checkpoint import write_checkpoint
-from xr0_engine.export.onnx import export_onnx
+from xr0_engine.export.folder import export_onnx
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -14,7 +14,7 @@ from tests.support import make_config
 from xr0_engine import Engine
 from xr0_engine.checkpoint import write_checkpoint
 from xr0_engine.comparison import FLOAT32_EXPORT_MAX_ERROR
-from xr0_engine.export.onnx import export_onnx
+from xr0_engine.export.folder import export_onnx
 from xr0_engine.exported.manifest import MANIFEST_FILE, ExportCase
 
 LONG = "pick up the red cube" + ", then the blue cube" * 20

@@ -17,7 +17,7 @@ import torch
 from tests.kernels.products import EPS, META_WORKSPACE, meta, meta_float, meta_sums
 from tests.kernels.support import ARCHS
 from tests.support import ROOT
-from xr0_engine.fused_ops import FusedOps
+from xr0_engine.fused.ops import FusedOps
 from xr0_engine.kernels.arguments import (
     SHARED_LIMIT,
     FlowBuffers,

@@ -29,7 +29,7 @@ def workspace():
     [
         pytest.param(1, 4, 1, 21, 21, 32, id="4 heads share"),
         pytest.param(2, 3, 3, 16, 16, 16, id="whole tiles"),
-        pytest.param(2, 6, 2, 5, 37, 16, id="after a kept head"),
+        pytest.param(2, 6, 2, 5, 37, 16, id="after a kept preamble"),
         pytest.param(3, 2, 1, 1, 1, 64, id="one token"),
     ],
 )

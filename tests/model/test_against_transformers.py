@@ -119,12 +119,12 @@ def largest(difference: torch.Tensor) -> float:
     return float(difference.abs().max())
 
 
-@pytest.mark.parametrize("head_tokens", [0, 4], ids=["whole-prompt", "kept-prompt-head"])
+@pytest.mark.parametrize("preamble_tokens", [0, 4], ids=["whole-prompt", "kept-prompt-head"])
 @pytest.mark.parametrize(("sizes", "prompt"), CASES)
-def test_float32_equals_transformers(sizes, prompt, head_tokens, checkpoint):
+def test_float32_equals_transformers(sizes, prompt, preamble_tokens, checkpoint):
     config = make_config(**sizes)
     folder = checkpoint(config)
-    inputs = random_inputs(config, *prompt, head_tokens=head_tokens)
+    inputs = random_inputs(config, *prompt, preamble_tokens=preamble_tokens)
     expected = reference(config, folder, inputs)
     model = load(folder)
     vision = model.encode_images(inputs)
@@ -133,7 +133,7 @@ def test_float32_equals_transformers(sizes, prompt, head_tokens, checkpoint):
     for tap, features in zip(vision.deepstack, expected.deepstack, strict=True):
         assert largest(tap - features) < FLOAT32_ERROR
     is_token = inputs.attention_mask[:, None, :, None]
-    for _ in ("first call fills the kept head", "second call reads it"):
+    for _ in ("first call fills the kept preamble", "second call reads it"):
         kv = model.prefill(inputs, vision)
         assert kv.keys.shape == expected.keys.shape
         assert largest((kv.keys - expected.keys) * is_token) < FLOAT32_ERROR

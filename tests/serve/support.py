@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from xr0_engine.embodiment import Embodiment, embodiment_for
+from xr0_engine.robot.embodiment import Embodiment, embodiment_for
 from xr0_engine.serve.worker import EngineThread
 from xr0_engine.types import ActionChunk, Observation
 

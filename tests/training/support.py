@@ -12,7 +12,7 @@ import numpy as np
 
 from tests.support import make_config
 from xr0_engine.checkpoint import write_checkpoint
-from xr0_engine.normalize import ActionStatistics
+from xr0_engine.robot.normalize import ActionStatistics
 from xr0_engine.training.config import TrainConfig, override
 from xr0_engine.training.data.samples import LanguageSample, RobotSample
 from xr0_engine.training.distributed import world

@@ -10,6 +10,7 @@ import torch
 
 from tests.support import CPU, GOLDEN, load, random_inputs
 from tests.training.support import config_for, language_sample, robot_sample, statistics
+from xr0_engine.golden import golden_config, golden_inputs
 from xr0_engine.model.weights import read_headers
 from xr0_engine.training.base import read_base, read_tensor
 from xr0_engine.training.batch import Collator, RobotBatch
@@ -26,7 +27,6 @@ from xr0_engine.training.model import (
     set_parameter,
 )
 from xr0_engine.types import CheckpointError
-from xr0_engine.verify import golden_config, golden_inputs
 
 FLOAT32_MAX_ERROR = 2e-4
 """On values of order 1 to 7: float32 rounding through some ten layers of sums in another order."""

@@ -72,7 +72,7 @@ def latency(
     Nothing is timed before both have given the same actions. A dash stands for a percentile that so few rounds cannot
     tell: p99 takes 100 rounds, p99.9 takes 1000.
     """
-    from xr0_engine.bench import latency as module
+    from xr0_engine.bench.measure import latency as module
 
     _check_file(json_file)
     setup = _setup(case, size, checkpoint, device, dtype, threads, backend)
@@ -97,7 +97,7 @@ def throughput(
     json_file: JsonFile = None,
 ) -> None:
     """Chunks per second against batch size."""
-    from xr0_engine.bench import throughput as module
+    from xr0_engine.bench.measure import throughput as module
 
     _check_file(json_file)
     setup = _setup(case, size, checkpoint, device, dtype, threads, backend)
@@ -124,7 +124,7 @@ def coldstart(
     json_file: JsonFile = None,
 ) -> None:
     """From the start of a fresh process to its first action, weights on disk."""
-    from xr0_engine.bench import coldstart as module
+    from xr0_engine.bench.measure import coldstart as module
 
     _check_file(json_file)
     setup = _setup(case, size, checkpoint, device, dtype, threads, backend)
@@ -145,7 +145,7 @@ def jitter(
     json_file: JsonFile = None,
 ) -> None:
     """A control loop of fixed rate that infers in every tick: tail of the latency, missed deadlines, steadiness."""
-    from xr0_engine.bench import jitter as module
+    from xr0_engine.bench.measure import jitter as module
 
     _check_file(json_file)
     setup = _setup(case, size, checkpoint, device, dtype, threads, backend)
@@ -161,15 +161,15 @@ def kernels(
     dtype: Dtype = "bfloat16",
     threads: Threads = None,
     rounds: Rounds = 20,
-    backend: Annotated[str, typer.Option(help="auto, reference, triton or cuda.")] = "auto",
+    backend: Annotated[str, typer.Option(help="auto, reference or triton.")] = "auto",
     json_file: JsonFile = None,
 ) -> None:
     """Every op and GEMM of a case alone, beside its bound on this machine.
 
     Makes and reads no weights; with --backend triton: the calls of one of the engine's own steps, with its tactics.
     """
-    from xr0_engine.bench import kernels as module
-    from xr0_engine.bench import step_kernels
+    from xr0_engine.bench.step import kernels as module
+    from xr0_engine.bench.step import step_kernels
 
     _check_file(json_file)
     setup = _setup(case, size, checkpoint, device, dtype, threads, backend)
@@ -189,7 +189,7 @@ def images(
 
     Nothing is timed before all bits agree. On a GPU: three frames by its own clock, with and without the upload.
     """
-    from xr0_engine.bench import images as module
+    from xr0_engine.bench.measure import images as module
 
     _check_file(json_file)
     _deliver(*module.measure(device, rounds, _command()), module.show, json_file)
@@ -207,7 +207,7 @@ def ablate(
     json_file: JsonFile = None,
 ) -> None:
     """What each optimisation buys on this machine: the engine against itself without one of them."""
-    from xr0_engine.bench import ablate as module
+    from xr0_engine.bench.measure import ablate as module
 
     _check_file(json_file)
     setup = _setup(case, size, checkpoint, device, dtype, threads)
@@ -232,7 +232,7 @@ def roofline(
     """The least that a case can take on a chip: arithmetic and memory traffic of every operator. Times nothing."""
     from functools import partial
 
-    from xr0_engine.bench import roofline as module
+    from xr0_engine.bench.step import roofline as module
 
     _check_file(json_file)
     setup = _setup(case, size, checkpoint, device, dtype, threads)
@@ -258,8 +258,8 @@ def compile_(
     from rich.console import Console
     from rich.progress import Progress
 
-    from xr0_engine.bench.compile import compile_step, faults, show
-    from xr0_engine.bench.roofline import Workload
+    from xr0_engine.bench.step.compile import compile_step, faults, show
+    from xr0_engine.bench.step.roofline import Workload
 
     config, work = Workload.of_case(_setup(case, size, checkpoint, "cpu", dtype, None))
     with Progress(console=Console(stderr=True), transient=True) as progress:
@@ -293,8 +293,8 @@ def tune(
 
     A variant is timed only after it has given what the default gives. The engine reads the table when it loads.
     """
-    from xr0_engine.bench import tune as module
     from xr0_engine.bench.cases import find_case
+    from xr0_engine.bench.step import tune as module
 
     if out is not None:
         _check_file(out, "--out")
@@ -315,7 +315,7 @@ def graph(
     import json
     from dataclasses import asdict
 
-    from xr0_engine.bench.replay import captured, show_contents
+    from xr0_engine.bench.measure.replay import captured, show_contents
 
     contents = captured(_setup(case, size, checkpoint, device, dtype, None, "triton"))
     if as_json:
@@ -370,7 +370,7 @@ def compare(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the comparison here.")] = None,
 ) -> None:
     """A regression gate: exit code 1 if B is slower than A past the threshold, beyond the machine's own noise."""
-    from xr0_engine.bench import compare as module
+    from xr0_engine.bench.tell import compare as module
 
     _check_file(json_file)
     code = module.run(arguments or [], threshold, series, run_against, repeats, json_file)
@@ -390,8 +390,8 @@ def report(
 
     A roofline of the same case with `--chip here` gives the others their bound.
     """
-    from xr0_engine.bench import readme
-    from xr0_engine.bench import report as module
+    from xr0_engine.bench.tell import readme
+    from xr0_engine.bench.tell import report as module
 
     if table is not None:
         if files:

@@ -40,9 +40,7 @@ def demo(
     height: Annotated[int, typer.Option(help="Of the frames that the model sees: as in its training data.")] = 480,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32; an export has its own.")] = "bfloat16",
-    backend: Annotated[
-        str, typer.Option(help="auto, reference, triton or cuda; of an export onnx or tensorrt.")
-    ] = "auto",
+    backend: Annotated[str, typer.Option(help="auto, reference or triton; of an export onnx or tensorrt.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the latencies and the files' paths as JSON.")] = False,
 ) -> None:
     """Drive a simulated two-armed robot (ALOHA, MuJoCo) from its camera images, and film it.

@@ -108,13 +108,13 @@ def _compute(has_torch: bool) -> tuple[list[str], dict[str, str | None]]:
         return [], {"reference": "torch is not installed"}
     import torch
 
-    from xr0_engine import ops
+    from xr0_engine.backend import backend_status
 
     gpus = []
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
         gpus.append(f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, compute capability {gpu.major}.{gpu.minor}")
-    return gpus, ops.backend_status()
+    return gpus, backend_status()
 
 
 def _native(has_torch: bool) -> tuple[str | None, str | None, list[str]]:
@@ -123,9 +123,9 @@ def _native(has_torch: bool) -> tuple[str | None, str | None, list[str]]:
         return f"{missing}; Pillow and NumPy do its work, only slower", missing, []
     if not has_torch:
         return None, "torch is not installed", []
-    from xr0_engine import ops
+    from xr0_engine.robot import patches
 
-    return None, ops.native_cuda_fault(), ops.instruction_sets()
+    return None, patches.native_cuda_fault(), patches.instruction_sets()
 
 
 def _rendering(has_simulator: bool) -> str | None:

@@ -43,7 +43,7 @@ def drive(
     seed: Annotated[int, typer.Option(min=0, help="Where the cube lies, and the noise of a local policy.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
-    backend: Annotated[str, typer.Option(help="auto, reference, triton or cuda.")] = "auto",
+    backend: Annotated[str, typer.Option(help="auto, reference or triton.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole report as JSON.")] = False,
 ) -> None:
     """Execute a policy's chunks at the control rate while the next ones are inferred, and report how that went.

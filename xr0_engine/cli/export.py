@@ -36,7 +36,7 @@ def onnx(
 ) -> None:
     """Write the stages of one case as ONNX graphs of static shapes, with one file of weights and a manifest."""
     from xr0_engine.bench.cases import find_case
-    from xr0_engine.export.onnx import STAGES, export_onnx
+    from xr0_engine.export.folder import STAGES, export_onnx
     from xr0_engine.exported.manifest import ExportCase
 
     chosen = find_case(case)
@@ -62,7 +62,7 @@ def tensorrt(
     from rich.console import Console
     from rich.table import Table
 
-    from xr0_engine.export.tensorrt import STAGES, build_engines
+    from xr0_engine.export.engines import STAGES, build_engines
 
     engines = build_engines(folder, target, builder, stage or STAGES)
     title = f"{folder / target}: {engines.builder} {engines.builder_version}, SM {engines.compute_capability}"
@@ -86,6 +86,6 @@ def verify(
 
     Exit code 0: all within tolerance and no file changed; 1: something is not; 2: another checkpoint, or no export.
     """
-    from xr0_engine.export.verify import verify_export
+    from xr0_engine.export.agreement import verify_export
 
     report(verify_export(folder, checkpoint, device, backend), str(folder), as_json)

@@ -10,7 +10,7 @@ import numpy as np
 import typer
 
 if TYPE_CHECKING:
-    from xr0_engine.embodiment import Embodiment
+    from xr0_engine.robot.embodiment import Embodiment
     from xr0_engine.types import ActionChunk
 
 SHOWN_STEPS = 6
@@ -46,7 +46,7 @@ def infer(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
-    backend: Annotated[str, typer.Option(help="auto, reference, triton or cuda.")] = "auto",
+    backend: Annotated[str, typer.Option(help="auto, reference or triton.")] = "auto",
     repeat: Annotated[int, typer.Option(min=1, help="Infer so often, report the last: the first pays for set-up.")] = 1,
     plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the chunk beside the images.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole chunk as JSON.")] = False,
@@ -63,10 +63,10 @@ def infer(
     if plot is not None and (plot.suffix.lower() != ".png" or not plot.parent.is_dir()):
         raise ValueError(f"--plot: expected a .png file in an existing folder, got {plot}")
 
-    from xr0_engine.embodiment import load_embodiment
     from xr0_engine.engine import Engine
     from xr0_engine.model.weights import resolve_checkpoint
-    from xr0_engine.preprocess import Preprocessor
+    from xr0_engine.robot.embodiment import load_embodiment
+    from xr0_engine.robot.preprocess import Preprocessor
     from xr0_engine.types import Observation
 
     # Everything but the weights is read and checked first: a misspelt view must not cost the loading of a big model.

@@ -28,13 +28,13 @@ def inspect(
 
     Exit code 0: the checkpoint is complete; 2: it cannot be used, and the message says why.
     """
-    from xr0_engine.bench.memory import memory_need
-    from xr0_engine.bench.roofline import Workload
+    from xr0_engine.bench.step.memory import memory_need
+    from xr0_engine.bench.step.roofline import Workload
     from xr0_engine.config import XR0Config
-    from xr0_engine.embodiment import builtin_embodiments, load_embodiment
     from xr0_engine.model.weights import check_tensors, checkpoint_shapes, read_index, resolve_checkpoint
-    from xr0_engine.normalize import load_statistics
-    from xr0_engine.prompt import PromptTokenizer
+    from xr0_engine.robot.embodiment import builtin_embodiments, load_embodiment
+    from xr0_engine.robot.normalize import load_statistics
+    from xr0_engine.robot.prompt import PromptTokenizer
 
     folder = resolve_checkpoint(checkpoint)
     config = XR0Config.load(folder)

@@ -30,9 +30,7 @@ def serve(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32; an export has its own.")] = "bfloat16",
-    backend: Annotated[
-        str, typer.Option(help="auto, reference, triton or cuda; of an export onnx or tensorrt.")
-    ] = "auto",
+    backend: Annotated[str, typer.Option(help="auto, reference or triton; of an export onnx or tensorrt.")] = "auto",
     image_size: Annotated[
         str, typer.Option(metavar="WIDTHxHEIGHT", help="Of the robot's images, to warm up with.")
     ] = "640x480",
@@ -101,7 +99,7 @@ def serve(
     if not ray:
         run(Server(EngineThread(load, size, robot_type), config))
         return
-    from xr0_engine.serve.ray import RayOptions, RayReplicas
+    from xr0_engine.serve.replicas import RayOptions, RayReplicas
 
     options = RayOptions(replicas, max_replicas or replicas, gpus=_gpus_per_replica(device), max_batch=max_batch)
     run(Server(RayReplicas(load, options, size, robot_type), config))
@@ -109,11 +107,11 @@ def serve(
 
 def _gpus_per_replica(device: str) -> int:
     """A replica has a GPU to itself, which it sees as its only one."""
-    from xr0_engine import ops
+    from xr0_engine.backend import resolve_device
 
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device: expected auto, cpu or cuda beside --ray, which deals the GPUs out, got {device!r}")
-    return int(ops.resolve_device(device).type == "cuda")
+    return int(resolve_device(device).type == "cuda")
 
 
 def run(server: Server) -> None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def verify(
     folder: Annotated[Path, typer.Argument(help="Folder of golden cases. Its .py files are run: use one you trust.")],
-    backend: Annotated[str, typer.Option(help="auto, reference, triton or cuda.")] = "auto",
+    backend: Annotated[str, typer.Option(help="auto, reference or triton.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; each has its own tolerance.")] = "float32",
     as_json: Annotated[bool, typer.Option("--json", help="Print the comparisons as JSON instead of a table.")] = False,
@@ -26,7 +26,7 @@ def verify(
     and training losses with the stored ones. Exit code 0: all within tolerance; 1: at least one is not; 2: no such
     cases.
     """
-    from xr0_engine.verify import verify_folder
+    from xr0_engine.golden import verify_folder
 
     report(verify_folder(folder, backend, device, dtype), f"{folder}, {dtype}", as_json)
 

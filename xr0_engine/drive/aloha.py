@@ -9,8 +9,8 @@ from types import TracebackType
 
 import numpy as np
 
-from xr0_engine.decode import BIMANUAL_COLUMNS
 from xr0_engine.executor import Clock, Limits, Snapshot, Synchronizer
+from xr0_engine.robot.decode import BIMANUAL_COLUMNS
 from xr0_engine.sim import CAMERAS, CONTROL_RATE_HZ, ROBOT_TYPE, AlohaEnv, columns_to_joints, joints_to_columns
 
 # About what the arms' servos do.

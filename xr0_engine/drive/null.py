@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from xr0_engine.decode import ArmPose, BimanualPose, bimanual_state
 from xr0_engine.executor import BimanualFrame, Frame, PlainFrame, Snapshot
+from xr0_engine.robot.decode import ArmPose, BimanualPose, bimanual_state
 from xr0_engine.types import Observation
 
 

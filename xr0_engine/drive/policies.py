@@ -62,7 +62,7 @@ def from_checkpoint(
     import torch
 
     from xr0_engine.engine import Engine
-    from xr0_engine.normalize import select_robot_type
+    from xr0_engine.robot.normalize import select_robot_type
 
     engine = Engine.from_pretrained(checkpoint, device, dtype, backend)
     torch.manual_seed(seed)
@@ -83,8 +83,8 @@ def from_checkpoint(
 
 def scripted(seed: int) -> Source:
     """Smooth random motions of the simulated robot; see WanderPolicy."""
-    from xr0_engine.decode import BIMANUAL_COLUMNS
     from xr0_engine.drive.wander import WanderPolicy
+    from xr0_engine.robot.decode import BIMANUAL_COLUMNS
     from xr0_engine.sim import CAMERAS, CONTROL_RATE_HZ, ROBOT_TYPE
 
     return Source(

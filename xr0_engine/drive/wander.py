@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from xr0_engine.decode import BIMANUAL_COLUMNS
+from xr0_engine.robot.decode import BIMANUAL_COLUMNS
 from xr0_engine.sim import joints_to_columns
 from xr0_engine.types import ActionChunk, Observation
 

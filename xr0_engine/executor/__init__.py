@@ -10,9 +10,9 @@ from xr0_engine.executor.executor import Executor
 from xr0_engine.executor.frame import BimanualFrame, Frame, PlainFrame
 from xr0_engine.executor.interfaces import Policy, Robot, SensorsNotReady, Snapshot
 from xr0_engine.executor.limits import Limits
+from xr0_engine.executor.recording import Recorder, Session, read_session
 from xr0_engine.executor.report import Report
 from xr0_engine.executor.sensors import Synchronizer
-from xr0_engine.executor.session import Recorder, Session, read_session
 from xr0_engine.executor.settings import Settings
 from xr0_engine.executor.worker import DelayedWorker, ThreadWorker, Worker
 

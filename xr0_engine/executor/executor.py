@@ -15,8 +15,8 @@ from xr0_engine.executor.delay import DelayEstimator
 from xr0_engine.executor.frame import Frame, coast
 from xr0_engine.executor.interfaces import Policy, Robot, SensorsNotReady, Snapshot
 from xr0_engine.executor.limits import Limiter, Limits
+from xr0_engine.executor.recording import VERSION, Recorder
 from xr0_engine.executor.report import Report
-from xr0_engine.executor.session import VERSION, Recorder
 from xr0_engine.executor.settings import Settings
 from xr0_engine.executor.timeline import Timeline
 from xr0_engine.executor.worker import DelayedWorker, Outcome, Request, ThreadWorker, Worker

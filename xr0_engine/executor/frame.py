@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
-from xr0_engine.decode import (
+from xr0_engine.robot.decode import (
     BIMANUAL_COLUMNS,
     LEFT,
     RIGHT,

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from xr0_engine.decode import BimanualPose
+from xr0_engine.robot.decode import BimanualPose
 from xr0_engine.types import ActionChunk, Observation
 
 

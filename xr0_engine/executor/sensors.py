@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from xr0_engine.decode import BimanualPose, bimanual_state
 from xr0_engine.executor.interfaces import SensorsNotReady, Snapshot
+from xr0_engine.robot.decode import BimanualPose, bimanual_state
 from xr0_engine.types import Observation
 
 # Half a second of a 60 Hz camera, or of a state at 60 Hz; older samples could only make stale observations.

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from xr0_engine import ops
+from xr0_engine.backend import resolve_device
 from xr0_engine.config import XR0Config
 from xr0_engine.exported.manifest import (
     MANIFEST_FILE,
@@ -21,8 +21,8 @@ from xr0_engine.exported.manifest import (
     sha256,
     stage_key,
 )
-from xr0_engine.exported.onnx import OnnxStage
-from xr0_engine.exported.tensorrt import TensorRTStage
+from xr0_engine.exported.onnx_stage import OnnxStage
+from xr0_engine.exported.tensorrt_stage import TensorRTStage
 from xr0_engine.types import KVBlock, ModelInputs, VisionTokens
 
 BACKENDS = ("onnx", "tensorrt")
@@ -66,7 +66,7 @@ class ExportedModel:
         """
         if backend not in ("auto", *BACKENDS):
             raise ValueError(f"backend: an export has auto, {', '.join(BACKENDS)}; got {backend!r}")
-        manifest, config, chosen = Manifest.read(folder), XR0Config.load(folder), ops.resolve_device(device)
+        manifest, config, chosen = Manifest.read(folder), XR0Config.load(folder), resolve_device(device)
         engines = _engines(folder)
         fitting = [] if chosen.type != "cuda" else [place for place in engines if _fits(engines[place], chosen)]
         if backend == "onnx" or (backend == "auto" and not fitting):

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from xr0_engine import ops
 from xr0_engine.config import ActionHeadConfig, XR0Config
-from xr0_engine.flow import euler_sample, flow_times, prefix_positions
+from xr0_engine.kernels import reference
+from xr0_engine.model.flow import euler_sample, flow_times, prefix_positions
 from xr0_engine.model.layers import GatedMLP, RMSNorm, inverse_frequencies, mrope_tables
 from xr0_engine.types import KVBlock
 
@@ -112,8 +112,8 @@ class DiTAttention(nn.Module):
         """x: (B, Q, C); keys, values: (B, G, N, D) of the VLM layer that this layer reads. Returns (B, Q, C)."""
         qkv = self.qkv_proj(x).unflatten(-1, (3, self.num_heads, self.head_dim))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        q, k = ops.rotate(self.q_norm(q), cos, sin), ops.rotate(self.k_norm(k), cos, sin)
-        mixed = ops.lambda_attention(q, k, v, keys, values, mask)
+        q, k = reference.rotate(self.q_norm(q), cos, sin), reference.rotate(self.k_norm(k), cos, sin)
+        mixed = reference.lambda_attention(q, k, v, keys, values, mask)
         return self.o_proj(mixed.transpose(1, 2).flatten(2))
 
 

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xr0_engine import ops
 from xr0_engine.config import VisionConfig
+from xr0_engine.kernels import reference
 from xr0_engine.model.layers import inverse_frequencies
 from xr0_engine.types import VisionTokens
 
@@ -32,12 +32,12 @@ class VisionAttention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, runs: list[tuple[int, int]]) -> Tensor:
         """x: (P, C); cos, sin: (P, 1, D); runs: (images, patches each) of equal neighbours. Returns (P, C)."""
         q, k, v = self.qkv(x).view(len(x), 3, self.num_heads, -1).unbind(1)
-        q, k = ops.rotate(q, cos, sin), ops.rotate(k, cos, sin)
+        q, k = reference.rotate(q, cos, sin), reference.rotate(k, cos, sin)
         outputs, start = [], 0
         for images, patches in runs:
             part = slice(start, start + images * patches)
             q_, k_, v_ = (t[part].view(images, patches, self.num_heads, -1).transpose(1, 2) for t in (q, k, v))
-            outputs.append(ops.attention(q_, k_, v_).transpose(1, 2).reshape(images * patches, -1))
+            outputs.append(reference.attention(q_, k_, v_).transpose(1, 2).reshape(images * patches, -1))
             start = part.stop
         return self.proj(torch.cat(outputs))
 

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from xr0_engine import ops
 from xr0_engine.config import TextConfig, XR0Config
+from xr0_engine.kernels import reference
 from xr0_engine.model.layers import GatedMLP, PackedLinears, RMSNorm, inverse_frequencies, mrope_tables
 from xr0_engine.model.vision import VisionTower
 
 
 @dataclass(frozen=True)
-class PromptHead:
+class Preamble:
     """Keys and values of a prompt's tokens before its first image, for every layer: (layers, G, tokens, D) each.
 
     They depend on nothing that changes from step to step, so they are computed once per prompt and kept.
@@ -66,12 +66,12 @@ class TextLayer(nn.Module):
         """
         attn, tokens = self.self_attn, x.shape[1]
         *q, k, v = attn.heads(self.input_layernorm(x))
-        keys[:, :, -tokens:] = ops.rotate(attn.k_norm(k), cos, sin)
+        keys[:, :, -tokens:] = reference.rotate(attn.k_norm(k), cos, sin)
         values[:, :, -tokens:] = v
         if self.kv_only:
             return x
-        query = ops.rotate(attn.q_norm(q[0]), cos, sin)
-        mixed = ops.attention(query, keys, values, mask, causal=mask is None)
+        query = reference.rotate(attn.q_norm(q[0]), cos, sin)
+        mixed = reference.attention(query, keys, values, mask, causal=mask is None)
         x = x + attn.o_proj(mixed.transpose(1, 2).flatten(2))
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -98,7 +98,7 @@ class LanguageModel(nn.Module):
         keep_layers: int,
         image_index: Tensor | None = None,
         deepstack: tuple[Tensor, ...] = (),
-        head: PromptHead | None = None,
+        head: Preamble | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Prefill. Returns the keys and values of the last keep_layers layers, (keep_layers, B, G, N, D) each.
 

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from xr0_engine.config import XR0Config
 from xr0_engine.model.dit import ActionHead
 from xr0_engine.model.layers import pack_linears
-from xr0_engine.model.vlm import VLM, PromptHead
+from xr0_engine.model.vlm import VLM, Preamble
 from xr0_engine.types import KVBlock, ModelInputs, VisionTokens
 
-MAX_KEPT_HEADS = 16
+MAX_KEPT_PREAMBLES = 16
 
 
 class XR0Model(nn.Module):
@@ -28,7 +28,7 @@ class XR0Model(nn.Module):
         self.vlm = VLM(config)
         self.head = ActionHead(config)
         self._modulations: Tensor | None = None
-        self._prompt_heads: OrderedDict[tuple[int, ...], PromptHead] = OrderedDict()
+        self._preambles: OrderedDict[tuple[int, ...], Preamble] = OrderedDict()
 
     @property
     def device(self) -> torch.device:
@@ -63,7 +63,7 @@ class XR0Model(nn.Module):
         if int(is_image.sum()) != len(vision.tokens):
             raise ValueError(f"input_ids hold {int(is_image.sum())} image tokens, the images give {len(vision.tokens)}")
 
-        head = None if inputs.head_length == 0 else self.prompt_head(inputs)
+        head = None if inputs.preamble_length == 0 else self.preamble(inputs)
         start = 0 if head is None else int((~inputs.attention_mask).sum(1).min()) + len(head)
         image_index = is_image[:, start:].flatten().nonzero().squeeze(1).to(self.device)
         x = language.embed_tokens(inputs.input_ids[:, start:].to(self.device))
@@ -90,19 +90,19 @@ class XR0Model(nn.Module):
         assert self._modulations is not None, "finish_loading was not called"
         return self.head.sample(kv, state, noise, prefix, prefix_length, self._modulations, trace)
 
-    def prompt_head(self, inputs: ModelInputs) -> PromptHead:
+    def preamble(self, inputs: ModelInputs) -> Preamble:
         """The kept KV of the batch's common first tokens (at least one), computed on first use."""
         pad = int((~inputs.attention_mask[0]).sum())
-        ids = inputs.input_ids[0, pad : pad + inputs.head_length]
+        ids = inputs.input_ids[0, pad : pad + inputs.preamble_length]
         key = tuple(ids.tolist())
-        if key not in self._prompt_heads:
+        if key not in self._preambles:
             language = self.vlm.model.language_model
             x = language.embed_tokens(ids.to(self.device))[None]
             positions = torch.arange(len(key), device=self.device).expand(3, 1, -1)
             mask = torch.ones(1, len(key), dtype=torch.bool, device=self.device)
             keys, values = language(x, positions, mask, self.config.text.num_layers)
-            self._prompt_heads[key] = PromptHead(keys[:, 0], values[:, 0])
-            if len(self._prompt_heads) > MAX_KEPT_HEADS:
-                self._prompt_heads.popitem(last=False)
-        self._prompt_heads.move_to_end(key)
-        return self._prompt_heads[key]
+            self._preambles[key] = Preamble(keys[:, 0], values[:, 0])
+            if len(self._preambles) > MAX_KEPT_PREAMBLES:
+                self._preambles.popitem(last=False)
+        self._preambles.move_to_end(key)
+        return self._preambles[key]

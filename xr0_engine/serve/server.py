@@ -23,6 +23,7 @@ from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 
 from xr0_engine.serve.access import check_bind, is_loopback
+from xr0_engine.serve.connection import Session
 from xr0_engine.serve.monitor import Monitor
 from xr0_engine.serve.pages import answer_http
 from xr0_engine.serve.protocol import (
@@ -34,7 +35,6 @@ from xr0_engine.serve.protocol import (
     check_chunk,
     encode_metadata,
 )
-from xr0_engine.serve.session import Session
 from xr0_engine.serve.worker import Backend, Served
 from xr0_engine.types import ActionChunk
 

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
-from xr0_engine.embodiment import Embodiment
+from xr0_engine.robot.embodiment import Embodiment
 from xr0_engine.serve.protocol import Request, RobotInfo
 from xr0_engine.types import ActionChunk, Observation
 

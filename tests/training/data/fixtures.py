@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from xr0_engine.decode import rotation_exp
+from xr0_engine.robot.decode import rotation_exp
 from xr0_engine.training.data.episode import PARTS, VIEW_NAMES, Episode, part_columns, poses_of, save_episode
 from xr0_engine.training.data.motion import BimanualMotion
 from xr0_engine.training.data.video import Clip, video_writer

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from tests.training.data.fixtures import damage, frame_number, write_dataset, write_episode, write_video
-from xr0_engine.decode import rotation_exp
+from xr0_engine.robot.decode import rotation_exp
 from xr0_engine.training.data.convert import from_lerobot, to_lerobot
 from xr0_engine.training.data.description import Selector
 from xr0_engine.training.data.episode import arm_parts

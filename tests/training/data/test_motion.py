@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.training.data.fixtures import ALL_PARTS, random_parts
-from xr0_engine.decode import LEFT, RIGHT, recover, rotation_log
+from xr0_engine.robot.decode import LEFT, RIGHT, recover, rotation_log
 from xr0_engine.training.data.episode import arm_parts, part_columns, poses_of
 from xr0_engine.training.data.motion import BimanualMotion, PlainMotion, resampled_ticks, take
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.training.data.fixtures import write_dataset
-from xr0_engine.normalize import load_statistics
+from xr0_engine.robot.normalize import load_statistics
 from xr0_engine.training.data.samples import DataError
 from xr0_engine.training.data.sources import open_source, split
 from xr0_engine.training.data.stats import Moments, Statistics, compute, merge

@@ -1,0 +1,168 @@
+"""Engines for a GPU that is not here: really built, and what cannot be built is refused."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+
+import pytest
+from onnx import helper
+
+from tests.export.cases import LIBERO
+from xr0_engine.export.engines import build_engines
+from xr0_engine.export.folder import export_onnx
+from xr0_engine.export.layers import Layer, parse_layers, summarise
+from xr0_engine.exported.manifest import MANIFEST_FILE, EngineManifest, changed_files, sha256
+
+needs_builder = pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt_rtx") is None,
+    reason="needs TensorRT for RTX (pip install 'xr0-engine[tensorrt]')",
+)
+
+
+@pytest.fixture
+def graphs(exported, tmp_path):
+    """The export without its weights: enough for what is refused before they are read."""
+    folder = tmp_path / "export"
+    shutil.copytree(exported, folder)
+    return folder
+
+
+@needs_builder
+def test_engines_for_a_4090_are_built_without_a_gpu(checkpoint, tmp_path):
+    folder = tmp_path / "export"
+    export_onnx(checkpoint, LIBERO, "bf16", folder)
+    built = build_engines(folder, "rtx4090")
+    out = folder / "rtx4090"
+    assert built == EngineManifest.read(out)
+    assert changed_files(built.located(out)) == []
+    assert (built.compute_capability, built.export_sha256) == ("8.9", sha256(folder / MANIFEST_FILE))
+    assert set(built.stages) == set(built.facts) == {"vision", "prefill.96", "flow.96"}
+    for key, facts in built.facts.items():
+        assert facts["engine_bytes"] == (out / f"{key}.engine").stat().st_size > 0
+        layers = json.loads((out / f"{key}.layers.json").read_text())
+        summary = facts["layers"]
+        assert len(layers) >= summary["count"] > summary["fused"] > 0
+        assert max(summary["precisions"], key=summary["precisions"].get) == "BFloat16"
+    # Strongly typed: what the graph asks for in float32 stays so.
+    assert built.facts["flow.96"]["layers"]["precisions"]["Float"] > 0
+    operators = {op for layer in json.loads((out / "flow.96.layers.json").read_text()) for op in layer["operators"]}
+    assert {"step0.dit.layers.0.attn.Attention.1", "step1.dit.layers.0.attn.Attention.1"} <= operators
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        pytest.param(
+            {"target": "h100"}, ValueError, "target: expected rtx4090, rtx5090, a100 or local; got 'h100'", id="target"
+        ),
+        pytest.param(
+            {"builder": "tvm"}, ValueError, "builder: expected tensorrt-rtx, tensorrt; got 'tvm'", id="builder"
+        ),
+        pytest.param(
+            {"builder": "tensorrt"},
+            NotImplementedError,
+            "builds on the GPU that it builds for",
+            id="tensorrt elsewhere",
+        ),
+        pytest.param({"stages": ["decode"]}, ValueError, "stages: .* holds vision, .*; got decode", id="stage"),
+    ],
+)
+def test_what_cannot_be_built_is_refused(arguments, error, message, graphs):
+    with pytest.raises(error, match=message):
+        build_engines(**{"folder": graphs, "target": "rtx4090", **arguments})
+    assert not (graphs / "rtx4090").exists()
+
+
+def test_plain_tensorrt_says_what_to_install(graphs):
+    if importlib.util.find_spec("tensorrt") is not None:
+        pytest.skip("it is installed")
+    with pytest.raises(RuntimeError, match="tensorrt is not installed: install NVIDIA TensorRT"):
+        build_engines(graphs, "local", "tensorrt")
+
+
+@needs_builder
+def test_local_target_needs_a_gpu(graphs):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(RuntimeError, match="target local: torch finds no CUDA GPU here"):
+        build_engines(graphs, "local")
+
+
+def replaced_vision(folder, content: bytes) -> None:
+    (folder / "vision.onnx").write_bytes(content)
+    manifest = json.loads((folder / MANIFEST_FILE).read_text())
+    manifest["files"]["vision.onnx"] = {"bytes": len(content), "sha256": sha256(folder / "vision.onnx")}
+    (folder / MANIFEST_FILE).write_text(json.dumps(manifest))
+
+
+@needs_builder
+def test_graph_that_the_builder_cannot_read_leaves_nothing(graphs):
+    values = [helper.make_tensor_value_info("x", 1, (3, 3)), helper.make_tensor_value_info("y", 1, ())]
+    graph = helper.make_graph([helper.make_node("Det", ["x"], ["y"])], "determinant", values[:1], values[1:])
+    replaced_vision(graphs, helper.make_model(graph).SerializeToString())
+    with pytest.raises(RuntimeError, match=r"vision\.onnx: the builder cannot read it: .*Det"):
+        build_engines(graphs, "rtx4090", stages=["vision"])
+    assert [path.name for path in graphs.iterdir() if path.is_dir()] == []
+
+
+@needs_builder
+def test_changed_graphs_are_not_built(graphs):
+    path = graphs / "vision.onnx"
+    path.write_bytes(b"\xff" * path.stat().st_size)
+    with pytest.raises(ValueError, match=r"missing or changed since they were written: vision\.onnx"):
+        build_engines(graphs, "rtx4090")
+
+
+@needs_builder
+def test_too_little_memory_is_refused_before_any_work(graphs, tmp_path, monkeypatch):
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal:       24000000 kB\nMemAvailable:     500000 kB\n")
+    monkeypatch.setattr("xr0_engine.export.engines.MEMINFO", meminfo)
+    with pytest.raises(RuntimeError, match=r"takes about 1\.0 GiB of memory, 0\.5 GiB are free"):
+        build_engines(graphs, "rtx4090")
+    assert not (graphs / "rtx4090").exists()
+
+
+@needs_builder
+def test_disk_without_room_is_refused(graphs, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**4))
+    with pytest.raises(OSError, match="GiB free; rtx4090 takes"):
+        build_engines(graphs, "rtx4090")
+    assert not (graphs / "rtx4090").exists()
+
+
+def test_target_that_exists_is_not_overwritten(graphs):
+    (graphs / "rtx4090").mkdir()
+    with pytest.raises(ValueError, match="exists; remove it to build again"):
+        build_engines(graphs, "rtx4090")
+
+
+LOG = """Layers:
+Name: a, LayerType: gemm, Inputs: [ { Name: x, Datatype: Half }], Constants: [], Outputs: [ { Name: y, Datatype: Half \
+}], TacticName: t, StreamId: 0, Metadata: [ONNX Layer: up][ONNX Layer: gate]
+Name: b, LayerType: wait, Inputs: [], Constants: [], Outputs: [], TacticName: , StreamId: 1, EventId: 1, Metadata:\x20
+
+I/O Tensors:
+ Name: x"""
+
+
+def test_layers_are_read_from_the_builders_log():
+    layers = parse_layers(["something else", LOG])
+    assert layers[0] == Layer("a", "gemm", ("Half",), "t", ("up", "gate"))
+    assert summarise(layers) == {
+        "count": 1,
+        "fused": 1,
+        "operators": 2,
+        "types": {"gemm": 1},
+        "precisions": {"Half": 1},
+    }
+
+
+@pytest.mark.parametrize("log", [[], ["Layers:\nLayer(gemm): a"]], ids=["none", "another form"])
+def test_log_in_another_form_is_an_error(log):
+    with pytest.raises(RuntimeError, match="does not tell the layers"):
+        parse_layers(log)

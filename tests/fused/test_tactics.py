@@ -1,0 +1,113 @@
+"""Tactic tables: files, which of them counts, and that an op runs with its entry."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from xr0_engine.fused import tactics
+from xr0_engine.fused.graph import Graph, read_contents
+from xr0_engine.fused.ops import FusedOps, Tactic, Weight, tactic_key
+from xr0_engine.fused.tactics import TacticTable, read_tactics, tactics_for, write_tactics
+
+KEY = tactic_key("linear", (3, 8, 16), torch.float32)
+TABLE = TacticTable(
+    "toy",
+    {KEY: Tactic(16, 32, 64, split_k=2, warps=8, library=True)},
+    True,
+    {KEY: {"a": 1.5}},
+    {"torch": "2"},
+    "persistent",
+)
+
+
+def test_key_names_kind_shape_and_precision():
+    assert tactic_key("linear", (315, 2560, 4096), torch.bfloat16) == "linear 315x2560x4096 bfloat16"
+
+
+def test_round_trip(tmp_path):
+    path = tmp_path / "made" / "toy.json"
+    write_tactics(TABLE, path)
+    assert read_tactics(path) == TABLE
+    assert [file.name for file in path.parent.iterdir()] == ["toy.json"]
+
+
+def test_a_table_that_cannot_be_written_leaves_the_old_one(tmp_path):
+    path = tmp_path / "toy.json"
+    write_tactics(TABLE, path)
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_tactics(TacticTable("toy", measured={KEY: {"a": float("nan")}}), path)
+    assert read_tactics(path) == TABLE
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        pytest.param(lambda content: content.update(schema=2), "expected schema 1", id="schema"),
+        pytest.param(lambda content: content.pop("schema"), "schema", id="no schema"),
+        pytest.param(lambda content: content["tactics"][KEY].update(block_q=1), r"unknown \['block_q'\]", id="tactic"),
+        pytest.param(lambda content: content.update(colour="red"), "colour", id="field"),
+        pytest.param(lambda content: content.update(flow="both"), "flow: expected chained or persistent", id="flow"),
+        pytest.param(lambda content: content.update(tactics=[1]), "no tactic table", id="type"),
+    ],
+)
+def test_broken_table_is_refused_by_name(tmp_path, change, complaint):
+    path = tmp_path / "toy.json"
+    write_tactics(TABLE, path)
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=complaint) as caught:
+        read_tactics(path)
+    assert str(path) in str(caught.value)
+    assert "xr0 bench tune" in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3"], ids=["empty", "cut off", "list", "number"])
+def test_file_that_is_no_table_is_refused(tmp_path, text):
+    path = tmp_path / "toy.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="is no tactic table"):
+        read_tactics(path)
+
+
+def test_the_users_table_comes_before_the_packages(tmp_path, monkeypatch):
+    monkeypatch.setattr(tactics, "gpu_name", lambda device: "toy")
+    monkeypatch.setattr(tactics.resources, "files", lambda package: tmp_path / "package")
+    monkeypatch.setenv("XR0_CACHE", str(tmp_path / "cache"))
+    device = torch.device("cuda")
+    assert tactics_for(device) == TacticTable("toy")
+    write_tactics(TABLE, tmp_path / "package" / "tactics" / "toy.json")
+    assert tactics_for(device) == TABLE
+    own = TacticTable("toy", {KEY: Tactic(64)})
+    write_tactics(own, tmp_path / "cache" / "tactics" / "toy.json")
+    assert tactics_for(device) == own
+
+
+def test_without_a_gpu_the_table_is_empty():
+    assert tactics_for(torch.device("cpu")) == TacticTable("")
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["entry", "no entry"])
+def test_an_op_runs_with_its_entry_else_with_the_default(monkeypatch, known):
+    ops = FusedOps("reference", torch.device("cpu"), TABLE.tactics if known else {})
+    used = []
+    monkeypatch.setattr(ops, "call", lambda kind, arguments, options, tactic: used.append(tactic))
+    ops.linear(torch.zeros(1, 3, 16), Weight(torch.zeros(8, 16)), torch.zeros(1, 3, 8))
+    ops.linear(torch.zeros(1, 4, 16), Weight(torch.zeros(8, 16)), torch.zeros(1, 4, 8))
+    default = ops.default("linear", (3, 8, 16))
+    assert used == [TABLE.tactics[KEY] if known else default, default]
+
+
+def test_a_graph_needs_a_gpu():
+    with pytest.raises(NotImplementedError, match="step: CUDA graphs need a CUDA GPU, not cpu"):
+        Graph(lambda: None, torch.device("cpu"), "step")
+
+
+def test_reading_no_graph_says_what_the_driver_says():
+    pytest.importorskip("cuda.bindings")
+    with pytest.raises(RuntimeError, match=r"CUDA driver: |NVIDIA driver"):
+        read_contents(0)

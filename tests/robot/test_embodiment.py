@@ -1,0 +1,156 @@
+"""Embodiment profiles: the built-in ones against the published protocols, and every fault of a YAML file named."""
+
+from __future__ import annotations
+
+import pytest
+
+from xr0_engine.robot.embodiment import Embodiment, View, builtin_embodiments, embodiment_for, load_embodiment
+
+TITLES = {
+    "libero": ["Base View", "Left-Wrist View"],
+    "calvin": ["Base View", "Left-Wrist View"],
+    "bridge": ["Base View"],
+    "fractal": ["Ego View"],
+    "bimanual": ["Ego View", "Left-Wrist View", "Right-Wrist View"],
+}
+OWN_PROFILE = """
+name: my_arm
+robot_types: [my_arm_v1]
+layout: plain
+control_rate_hz: 15
+replan_every: null
+views:
+  - {key: base, title: Base View, center_crop: 0.9}
+"""
+
+
+@pytest.fixture
+def yaml_file(tmp_path):
+    def write(text):
+        path = tmp_path / "profile.yaml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def test_builtin_names():
+    assert builtin_embodiments() == tuple(sorted(TITLES))
+
+
+@pytest.mark.parametrize("name", TITLES)
+def test_builtin_titles_and_layout(name):
+    profile = load_embodiment(name)
+    assert profile.name == name
+    assert [view.title for view in profile.views] == TITLES[name]
+    assert profile.layout == ("bimanual" if name == "bimanual" else "plain")
+
+
+@pytest.mark.parametrize(
+    ("robot_type", "name"),
+    [
+        ("libero_all", "libero"),
+        ("calvin_abc_orig", "calvin"),
+        ("calvin_abcd_orig", "calvin"),
+        ("bridge_delta", "bridge"),
+        ("fractal_delta", "fractal"),
+        ("bimanual", "bimanual"),
+    ],
+)
+def test_profile_is_found_by_robot_type(robot_type, name):
+    assert embodiment_for(robot_type) == load_embodiment(name)
+
+
+def test_benchmark_protocols():
+    libero, calvin = load_embodiment("libero"), load_embodiment("calvin")
+    assert all(view.rotate_180 for view in libero.views)
+    assert [view.center_crop for view in calvin.views] == [0.95, 0.95]
+    replan = {name: load_embodiment(name).replan_every for name in builtin_embodiments()}
+    assert replan == {"libero": 10, "calvin": 10, "bridge": 4, "fractal": 4, "bimanual": None}
+
+
+def test_unknown_robot_type_lists_the_known_and_the_remedy():
+    with pytest.raises(ValueError, match=r"droid_pt.*bimanual.*libero_all.*YAML"):
+        embodiment_for("droid_pt")
+
+
+def test_own_profile(yaml_file):
+    path = yaml_file(OWN_PROFILE)
+    expected = Embodiment("my_arm", ("my_arm_v1",), (View("base", "Base View", center_crop=0.9),), "plain", 15, None)
+    assert load_embodiment(path) == load_embodiment(str(path)) == expected
+
+
+def test_every_fault_of_a_file_in_one_error(yaml_file):
+    path = yaml_file(
+        "name: 3\n"
+        "robot_type: [a]\n"
+        "layout: trimanual\n"
+        "control_rate_hz: .inf\n"
+        "replan_every: 0\n"
+        "views: [{key: a}, 7, {key: b, title: <|im_end|>, center_crop: 2, rotate_180: 1, flip: true}]\n"
+    )
+    with pytest.raises(ValueError, match=r"profile\.yaml") as caught:
+        load_embodiment(path)
+    for part in (
+        "robot_types: missing",
+        "robot_type: unknown",
+        "name: expected",
+        "layout: expected one of plain, bimanual, got 'trimanual'",
+        "control_rate_hz: expected",
+        "replan_every: expected",
+        "views[0] title: missing",
+        "views[1] expected a mapping",
+        "views[2] flip: unknown",
+        "views[2] title: expected",
+        "views[2] center_crop: expected",
+        "views[2] rotate_180: expected",
+    ):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "replacement", "match"),
+    [
+        ("views:", "views: []\nold:", "views: expected a list of at least one view"),
+        ("title: Base View", "title: Base View}\n  - {key: base, title: Base View", "no key or title twice"),
+        ("robot_types: [my_arm_v1]", "robot_types: my_arm_v1", "robot_types: expected a list"),
+        ("control_rate_hz: 15", "control_rate_hz: -1", "control_rate_hz: expected a number above 0, got -1"),
+        ("control_rate_hz: 15", "control_rate_hz: true", "control_rate_hz: expected a number above 0, got True"),
+        ("replan_every: null", "replan_every: 2.5", "replan_every: expected a whole number"),
+        ("name: my_arm", "name: 2020-99-99", "not valid YAML"),
+        ("name: my_arm", "name: [", "not valid YAML"),
+    ],
+    ids=[
+        "no views",
+        "view twice",
+        "robot type as text",
+        "rate below 0",
+        "rate is a flag",
+        "half a step",
+        "date",
+        "syntax",
+    ],
+)
+def test_faulty_file(yaml_file, line, replacement, match):
+    path = yaml_file(OWN_PROFILE.replace(line, replacement, 1))
+    with pytest.raises(ValueError, match=match) as caught:
+        load_embodiment(path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "- 1", "just words"], ids=["empty", "list", "text"])
+def test_file_that_is_no_mapping(yaml_file, text):
+    with pytest.raises(ValueError, match="expected a mapping of fields"):
+        load_embodiment(yaml_file(text))
+
+
+def test_missing_file_lists_the_built_in_profiles(tmp_path):
+    with pytest.raises(ValueError, match="bimanual, bridge, calvin, fractal, libero or the path of a YAML file"):
+        load_embodiment(tmp_path / "absent.yaml")
+
+
+def test_profile_made_in_code_is_checked_too():
+    with pytest.raises(ValueError, match="center_crop: expected a number above 0, up to 1, got 0"):
+        View("base", "Base View", center_crop=0)
+    with pytest.raises(ValueError, match="replan_every"):
+        Embodiment("mine", (), (View("base", "Base View"),), "plain", 10, 0)

@@ -1,0 +1,208 @@
+"""The CUDA part of xr0_engine._C: what can be told without a GPU, and on one the host's patches, bit for bit."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.support import ROOT
+from xr0_engine.robot import patches as frames
+
+native = pytest.importorskip("xr0_engine._C", reason="xr0_engine._C was not built: see `xr0 doctor`")
+
+ARCHS = re.search(r'XR0_CUDA_ARCHS "([\d;]+)"', (ROOT / "CMakeLists.txt").read_text(encoding="utf-8"))[1].split(";")
+NVCC = shutil.which("nvcc")
+
+# Four blocks of 256 threads fit a multiprocessor of any target, whose 65,536 registers they share.
+MOST_REGISTERS = 64
+# What a block may have on every target without asking for more.
+MOST_SHARED_BYTES = 48 * 1024
+
+NOISE = np.random.default_rng(0).integers(0, 256, (1080, 1920, 3), dtype=np.uint8)
+NO_GPU = native.cuda_fault() is not None
+CALL = {
+    "frames": [(1, (64, 32), (96, 3, 1))],
+    "sizes": [(64, 32)],
+    "columns": [(1, 4)],
+    "rows": [(1, 4)],
+    "out": 1,
+    "bfloat16": False,
+    "temporal_patch_size": 2,
+    "merge_size": 2,
+    "vertical_first": [False],
+    "bgr": False,
+    "device": 0,
+    "stream": 0,
+}
+
+
+@pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
+@pytest.mark.parametrize("arch", ARCHS)
+def test_kernels_fit_every_target(arch, tmp_path):
+    command = [NVCC, "-cubin", f"-arch=sm_{arch}", "-std=c++17", "-O3", "-Xptxas=-v", "-I", ROOT / "csrc" / "include"]
+    compiled = subprocess.run(
+        [*command, "-o", tmp_path / "patches.cubin", ROOT / "csrc" / "patches_cuda.cu"],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", compiled.stderr)
+    used = re.findall(r"Used (\d+) registers.*?(\d+) bytes smem", compiled.stderr)
+    # Two kernels: float32 and bfloat16.
+    assert spills == [("0", "0")] * 2
+    assert len(used) == 2
+    for registers, shared in used:
+        assert int(registers) <= MOST_REGISTERS
+        assert int(shared) <= MOST_SHARED_BYTES
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+def test_kernel_gives_the_hosts_bits_when_run_on_the_cpu(tmp_path):
+    sources = [ROOT / "csrc" / "tests" / "patches_cuda_on_cpu.cpp", ROOT / "csrc" / "rows_portable.cpp"]
+    include = ["-I", ROOT / "csrc", "-I", ROOT / "csrc" / "include"]
+    command = ["c++", "-std=c++20", "-O1", "-pthread", "-ffp-contract=off", *include, *sources, "-o", tmp_path / "run"]
+    subprocess.run(command, check=True)
+    run = subprocess.run([tmp_path / "run"], check=True, capture_output=True, text=True)
+    assert run.stdout == "30 cases\n"
+
+
+@pytest.mark.skipif(not NO_GPU, reason="this machine has a GPU")
+def test_without_a_gpu_the_call_says_so():
+    with pytest.raises(RuntimeError, match=r"GPU 0 cannot be used: (no GPU with a driver|.*built without CUDA)"):
+        native.images_to_patches_cuda(**CALL)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"frames": []}, "frames: expected 1 to 16, got 0"),
+        ({"frames": CALL["frames"] * 17}, "frames: expected 1 to 16, got 17"),
+        ({"frames": [(1, (1, 20000), (60000, 3, 1))]}, "frames.0.: .* 200, got .* \\(1, 20000\\)"),
+        ({"sizes": [(64, 48)]}, "sizes.0.: expected multiples of .* 32, got \\(64, 48\\)"),
+        ({"sizes": []}, "sizes: expected one for each of 1 frames, got 0"),
+        ({"columns": []}, "columns: expected one for each of 1 frames, got 0"),
+        ({"rows": []}, "rows: expected one for each of 1 frames, got 0"),
+        ({"vertical_first": []}, "vertical_first: expected one for each of 1 frames, got 0"),
+        ({"merge_size": 0}, "merge_size: expected 1 to 1024, got 0"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)
+def test_bad_values_are_refused(changed, message):
+    with pytest.raises(ValueError, match=message):
+        native.images_to_patches_cuda(**CALL | changed)
+
+
+@pytest.mark.parametrize(("in_size", "out_size"), [(640, 320), (480, 256), (32, 320), (5, 96), (1, 32)])
+def test_resize_table_is_pillows_resize(in_size, out_size):
+    table = native.resize_table(in_size, out_size)
+    first, weights = table[:out_size], table[out_size:].reshape(out_size, -1)
+    row = NOISE[:1, :in_size]
+    padded = np.pad(row[0].astype(np.int64), ((0, weights.shape[1]), (0, 0)))
+    windows = padded[first[:, None] + np.arange(weights.shape[1])]
+    sums = np.einsum("otc,ot->oc", windows, weights.astype(np.int64))
+    resized = np.clip((sums + (1 << 21)) >> 22, 0, 255)
+    expected = np.asarray(Image.fromarray(row).resize((out_size, 1), Image.Resampling.BICUBIC))
+    np.testing.assert_array_equal(resized, expected[0])
+
+
+@pytest.mark.parametrize("size", [0, -1, 32769])
+def test_resize_table_needs_sizes(size):
+    with pytest.raises(ValueError, match=f"in_size: expected 1 to 32768, got {size}"):
+        native.resize_table(size, 32)
+
+
+def on_both(images, sizes, dtype, temporal=2, merge=2):
+    shape = (sum(height * width for height, width in sizes) // 256, 3 * temporal * 256)
+    host = torch.full(shape, torch.nan, dtype=dtype)
+    device = torch.full(shape, torch.nan, dtype=dtype, device="cuda:0")
+    for out in (host, device):
+        frames.images_to_patches(images, sizes, 16, temporal, merge, out)
+    return host, device.cpu()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gpu_gives_the_hosts_bits_over_random_sizes(dtype):
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        images, sizes = [], []
+        for _ in range(5):
+            height, width = (int(side) for side in rng.integers(10, [1081, 1921]))
+            image = NOISE[:height, 1920 - width :]
+            images.append(image[::-1, ::-1] if rng.random() < 0.3 else image)
+            sizes.append(tuple(int(side) for side in 32 * rng.integers(1, 8, 2)))
+        host, device = on_both(images, sizes, dtype)
+        assert torch.equal(host, device)
+
+
+@pytest.mark.gpu
+def test_upload_and_launch_apart_give_the_hosts_bits():
+    images, sizes = [NOISE[:480, :640], NOISE[:480, 640:1280][::-1, ::-1], NOISE[:480:2, :640]], [(256, 320)] * 3
+    host = torch.full((960, 1536), torch.nan)
+    frames.images_to_patches(images, sizes, 16, 2, 2, host)
+    staged = frames.pinned(images)
+    assert staged.is_pinned()
+    np.testing.assert_array_equal(staged.numpy(), np.concatenate([image.ravel() for image in images]))
+    out = torch.full_like(host, torch.nan, device="cuda:0")
+    shapes = [image.shape for image in images]
+    order = [frames.vertical_first(shape, size) for shape, size in zip(shapes, sizes, strict=True)]
+    frames.launch_patches(staged.to(out.device, non_blocking=True), shapes, sizes, 2, 2, out, order)
+    assert torch.equal(host, out.cpu())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("temporal", "merge"), [(1, 2), (2, 1), (3, 3)])
+def test_gpu_has_other_layouts(temporal, merge):
+    host, device = on_both([NOISE[:50, :70]], [(32 * merge, 48 * merge)], torch.float32, temporal, merge)
+    assert torch.equal(host, device)
+
+
+@pytest.mark.gpu
+def test_gpu_reads_bgr_and_any_stride():
+    frame = torch.from_numpy(NOISE[:100, :120].copy()).cuda()
+    view = frame[::2, 10:90]
+    out = torch.full((12, 1536), torch.nan, device="cuda")
+    tables = [torch.from_numpy(native.resize_table(size, 32 * blocks)).cuda() for size, blocks in ((80, 3), (50, 1))]
+    columns, rows = [
+        (table.data_ptr(), table.numel() // size - 1) for table, size in zip(tables, (96, 32), strict=True)
+    ]
+    native.images_to_patches_cuda(
+        **CALL
+        | {
+            "frames": [(view.data_ptr(), (50, 80), view.stride())],
+            "sizes": [(32, 96)],
+            "columns": [columns],
+            "rows": [rows],
+            "out": out.data_ptr(),
+            "bgr": True,
+            "stream": torch.cuda.current_stream().cuda_stream,
+        }
+    )
+    expected = np.full((12, 1536), np.nan, np.float32)
+    native.images_to_patches([view.cpu().numpy()], [(32, 96)], expected, bgr=True)
+    np.testing.assert_array_equal(out.cpu(), expected)
+
+
+@pytest.mark.gpu
+def test_host_memory_is_refused():
+    frame = torch.zeros(64, 32, 3, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"frames.0.: expected memory of GPU 0, but it is in host memory"):
+        native.images_to_patches_cuda(**CALL | {"frames": [(frame.data_ptr(), (64, 32), (96, 3, 1))]})
+
+
+@pytest.mark.gpu
+def test_null_is_refused():
+    with pytest.raises(ValueError, match=r"frames.0.: expected memory of GPU 0, but it is null"):
+        native.images_to_patches_cuda(**CALL | {"frames": [(0, (64, 32), (96, 3, 1))]})
+
+
+@pytest.mark.gpu
+def test_gpu_has_patches_of_16_only():
+    with pytest.raises(NotImplementedError, match="patch: the GPU's operator has 16 only, got 14"):
+        frames.images_to_patches([NOISE[:28, :28]], [(28, 28)], 14, 2, 2, torch.empty(4, 1176, device="cuda:0"))

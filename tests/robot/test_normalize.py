@@ -1,0 +1,148 @@
+"""Action statistics: the inverse pair, the mask, and every fault of preprocessor_config.json named."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from xr0_engine.robot.normalize import ActionStatistics, load_statistics, select_robot_type
+from xr0_engine.types import CheckpointError
+
+WIDTH = 5
+# Two roundings of values near 10 in float32, whose spacing there is 1e-6.
+ROUND_TRIP_TOLERANCE = 1e-5
+
+
+def statistics(length=4, epsilon=0.0, still=(3,)):
+    rng = np.random.default_rng(0)
+    std = rng.uniform(0.5, 2, (length, WIDTH)).astype(np.float32)
+    std[:, list(still)] = 0
+    return ActionStatistics(rng.normal(size=(length, WIDTH)).astype(np.float32), std, epsilon)
+
+
+def config_file(folder, action_config):
+    (folder / "preprocessor_config.json").write_text(json.dumps({"action_config": action_config}), encoding="utf-8")
+
+
+def table(value=1.0, length=3, width=WIDTH):
+    return [[value] * width for _ in range(length)]
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 1e-6], ids=["hub", "post-training"])
+@pytest.mark.parametrize("rows", [0, 1, 4])
+def test_inverse_pair(epsilon, rows):
+    stats = statistics(epsilon=epsilon)
+    actions = np.random.default_rng(1).normal(size=(rows, WIDTH)).astype(np.float32) * 10
+    back = stats.denormalize(stats.normalize(actions))
+    active = stats.action_mask[:rows] > 0
+    assert back.dtype == np.float32
+    np.testing.assert_allclose(back[active], actions[active], atol=ROUND_TRIP_TOLERANCE)
+    np.testing.assert_array_equal(back[~active], stats.mean[:rows][~active])
+
+
+def test_formulas_of_the_released_code():
+    normalized = np.random.default_rng(2).normal(size=(4, WIDTH)).astype(np.float32)
+    hub, trained = statistics(epsilon=0.0), statistics(epsilon=1e-6)
+    np.testing.assert_array_equal(hub.denormalize(normalized), normalized * hub.std + hub.mean)
+    np.testing.assert_array_equal(
+        trained.denormalize(normalized), normalized * (trained.std + np.float32(1e-6)) + trained.mean
+    )
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 1e-6], ids=["hub", "post-training"])
+def test_still_columns_normalise_to_zero_without_a_warning(epsilon):
+    stats = statistics(epsilon=epsilon)
+    with np.errstate(all="raise"):
+        normalized = stats.normalize(np.full((4, WIDTH), 100, dtype=np.float32))
+    np.testing.assert_array_equal(normalized[:, 3], 0)
+    assert (normalized[:, :3] > 0).all()
+
+
+def test_mask_starts_above_the_threshold():
+    std = np.array([[0, 1e-5, 1.1e-5, 1, 2]], dtype=np.float32)
+    stats = ActionStatistics(np.zeros_like(std), std, 0.0)
+    np.testing.assert_array_equal(stats.action_mask, [[0, 0, 1, 1, 1]])
+    assert stats.action_mask.dtype == np.float32
+    assert stats.chunk_length == 1
+
+
+def test_rows_are_those_of_the_chunk():
+    mean = np.arange(4, dtype=np.float32)[:, None].repeat(WIDTH, 1)
+    stats = ActionStatistics(mean, np.ones_like(mean), 0.0)
+    np.testing.assert_array_equal(stats.normalize(np.zeros((2, WIDTH))), -mean[:2])
+    np.testing.assert_array_equal(stats.denormalize(np.zeros((3, 2, WIDTH), np.float32)), [mean[:2]] * 3)
+
+
+@pytest.mark.parametrize("shape", [(5, WIDTH), (4, WIDTH - 1), (WIDTH,)], ids=["too long", "too narrow", "one row"])
+def test_wrong_shape(shape):
+    with pytest.raises(ValueError, match=r"expected shape \(up to 4, 5\), got"):
+        statistics().normalize(np.zeros(shape))
+
+
+def test_load(tmp_path):
+    config_file(
+        tmp_path, {"a": {"mean": table(1), "std": table(2), "count": 7}, "b": {"mean": table(), "std": table(0)}}
+    )
+    loaded = load_statistics(tmp_path, WIDTH, 1e-6)
+    assert list(loaded) == ["a", "b"]
+    assert loaded["a"].mean.dtype == loaded["a"].std.dtype == np.float32
+    assert (loaded["a"].chunk_length, loaded["a"].epsilon) == (3, 1e-6)
+    np.testing.assert_array_equal(loaded["a"].std, 2)
+    np.testing.assert_array_equal(loaded["b"].action_mask, 0)
+
+
+@pytest.mark.parametrize(
+    ("raw", "fault"),
+    [
+        ([], "expected a mapping with mean and std"),
+        ({"mean": table()}, "expected a mapping with mean and std"),
+        ({"mean": [[1.0] * WIDTH, [1.0]], "std": table()}, "mean is ragged"),
+        ({"mean": table(), "std": table(width=4)}, r"std: expected shape \(T, 5\), got \(3, 4\)"),
+        ({"mean": [table()], "std": [table()]}, r"mean: expected shape \(T, 5\), got \(1, 3, 5\)"),
+        ({"mean": [], "std": []}, r"mean: expected shape \(T, 5\), got \(0,\)"),
+        ({"mean": table(length=2), "std": table()}, "mean has 2 timesteps, std has 3"),
+        ({"mean": table(float("nan")), "std": table()}, "mean holds NaN"),
+        ({"mean": table(), "std": table(1e300)}, "std holds NaN or infinite"),
+        ({"mean": table(), "std": table(-1.0)}, "std holds a negative value"),
+        ({"mean": table("1"), "std": table()}, "mean: expected a table of numbers"),
+        ({"mean": table(10**400), "std": table()}, "mean: expected a table of numbers"),
+        ({"mean": None, "std": table()}, "mean: expected a table of numbers"),
+    ],
+    ids=[
+        "list", "no std", "ragged", "narrow", "extra axis", "empty", "lengths", "NaN", "overflow", "negative",
+        "text", "huge", "null",
+    ],
+)  # fmt: skip
+def test_faulty_statistics(tmp_path, raw, fault):
+    config_file(tmp_path, {"good": {"mean": table(), "std": table()}, "bad": raw})
+    with pytest.raises(CheckpointError, match=f"preprocessor_config.json: robot type 'bad': {fault}"):
+        load_statistics(tmp_path, WIDTH, 0.0)
+
+
+def test_all_faulty_robot_types_in_one_error(tmp_path):
+    config_file(tmp_path, {"first": {}, "second": {"mean": table(), "std": table(-1)}})
+    with pytest.raises(CheckpointError, match=r"'first': .*; robot type 'second': std holds a negative"):
+        load_statistics(tmp_path, WIDTH, 0.0)
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", "{}", '{"action_config": {}}', '{"action_config": [1]}'])
+def test_faulty_file(tmp_path, content):
+    if content is not None:
+        (tmp_path / "preprocessor_config.json").write_text(content, encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"preprocessor_config\.json"):
+        load_statistics(tmp_path, WIDTH, 0.0)
+
+
+def test_select_robot_type():
+    one, two = {"a": statistics()}, {"b": statistics(), "a": statistics()}
+    assert select_robot_type(one, None) == "a"
+    assert select_robot_type(two, "b") == "b"
+    with pytest.raises(ValueError, match="expected one of a, b, got None"):
+        select_robot_type(two, None)
+    unknown_types: list[Any] = ["c", 3, ["a"]]
+    for unknown in unknown_types:
+        with pytest.raises(ValueError, match="expected one of a, b, got"):
+            select_robot_type(two, unknown)

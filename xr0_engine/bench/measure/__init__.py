@@ -1,0 +1,1 @@
+"""What is timed as a whole: latency and its rivals, throughput, cold start, jitter, images, ablation."""

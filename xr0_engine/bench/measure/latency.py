@@ -1,0 +1,231 @@
+"""The engine's latency against the released way to run the model: one run, the rivals taking turns.
+
+Rivals: `engine`; `released`, the structure of the released code; `compiled`, the same under torch.compile; `onnx` or
+`tensorrt`, the engine over an export.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from xr0_engine.backend import resolve_backend, resolve_dtype
+from xr0_engine.bench.cases import HeadSubject, Setup, Subject
+from xr0_engine.bench.measure import websocket
+from xr0_engine.bench.measure.replay import REPLAY_BOUNDARIES, check_graphs, engine_rival, released_rival, session_of
+from xr0_engine.bench.results import Result, environment
+from xr0_engine.bench.tell.tables import footer, latency_table
+from xr0_engine.bench.timing import (
+    WARM_UP,
+    CallTimer,
+    StageTimes,
+    check_boundary,
+    peak_memory_bytes,
+    ratio_with_spread,
+    reset_peak_memory,
+    run,
+)
+from xr0_engine.engine import Engine
+from xr0_engine.exported.model import ExportedModel
+from xr0_engine.fused.model import FusedModel
+
+PARTS = ("all", "dit")
+GATE = {"float32": 1e-3, "bfloat16": 0.15, "float16": 0.03}
+"""Relative RMS between the rivals before anything is timed; below float32 each rounds in its own places."""
+
+Rival = tuple[Callable[[], StageTimes], Callable[[], np.ndarray]]
+"""What is timed, and what gives the actions that are checked: (B, T, A), in the model's units."""
+
+
+def measure(
+    setup: Setup,
+    rounds: int,
+    command: str,
+    part: str = "all",
+    boundary: str | None = None,
+    alone: bool = False,
+    attention: str = "sdpa",
+    compiled: bool = False,
+    export: Path | None = None,
+    export_backend: str = "auto",
+) -> tuple[Result, BaseException | None]:
+    """The result, and what cut it short, if anything did.
+
+    part: of PARTS, the whole model or the action head alone, which needs no checkpoint. boundary: stage (the default),
+    infer, replay, update+replay or websocket for the whole model, flow for the head. alone: the engine without rivals;
+    attention: theirs; compiled: torch.compile joins them. export: a folder of `xr0 export` for the case, which joins
+    them too, run by export_backend: onnx, tensorrt or auto. Raises ValueError for a wrong argument,
+    NotImplementedError for what this machine or version lacks, RuntimeError if the rivals disagree: nothing is timed
+    then.
+    """
+    if part not in PARTS:
+        raise ValueError(f"part: expected one of {', '.join(PARTS)}; got {part!r}")
+    if rounds < 1:
+        raise ValueError(f"rounds: expected at least 1, got {rounds}")
+    if boundary == "websocket" and part == "all":
+        if compiled or attention != "sdpa" or export is not None:
+            raise ValueError("boundary websocket: expected no options of the rivals beside it")
+        return websocket.measure(setup, rounds, command, alone)
+    if alone and (compiled or attention != "sdpa"):
+        raise ValueError("alone: expected no options of the rivals (compile, attention) beside it")
+    if export is not None and part == "dit":
+        raise ValueError("export: expected none beside part dit: an export is measured as a whole")
+    if export is None and export_backend != "auto":
+        raise ValueError(f"export-backend: expected an export beside it, got {export_backend!r} alone")
+    boundary = check_boundary(boundary or ("flow" if part == "dit" else "stage"), _boundaries(part))
+    if boundary in REPLAY_BOUNDARIES:
+        if export is not None:
+            raise ValueError(f"export: expected none beside boundary {boundary}: it has graphs of its own")
+        check_graphs(setup, f"boundary {boundary!r}")
+    variants = {} if alone else {"released": False} | ({"compiled": True} if compiled else {})
+    if part == "dit":
+        head_subject = HeadSubject.make(setup)
+        device, case, backend = head_subject.state.device, head_subject.describe(), resolve_backend("auto")
+        rivals = _head_rivals(head_subject, attention, variants)
+    else:
+        subject = Subject.load(setup)
+        device, case, backend = subject.engine.model.device, subject.describe(), subject.engine.backend
+        rivals = _model_rivals(subject, boundary, attention, variants, export, export_backend)
+    errors = _gate(rivals, setup.dtype)
+
+    reset_peak_memory(device)
+    series, reason = run({name: timed for name, (timed, _) in rivals.items()}, rounds, WARM_UP)
+    result = Result(
+        kind="latency",
+        command=command,
+        environment=environment(device),
+        case=case,
+        boundary=boundary,
+        backend=backend,
+        series=series,
+        facts={
+            "part": part,
+            "attention": attention,
+            "warm_up": WARM_UP,
+            # Rivals share a process: what they hold counts together.
+            "peak_memory_bytes": peak_memory_bytes(device),
+            "error_against_engine": errors,
+        },
+        complete=reason is None,
+    )
+    return result, reason
+
+
+def _boundaries(part: str) -> tuple[str, ...]:
+    return ("flow",) if part == "dit" else ("stage", "infer", *REPLAY_BOUNDARIES, "websocket")
+
+
+def _model_rivals(
+    subject: Subject,
+    boundary: str,
+    attention: str,
+    variants: dict[str, bool],
+    export: Path | None,
+    export_backend: str,
+) -> dict[str, Rival]:
+    engine, setup = subject.engine, subject.setup
+    profile, statistics = engine.embodiment(setup.case.robot_type), engine.statistics[setup.case.robot_type]
+    # The calls end with the actions on the host, so the wall clock is right on a GPU too.
+    timer = CallTimer(torch.device("cpu"))
+
+    def rival(call: Callable[[], tuple[np.ndarray, StageTimes]]) -> Rival:
+        timed = (lambda: call()[1]) if boundary == "stage" else (lambda: {"total": timer(call)})
+        return timed, lambda: call()[0]
+
+    def ours(engine: Engine) -> tuple[np.ndarray, StageTimes]:
+        chunks = engine.infer(subject.observations, subject.prefixes, subject.noise)
+        return np.stack([chunk.normalized for chunk in chunks]), chunks[0].timing_ms
+
+    replays = boundary in REPLAY_BOUNDARIES
+    rivals = {"engine": engine_rival(*session_of(subject), boundary) if replays else rival(partial(ours, engine))}
+    if export is not None:
+        exported = Engine.from_export(export, setup.device, export_backend, setup.case.profile)
+        rivals[exported.backend] = rival(partial(ours, exported))
+    for name, compiled in variants.items():
+        # Only the rivals need transformers.
+        from xr0_engine.bench.measure.baseline import ReleasedModel
+
+        assert not isinstance(engine.model, ExportedModel)
+        network = engine.model.reference if isinstance(engine.model, FusedModel) else engine.model
+        model = ReleasedModel(
+            subject.folder, engine.config, network.head, resolve_dtype(setup.dtype), attention, compiled
+        )
+        inputs = (subject.observations, profile, statistics, subject.noise, subject.prefixes)
+        rivals[name] = released_rival(model, subject, boundary) if replays else rival(partial(model.infer, *inputs))
+    return rivals
+
+
+def _head_rivals(subject: HeadSubject, attention: str, variants: dict[str, bool]) -> dict[str, Rival]:
+    timer = CallTimer(subject.state.device)
+    kv, dtype = subject.kv, subject.head.sink.weight.dtype
+    cache = list(zip(kv.keys, kv.values, strict=True))
+
+    def rival(sample: Callable[[], Tensor]) -> Rival:
+        return (lambda: {"total": timer(sample)}), (lambda: sample().cpu().numpy())
+
+    rivals = {"engine": rival(subject.sample)}
+    for name, compiled in variants.items():
+        # Only the rivals need transformers.
+        from xr0_engine.bench.measure.baseline import ReleasedHead
+
+        head = ReleasedHead(subject.head, attention, compiled)
+        inputs = (kv.next_position, kv.mask, subject.state.to(dtype), subject.noise, kv.action_mask)
+        rivals[name] = rival(partial(head.sample, cache, *inputs, subject.prefix, subject.prefix_length))
+    return rivals
+
+
+def _gate(rivals: dict[str, Rival], dtype: str) -> dict[str, float]:
+    """Each rival's error against the engine. What computes something else is not compared: RuntimeError."""
+    ours = rivals["engine"][1]()
+    errors = {}
+    for name in [name for name in rivals if name != "engine"]:
+        try:
+            theirs = rivals[name][1]()
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise RuntimeError(f"torch.compile does not work here, leave it out: {reason}") from None
+        errors[name] = relative_rms(ours, theirs)
+        if not errors[name] < GATE[dtype]:
+            raise RuntimeError(
+                f"nothing was timed: engine and {name} differ by {errors[name]:.1e}, more than {GATE[dtype]:.0e}"
+            )
+    return errors
+
+
+def relative_rms(values: np.ndarray, reference: np.ndarray) -> float:
+    return float(np.linalg.norm(values - reference) / np.linalg.norm(reference))
+
+
+def show(result: Result) -> None:
+    """Tables of 80 columns."""
+    console = Console()
+    console.print(latency_table(result))
+    rivals = [name for name in result.series if name != "engine"]
+    if rivals:
+        console.print(_ratio_table(result, rivals))
+    console.print(footer(result), markup=False, highlight=False)
+
+
+def _ratio_table(result: Result, rivals: list[str]) -> Table:
+    table = Table(title="time over engine's", box=None)
+    table.add_column("stage")
+    for rival in rivals:
+        table.add_column(rival, justify="right")
+        table.add_column("quartiles", justify="right")
+    for stage, samples in result.series["engine"].items():
+        # One CUDA graph has one `step` where the rivals have stages: the total is what both have.
+        if any(stage not in result.series[rival] for rival in rivals):
+            continue
+        row = []
+        for rival in rivals:
+            middle, low, high = ratio_with_spread(np.array(result.series[rival][stage]), np.array(samples))
+            row += [f"{middle:.2f}", f"{low:.2f} to {high:.2f}"]
+        table.add_row(stage, *row)
+    return table

@@ -1,0 +1,1 @@
+"""What one step is made of: its ops, their bounds, memory, tactics and compiled kernels."""

@@ -1,0 +1,129 @@
+"""What tuning tries: for each kind of op, a bounded list of tiles and splits, and then warps and stages of the best.
+
+A tactic that does not suit an op (a tile too narrow for its statistics) or a chip (too much shared memory) may be among
+them: it is refused when it runs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+from importlib.util import find_spec
+
+from xr0_engine.fused.ops import Tactic
+
+SKINNY_ROWS = 64
+"""Up to so many rows a product reads its weight once, whatever the tile: one row tile."""
+SKINNY_TILES = ((32, 128), (32, 256), (64, 64), (64, 128), (64, 256), (128, 64), (128, 128))
+"""(weight rows, columns of K) of a program."""
+WIDE_TILES = ((32, 128, 64), (64, 64, 64), (64, 128, 64), (64, 128, 128), (64, 256, 64), (128, 64, 64), (128, 128, 64),
+              (128, 128, 128), (128, 256, 64))  # fmt: skip
+"""(rows, weight rows, columns of K)."""
+SPLITS_TRIED = 3
+MAX_WIDE_SPLIT = 8
+LIBRARY_ROWS = (16, 64)
+"""Rows that one program finishes after the library's product."""
+WARPS, STAGES = (4, 8), (2, 3, 4, 5)
+EIGHT_WARPS_FROM = 128 * 128
+"""Numbers in a tile from which eight warps share them."""
+
+
+def tiles(kind: str, shape: tuple[int, ...], default: Tactic, processors: int) -> list[Tactic]:
+    """The first round: tiles, splits, and the library where it has such an op. The default comes first.
+
+    shape: as fused_ops.tactic_key has it. processors: of the chip. Raises ValueError for an unknown kind.
+    """
+    if kind == "attention":
+        found = [*_attention_tiles(default), replace(default, library=True)]
+        if find_spec("flash_attn") is not None:
+            found.append(replace(default, library=True, flash=True))
+    elif kind == "lambda_attention":
+        found = _lambda_tiles(shape, default, processors)
+    elif kind in ("linear", "swiglu", "qkv"):
+        found = [*_product_tiles(kind, shape, default, processors), *_library(default)]
+    else:
+        raise ValueError(f"kind: expected an op that has tactics, got {kind!r}")
+    return list(dict.fromkeys((default, *found)))
+
+
+def schedules(best: Tactic) -> list[Tactic]:
+    """The second round: the same tile with other warps and stages."""
+    if best.library:
+        return []
+    found = [replace(best, warps=warps, stages=stages) for warps in WARPS for stages in STAGES]
+    return [tactic for tactic in found if tactic != best]
+
+
+def name(tactic: Tactic) -> str:
+    """`64x128x64 split 2, 4 warps, 3 stages`."""
+    if tactic.flash:
+        return "flash-attn"
+    if tactic.library:
+        return f"library, {tactic.block_m}x{tactic.block_n} after it"
+    tile = f"{tactic.block_m}x{tactic.block_n}x{tactic.block_k} split {tactic.split_k}"
+    return f"{tile}, {tactic.warps} warps, {tactic.stages} stages"
+
+
+def _product_tiles(kind: str, shape: tuple[int, ...], default: Tactic, processors: int) -> list[Tactic]:
+    rows, n, k = shape[:3]
+    found = []
+    if rows <= SKINNY_ROWS:
+        block_m = max(16, _power_of_two(rows))
+        for width, block_k in _widths(SKINNY_TILES, kind, shape):
+            for split in _splits(math.ceil(n / width), math.ceil(k / block_k), processors):
+                found.append(replace(default, block_m=block_m, block_n=width, block_k=block_k, split_k=split))
+    else:
+        for block_m, (width, block_k) in (
+            (m, tile) for m, *rest in WIDE_TILES for tile in _widths([rest], kind, shape)
+        ):
+            count = math.ceil(rows / block_m) * math.ceil(n / width)
+            splits = _splits(count, math.ceil(k / block_k), processors) if count < processors else []
+            warps = 8 if block_m * width >= EIGHT_WARPS_FROM else 4
+            for split in {1, *(split for split in splits if split <= MAX_WIDE_SPLIT)}:
+                tile = Tactic(block_m, width, block_k, split, warps, default.stages)
+                found.append(tile)
+    # A gated product's tile counts its own columns: it reads as many weight rows of the gate as of the other half.
+    return [replace(tactic, block_n=tactic.block_n // 2) for tactic in found] if kind == "swiglu" else found
+
+
+def _widths(tiles: Iterable[Iterable[int]], kind: str, shape: tuple[int, ...]) -> list[tuple[int, int]]:
+    """(weight rows, columns of K); with queries, keys and values a tile is one head."""
+    pairs = [(width, block_k) for width, block_k in tiles]
+    return list(dict.fromkeys((shape[3] if kind == "qkv" else width, block_k) for width, block_k in pairs))
+
+
+def _splits(tiles: int, blocks: int, processors: int) -> list[int]:
+    """The divisors of K's blocks that come nearest to one program per processor."""
+    divisors = [divisor for divisor in range(1, blocks + 1) if blocks % divisor == 0]
+    return sorted(divisors, key=lambda split: abs(math.log(tiles * split / processors)))[:SPLITS_TRIED]
+
+
+def _library(default: Tactic) -> list[Tactic]:
+    return [replace(default, block_m=rows, block_n=64, split_k=1, library=True) for rows in LIBRARY_ROWS]
+
+
+def _attention_tiles(default: Tactic) -> list[Tactic]:
+    return [
+        replace(default, block_m=block_m, block_n=block_n, warps=8 if block_m > 64 else 4)
+        for block_m in (32, 64, 128)
+        for block_n in (32, 64, 128)
+    ]
+
+
+def _lambda_tiles(shape: tuple[int, ...], default: Tactic, processors: int) -> list[Tactic]:
+    batch, heads, queries, groups, cached, _ = shape
+    rows, found = queries * heads // groups, []
+    for block_m in (16, 32, 64):
+        programs = batch * groups * math.ceil(rows / block_m)
+        for block_n in (16, 32, 64):
+            most = math.ceil(cached / block_n)
+            wanted = (processors / programs * factor for factor in (0.5, 1, 2))
+            for split in {min(most, max(1, round(count))) for count in wanted}:
+                found.append(replace(default, block_m=block_m, block_n=block_n, split_k=split))
+    return found
+
+
+def _power_of_two(number: int) -> int:
+    """The smallest one that is not below."""
+    return 1 << (number - 1).bit_length()

@@ -1,0 +1,110 @@
+"""Every fused op of a step alone, with the tactics that the engine runs with, beside its bound on this machine.
+
+What runs is a recorded step's own calls, on its buffers. Each must agree with its oracle before anything is timed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+
+import torch
+
+from xr0_engine.bench.cases import Setup, Subject
+from xr0_engine.bench.measure.replay import REPLAYED
+from xr0_engine.bench.results import Result, environment
+from xr0_engine.bench.step.ceilings import highest, measure_ceilings
+from xr0_engine.bench.step.kernels import GATE
+from xr0_engine.bench.step.roofline import Operator, Precision
+from xr0_engine.bench.step.tune import Call, RecordingOps, Trial
+from xr0_engine.bench.timing import CallTimer, run
+from xr0_engine.fused.model import FusedModel, Session, session_key
+from xr0_engine.fused.ops import FusedOps, Tactic
+
+
+def cost(stage: str, call: Call, dtype: str) -> Operator:
+    """One run of a call, as roofline.py counts. Raises ValueError for a kind that is not known."""
+    precision = Precision.of(dtype)
+    if call.kind in ("linear", "swiglu", "qkv"):
+        rows, outputs, inputs = call.shape[:3]
+        return precision.linear(stage, call.kind, 1, rows, inputs, outputs)
+    batch, heads, queries, groups, keys, dim = call.shape
+    cached = 2 * batch * groups * keys * dim
+    if call.kind == "attention":
+        hidden = queries * (queries - 1) // 2 if call.options["causal"] else 0
+        pairs, moved = batch * (queries * keys - hidden), 2 * batch * heads * queries * dim + cached
+    elif call.kind == "lambda_attention":
+        pairs, moved = batch * queries * (keys + queries), 4 * batch * heads * queries * dim + cached
+    else:
+        raise ValueError(f"kind: expected an op that has tactics, got {call.kind!r}")
+    return precision.attend(stage, call.kind, 1, pairs, heads * dim, moved)
+
+
+@torch.inference_mode()
+def recorded(model: FusedModel, subject: Subject) -> dict[str, dict[str, Call]]:
+    """Stage -> key -> call, of a step of the subject's case."""
+    given = subject.step_inputs()
+    session = Session(model, session_key(given.inputs), given.inputs)
+    session.update(given.inputs, given.noise, given.prefix, given.prefix_length)
+    calls = {}
+    for stage, work in zip(REPLAYED, (session.encode, session.prefill, session.sample), strict=True):
+        session.ops = session.flow_ops = RecordingOps(model.backend, model.device)
+        work()
+        calls[stage] = session.ops.calls
+    return calls
+
+
+def measure(setup: Setup, rounds: int, command: str) -> tuple[Result, BaseException | None]:
+    """The result, of kind kernels, and what cut it short, if anything did. facts["counts"]: runs in a step.
+
+    Raises as Subject.load; NotImplementedError for a backend without fused ops; RuntimeError for a kernel that computes
+    something else.
+    """
+    subject = Subject.load(setup)
+    model = subject.engine.model
+    if not isinstance(model, FusedModel):
+        raise NotImplementedError(f"backend {subject.engine.backend!r} has no fused ops; take --backend triton")
+    return measure_model(model, subject, rounds, command)
+
+
+@torch.inference_mode()
+def measure_model(
+    model: FusedModel, subject: Subject, rounds: int, command: str
+) -> tuple[Result, BaseException | None]:
+    device, dtype = model.device, subject.setup.dtype
+    ops, oracle = model.ops(), FusedOps("reference", device)
+    ceilings, timer = measure_ceilings(device, dtype), CallTimer(device)
+    trials: dict[str, tuple[Trial, Tactic]] = {}
+    costs, counts = {}, {}
+    for stage, calls in recorded(model, subject).items():
+        for key, call in calls.items():
+            name = f"{stage}: {key.rpartition(' ')[0]}"
+            trial = Trial(ops, call, Tactic(), GATE[dtype], oracle)
+            tactic = ops.tactics.get(key) or ops.default(call.kind, call.shape)
+            if fault := trial.fault(tactic):
+                raise RuntimeError(f"nothing was timed: {name}: {fault}")
+            trials[name] = trial, tactic
+            costs[name], counts[name] = cost(stage, call, dtype), call.count
+
+    def one_round() -> dict[str, float]:
+        return {name: trial.microseconds(timer, [tactic], 1)[tactic] / 1e3 for name, (trial, tactic) in trials.items()}
+
+    series, reason = run({model.backend: one_round}, rounds)
+    ceilings = highest(ceilings, measure_ceilings(device, dtype)) if reason is None else ceilings
+    result = Result(
+        kind="kernels",
+        command=command,
+        environment=environment(device),
+        case=subject.describe(),
+        boundary="kernel",
+        backend=model.backend,
+        series=series,
+        facts={
+            "chip": ceilings.name,
+            "ceilings": asdict(ceilings),
+            "bound_ms": {name: 1e3 * replace(each, count=1).bound_s(ceilings) for name, each in costs.items()},
+            "shapes": {name: f"{count} runs" for name, count in counts.items()},
+            "counts": counts,
+        },
+        complete=reason is None,
+    )
+    return result, reason

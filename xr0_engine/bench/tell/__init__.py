@@ -1,0 +1,1 @@
+"""What is made of results: report, tables, the regression gate, what to try next."""

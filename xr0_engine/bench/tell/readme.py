@@ -1,0 +1,122 @@
+"""bench/results/README.md, rendered from the results beside it: the latest of each machine, case and boundary."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from xr0_engine.bench import results
+from xr0_engine.bench.results import DEADLINES_HZ, PERCENTILES, Result, summary
+from xr0_engine.bench.tell.bounds import bounds_of
+from xr0_engine.bench.tell.charts import milliseconds
+from xr0_engine.bench.tell.report import TITLES, TOTAL, machine
+
+Named = tuple[str, Result]
+
+IN_TABLE = ("latency", "throughput", "coldstart", "jitter")
+"""Kinds whose whole calls are a row each. The others are listed: `xr0 bench report` draws them."""
+
+INTRODUCTION = """# Measured
+
+Rendered from the JSON files in this folder by `xr0 bench report --table bench/results`; edit nothing here. How to
+measure, and how to read the numbers: [docs/benchmarks.md](../../docs/benchmarks.md).
+"""
+EMPTY = """
+No result has been committed yet. Nothing was measured on a GPU so far.
+"""
+LEGEND = """
+Milliseconds. A dash: too few rounds to tell, or no bound known. Missed: rounds longer than 33.3 ms (30 Hz) and 10 ms
+(100 Hz). Of bound: the bound of the same case with this machine's measured ceilings, over p50. A random checkpoint's
+tokenizer makes prompts a few tokens shorter than the bound counts.
+"""
+
+
+def run(folder: Path) -> Path:
+    """`xr0 bench report --table FOLDER`: writes and returns its README.md. Raises ValueError as `render`, OSError."""
+    text = render(folder)
+    readme = folder / "README.md"
+    readme.write_text(text, encoding="utf-8")
+    return readme
+
+
+def render(folder: Path) -> str:
+    """Markdown. Raises ValueError for a JSON file in the folder that is no result, or if there is no such folder."""
+    if not folder.is_dir():
+        raise ValueError(f"--table: expected a folder with results, got {folder}")
+    named = [(file.name, results.read(file)) for file in sorted(folder.glob("*.json"))]
+    complete = [pair for pair in named if pair[1].complete]
+    cut_short = [name for name, result in named if not result.complete]
+    machines: dict[str, list[Named]] = {}
+    for pair in _latest(complete):
+        machines.setdefault(machine(pair[1]), []).append(pair)
+    parts = [INTRODUCTION]
+    for name in sorted(machines):
+        parts.append(f"\n## {_cell(name)}\n{_tables(machines[name])}")
+    parts.append(LEGEND if machines else EMPTY)
+    if cut_short:
+        parts.append(f"\nLeft out, because the run was interrupted: {', '.join(map(_link, cut_short))}.\n")
+    return "".join(parts)
+
+
+def _latest(named: Sequence[Named]) -> list[Named]:
+    """Of results that measure the same thing the youngest; in the order of kind, case and boundary."""
+    found: dict[str, Named] = {}
+    # All are in UTC and written alike.
+    for pair in sorted(named, key=lambda pair: pair[1].created):
+        result = pair[1]
+        same = [result.kind, machine(result), result.boundary, result.backend, result.facts.get("part"), result.case]
+        found[json.dumps(same, sort_keys=True)] = pair
+    kinds = list(TITLES)
+    return sorted(
+        found.values(), key=lambda pair: (kinds.index(pair[1].kind), _case(pair[1]), pair[1].boundary, pair[0])
+    )
+
+
+def _tables(named: Sequence[Named]) -> str:
+    head = ["measured", "case", "boundary", "", "rounds", "p50", "p90", "p99", "p99.9", "max"]
+    head += [f"missed {rate} Hz" for rate in DEADLINES_HZ] + ["of bound", "when, commit"]
+    lines = [head, ["---"] * 4 + ["---:"] * (len(head) - 5) + ["---"]]
+    others = [result for _, result in named]
+    for name, result in named:
+        bounds = bounds_of(result, others)
+        for rival, stages in result.series.items() if result.kind in IN_TABLE else ():
+            found = summary(stages[TOTAL])
+            row = [f"[{TITLES[result.kind]}]({name})", _case(result), result.boundary, rival, str(len(stages[TOTAL]))]
+            row += [_number(found[key]) for key in (*PERCENTILES, "max")]
+            on_time = result.kind in ("latency", "jitter")
+            row += [f"{found[f'missed_{rate}hz']:.1%}" if on_time else "" for rate in DEADLINES_HZ]
+            reached = bounds.reached(TOTAL, found["p50"])
+            lines.append([*row, "–" if reached is None else f"{reached:.0%}", _when(result)])
+    table = "".join(f"| {' | '.join(map(_cell, line))} |\n" for line in lines)
+    further = [
+        f"- [{TITLES[result.kind]}]({name}): {_cell(_case(result))} ({_when(result)})\n"
+        for name, result in named
+        if result.kind not in IN_TABLE
+    ]
+    return (f"\n{table}" if len(lines) > 2 else "") + ("\n" + "".join(further) if further else "")
+
+
+def _case(result: Result) -> str:
+    case = result.case
+    batch = f"batch {case['batch']}" if case.get("batch", 1) != 1 else None
+    part = "action head" if result.facts.get("part") == "dit" else None
+    return ", ".join(str(word) for word in (case.get("name"), case.get("size"), part, batch, case.get("dtype")) if word)
+
+
+def _when(result: Result) -> str:
+    commit = result.commit or "unknown"
+    return f"{result.created[:10]}, {commit[:7]}{'-dirty' if commit.endswith('-dirty') else ''}"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else milliseconds(value)
+
+
+def _link(name: str) -> str:
+    return f"[{name}]({name})"
+
+
+def _cell(text: str) -> str:
+    """Text that ends neither its cell nor its line, and holds no HTML."""
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")

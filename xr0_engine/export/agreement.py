@@ -1,0 +1,121 @@
+"""An export against the reference engine: every stage alone, fed by the reference, then all of them in a row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from xr0_engine.comparison import FLOAT32_EXPORT_MAX_ERROR, Comparison, compare
+from xr0_engine.export.inputs import INSTRUCTION, observations
+from xr0_engine.exported.manifest import changed_files, checkpoint_hash, stage_key
+from xr0_engine.exported.model import ExportedModel, prompt
+from xr0_engine.model.weights import load_model, read_index, resolve_checkpoint
+from xr0_engine.model.xr0 import XR0Model
+from xr0_engine.robot.embodiment import load_embodiment
+from xr0_engine.robot.preprocess import Preprocessor
+from xr0_engine.types import KVBlock, ModelInputs, VisionTokens
+
+SHORT_INSTRUCTION = "Stop."
+"""In every second row of a batch, so that rows are padded."""
+PREFIX_LENGTHS = (0, 3)
+
+
+def verify_export(
+    folder: Path, checkpoint: str | None = None, device: str = "auto", backend: str = "onnx"
+) -> Iterator[Comparison]:
+    """Compare all that the folder holds, one quantity after the other, in the export's precision.
+
+    checkpoint: where it is now; None where it was when it was exported. Raises ValueError for a folder that cannot be
+    used or a checkpoint that it was not made from, and what ExportedModel.load raises.
+    """
+    model = ExportedModel.load(folder, device, backend)
+    source = resolve_checkpoint(checkpoint or model.manifest.checkpoint)
+    actual = checkpoint_hash(source)
+    if actual != model.manifest.checkpoint_sha256:
+        raise ValueError(
+            f"{source} is another checkpoint (hash {actual[:12]}) than the export's "
+            f"({model.manifest.checkpoint_sha256[:12]}): pass the one that it was made from"
+        )
+    changed = changed_files(model.files)
+    what = "as written" if not changed else "changed: " + ", ".join(changed)
+    yield Comparison("files", what, len(changed), 0, "files of another hash")
+    case = model.manifest.case
+    preprocess = Preprocessor.load(source, None if case.profile is None else load_embodiment(case.profile))
+    instructions = [SHORT_INSTRUCTION if row % 2 else INSTRUCTION for row in range(case.batch)]
+    inputs = preprocess(observations(preprocess, case, instructions))
+    reference = load_model(preprocess.config, read_index(source), model.device, model.dtype)
+    yield from compare_stages(model, reference, inputs)
+
+
+def compare_stages(model: ExportedModel, reference: XR0Model, inputs: ModelInputs) -> Iterator[Comparison]:
+    """Every stage that the export has, for every prompt length."""
+    shapes, stages = model.manifest.shapes, set(model.manifest.stages)
+    vision = reference.encode_images(inputs)
+    kv = reference.prefill(inputs, vision)
+    if "vision" in stages:
+        yield from _compare_vision(model, model.encode_images(inputs), vision)
+    for tokens in shapes.tokens:
+        keys = {stage: stage_key(stage, tokens) for stage in ("prefill", "flow", "step")}
+        padded, padded_kv = pad_inputs(inputs, tokens), pad_kv(kv, tokens)
+        if keys["prefill"] in stages:
+            yield from _compare_kv(model, keys["prefill"], model.prefill(padded, vision), padded_kv)
+        for length in PREFIX_LENGTHS:
+            flow = _flow_inputs(inputs, min(length, shapes.chunk_length))
+            expected = reference.sample(kv, *flow)
+            quantity = f"actions, prefix {length}"
+            if keys["flow"] in stages:
+                yield _compare(model, keys["flow"], quantity, model.sample(padded_kv, *flow), expected)
+            if keys["step"] in stages:
+                yield _compare(model, keys["step"], quantity, model.step(padded, *flow), expected)
+            if {"vision", keys["prefill"], keys["flow"]} <= stages:
+                chained = model.sample(model.prefill(padded, model.encode_images(inputs)), *flow)
+                yield _compare(model, f"end to end.{tokens}", quantity, chained, expected)
+
+
+def pad_inputs(inputs: ModelInputs, tokens: int) -> ModelInputs:
+    """The same observations, padded on the left to `tokens`."""
+    padded = prompt(inputs, tokens)
+    return replace(
+        inputs,
+        input_ids=padded["input_ids"],
+        attention_mask=padded["attention_mask"],
+        position_ids=padded["position_ids"],
+    )
+
+
+def pad_kv(kv: KVBlock, tokens: int) -> KVBlock:
+    """The same block with empty, masked places on the left."""
+    missing = tokens - kv.mask.shape[1]
+    keys, values = (torch.nn.functional.pad(part, (0, 0, missing, 0)) for part in (kv.keys, kv.values))
+    return replace(kv, keys=keys, values=values, mask=torch.nn.functional.pad(kv.mask, (missing, 0)))
+
+
+def _flow_inputs(inputs: ModelInputs, prefix_length: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """state, noise, prefix, prefix_length, as XR0Model.sample takes them."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(inputs.action_mask.shape, generator=generator)
+    prefix = torch.randn(inputs.action_mask.shape, generator=generator)
+    lengths = torch.full((len(noise),), prefix_length)
+    return inputs.state, noise, prefix, lengths
+
+
+def _compare_vision(model: ExportedModel, actual: VisionTokens, expected: VisionTokens) -> Iterator[Comparison]:
+    yield _compare(model, "vision", "vision_tokens", actual.tokens, expected.tokens)
+    for index, (ours, theirs) in enumerate(zip(actual.deepstack, expected.deepstack, strict=True)):
+        yield _compare(model, "vision", f"deepstack.{index}", ours, theirs)
+
+
+def _compare_kv(model: ExportedModel, key: str, actual: KVBlock, expected: KVBlock) -> Iterator[Comparison]:
+    is_token = expected.mask[:, None, :, None]
+    yield _compare(model, key, "keys", actual.keys * is_token, expected.keys * is_token)
+    yield _compare(model, key, "values", actual.values * is_token, expected.values * is_token)
+    wrong = int((actual.next_position != expected.next_position).sum())
+    yield Comparison(key, "next_position", wrong, 0, "positions that differ")
+
+
+def _compare(model: ExportedModel, case: str, quantity: str, actual: Tensor, expected: Tensor) -> Comparison:
+    return compare(case, quantity, actual, expected.float().cpu(), model.dtype, FLOAT32_EXPORT_MAX_ERROR)

@@ -1,0 +1,202 @@
+"""A checkpoint as ONNX graphs in a folder that explains itself (`xr0_engine/exported/manifest.py` draws it)."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import onnx
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from xr0_engine.checkpoint import all_or_nothing
+from xr0_engine.config import XR0Config
+from xr0_engine.export.graph import OPSET, WEIGHTS_FILE, Graph, WeightFile
+from xr0_engine.export.inputs import INSTRUCTION, observations
+from xr0_engine.export.stages import Network, add_flow, add_prefill, add_step, add_vision
+from xr0_engine.exported.manifest import (
+    PRECISIONS,
+    ExportCase,
+    Manifest,
+    StaticShapes,
+    checkpoint_hash,
+    record_files,
+    stage_key,
+)
+from xr0_engine.model.dit import ActionHead
+from xr0_engine.model.vision import VisionTower
+from xr0_engine.model.weights import (
+    StoredTensor,
+    check_tensors,
+    checkpoint_shapes,
+    fill_parameters,
+    read_index,
+    resolve_checkpoint,
+)
+from xr0_engine.robot.embodiment import load_embodiment
+from xr0_engine.robot.normalize import STATISTICS_FILE, ActionStatistics
+from xr0_engine.robot.preprocess import Preprocessor
+from xr0_engine.robot.prompt import TOKENIZER_FILE
+
+STAGES = {"vision": add_vision, "prefill": add_prefill, "flow": add_flow, "step": add_step}
+SPARE_TOKENS = 16
+"""Room for longer instructions than the example in the default prompt length."""
+TOKENS_MULTIPLE = 32
+
+
+def export_onnx(
+    checkpoint: str | Path,
+    case: ExportCase,
+    precision: str,
+    out: Path,
+    tokens: Sequence[int] = (),
+    stages: Sequence[str] = tuple(STAGES),
+) -> Manifest:
+    """Write the stages of one case to the folder `out`, which appears whole or not at all.
+
+    precision: of PRECISIONS. tokens: prompt lengths to write graphs for; none is the length of an example's prompt with
+    some room. stages: of STAGES. Raises ValueError for a wrong argument, a case that the checkpoint has no robot type
+    for, or a folder that holds something; CheckpointError for the checkpoint; OSError if the disk lacks the room.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision: expected {', '.join(PRECISIONS)}; got {precision!r}")
+    unknown = [stage for stage in stages if stage not in STAGES]
+    if unknown or not stages:
+        raise ValueError(f"stages: expected some of {', '.join(STAGES)}; got {', '.join(unknown) or 'none'}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not empty; remove it or choose another folder")
+    folder = resolve_checkpoint(checkpoint)
+    preprocess = Preprocessor.load(folder, None if case.profile is None else load_embodiment(case.profile))
+    config, stored = preprocess.config, read_index(folder)
+    check_tensors(stored, checkpoint_shapes(config))
+    shapes = static_shapes(preprocess, case, tokens)
+    statistics = preprocess.statistics[case.robot_type]
+    robot_types = _robot_types(preprocess, case)
+    checkpoint_sha256 = checkpoint_hash(folder)
+    metadata = {
+        "case": json.dumps(vars(case)),
+        "robot_types": json.dumps(robot_types),
+        "action_statistics": _statistics(statistics),
+        "checkpoint_sha256": checkpoint_sha256,
+        "precision": precision,
+    }
+    with all_or_nothing(out, _needed_bytes(config, stages, PRECISIONS[precision])) as partial:
+        written = write_graphs(config, stored, shapes, precision, partial, stages, metadata)
+        for name in ("config.json", STATISTICS_FILE, TOKENIZER_FILE):
+            shutil.copyfile(folder / name, partial / name)
+        manifest = Manifest(
+            precision=precision,
+            opset=OPSET,
+            case=case,
+            shapes=shapes,
+            robot_types=robot_types,
+            checkpoint=str(checkpoint),
+            checkpoint_sha256=checkpoint_sha256,
+            stages=written,
+            files=record_files(partial, [path.name for path in partial.iterdir()]),
+        )
+        manifest.write(partial)
+    return manifest
+
+
+def static_shapes(preprocess: Preprocessor, case: ExportCase, tokens: Sequence[int]) -> StaticShapes:
+    """Raises ValueError for a case or prompt lengths that the checkpoint cannot have."""
+    inputs = preprocess(observations(preprocess, case, [INSTRUCTION] * case.batch))
+    shortest = inputs.input_ids.shape[1]
+    if not tokens:
+        tokens = [-(-(shortest + SPARE_TOKENS) // TOKENS_MULTIPLE) * TOKENS_MULTIPLE]
+    if min(tokens) < shortest:
+        raise ValueError(f"tokens: expected at least {shortest}, the case's example prompt; got {min(tokens)}")
+    return StaticShapes(inputs.image_grids, case.batch, inputs.action_mask.shape[1], tuple(sorted(set(tokens))))
+
+
+@torch.inference_mode()
+def write_graphs(
+    config: XR0Config,
+    stored: Mapping[str, StoredTensor],
+    shapes: StaticShapes,
+    precision: str,
+    folder: Path,
+    stages: Sequence[str],
+    metadata: Mapping[str, str],
+) -> dict[str, str]:
+    """Graphs and weights into a folder that exists; each graph passes ONNX's checker and shape inference.
+
+    Returns stage_key -> file name.
+    """
+    dtype = PRECISIONS[precision]
+    network = _network(config, stored, shapes, dtype)
+    written = {}
+    with WeightFile(folder / WEIGHTS_FILE, lambda name: _read(stored[name])) as weights:
+        for stage in [stage for stage in STAGES if stage in stages]:
+            for tokens in shapes.tokens if stage != "vision" else shapes.tokens[:1]:
+                key = stage_key(stage, tokens)
+                graph = Graph(weights, dtype)
+                arguments = (graph, network) if stage == "vision" else (graph, network, tokens)
+                STAGES[stage](*arguments)  # type: ignore[operator]
+                written[key] = f"{key}.onnx"
+                _save(graph.model(key, {**metadata, "stage": key}), folder / written[key])
+    for name in written.values():
+        onnx.checker.check_model(str(folder / name))
+    return written
+
+
+def _save(model: onnx.ModelProto, path: Path) -> None:
+    """With the shape of every value. Weights are not part of the protobuf, so its limit of 2 GB is far."""
+    onnx.save(onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True), path)
+
+
+def _network(
+    config: XR0Config, stored: Mapping[str, StoredTensor], shapes: StaticShapes, dtype: torch.dtype
+) -> Network:
+    """What is computed from weights: by the model's own modules, in the precision in which the engine would."""
+    with torch.device("meta"):
+        head, tower = ActionHead(config), VisionTower(config.vision)
+    head.to(dtype).to_empty(device="cpu")
+    head.requires_grad_(False)
+    fill_parameters(head, stored)
+    embedding = _read(stored["vlm.model.visual.pos_embed.weight"]).to(dtype)
+    tower.pos_embed.weight = nn.Parameter(embedding, requires_grad=False)
+    return Network(config, shapes, head.modulation_table(), *tower.tables(shapes.grids))
+
+
+def _read(place: StoredTensor) -> Tensor:
+    # One short-lived map for each tensor: a map's pages count as resident until it is closed.
+    with safe_open(place.file, framework="pt") as handle:
+        return handle.get_tensor(place.key)
+
+
+def _needed_bytes(config: XR0Config, stages: Sequence[str], dtype: torch.dtype) -> int:
+    parts = {"vision": "vlm.model.visual.", "prefill": "vlm.model.language_model.", "flow": "dit."}
+    if "step" in stages:
+        stages = tuple(parts)
+    prefixes = tuple(parts[stage] for stage in stages)
+    shapes = checkpoint_shapes(config).items()
+    return sum(torch.Size(shape).numel() for name, shape in shapes if name.startswith(prefixes)) * dtype.itemsize
+
+
+def _robot_types(preprocess: Preprocessor, case: ExportCase) -> tuple[str, ...]:
+    """Those with the case's chunk length and number of views; the images' size is a matter of each observation."""
+    views, length = _views(preprocess, case.robot_type), preprocess.statistics[case.robot_type].chunk_length
+    return tuple(
+        name
+        for name, statistics in preprocess.statistics.items()
+        if statistics.chunk_length == length and _views(preprocess, name) == views
+    )
+
+
+def _views(preprocess: Preprocessor, robot_type: str) -> int | None:
+    """None for a robot type that no profile is for."""
+    try:
+        return len(preprocess.resolve(robot_type)[1].views)
+    except ValueError:
+        return None
+
+
+def _statistics(statistics: ActionStatistics) -> str:
+    """For those who run the graph by itself: actions * (std + epsilon) + mean are in the robot's units."""
+    tables = {"mean": statistics.mean.tolist(), "std": statistics.std.tolist()}
+    return json.dumps({**tables, "epsilon": statistics.epsilon})

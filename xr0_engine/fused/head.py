@@ -1,0 +1,236 @@
+"""The action head as a sequence of fused ops on static buffers: KV block, state and noise to a chunk (spec section 2).
+
+Nothing is allocated and nothing on the device is waited for, so that a CUDA graph can hold it. All that depends on time
+is in tables made at load. The residual stream is kept before its norms, in float32: whoever reads it takes the norm's
+scale from sums that its writer left, so that no kernel waits for whole rows.
+
+Shape legend: B batch, T actions, A action columns, Q = context + T DiT tokens, N cached tokens, C hidden, H heads, G KV
+heads, D head_dim, L layers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from xr0_engine.fused.ops import (
+    FlowBuffers,
+    FlowInputs,
+    FlowWeights,
+    FusedOps,
+    HalfBlock,
+    InputNorm,
+    Residual,
+    StatsOut,
+    Weight,
+)
+from xr0_engine.fused.vlm import new_sums, packed
+from xr0_engine.model.dit import DIT_RMS_EPS, MLP_RATIO, ActionHead, DiTLayer, Projector
+from xr0_engine.model.flow import flow_times
+from xr0_engine.model.layers import inverse_frequencies, mrope_axes, parts_of
+
+
+class FusedHead:
+    """Shares the head's matrices, which it leaves as they are."""
+
+    def __init__(self, head: ActionHead) -> None:
+        self.head, self.config = head, head.config
+        weight = head.sink.weight
+        self.context = 1 + self.config.state_length
+        self.frequencies = inverse_frequencies(self.config.head_dim, head.rope_theta, weight.device)
+        if self.config.compat_bf16_time:
+            self.frequencies = self.frequencies.bfloat16().float()
+        self.axes = mrope_axes(len(self.frequencies), head.mrope_section, weight.device).int()
+        self._layers = parts_of(head.dit.layers, DiTLayer)
+        self._state_weights = _weights(head.state_projector)
+        self._weights = _flow_weights(head, self._layers)
+
+    @property
+    def steps(self) -> int:
+        return self.config.flow_steps
+
+    def buffers(self, batch: int, chunk_length: int) -> FlowBuffers:
+        config, sink = self.config, self.head.sink.weight
+        tokens, width = self.context + chunk_length, config.hidden_size
+
+        def empty(*shape: int, dtype: torch.dtype = sink.dtype) -> Tensor:
+            return torch.zeros(shape, device=sink.device, dtype=dtype)
+
+        def stream() -> tuple[Tensor, Tensor]:
+            rows = empty(batch, tokens, width, dtype=torch.float32)
+            return rows, new_sums((batch, tokens), width, sink.device)
+
+        def table() -> Tensor:
+            return empty(batch, tokens, config.head_dim // 2, dtype=torch.float32)
+
+        (start, start_sums), (middle, middle_sums), (end, end_sums) = stream(), stream(), stream()
+        # The sink never changes: neither do its row nor that row's sum.
+        start[:, 0] = sink
+        start_sums[0, :, 0, 0] = start[0, 0].square().sum()
+        heads = (batch, config.num_heads, tokens, config.head_dim)
+        z_shape = (batch, chunk_length, config.action_dim)
+        return FlowBuffers(
+            start=start,
+            start_sums=start_sums,
+            middle=middle,
+            middle_sums=middle_sums,
+            end=end,
+            end_sums=end_sums,
+            q=empty(*heads),
+            k=empty(*heads),
+            v=empty(*heads),
+            mixed=empty(batch, tokens, width),
+            hidden=empty(batch, tokens, MLP_RATIO * width),
+            embedded=empty(batch, chunk_length, width),
+            state_hidden=empty(batch, config.state_length, width),
+            cos=table(),
+            sin=table(),
+            z=empty(2, *z_shape, dtype=torch.float32),
+        )
+
+    def run(
+        self,
+        ops: FusedOps,
+        inputs: FlowInputs,
+        b: FlowBuffers,
+        trace: list[Tensor] | None = None,
+        *,
+        persistent: bool = False,
+    ) -> Tensor:
+        """Returns the half of b.z that then holds the chunk, (B, T, A) float32, in the model's units.
+
+        trace, if given, receives a copy of z before each step and after the last. persistent: all steps in one kernel,
+        which leaves no trace.
+        """
+        assert not (persistent and trace is not None)
+        self.begin(ops, inputs, b)
+        if persistent:
+            ops.flow_loop(
+                self._weights, inputs, b, eps=DIT_RMS_EPS, context=self.context, window=self.config.local_window
+            )
+            return b.z[self.steps % 2]
+        return self.finish(ops, inputs, b, 0, trace)
+
+    def finish(
+        self, ops: FusedOps, inputs: FlowInputs, b: FlowBuffers, first: int, trace: list[Tensor] | None = None
+    ) -> Tensor:
+        """The steps from `first` on. As run."""
+        for step in range(first, self.steps):
+            if trace is not None:
+                trace.append(b.z[step % 2].clone())
+            for index in range(self.config.num_layers):
+                self.layer(ops, inputs, b, step, index)
+            self.end_step(ops, inputs, b, step)
+        if trace is not None:
+            trace.append(b.z[self.steps % 2].clone())
+        return b.z[self.steps % 2]
+
+    def begin(self, ops: FusedOps, inputs: FlowInputs, b: FlowBuffers) -> None:
+        """Rotary tables, the state's token, and the first step's input."""
+        (state_in, state_out), (action_in, action_out) = self._state_weights, self._weights.in_weights
+        ops.dit_rope_tables(
+            inputs.next_position, inputs.prefix_length, self.frequencies, self.axes, b.cos, b.sin,
+            context=self.context, offset=self.config.position_offset,
+        )  # fmt: skip
+        ops.linear(inputs.state, Weight(state_in), b.state_hidden, activation="gelu_tanh")
+        self._write_tokens(ops, b, b.state_hidden, state_out, slice(1, self.context))
+        ops.start_flow(
+            inputs.noise, inputs.prefix, inputs.prefix_length, inputs.action_mask, action_in, b.z[0], b.embedded
+        )
+        self._write_tokens(ops, b, b.embedded, action_out, slice(self.context, None))
+
+    def layer(self, ops: FusedOps, inputs: FlowInputs, b: FlowBuffers, step: int, index: int) -> None:
+        """The first layer of a step reads b.start, the others b.end; all write b.end."""
+        layer, weights = self._layers[index], self._weights
+        attention, mlp = weights.attention.at(step, index), weights.mlp.at(step, index)
+        middle_norm, final_norm = weights.middle_norms[index], weights.final_norms[index]
+        if index == 0:
+            norm, residual = InputNorm(b.start_sums, DIT_RMS_EPS), Residual(b.start, attention.gate)
+        else:
+            norm = InputNorm(b.end_sums, DIT_RMS_EPS, "double_rms")
+            residual = Residual(b.end, attention.gate, b.end_sums, weights.final_norms[index - 1], DIT_RMS_EPS)
+        attn = layer.attn
+        ops.qkv(
+            residual.x, Weight(attn.qkv_proj.weight), b.q, b.k, b.v, bias=attention.bias, col_scale=attention.scale,
+            norm=norm, q_weight=weights.q_norms[index], k_weight=weights.k_norms[index], eps=DIT_RMS_EPS, cos=b.cos,
+            sin=b.sin,
+        )  # fmt: skip
+        ops.lambda_attention(
+            b.q, b.k, b.v, inputs.keys[index], inputs.values[index], inputs.begin, inputs.end, b.mixed,
+            window=self.config.local_window, context=self.context,
+        )  # fmt: skip
+        ops.linear(
+            b.mixed, Weight(attn.o_proj.weight), b.middle, residual=residual, stats=StatsOut(b.middle_sums, middle_norm)
+        )
+        ops.swiglu(
+            b.middle, Weight(packed(layer.mlp)), b.hidden, bias=mlp.bias, col_scale=mlp.scale,
+            norm=InputNorm(b.middle_sums, DIT_RMS_EPS, "double_rms"),
+        )  # fmt: skip
+        ops.linear(
+            b.hidden, Weight(layer.mlp.down_proj.weight), b.end, stats=StatsOut(b.end_sums, final_norm),
+            residual=Residual(b.middle, mlp.gate, b.middle_sums, middle_norm, DIT_RMS_EPS),
+        )  # fmt: skip
+
+    def end_step(self, ops: FusedOps, inputs: FlowInputs, b: FlowBuffers, step: int) -> None:
+        """Velocity, Euler update and, but for the last step, the next step's input."""
+        (first, second), more = self._weights.in_weights, step + 1 < self.steps
+        ops.euler_step(
+            b.end[:, self.context :], b.end_sums[:, :, self.context :], DIT_RMS_EPS, *self._weights.out_weights,
+            b.z[step % 2], b.z[(step + 1) % 2], inputs.prefix_length, inputs.action_mask, 1.0 / self.steps,
+            first if more else None, b.embedded if more else None,
+        )  # fmt: skip
+        if more:
+            self._write_tokens(ops, b, b.embedded, second, slice(self.context, None))
+
+    def _write_tokens(self, ops: FusedOps, b: FlowBuffers, hidden: Tensor, weight: Tensor, tokens: slice) -> None:
+        ops.linear(hidden, Weight(weight), b.start[:, tokens], stats=StatsOut(b.start_sums[:, :, tokens]))
+
+
+def _weights(projector: Projector) -> tuple[Tensor, Tensor]:
+    first, second = (part for part in projector.layers.children() if isinstance(part, nn.Linear))
+    return first.weight, second.weight
+
+
+def _flow_weights(head: ActionHead, layers: list[DiTLayer]) -> FlowWeights:
+    attention, mlp = _half_blocks(head, layers)
+    first, second = _weights(head.action_output_layer)
+    final_norms = torch.stack([layer.final_layernorm.weight.float() for layer in layers])
+    matrices = [
+        (layer.attn.qkv_proj.weight, layer.attn.o_proj.weight, packed(layer.mlp), layer.mlp.down_proj.weight)
+        for layer in layers
+    ]
+    assert all(matrix.is_contiguous() for layer in matrices for matrix in layer)
+    addresses = [[matrix.data_ptr() for matrix in layer] for layer in matrices]
+    return FlowWeights(
+        addresses=torch.tensor(addresses, dtype=torch.int64, device=first.device),
+        attention=attention,
+        mlp=mlp,
+        middle_norms=torch.stack([layer.middle_layernorm.weight.float() for layer in layers]),
+        final_norms=final_norms,
+        q_norms=torch.stack([layer.attn.q_norm.weight.float() for layer in layers]),
+        k_norms=torch.stack([layer.attn.k_norm.weight.float() for layer in layers]),
+        in_weights=_weights(head.action_projector),
+        out_weights=((first.float() * final_norms[-1]).to(first.dtype), second),
+    )
+
+
+def _half_blocks(head: ActionHead, layers: list[DiTLayer]) -> tuple[HalfBlock, HalfBlock]:
+    """Attention and MLP."""
+    # (L, steps, 6, C): shift, 1 + scale, gate of attention, then of the MLP.
+    modulations = head.modulations(flow_times(head.config.flow_steps).to(head.sink.weight.device)).squeeze(3).float()
+    outer = torch.ones_like(modulations[0, 0, 0])
+    attention: list[tuple[Tensor, ...]] = []
+    mlp: list[tuple[Tensor, ...]] = []
+    for layer, parts in zip(layers, modulations.transpose(1, 2), strict=True):
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = parts
+        qkv, gate_up = layer.attn.qkv_proj, packed(layer.mlp).float()
+        into_attention = outer * layer.input_layernorm.weight.float()
+        into_mlp = layer.middle_layernorm.weight.float() * layer.post_layernorm.weight.float()
+        outer = layer.final_layernorm.weight.float()
+        attention.append((into_attention * scale_a, shift_a @ qkv.weight.float().T + qkv.bias.float(), gate_a))
+        mlp.append((into_mlp * scale_m, shift_m @ gate_up.T, gate_m))
+
+    def stacked(half: list[tuple[Tensor, ...]]) -> HalfBlock:
+        return HalfBlock(*(torch.stack(of_layers, dim=1) for of_layers in zip(*half, strict=True)))
+
+    return stacked(attention), stacked(mlp)

@@ -1,0 +1,264 @@
+"""The VLM as sequences of fused ops on static buffers: patches to image tokens, tokens to the KV block.
+
+Nothing is allocated and nothing on the device is waited for, so that a CUDA graph can hold it. Prompts are padded on
+the right here: what a row's end hides is then one number, and causal attention needs no mask. Shape legend: B batch,
+P patches and I tokens of all images, N cached tokens, M = N - head of them computed, C hidden, H heads, G KV heads, D
+head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor, nn
+
+from xr0_engine.fused.ops import STATS_COLUMNS, FusedOps, InputNorm, Residual, StatsOut, Weight
+from xr0_engine.model.layers import PackedLinears, RMSNorm, inverse_frequencies, mrope_axes, parts_of
+from xr0_engine.model.vision import LAYER_NORM_EPS, PatchMerger, VisionBlock, VisionTower
+from xr0_engine.model.vlm import LanguageModel, TextLayer
+
+
+def new_sums(rows: tuple[int, int], columns: int, device: torch.device) -> Tensor:
+    """(slots, B, M, 2) float32, for the statistics of (B, M, columns)."""
+    return torch.zeros(-(-columns // STATS_COLUMNS), *rows, 2, device=device)
+
+
+def fold_rms_norm(norm: RMSNorm, weights: list[Tensor]) -> None:
+    """Move the norm's weight into what multiplies its output, in place: the two together stay what they are."""
+    for weight in weights:
+        weight.copy_(weight.float() * norm.weight.float())
+    norm.weight.fill_(1)
+
+
+def fold_layer_norm(norm: nn.LayerNorm, linear: nn.Linear) -> None:
+    """The same for a LayerNorm, whose bias goes into the linear layer's."""
+    weight = linear.weight.float()
+    linear.bias.copy_(linear.bias.float() + weight @ norm.bias.float())
+    linear.weight.copy_(weight * norm.weight.float())
+    norm.weight.fill_(1)
+    norm.bias.zero_()
+
+
+@dataclass(frozen=True)
+class VisionBuffers:
+    """One set of image sizes. runs: (images, patches each) of equal neighbours.
+
+    positions: (1, P, C); cos, sin: (1, P, D / 2) float32; x, mixed, normed: (1, P, C); q, k, v: (1, H, P, D); hidden:
+    (1, P, MLP); merged: (1, I, 4 C); tokens and each of deepstack: (1, I, out).
+    """
+
+    runs: list[tuple[int, int]]
+    positions: Tensor
+    cos: Tensor
+    sin: Tensor
+    x: Tensor
+    sums: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mixed: Tensor
+    hidden: Tensor
+    normed: Tensor
+    merged: Tensor
+    tokens: Tensor
+    deepstack: tuple[Tensor, ...]
+
+
+class FusedVision:
+    """Shares the tower's weights, and folds its norms into them in place."""
+
+    def __init__(self, tower: VisionTower) -> None:
+        self.tower, self.config = tower, tower.config
+        self._blocks = parts_of(tower.blocks, VisionBlock)
+        self._mergers = parts_of(tower.deepstack_merger_list, PatchMerger)
+        self._column_sums: list[tuple[Tensor, Tensor]] = []
+        for block in self._blocks:
+            fold_layer_norm(block.norm1, block.attn.qkv)
+            fold_layer_norm(block.norm2, block.mlp.linear_fc1)
+            qkv, fc1 = (linear.weight.float().sum(1) for linear in (block.attn.qkv, block.mlp.linear_fc1))
+            self._column_sums.append((qkv, fc1))
+
+    def buffers(self, grids: tuple[tuple[int, int], ...]) -> VisionBuffers:
+        config = self.config
+        positions, cos, sin = self.tower.tables(grids)
+        patches, half = len(positions), cos.shape[-1] // 2
+        device, dtype = positions.device, positions.dtype
+
+        def empty(*shape: int) -> Tensor:
+            return torch.zeros(shape, device=device, dtype=dtype)
+
+        heads = (1, config.num_heads, patches, config.hidden_size // config.num_heads)
+        width, merge = config.hidden_size, config.spatial_merge_size**2
+        tokens = patches // merge
+        return VisionBuffers(
+            runs=[(len(list(run)), height * columns) for (height, columns), run in groupby(grids)],
+            positions=positions[None],
+            cos=cos[None, :, 0, :half].contiguous(),
+            sin=sin[None, :, 0, :half].contiguous(),
+            x=empty(1, patches, width),
+            sums=new_sums((1, patches), width, device),
+            q=empty(*heads),
+            k=empty(*heads),
+            v=empty(*heads),
+            mixed=empty(1, patches, width),
+            hidden=empty(1, patches, config.intermediate_size),
+            normed=empty(1, patches, width),
+            merged=empty(1, tokens, width * merge),
+            tokens=empty(1, tokens, config.out_hidden_size),
+            deepstack=tuple(empty(1, tokens, config.out_hidden_size) for _ in config.deepstack_layers),
+        )
+
+    def run(self, ops: FusedOps, patches: Tensor, b: VisionBuffers) -> None:
+        """patches: (P, patch_dim) in the tower's dtype. Fills b.tokens and b.deepstack."""
+        tower, config = self.tower, self.config
+        embed = tower.patch_embed.proj
+        stats = StatsOut(b.sums)
+        ops.linear(
+            patches[None], Weight(embed.weight.flatten(1)), b.x, bias=embed.bias, residual=Residual(b.positions),
+            stats=stats,
+        )  # fmt: skip
+        for index, block in enumerate(self._blocks):
+            qkv_sums, fc1_sums = self._column_sums[index]
+            attn, mlp = block.attn, block.mlp
+            ops.qkv(
+                b.x, Weight(attn.qkv.weight), b.q, b.k, b.v, bias=attn.qkv.bias, cos=b.cos, sin=b.sin,
+                norm=InputNorm(b.sums, LAYER_NORM_EPS, "layer", qkv_sums),
+            )  # fmt: skip
+            self._attention(ops, b)
+            ops.linear(b.mixed, Weight(attn.proj.weight), b.x, bias=attn.proj.bias, residual=Residual(b.x), stats=stats)
+            ops.linear(
+                b.x, Weight(mlp.linear_fc1.weight), b.hidden, bias=mlp.linear_fc1.bias, activation="gelu_tanh",
+                norm=InputNorm(b.sums, LAYER_NORM_EPS, "layer", fc1_sums),
+            )  # fmt: skip
+            ops.linear(
+                b.hidden, Weight(mlp.linear_fc2.weight), b.x, bias=mlp.linear_fc2.bias, residual=Residual(b.x),
+                stats=stats,
+            )  # fmt: skip
+            if index in config.deepstack_layers:
+                tap = config.deepstack_layers.index(index)
+                self._merge(ops, self._mergers[tap], b, b.deepstack[tap])
+        self._merge(ops, tower.merger, b, b.tokens)
+
+    def _attention(self, ops: FusedOps, b: VisionBuffers) -> None:
+        start = 0
+        for images, patches in b.runs:
+            part = slice(start, start + images * patches)
+            q, k, v = (t[0, :, part].unflatten(1, (images, patches)).transpose(0, 1) for t in (b.q, b.k, b.v))
+            ops.attention(q, k, v, b.mixed[0, part].unflatten(0, (images, patches)), causal=False)
+            start = part.stop
+
+    def _merge(self, ops: FusedOps, merger: PatchMerger, b: VisionBuffers, out: Tensor) -> None:
+        shape = b.merged.shape if merger.norm_after_merge else b.x.shape
+        norm, normed = merger.norm, b.normed.view(b.merged.shape)
+        ops.layer_norm(b.x.view(shape), norm.weight, norm.bias, LAYER_NORM_EPS, b.normed.view(shape))
+        first, second = merger.linear_fc1, merger.linear_fc2
+        ops.linear(normed, Weight(first.weight), b.merged, bias=first.bias, activation="gelu")
+        ops.linear(b.merged, Weight(second.weight), out, bias=second.bias)
+
+
+@dataclass(frozen=True)
+class TextBuffers:
+    """One batch size, prompt bucket and kept preamble.
+
+    x: (B, M, C); q: (B, H, M, D); mixed: (B, M, H * D); hidden: (B, M, MLP); cos, sin: (B, M, D / 2) float32; keys,
+    values: (layers, B, G, N, D), whose first N - M tokens hold the kept preamble.
+    """
+
+    x: Tensor
+    sums: Tensor
+    q: Tensor
+    mixed: Tensor
+    hidden: Tensor
+    cos: Tensor
+    sin: Tensor
+    keys: Tensor
+    values: Tensor
+
+
+class FusedText:
+    """Shares the language model's weights, and folds its norms into them in place."""
+
+    def __init__(self, language: LanguageModel) -> None:
+        self.language, self.config = language, language.config
+        self._layers = parts_of(language.layers, TextLayer)
+        for layer in self._layers:
+            fold_rms_norm(layer.input_layernorm, [packed(layer.self_attn)])
+            if not layer.kv_only:
+                fold_rms_norm(layer.post_attention_layernorm, [packed(layer.mlp)])
+        device = language.embed_tokens.weight.device
+        self.frequencies = inverse_frequencies(self.config.head_dim, self.config.rope_theta, device)
+        self.axes = mrope_axes(len(self.frequencies), self.config.mrope_section, device).int()
+
+    def buffers(self, batch: int, tokens: int, head: int) -> TextBuffers:
+        """tokens: N, of which the first `head` are kept."""
+        config, weight = self.config, self.language.embed_tokens.weight
+        own = tokens - head
+
+        def empty(*shape: int) -> Tensor:
+            return torch.zeros(shape, device=weight.device, dtype=weight.dtype)
+
+        def table() -> Tensor:
+            return torch.zeros(batch, own, config.head_dim // 2, device=weight.device)
+
+        cache = (config.num_layers, batch, config.num_kv_heads, tokens, config.head_dim)
+        return TextBuffers(
+            x=empty(batch, own, config.hidden_size),
+            sums=new_sums((batch, own), config.hidden_size, weight.device),
+            q=empty(batch, config.num_heads, own, config.head_dim),
+            mixed=empty(batch, own, config.num_heads * config.head_dim),
+            hidden=empty(batch, own, config.intermediate_size),
+            cos=table(),
+            sin=table(),
+            keys=empty(*cache),
+            values=empty(*cache),
+        )
+
+    def run(
+        self,
+        ops: FusedOps,
+        ids: Tensor,
+        positions: Tensor,
+        image_index: Tensor,
+        tokens: Tensor,
+        deepstack: tuple[Tensor, ...],
+        b: TextBuffers,
+        layer_done: Callable[[int], None] = lambda index: None,
+    ) -> None:
+        """Fills b.keys and b.values; layer_done is called when a layer's are on their way.
+
+        ids: (B, M) int32; positions: (3, B, M) int32; image_index: (B, M) int32, row of tokens and deepstack (I, C), -1
+        for text.
+        """
+        stats = StatsOut(b.sums)
+        ops.rope_tables(positions, self.frequencies, self.axes, b.cos, b.sin)
+        ops.embed(ids, self.language.embed_tokens.weight, image_index, tokens, b.x, stats)
+        for index, layer in enumerate(self._layers):
+            self._keys_and_values(ops, layer, b, index)
+            layer_done(index)
+            if layer.kv_only:
+                return
+            ops.attention(b.q, b.keys[index], b.values[index], b.mixed, causal=True)
+            ops.linear(b.mixed, Weight(layer.self_attn.o_proj.weight), b.x, residual=Residual(b.x), stats=stats)
+            norm = InputNorm(b.sums, self.config.rms_eps)
+            ops.swiglu(b.x, Weight(packed(layer.mlp)), b.hidden, norm=norm)
+            residual = Residual(b.x)
+            if index < len(deepstack):
+                residual = Residual(b.x, extra=deepstack[index], extra_index=image_index)
+            ops.linear(b.hidden, Weight(layer.mlp.down_proj.weight), b.x, residual=residual, stats=stats)
+
+    def _keys_and_values(self, ops: FusedOps, layer: TextLayer, b: TextBuffers, index: int) -> None:
+        attn, head = layer.self_attn, b.keys.shape[3] - b.x.shape[1]
+        ops.qkv(
+            b.x, Weight(packed(attn)), None if layer.kv_only else b.q, b.keys[index, :, :, head:],
+            b.values[index, :, :, head:], norm=InputNorm(b.sums, self.config.rms_eps),
+            q_weight=None if layer.kv_only else attn.q_norm.weight, k_weight=attn.k_norm.weight,
+            eps=self.config.rms_eps, cos=b.cos, sin=b.sin,
+        )  # fmt: skip
+
+
+def packed(linears: PackedLinears) -> Tensor:
+    assert linears.packed is not None, "the model was not packed"
+    return linears.packed

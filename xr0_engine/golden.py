@@ -1,0 +1,242 @@
+"""Golden cases: run every one in a folder and measure how far this build is from it.
+
+The folder's format: `<model>.json` sizes, `<model>.weights.safetensors` under checkpoint names,
+`<model>.<case>.safetensors` inputs and expected results; and `<name>.safetensors` beside `<name>.py`, an action head of
+published sizes whose weights and inputs the script makes from seeds, with results named
+`<windowed|full>.prefix<P>.actions`. The scripts are executed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from xr0_engine.backend import resolve_backend, resolve_device, resolve_dtype
+from xr0_engine.checkpoint import published_config
+from xr0_engine.comparison import FLOAT32_LOSS_ERROR, FLOAT32_SEEDED_MAX_ERROR, Comparison, compare, tolerance
+from xr0_engine.config import XR0Config
+from xr0_engine.fused.head import FusedHead
+from xr0_engine.fused.model import FusedModel, sample_fused
+from xr0_engine.fused.ops import FusedOps
+from xr0_engine.fused.tactics import tactics_for
+from xr0_engine.model.dit import ActionHead, dit_geometry
+from xr0_engine.model.flow import prefix_positions, training_pair
+from xr0_engine.model.layers import pack_linears
+from xr0_engine.model.weights import head_shapes, load_model, read_headers
+from xr0_engine.model.xr0 import XR0Model
+from xr0_engine.training.losses import error_weights, frequency_loss, mse_loss
+from xr0_engine.types import CheckpointError, KVBlock, ModelInputs
+
+SEEDED_MODES = {"windowed": (4, 10), "full": (None, 0)}
+SEEDED_RESULT = re.compile(r"(windowed|full)\.prefix(\d+)\.actions")
+
+
+def verify_folder(folder: Path, backend: str, device: str, dtype: str) -> Iterator[Comparison]:
+    """Compare every case, one after the other. Raises ValueError for a folder without cases or with broken ones."""
+    precision, target = resolve_dtype(dtype), resolve_device(device)
+    backend = resolve_backend(backend, target)
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {folder}")
+    models = sorted(path for path in folder.glob("*.json") if path.with_suffix(".weights.safetensors").is_file())
+    scripts = sorted(path for path in folder.glob("*.py") if path.with_suffix(".safetensors").is_file())
+    if not models and not scripts:
+        raise ValueError(
+            f"{folder} holds no golden cases: neither <model>.json with weights, nor <name>.py with results"
+        )
+    for path in models:
+        yield from _verify_model(path, backend, target, precision)
+    for path in scripts:
+        yield from _verify_seeded(path, backend, target, precision)
+
+
+def golden_config(golden: Mapping[str, Any]) -> XR0Config:
+    """The configuration in a golden model's JSON, which names some fields otherwise than config.json."""
+    head, text = golden["action_head"], golden["text_config"]
+    dit = {
+        "hidden_size": head["hidden_size"],
+        "num_hidden_layers": head["num_layers"],
+        "head_dim": head["head_dim"],
+        "num_key_value_heads": head["num_kv_heads"],
+    }
+    rope = {"mrope_section": text["mrope_section"], "mrope_interleaved": text["mrope_interleaved"]}
+    vlm = {
+        **golden["tokens"],
+        "text_config": {**text, "rope_scaling": rope},
+        "vision_config": golden["vision_config"],
+    }
+    return XR0Config.from_hf({**head, "vlm_config": vlm, "dit_config": dit})
+
+
+def golden_inputs(case: Mapping[str, Tensor], config: XR0Config) -> ModelInputs:
+    ids, mask = case["input_ids"], case["attention_mask"].bool()
+    rows = [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]
+    common = 0
+    while len({row[common] for row in rows}) == 1 and rows[0][common] != config.tokens.image:
+        common += 1
+    return ModelInputs(
+        input_ids=ids,
+        attention_mask=mask,
+        pixel_values=case["pixel_values"],
+        image_grids=tuple((int(height), int(width)) for _, height, width in case["image_grid_thw"]),
+        position_ids=case["vlm_position_ids"],
+        preamble_length=common,
+        state=case["state"],
+        action_mask=case["action_mask"],
+    )
+
+
+def _verify_model(path: Path, backend: str, device: torch.device, dtype: torch.dtype) -> Iterator[Comparison]:
+    config = golden_config(json.loads(path.read_text(encoding="utf-8")))
+    weights = path.with_suffix(".weights.safetensors")
+    stored, faults = read_headers([weights])
+    if faults:
+        raise CheckpointError("; ".join(faults))
+    plain = load_model(config, stored, device, dtype)
+    model = plain if backend == "reference" else FusedModel(plain, backend, tactics_for(device), device.type == "cuda")
+    for file in sorted(path.parent.glob(f"{path.stem}.*.safetensors")):
+        if file != weights:
+            yield from _verify_case(file.stem, model, _load(file), dtype)
+
+
+def _verify_case(
+    name: str, model: XR0Model | FusedModel, case: dict[str, Tensor], dtype: torch.dtype
+) -> Iterator[Comparison]:
+    inputs = golden_inputs(case, model.config)
+    vision = model.encode_images(inputs)
+    kv = model.prefill(inputs, vision)
+    is_token = inputs.attention_mask[:, None, :, None]
+    layers = range(len(kv.keys))
+    expected_kv = torch.stack([case[f"kv.{layer}.{part}"] * is_token for part in ("key", "value") for layer in layers])
+    actual_kv = torch.cat((kv.keys, kv.values)).cpu() * is_token
+    trace: list[Tensor] = []
+    actions = _sample(model, kv, case, case["prefix"], trace)
+    yield compare(name, "vision tokens", vision.tokens, case["vision_tokens"], dtype)
+    yield compare(name, "KV block", actual_kv, expected_kv, dtype)
+    yield compare(name, "flow trace", torch.stack(trace), case["flow_trace"], dtype)
+    yield compare(name, "actions", actions, case["actions"], dtype)
+    if isinstance(model, FusedModel):
+        noise, *prefix = _chunk_inputs(case, case["prefix"])
+        yield compare(name, "actions, one step", model.step(inputs, noise, *prefix), case["actions"], dtype)
+    elif "train.loss" in case:
+        yield from _verify_training(name, model, kv, case, dtype)
+
+
+@torch.no_grad()
+def _verify_training(
+    name: str, model: XR0Model, kv: KVBlock, case: dict[str, Tensor], dtype: torch.dtype
+) -> Iterator[Comparison]:
+    action, noise, prefix_length = case["train.action"], case["noise"], case["prefix"].shape[1]
+    lengths = torch.full((len(action),), prefix_length)
+    head = model.head
+    z, target = training_pair(noise, action, case["train.t"], prefix_positions(lengths, action.shape[1]))
+    geometry = dit_geometry(head.config, kv.next_position, kv.mask, lengths.to(model.device), action.shape[1])
+    velocity = head(
+        (z.to(model.device) * kv.action_mask).to(dtype),
+        head.context(case["state"].to(model.device, dtype)),
+        head.modulations(case["train.t"].flatten().to(model.device)),
+        head.rope(geometry),
+        geometry.mask,
+        kv.keys,
+        kv.values,
+    ).cpu()
+    suffix = slice(prefix_length, None)
+    velocity, target, mask = velocity[:, suffix], target[:, suffix], case["action_mask"][:, suffix]
+    yield compare(name, "velocity", velocity, case["train.velocity"][:, suffix], dtype)
+    weights = torch.ones_like(mask)
+    if prefix_length:
+        generated = _sample(model, kv, case, action[:, :prefix_length])
+        l1_error = (generated - action)[:, suffix].abs()
+        yield compare(name, "L1 error", l1_error, case["train.l1_error"], dtype)
+        weights = error_weights(l1_error, mask)
+    mse = mse_loss(velocity, target, mask, weights)
+    frequency = frequency_loss(velocity, target, mask, weights, masked=False)
+    actual = torch.stack((mse, 0.5 * mse, 0.5 * mse + frequency))
+    expected = torch.cat([case[f"train.{loss}"] for loss in ("loss_mse", "loss", "loss_with_freq")])
+    error = float(((actual - expected) / expected).abs().max())
+    yield Comparison(name, "losses", error, tolerance(dtype, FLOAT32_LOSS_ERROR), "relative")
+
+
+def _sample(
+    model: XR0Model | FusedModel,
+    kv: KVBlock,
+    case: Mapping[str, Tensor],
+    prefix: Tensor,
+    trace: list[Tensor] | None = None,
+) -> Tensor:
+    return model.sample(kv, case["state"], *_chunk_inputs(case, prefix), trace).cpu()
+
+
+def _chunk_inputs(case: Mapping[str, Tensor], prefix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """noise and padded prefix, (B, T, A) each, and the prefix's lengths, (B,)."""
+    noise = case["noise"]
+    padded = torch.zeros_like(noise)
+    padded[:, : prefix.shape[1]] = prefix
+    return noise, padded, torch.full((len(noise),), prefix.shape[1])
+
+
+@torch.inference_mode()
+def _verify_seeded(path: Path, backend: str, device: torch.device, dtype: torch.dtype) -> Iterator[Comparison]:
+    script = _run_script(path)
+    results = _load(path.with_suffix(".safetensors"))
+    inputs = script.inputs()
+    keys = torch.stack([key for key, _ in inputs["kv"]]).to(device, dtype)
+    values = torch.stack([value for _, value in inputs["kv"]]).to(device, dtype)
+    published = published_config()
+    batch, tokens = keys.shape[1], keys.shape[3]
+    with torch.device("meta"):
+        head = ActionHead(published)
+    head.load_state_dict(script.weights(head_shapes(head)), assign=True)
+    head.to(device, dtype).requires_grad_(False)
+    pack_linears(head)
+    kv = KVBlock(
+        keys=keys,
+        values=values,
+        mask=torch.ones(batch, tokens, dtype=torch.bool, device=device),
+        next_position=torch.full((3, batch), tokens, device=device),
+        action_mask=torch.ones_like(inputs["noise"], device=device),
+    )
+    for name, expected in sorted(results.items()):
+        matched = SEEDED_RESULT.fullmatch(name)
+        if matched is None:
+            raise ValueError(f"{path.with_suffix('.safetensors')}: cannot tell what {name!r} is")
+        window, offset = SEEDED_MODES[matched[1]]
+        head.config = replace(published.head, local_window=window, position_offset=offset)
+        prefix = torch.zeros_like(inputs["noise"])
+        length = int(matched[2])
+        prefix[:, :length] = inputs["prefix"][:, :length]
+        lengths = torch.full((batch,), length)
+        if backend == "reference":
+            table = head.modulation_table()
+            actions = head.sample(kv, inputs["state"], inputs["noise"], prefix, lengths, table)
+        else:
+            ops = FusedOps(backend, device, tactics_for(device).tactics)
+            actions = sample_fused(FusedHead(head), ops, kv, inputs["state"], inputs["noise"], prefix, lengths)
+        case = f"{path.stem}.{matched[1]}.prefix{length}"
+        yield compare(case, "actions", actions, expected, dtype, FLOAT32_SEEDED_MAX_ERROR)
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or corrupt ({error})") from None
+
+
+def _run_script(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

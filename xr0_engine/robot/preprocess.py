@@ -1,0 +1,296 @@
+"""Observation to model inputs: image patches, prompt tokens and their positions, state, action mask (spec section 3).
+
+Images are processed exactly as transformers' PIL Qwen2-VL processor does, positions exactly as its Qwen3-VL model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from xr0_engine.config import VisionConfig, XR0Config
+from xr0_engine.robot import patches
+from xr0_engine.robot.embodiment import Embodiment, View, embodiment_for
+from xr0_engine.robot.normalize import ActionStatistics, load_statistics, select_robot_type
+from xr0_engine.robot.prompt import PromptTokenizer, normalize_instruction, preamble_length
+from xr0_engine.types import ModelInputs, Observation
+
+MIN_PIXELS = 1024
+MAX_PIXELS = 90_000
+MAX_ASPECT = 200
+
+
+def smart_resize(height: int, width: int, factor: int = 32) -> tuple[int, int]:
+    """The (height, width) that an image is resized to: multiples of factor, pixels within limits, aspect roughly kept.
+
+    factor: patch size times spatial merge size. Raises ValueError if one side is more than 200 times the other.
+    """
+    if max(height, width) > MAX_ASPECT * min(height, width):
+        raise ValueError(f"image: expected an aspect ratio of at most {MAX_ASPECT}, got height {height}, width {width}")
+    # Python's round, to the even neighbour on a tie, is part of the reference.
+    new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
+    if new_height * new_width > MAX_PIXELS:
+        shrink = math.sqrt(height * width / MAX_PIXELS)
+        new_height = max(factor, math.floor(height / shrink / factor) * factor)
+        new_width = max(factor, math.floor(width / shrink / factor) * factor)
+    elif new_height * new_width < MIN_PIXELS:
+        grow = math.sqrt(MIN_PIXELS / (height * width))
+        new_height = math.ceil(height * grow / factor) * factor
+        new_width = math.ceil(width * grow / factor) * factor
+    return new_height, new_width
+
+
+def images_to_patches(
+    images: Sequence[np.ndarray], vision: VisionConfig, threads: int = 1
+) -> tuple[torch.Tensor, tuple[tuple[int, int], ...]]:
+    """Resize images and cut them into normalised patches (spec section 3.1).
+
+    images: (H, W, 3) uint8 RGB each, any strides. threads: how many to use at most. Returns the patches of all images
+    in sequence, (grid_h * grid_w + ..., patch_dim) float32 in [-1, 1], those of one merge block together, and (grid_h,
+    grid_w) of each image. Raises ValueError for an aspect ratio above 200.
+    """
+    patch, merge = vision.patch_size, vision.spatial_merge_size
+    sizes = [smart_resize(image.shape[0], image.shape[1], patch * merge) for image in images]
+    grids = tuple((height // patch, width // patch) for height, width in sizes)
+    out = torch.empty(sum(height * width for height, width in grids), vision.patch_dim)
+    return patches.images_to_patches(images, sizes, patch, vision.temporal_patch_size, merge, out, threads), grids
+
+
+def orient(image: np.ndarray, view: View) -> np.ndarray:
+    """The image as the view's profile wants it: turned by 180 degrees first, then cropped.
+
+    (H, W, 3) uint8; the result is a view of it."""
+    if view.rotate_180:
+        image = image[::-1, ::-1]
+    height, width = image.shape[:2]
+    kept_height, kept_width = _kept(height, view.center_crop), _kept(width, view.center_crop)
+    top, left = (height - kept_height) // 2, (width - kept_width) // 2
+    return image[top : top + kept_height, left : left + kept_width]
+
+
+def position_ids(
+    input_ids: np.ndarray,
+    attention: np.ndarray,
+    image_grids: Sequence[tuple[int, int]],
+    image_token: int,
+    merge: int,
+) -> np.ndarray:
+    """M-RoPE positions of one row: text counts up on all three axes, an image spans its merged rows and columns.
+
+    input_ids, attention: (N,) int64 and bool or 0/1, padding anywhere. image_grids: (height, width) in patches per
+    image. image_token: its id. merge: spatial merge size. Returns (3, N) int64 in the order time, height, width, 0 at
+    padding. Raises ValueError if the image tokens do not match the grids.
+    """
+    kept = np.flatnonzero(attention)
+    is_image = input_ids[kept] == image_token
+    sequence = np.empty((3, len(kept)), dtype=np.int64)
+    # cursor counts tokens, position counts positions: an image has more tokens than positions.
+    cursor = position = 0
+    for grid_height, grid_width in image_grids:
+        rows, columns = grid_height // merge, grid_width // merge
+        start = cursor + int(np.argmax(is_image[cursor:])) if cursor < len(kept) else cursor
+        stop = start + rows * columns
+        if stop > len(kept) or not is_image[start:stop].all():
+            raise ValueError(
+                f"input_ids: expected {rows * columns} image tokens in a row for grid {grid_height, grid_width}"
+            )
+        sequence[:, cursor:start] = position + np.arange(start - cursor)
+        position += start - cursor
+        sequence[0, start:stop] = position
+        sequence[1, start:stop] = position + np.repeat(np.arange(rows), columns)
+        sequence[2, start:stop] = position + np.tile(np.arange(columns), rows)
+        position += max(rows, columns)
+        cursor = stop
+    if is_image[cursor:].any():
+        raise ValueError(f"input_ids: expected image tokens for {len(image_grids)} images, got more")
+    sequence[:, cursor:] = position + np.arange(len(kept) - cursor)
+    positions = np.zeros((3, len(input_ids)), dtype=np.int64)
+    positions[:, kept] = sequence
+    return positions
+
+
+def validate_observation(observation: Observation, embodiment: Embodiment, config: XR0Config) -> None:
+    """Refuse an observation that the model cannot take, before any work on it.
+
+    Raises ValueError that names the field, what was expected and what came. The robot type is checked where it is
+    resolved.
+    """
+    _validate_images(observation.images, embodiment)
+    normalize_instruction(observation.instruction)
+    _state(observation.state, config)
+    stamp = observation.timestamp_s
+    if stamp is not None and not (_is_real(stamp) and -math.inf < stamp < math.inf):
+        raise ValueError(f"timestamp_s: expected seconds as a finite number, or None, got {stamp!r}")
+
+
+class Preprocessor:
+    """Turns batches of observations into ModelInputs for one checkpoint.
+
+    embodiment: used for every robot type; None chooses the built-in profile that lists the observation's robot type.
+    """
+
+    def __init__(
+        self,
+        config: XR0Config,
+        tokenizer: PromptTokenizer,
+        statistics: Mapping[str, ActionStatistics],
+        embodiment: Embodiment | None = None,
+    ) -> None:
+        self.config = config
+        self.tokenizer = tokenizer
+        self.statistics = statistics
+        self.embodiment = embodiment
+
+    @classmethod
+    def load(cls, folder: Path, embodiment: Embodiment | None = None) -> Preprocessor:
+        """Read all but the weights of a checkpoint folder. Raises CheckpointError for a file that cannot be used."""
+        config = XR0Config.load(folder)
+        statistics = load_statistics(folder, config.head.action_dim, config.std_epsilon)
+        return cls(config, PromptTokenizer.load(folder, config.tokens), statistics, embodiment)
+
+    def resolve(self, robot_type: str | None) -> tuple[str, Embodiment]:
+        """The robot type and the embodiment profile that an observation's robot type means; None is the only one.
+
+        Raises ValueError that lists the known robot types, or says that no built-in profile is for this one.
+        """
+        robot_type = select_robot_type(self.statistics, robot_type)
+        return robot_type, self.embodiment or embodiment_for(robot_type)
+
+    def __call__(self, observations: Sequence[Observation]) -> ModelInputs:
+        """Model inputs of one batch, padded on the left to the longest prompt.
+
+        Raises ValueError for an empty batch, a wrong observation, or robot types whose chunks differ in length.
+        """
+        if not isinstance(observations, Sequence) or not observations:
+            kind = "none" if isinstance(observations, Sequence) else type(observations).__name__
+            raise ValueError(f"observations: expected a list of at least one Observation, got {kind}")
+        resolved = [self.check(observation) for observation in observations]
+        robot_types = [robot_type for robot_type, _ in resolved]
+        lengths = {name: self.statistics[name].chunk_length for name in robot_types}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"observations: expected one chunk length in a batch, got {lengths}")
+
+        images = [
+            orient(observation.images[view.key], view)
+            for observation, (_, embodiment) in zip(observations, resolved, strict=True)
+            for view in embodiment.views
+        ]
+        pixel_values, grids = images_to_patches(images, self.config.vision, torch.get_num_threads())
+        remaining = iter(grids)
+        grids_of_row = [[next(remaining) for _ in embodiment.views] for _, embodiment in resolved]
+
+        tokens, merge = self.config.tokens, self.config.vision.spatial_merge_size
+        prompts = [
+            self.tokenizer.encode(
+                [view.title for view in embodiment.views],
+                [height * width // merge**2 for height, width in row_grids],
+                observation.instruction,
+            )
+            for observation, (_, embodiment), row_grids in zip(observations, resolved, grids_of_row, strict=True)
+        ]
+        input_ids, attention = _pad_left(prompts, self.tokenizer.pad_id)
+        positions = [
+            position_ids(ids, mask, row_grids, tokens.image, merge)
+            for ids, mask, row_grids in zip(input_ids, attention, grids_of_row, strict=True)
+        ]
+        return ModelInputs(
+            input_ids=torch.from_numpy(input_ids),
+            attention_mask=torch.from_numpy(attention),
+            pixel_values=pixel_values,
+            image_grids=grids,
+            position_ids=torch.from_numpy(np.stack(positions, axis=1)),
+            preamble_length=_common_head(prompts, tokens.vision_start),
+            state=torch.from_numpy(np.stack([_state(observation.state, self.config) for observation in observations])),
+            action_mask=torch.from_numpy(np.stack([self.statistics[name].action_mask for name in robot_types])),
+        )
+
+    def check(self, observation: Observation) -> tuple[str, Embodiment]:
+        """resolve, and everything else about the observation. Raises ValueError that names the field at fault."""
+        if not isinstance(observation, Observation):
+            raise ValueError(f"observations: expected Observation, got {type(observation).__name__}")
+        robot_type, embodiment = self.resolve(observation.robot_type)
+        validate_observation(observation, embodiment, self.config)
+        return robot_type, embodiment
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, int | float | np.integer | np.floating)
+
+
+def _kept(side: int, fraction: float) -> int:
+    return max(1, round(side * fraction))
+
+
+def _validate_images(images: Mapping[str, np.ndarray], embodiment: Embodiment) -> None:
+    keys = [view.key for view in embodiment.views]
+    expected = f"expected the views {', '.join(keys)} of embodiment {embodiment.name!r}"
+    if not isinstance(images, Mapping):
+        raise ValueError(f"images: {expected}, got {type(images).__name__}")
+    faults = [f"{key!r} is missing" for key in keys if key not in images]
+    faults += [f"{key!r} is unexpected" for key in images if key not in keys]
+    if faults:
+        raise ValueError(f"images: {expected}: {', '.join(faults)}")
+    for view in embodiment.views:
+        fault = _image_fault(images[view.key], view)
+        if fault:
+            raise ValueError(f"images[{view.key!r}]: expected uint8 RGB of shape (height, width, 3), got {fault}")
+
+
+def _image_fault(image: object, view: View) -> str | None:
+    if not isinstance(image, np.ndarray):
+        return f"{type(image).__name__}; only NumPy arrays are taken"
+    if image.dtype != np.uint8:
+        return f"dtype {image.dtype}"
+    if image.ndim != 3:
+        return f"shape {image.shape}" + (", a grey image" if image.ndim == 2 else "")
+    height, width, channels = image.shape
+    if image.size == 0:
+        return f"shape {image.shape}, an empty image"
+    if channels != 3:
+        if height in (1, 3, 4):
+            return f"shape {image.shape}: channels last expected, these look like channels first"
+        return f"shape {image.shape}" + {1: ", a grey image", 4: ", an image with alpha"}.get(channels, "")
+    sides = _kept(height, view.center_crop), _kept(width, view.center_crop)
+    if max(sides) > MAX_ASPECT * min(sides):
+        return f"shape {image.shape}: the aspect ratio is above {MAX_ASPECT}"
+    return None
+
+
+def _state(state: np.ndarray, config: XR0Config) -> np.ndarray:
+    """The state as (state_length, S) float32, checked."""
+    shape = (config.head.state_length, config.head.state_dim)
+    if not isinstance(state, np.ndarray) or state.dtype.kind not in "fiu":
+        kind = f"dtype {state.dtype}" if isinstance(state, np.ndarray) else type(state).__name__
+        raise ValueError(f"state: expected a NumPy array of real numbers, got {kind}")
+    if state.shape != shape and not (shape[0] == 1 and state.shape == shape[1:]):
+        short = f" or {shape[1:]}" if shape[0] == 1 else ""
+        raise ValueError(f"state: expected shape {shape}{short}, got {state.shape}")
+    # A value that float32 cannot hold becomes infinite and is refused with the others.
+    with np.errstate(over="ignore"):
+        converted = state.astype(np.float32).reshape(shape)
+    finite = np.isfinite(converted)
+    if not finite.all():
+        at = np.argwhere(~finite).tolist()
+        raise ValueError(f"state: expected finite values in float32, got NaN or infinity at {at}")
+    return converted
+
+
+def _pad_left(rows: Sequence[np.ndarray], pad: int) -> tuple[np.ndarray, np.ndarray]:
+    longest = max(len(row) for row in rows)
+    input_ids = np.full((len(rows), longest), pad, dtype=np.int64)
+    attention = np.zeros((len(rows), longest), dtype=bool)
+    for index, row in enumerate(rows):
+        input_ids[index, longest - len(row) :] = row
+        attention[index, longest - len(row) :] = True
+    return input_ids, attention
+
+
+def _common_head(prompts: Sequence[np.ndarray], vision_start: int) -> int:
+    """How many leading tokens are equal in all prompts and come before any image."""
+    length = min(preamble_length(prompt, vision_start) for prompt in prompts)
+    differs = np.any([prompt[:length] != prompts[0][:length] for prompt in prompts], axis=0)
+    return int(np.argmax(differs)) if differs.any() else length

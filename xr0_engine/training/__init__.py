@@ -1,0 +1,1 @@
+"""The trainer: recipes, the loop, losses, checkpoints that the engine loads (docs/training.md)."""

@@ -1,0 +1,112 @@
+"""What a run starts from: an XR-0 checkpoint, or the Hugging Face folder of the VLM alone (Qwen3-VL).
+
+Both are read under XR-0's names, strictly. The VLM's folder says nothing about an action head: that has the published
+size, no more than the VLM's, and new weights.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import Qwen3VLConfig
+
+from xr0_engine.checkpoint import preprocessor_config, published_config
+from xr0_engine.config import XR0Config, read_hf_config
+from xr0_engine.model.dit import ActionHead
+from xr0_engine.model.weights import (
+    TIED_LM_HEAD,
+    StoredTensor,
+    check_tensors,
+    checkpoint_shapes,
+    read_index,
+    resolve_checkpoint,
+)
+from xr0_engine.robot.normalize import STATISTICS_FILE
+from xr0_engine.types import CheckpointError
+
+VLM_TYPE = "qwen3_vl"
+VLM_PREFIX = "vlm."
+EMBEDDINGS = "vlm.model.language_model.embed_tokens.weight"
+
+
+@dataclass(frozen=True)
+class Base:
+    """config: the stored model's. stored: XR-0's name -> place of every tensor. has_head: False for a VLM alone."""
+
+    folder: Path
+    config: XR0Config
+    stored: Mapping[str, StoredTensor]
+    has_head: bool
+
+    def preprocessor(self) -> dict[str, Any]:
+        """What preprocessor_config.json says besides the action statistics; a VLM's own has other image sizes."""
+        if not self.has_head:
+            return preprocessor_config(self.config)
+        content: dict[str, Any] = json.loads((self.folder / STATISTICS_FILE).read_text(encoding="utf-8"))
+        return content
+
+
+def read_base(checkpoint: str | Path) -> Base:
+    """Folder or hub id, its config and the place of every tensor; no tensor is read but a stored LM head.
+
+    Raises CheckpointError that names what is missing, unexpected or of another shape, and for an LM head that is not
+    tied to the text embeddings.
+    """
+    folder = resolve_checkpoint(checkpoint)
+    raw = read_hf_config(folder)
+    has_head = not (isinstance(raw, dict) and raw.get("model_type") == VLM_TYPE)
+    config = XR0Config.from_hf(raw if has_head else _with_head(raw))
+    stored, shapes = read_index(folder), checkpoint_shapes(config)
+    if not has_head:
+        stored = {_xr0_name(name): place for name, place in stored.items()}
+        shapes = {name: shape for name, shape in shapes.items() if name.startswith(VLM_PREFIX)}
+    check_tensors(stored, shapes)
+    if not has_head and TIED_LM_HEAD in stored:
+        head, embeddings = read_tensor(stored[TIED_LM_HEAD]), read_tensor(stored[EMBEDDINGS])
+        if not torch.equal(head, embeddings):
+            raise CheckpointError(f"{folder}: lm_head.weight differs from the text embeddings; XR-0 ties them")
+    return Base(folder, config, stored, has_head)
+
+
+def read_tensor(place: StoredTensor) -> Tensor:
+    """One tensor of a checkpoint, as stored."""
+    with safe_open(place.file, framework="pt") as handle:
+        return handle.get_tensor(place.key)
+
+
+def fresh_head(config: XR0Config, seed: int) -> dict[str, Tensor]:
+    """XR-0's name -> new weight of the action head, float32, the same for a seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        head = ActionHead(config)
+        for name, parameter in head.named_parameters():
+            if name.endswith("adaln_table"):
+                nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+    return {name: parameter.detach() for name, parameter in head.named_parameters()}
+
+
+def _with_head(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of the VLM alone -> XR-0's."""
+    try:
+        # transformers knows what a file of another release leaves out.
+        vlm = Qwen3VLConfig(**raw).to_dict()
+    except (TypeError, ValueError, StrictDataclassError) as error:
+        raise CheckpointError(f"config.json is no configuration of {VLM_TYPE}: {error}") from None
+    published = published_config().to_hf()
+    text, dit = vlm["text_config"], published["dit_config"]
+    sizes = {name: min(dit[name], text[name]) for name in ("hidden_size", "num_hidden_layers")}
+    shared = {name: text[name] for name in ("head_dim", "num_key_value_heads")}
+    return {**published, "vlm_config": vlm, "dit_config": sizes | shared}
+
+
+def _xr0_name(name: str) -> str:
+    """A VLM tensor's name, as read_index gives it (without `model.`) -> XR-0's."""
+    return TIED_LM_HEAD if name == "lm_head.weight" else f"vlm.model.{name}"

@@ -1,0 +1,166 @@
+"""Samples to tensors: what one micro-batch of the trainer is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from xr0_engine.config import XR0Config
+from xr0_engine.robot.embodiment import Embodiment
+from xr0_engine.robot.normalize import ActionStatistics
+from xr0_engine.robot.preprocess import Preprocessor, images_to_patches, position_ids
+from xr0_engine.robot.prompt import TOKENIZER_FILE, PromptTokenizer
+from xr0_engine.training.data.samples import LanguageSample, RobotSample
+from xr0_engine.types import ModelInputs, Observation
+
+IMAGE_TAG = "<image>"
+IGNORED = -100
+"""Label of a token that is not to be predicted, as torch's cross entropy has it."""
+
+
+@dataclass(frozen=True)
+class RobotBatch:
+    """inputs: as the engine's. actions: (B, T, A) float32, the model's units. mask: (B, T, A) float32, 1 = learn it."""
+
+    inputs: ModelInputs
+    actions: Tensor
+    mask: Tensor
+    sources: tuple[str, ...]
+
+    def to(self, device: torch.device) -> RobotBatch:
+        return replace(
+            self, inputs=_to(self.inputs, device), actions=self.actions.to(device), mask=self.mask.to(device)
+        )
+
+
+@dataclass(frozen=True)
+class LanguageBatch:
+    """inputs: state and action_mask are empty. labels: (B, N) int64, the token itself, or IGNORED."""
+
+    inputs: ModelInputs
+    labels: Tensor
+    sources: tuple[str, ...]
+
+    def to(self, device: torch.device) -> LanguageBatch:
+        return replace(self, inputs=_to(self.inputs, device), labels=self.labels.to(device))
+
+
+class Collator:
+    """Turns samples into batches for one checkpoint folder, with the engine's own preprocessing.
+
+    statistics: of the training data, by robot type; embodiment: None chooses the built-in profile by robot type.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: XR0Config,
+        statistics: Mapping[str, ActionStatistics],
+        embodiment: Embodiment | None = None,
+    ) -> None:
+        self.config, self.statistics = config, statistics
+        self._preprocess = Preprocessor(config, PromptTokenizer.load(folder, config.tokens), statistics, embodiment)
+        self._tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+
+    def robot(self, samples: Sequence[RobotSample]) -> RobotBatch:
+        """Raises ValueError that names the sample: unknown robot type, another chunk length, a wrong observation."""
+        for sample in samples:
+            self._check(sample)
+        inputs = self._preprocess(
+            [Observation(sample.images, sample.instruction, sample.state, sample.robot_type) for sample in samples]
+        )
+        actions = np.stack([self.statistics[sample.robot_type].normalize(sample.actions) for sample in samples])
+        mask = torch.from_numpy(np.stack([sample.mask for sample in samples])).float()
+        sources = tuple(sample.source for sample in samples)
+        return RobotBatch(inputs, torch.from_numpy(actions), mask * inputs.action_mask, sources)
+
+    def language(self, samples: Sequence[LanguageSample]) -> LanguageBatch:
+        """Conversations in Qwen's chat format; what the assistant says, its end marker included, is to be predicted."""
+        rows, row_grids, patches = [], [], []
+        for sample in samples:
+            values, grids = images_to_patches(list(sample.images), self.config.vision, torch.get_num_threads())
+            rows.append(self._conversation(sample, grids))
+            row_grids.append(grids)
+            patches.append(values)
+        longest = max(len(ids) for ids, _ in rows)
+        input_ids = np.full((len(rows), longest), self._preprocess.tokenizer.pad_id, dtype=np.int64)
+        labels = np.full((len(rows), longest), IGNORED, dtype=np.int64)
+        attention = np.zeros((len(rows), longest), dtype=bool)
+        for row, (ids, targets) in enumerate(rows):
+            input_ids[row, longest - len(ids) :], labels[row, longest - len(ids) :] = ids, targets
+            attention[row, longest - len(ids) :] = True
+        merge = self.config.vision.spatial_merge_size
+        positions = [
+            position_ids(ids, kept, grids, self.config.tokens.image, merge)
+            for ids, kept, grids in zip(input_ids, attention, row_grids, strict=True)
+        ]
+        inputs = ModelInputs(
+            input_ids=torch.from_numpy(input_ids),
+            attention_mask=torch.from_numpy(attention),
+            pixel_values=torch.cat(patches),
+            image_grids=tuple(grid for grids in row_grids for grid in grids),
+            position_ids=torch.from_numpy(np.stack(positions, axis=1)),
+            preamble_length=0,
+            state=torch.empty(len(rows), 0, 0),
+            action_mask=torch.empty(len(rows), 0, 0),
+        )
+        return LanguageBatch(inputs, torch.from_numpy(labels), tuple(sample.source for sample in samples))
+
+    def _check(self, sample: RobotSample) -> None:
+        statistics = self.statistics.get(sample.robot_type)
+        if statistics is None:
+            known = ", ".join(sorted(self.statistics))
+            raise ValueError(
+                f"{sample.source}: statistics are of robot type {known}; the sample is {sample.robot_type!r}"
+            )
+        if sample.actions.shape != statistics.mean.shape or sample.mask.shape != statistics.mean.shape:
+            raise ValueError(
+                f"{sample.source}: expected actions and mask of shape {statistics.mean.shape} as the statistics have, "
+                f"got {sample.actions.shape} and {sample.mask.shape}"
+            )
+        if not np.isfinite(sample.actions[sample.mask]).all():
+            raise ValueError(f"{sample.source}: actions hold NaN or infinity where they are supervised")
+
+    def _conversation(self, sample: LanguageSample, grids: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
+        """(N,) token ids and (N,) labels. Images stand where the text says <image>, or else open the first turn."""
+        merge = self.config.vision.spatial_merge_size
+        visions = [
+            f"<|vision_start|>{'<|image_pad|>' * (height * width // merge**2)}<|vision_end|>" for height, width in grids
+        ]
+        tags = sum(text.count(IMAGE_TAG) for _, text in sample.conversations)
+        if tags not in (0, len(visions)):
+            raise ValueError(f"{sample.source}: expected {len(visions)} {IMAGE_TAG} in the text or none, got {tags}")
+        remaining = iter(visions)
+        ids: list[int] = []
+        labels: list[int] = []
+        for turn, (role, text) in enumerate(sample.conversations):
+            parts = text.split(IMAGE_TAG)
+            body = parts[0] + "".join(next(remaining) + part for part in parts[1:])
+            if turn == 0 and not tags:
+                body = "".join(visions) + body
+            opening = self._encode(f"<|im_start|>{role}\n")
+            said = self._encode(f"{body}<|im_end|>")
+            closing = self._encode("\n")
+            ids += opening + said + closing
+            target = said if role == "assistant" else [IGNORED] * len(said)
+            labels += [IGNORED] * len(opening) + target + [IGNORED] * len(closing)
+        return np.array(ids, dtype=np.int64), np.array(labels, dtype=np.int64)
+
+    def _encode(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def _to(inputs: ModelInputs, device: torch.device) -> ModelInputs:
+    moved: dict[str, Any] = {
+        name: value.to(device) for name, value in vars(inputs).items() if isinstance(value, Tensor)
+    }
+    return replace(inputs, **moved)

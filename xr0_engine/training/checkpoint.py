@@ -1,0 +1,215 @@
+"""A run's checkpoints: saved beside the training, complete or not there, resumed exactly; and their export.
+
+`checkpoints/step-00000200/` holds torch.distributed.checkpoint's files (trained weights, optimiser state) and
+`progress.json` with the step and the data position. There is no random state to save (draws.py). A checkpoint is
+written under another name and renamed when whole: whatever kills the run, what bears the name is complete.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save, save
+
+from xr0_engine.checkpoint import all_or_nothing, write_weights
+from xr0_engine.config import XR0Config
+from xr0_engine.model.weights import checkpoint_shapes
+from xr0_engine.robot.normalize import STATISTICS_FILE, ActionStatistics
+from xr0_engine.training.base import Base, fresh_head, read_tensor
+from xr0_engine.training.distributed import World
+from xr0_engine.training.model import checkpoint_name
+from xr0_engine.types import CheckpointError
+
+STEP_PREFIX = "step-"
+PARTIAL = ".partial"
+PROGRESS_FILE = "progress.json"
+EXPORT_DTYPE = torch.bfloat16
+
+
+class Checkpointer:
+    """Saves and restores one run's training state. Every process calls every method, at the same steps."""
+
+    def __init__(
+        self, folder: Path, world: World, model: nn.Module, optimizer: torch.optim.Optimizer, keep_last: int
+    ) -> None:
+        self._folder, self._world, self._model, self._optimizer = folder, world, model, optimizer
+        self._keep_last = keep_last
+        self._pending: tuple[Future[Any], Path] | None = None
+        if world.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            for partial in folder.glob(f"*{PARTIAL}"):
+                shutil.rmtree(partial)
+        world.barrier()
+
+    def save(self, step: int, progress: Mapping[str, Any]) -> None:
+        """Copy the state and write it while training goes on; waits for the write before, if it is not done.
+
+        progress: as JSON holds it, the same in every process. Raises OSError if the disk lacks the room, as poll does.
+        """
+        self.wait()
+        final = self._folder / f"{STEP_PREFIX}{step:08d}"
+        if final.exists():
+            return
+        state = self._state()
+        partial = final.with_name(final.name + PARTIAL)
+        self._begin(partial, state, progress)
+        # Written from a copy, through a group of its own: training may change the weights and use its group meanwhile.
+        future = async_save(state, storage_writer=FileSystemWriter(partial), process_group=self._world.io_group)
+        assert isinstance(future, Future)
+        self._pending = (future, final)
+
+    def poll(self) -> None:
+        """Give a checkpoint that has been written its name. Raises what went wrong in writing it."""
+        if self._pending is not None and self._pending[0].done():
+            self.wait()
+
+    def wait(self) -> None:
+        """As poll, after waiting for the write."""
+        if self._pending is None:
+            return
+        future, final = self._pending
+        self._pending = None
+        partial = final.with_name(final.name + PARTIAL)
+        try:
+            future.result()
+        except BaseException as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise OSError(f"checkpoint {final} could not be written: {error}; earlier ones are whole") from error
+        if self._world.is_main:
+            os.replace(partial, final)
+            for old in checkpoints(self._folder)[: -self._keep_last]:
+                # Out of the list first: half of a deleted checkpoint must not look like one.
+                doomed = old.with_name(old.name + PARTIAL)
+                os.replace(old, doomed)
+                shutil.rmtree(doomed)
+
+    def save_aside(self, folder: Path, progress: Mapping[str, Any]) -> None:
+        """Write the state to a folder of another name, and wait: for a run that stops on an error."""
+        state = self._state()
+        self._begin(folder, state, progress)
+        save(state, storage_writer=FileSystemWriter(folder), process_group=self._world.io_group)
+
+    def restore(self, folder: Path) -> dict[str, Any]:
+        """Load a checkpoint into model and optimiser. Returns its progress.
+
+        Raises CheckpointError that names tensors that are missing, unexpected or of another shape.
+        """
+        state = self._state()
+        found = _stored_shapes(folder)
+        faults = [f"missing {name}" for name in state if name not in found]
+        faults += [
+            f"{name} has shape {found[name]}, expected {tuple(value.shape)}"
+            for name, value in state.items()
+            if name in found and found[name] != tuple(value.shape)
+        ]
+        faults += [f"unexpected {name}" for name in found if name not in state]
+        if faults:
+            raise CheckpointError(f"{folder} does not fit this run: " + "; ".join(faults[:12]))
+        load(state, storage_reader=FileSystemReader(folder), process_group=self._world.io_group)
+        progress: dict[str, Any] = json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8"))
+        return progress
+
+    def _state(self) -> dict[str, Tensor]:
+        """Name -> live tensor of everything that training changes; optimiser state that is not there yet is made."""
+        state: dict[str, Tensor] = {}
+        for name, parameter in self._model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            state[f"model.{name}"] = parameter.detach()
+            moments = self._optimizer.state[parameter]
+            if not moments:
+                moments["step"] = torch.zeros((), device=parameter.device)
+                moments["exp_avg"], moments["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+            state |= {f"optim.{name}.{key}": value for key, value in moments.items()}
+        return state
+
+    def _begin(self, folder: Path, state: Mapping[str, Tensor], progress: Mapping[str, Any]) -> None:
+        """A fresh folder with the progress in it, if the disk has the room for what all processes write."""
+        fault = ""
+        if self._world.is_main:
+            needed = sum(value.numel() * value.element_size() for value in state.values())
+            free = shutil.disk_usage(self._folder).free
+            if free < needed:
+                fault = f"{self._folder} has {free / 2**30:.2f} GiB free; a checkpoint takes {needed / 2**30:.2f} GiB"
+            else:
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir(parents=True)
+                (folder / PROGRESS_FILE).write_text(json.dumps(progress), encoding="utf-8")
+        fault = self._world.gather(fault)[0]
+        if fault:
+            raise OSError(errno.ENOSPC, fault)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints of a run's checkpoint folder, oldest first."""
+    return sorted(path for path in folder.glob(f"{STEP_PREFIX}*") if path.suffix != PARTIAL)
+
+
+def export_checkpoint(
+    checkpoint: Path,
+    out: Path,
+    xr0: XR0Config,
+    base: Base,
+    statistics: Mapping[str, ActionStatistics],
+    seed: int,
+) -> None:
+    """Write a folder that the engine loads as it is: the run's base with everything that the run has trained.
+
+    checkpoint: a folder of checkpoints(); out: absent or empty, appears whole or not at all; xr0: the trained model's
+    config; seed: the run's, of an action head that neither base nor run gives. bfloat16, statistics of the training
+    data alone. Raises CheckpointError, ValueError or OSError.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not empty; remove it or choose another folder")
+    shapes = checkpoint_shapes(xr0)
+    trained = {
+        checkpoint_name(key.removeprefix("model.")): key
+        for key in _stored_shapes(checkpoint)
+        if key.startswith("model.")
+    }
+    fresh = {} if base.has_head else fresh_head(xr0, seed)
+
+    def untrained(name: str) -> Tensor:
+        return read_tensor(base.stored[name]) if name in base.stored else fresh[name]
+
+    def tensors(names: list[str]) -> dict[str, Tensor]:
+        learned = {trained[name]: torch.empty(shapes[name]) for name in names if name in trained}
+        with warnings.catch_warnings():
+            # That one process reads alone is meant.
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            load(learned, storage_reader=FileSystemReader(checkpoint), no_dist=True)
+        values = {name: learned[trained[name]] if name in trained else untrained(name) for name in names}
+        return {name: value.to(EXPORT_DTYPE).contiguous() for name, value in values.items()}
+
+    preprocessor = base.preprocessor()
+    preprocessor["action_config"] = {
+        robot_type: {"mean": item.mean.tolist(), "std": item.std.tolist()} for robot_type, item in statistics.items()
+    }
+    num_bytes = sum(torch.Size(shape).numel() for shape in shapes.values()) * EXPORT_DTYPE.itemsize
+    with all_or_nothing(out, num_bytes) as target:
+        (target / "config.json").write_text(json.dumps(xr0.to_hf(), indent=2), encoding="utf-8")
+        (target / STATISTICS_FILE).write_text(json.dumps(preprocessor), encoding="utf-8")
+        for file in base.folder.glob("*.json"):
+            if file.name.startswith(("tokenizer", "special_tokens", "added_tokens", "vocab")):
+                shutil.copy(file, target / file.name)
+        write_weights(target, shapes, EXPORT_DTYPE, tensors)
+
+
+def _stored_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
+    if not (checkpoint / ".metadata").is_file():
+        raise CheckpointError(f"{checkpoint} holds no complete training checkpoint")
+    entries = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    return {name: tuple(entry.size) for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}

@@ -1,0 +1,1 @@
+"""Datasets: formats, mixtures, a sharded stream that resumes exactly (docs/data.md)."""

@@ -1,0 +1,248 @@
+"""One episode in memory, and the released file format: a JSON file and an MP4 file per view (spec section 4.3)."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from xr0_engine.robot.decode import BIMANUAL_COLUMNS, LEFT, RIGHT, ArmPose, BimanualPose
+from xr0_engine.training.data.motion import BimanualMotion, Motion
+from xr0_engine.training.data.samples import DataError
+from xr0_engine.training.data.video import Clip
+
+Status = Literal["success", "ongoing", "invalid"]
+
+# The common timeline of the format: row n of proprios and actions is at n / 30 s.
+TIMELINE_HZ = 30.0
+# View key of the embodiment -> its key in the file.
+VIEW_NAMES = {"ego": "ego", "left_wrist": "wrist_left", "right_wrist": "wrist_right"}
+ARMS = {"left": LEFT, "right": RIGHT}
+# Part of an arm -> its name in the file, and how many numbers a row has.
+PARTS = {
+    "position": ("ee_pos", 3),
+    "rotation": ("ee_rotm", 9),
+    "joints": ("arm_joint", 6),
+    "gripper": ("gripper_pos", 1),
+}
+# Digits after the point of what we write: micrometres and microradians, ten times over.
+DIGITS = 7
+
+# A human turn may be the whole prompt; the task stands between these.
+_PROMPT_TASK = "Generate robot actions for the task:\n"
+_PROMPT_END = " /no_cot"
+
+
+@dataclass(frozen=True, eq=False)
+class Episode:
+    """name: what messages call it. instructions: the task, in one or more wordings. clips: view key -> its frames.
+
+    motion: at rate_hz, the robot's control rate; tick 0 is the clips' first frame.
+    instruction_at: (N,) int64, where the task changes within the episode: which of the instructions holds at a tick.
+    """
+
+    name: str
+    status: Status
+    instructions: tuple[str, ...]
+    clips: Mapping[str, Clip]
+    motion: Motion
+    rate_hz: float
+    instruction_at: np.ndarray | None = None
+
+    def image(self, view: str, tick: int) -> np.ndarray:
+        """(height, width, 3) uint8 RGB: the frame nearest in time to a tick. Raises DataError."""
+        clip = self.clips[view]
+        return clip.read(clip.nearest(tick / self.rate_hz))
+
+
+def load_episode(path: Path) -> Episode:
+    """Read an episode file. Raises DataError that names the file and what is wrong in it.
+
+    A part of an arm that the file lacks altogether is not supervised. Videos are not opened; their lengths are checked
+    when they are read.
+    """
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise DataError(f"{path}: not valid JSON: {error}") from None
+    try:
+        return _read(path, raw)
+    except KeyError as error:
+        raise DataError(f"{path}: {error.args[0]!r} is missing") from None
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{path}: {error}") from None
+
+
+def save_episode(path: Path, episode: Episode) -> None:
+    """Write the JSON of an episode with a BimanualMotion; its videos must be there. It appears whole or not at all.
+
+    Paths of videos are written relative to the JSON's folder. Raises ValueError for another motion or rate.
+    """
+    motion = episode.motion
+    if not isinstance(motion, BimanualMotion) or episode.rate_hz != TIMELINE_HZ:
+        raise ValueError(f"{path}: the episode format holds two arms at {TIMELINE_HZ:g} Hz, nothing else")
+    views = [f"observations.{VIEW_NAMES[view]}" for view in episode.clips]
+    raw = {
+        "trajectory_type": episode.status,
+        "num_frames": len(motion),
+        "instruction": {
+            "general": [
+                {
+                    "images": views,
+                    "conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": "<cot></cot>"}],
+                }
+                for text in episode.instructions
+            ]
+        },
+        "observations": {VIEW_NAMES[view]: [_clip_to_json(clip, path.parent)] for view, clip in episode.clips.items()},
+        "proprios": _poses_to_json(motion.proprios, motion.columns),
+        "actions": _poses_to_json(motion.targets, motion.columns),
+    }
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(raw), encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _read(path: Path, raw: Mapping[str, Any]) -> Episode:
+    status, count = raw["trajectory_type"], raw["num_frames"]
+    if status not in get_args(Status):
+        raise ValueError(f"trajectory_type: expected one of {', '.join(get_args(Status))}, got {status!r}")
+    if not isinstance(count, int) or count < 1:
+        raise ValueError(f"num_frames: expected a whole number above 0, got {count!r}")
+    present = {
+        (arm, part): f"{arm}_{name}" in raw["proprios"] and f"{arm}_{name}" in raw["actions"]
+        for arm in ARMS
+        for part, (name, _) in PARTS.items()
+    }
+    if not any(present.values()):
+        raise ValueError("proprios and actions: expected at least one part of one arm in both")
+    return Episode(
+        name=str(path),
+        status=status,
+        instructions=_instructions(raw["instruction"]["general"]),
+        clips={
+            view: _clip(raw["observations"][name], view, path.parent, count)
+            for view, name in VIEW_NAMES.items()
+            if name in raw["observations"]
+        },
+        motion=BimanualMotion(
+            proprios=_poses(raw["proprios"], "proprios", count, present),
+            targets=_poses(raw["actions"], "actions", count, present),
+            columns=part_columns(present),
+        ),
+        rate_hz=TIMELINE_HZ,
+    )
+
+
+def part_columns(present: Mapping[tuple[str, str], bool]) -> np.ndarray:
+    """(32,) bool: the action columns of the parts of arms that are there. present: (arm, part) -> bool."""
+    columns = np.zeros(BIMANUAL_COLUMNS, bool)
+    for (arm, part), is_there in present.items():
+        columns[getattr(ARMS[arm], part)] = is_there
+    return columns
+
+
+def poses_of(parts: Mapping[tuple[str, str], np.ndarray], count: int) -> BimanualPose:
+    """A trajectory from its parts: (arm, part) -> (N, width), rotations (N, 9) row by row; absent ones stand still."""
+    still = {
+        "position": np.zeros((count, 3)),
+        "rotation": np.tile(np.eye(3).ravel(), (count, 1)),
+        "joints": np.zeros((count, 6)),
+        "gripper": np.zeros((count, 1)),
+    }
+    left, right = (
+        ArmPose(
+            position_m=parts.get((arm, "position"), still["position"]),
+            rotation=parts.get((arm, "rotation"), still["rotation"]).reshape(-1, 3, 3),
+            joints_rad=parts.get((arm, "joints"), still["joints"]),
+            gripper=parts.get((arm, "gripper"), still["gripper"]),
+        )
+        for arm in ARMS
+    )
+    return BimanualPose(left, right)
+
+
+def arm_parts(poses: BimanualPose) -> dict[tuple[str, str], np.ndarray]:
+    """The inverse of poses_of: (arm, part) -> (N, width)."""
+    parts = {}
+    for arm, pose in (("left", poses.left), ("right", poses.right)):
+        parts[arm, "position"], parts[arm, "rotation"] = pose.position_m, pose.rotation.reshape(-1, 9)
+        parts[arm, "joints"], parts[arm, "gripper"] = pose.joints_rad, pose.gripper
+    return parts
+
+
+def _instructions(general: Any) -> tuple[str, ...]:
+    found = []
+    for entry in general:
+        human = [turn["value"] for turn in entry["conversations"] if turn["from"] == "human"]
+        if not human or not human[0].strip():
+            raise ValueError("instruction.general: expected a human turn with the task in every conversation")
+        task = human[0].rpartition(_PROMPT_TASK)[2].removesuffix(_PROMPT_END).replace("<image>", "").strip()
+        found.append(task)
+    if not found:
+        raise ValueError("instruction.general: expected at least one conversation, got none")
+    return tuple(found)
+
+
+def _clip(raw: Any, view: str, folder: Path, count: int) -> Clip:
+    where = f"observations.{VIEW_NAMES[view]}"
+    if not isinstance(raw, list) or len(raw) != 1:
+        raise ValueError(f"{where}: expected a list of one clip, got {raw!r:.80}")
+    start, end, fps, crop = raw[0]["start"], raw[0]["end"], float(raw[0]["fps"]), raw[0].get("crop_bbox")
+    if not (isinstance(start, int) and isinstance(end, int) and 0 <= start < end):
+        raise ValueError(f"{where}: expected frame numbers 0 <= start < end, got {start!r} and {end!r}")
+    if not 0 < fps < math.inf:
+        raise ValueError(f"{where}: fps: expected a number above 0, got {fps}")
+    # The last tick's frame, give or take half a tick for rounding of the clip's length.
+    needed = math.floor((count - 1.5) / TIMELINE_HZ * fps) + 1
+    if end - start < needed:
+        raise ValueError(
+            f"{where}: {end - start} frames at {fps:g} Hz are too short for num_frames {count} at {TIMELINE_HZ:g} Hz"
+        )
+    if crop is not None and not (len(crop) == 4 and all(isinstance(edge, int) for edge in crop)):
+        raise ValueError(f"{where}: crop_bbox: expected [left, top, right, bottom] in pixels or null, got {crop!r}")
+    return Clip(folder / raw[0]["path"], start / fps, end - start, fps, None if crop is None else tuple(crop))
+
+
+def _clip_to_json(clip: Clip, folder: Path) -> dict[str, Any]:
+    start = round(clip.start_s * clip.fps)
+    return {
+        "path": os.path.relpath(clip.path, folder),
+        "start": start,
+        "end": start + clip.frames,
+        "fps": clip.fps,
+        "crop_bbox": None if clip.crop is None else list(clip.crop),
+    }
+
+
+def _poses(raw: Mapping[str, Any], where: str, count: int, present: Mapping[tuple[str, str], bool]) -> BimanualPose:
+    parts = {}
+    for (arm, part), is_there in present.items():
+        name, width = PARTS[part]
+        if not is_there:
+            continue
+        key = f"{arm}_{name}"
+        rows = np.array(raw[key], dtype=np.float64)
+        if rows.shape != (count, width):
+            raise ValueError(f"{where}.{key}: expected shape {(count, width)}, got {rows.shape}")
+        wrong = np.flatnonzero(~np.isfinite(rows).all(axis=1))
+        if len(wrong):
+            raise ValueError(f"{where}.{key}: frame {wrong[0]}: expected finite numbers, got NaN or infinity")
+        parts[arm, part] = rows
+    return poses_of(parts, count)
+
+
+def _poses_to_json(poses: BimanualPose, columns: np.ndarray) -> dict[str, Any]:
+    return {
+        f"{arm}_{PARTS[part][0]}": rows.round(DIGITS).tolist()
+        for (arm, part), rows in arm_parts(poses).items()
+        if columns[getattr(ARMS[arm], part)].all()
+    }

@@ -1,0 +1,147 @@
+"""Action statistics over all training windows: mean and std per timestep and column, in float64 (spec section 4.1)."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from xr0_engine.robot.normalize import ACTIVE_STD
+from xr0_engine.training.data.description import COLUMNS
+from xr0_engine.training.data.parallel import in_parallel
+from xr0_engine.training.data.samples import DataError
+from xr0_engine.training.data.sources import Source, open_source, split
+from xr0_engine.training.data.windows import chunk_at
+
+# Windows held in memory at once.
+BLOCK = 512
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """What is known of some windows. count, mean, squares: (T, 32); squares: sum of squared distances from the mean."""
+
+    count: np.ndarray
+    mean: np.ndarray
+    squares: np.ndarray
+
+    @staticmethod
+    def of(actions: np.ndarray, mask: np.ndarray) -> Moments:
+        """Of windows (W, T, 32); what the mask leaves out does not count."""
+        count = mask.sum(axis=0)
+        safe = np.maximum(count, 1)
+        mean = np.where(mask, actions, 0).sum(axis=0) / safe
+        return Moments(count, mean, np.where(mask, (actions - mean) ** 2, 0).sum(axis=0))
+
+    def __add__(self, other: Moments) -> Moments:
+        """Of both together. No sum of squares is ever subtracted from another, so nothing cancels."""
+        count = self.count + other.count
+        safe = np.maximum(count, 1)
+        apart = other.mean - self.mean
+        mean = self.mean + apart * (other.count / safe)
+        return Moments(count, mean, self.squares + other.squares + apart**2 * (self.count * other.count / safe))
+
+    @property
+    def std(self) -> np.ndarray:
+        return np.sqrt(self.squares / np.maximum(self.count, 1))
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """mean, std: (T, 32) float64, robot units; 0 for columns that the robot does not have. windows: how many."""
+
+    robot_type: str
+    mean: np.ndarray
+    std: np.ndarray
+    windows: int
+    episodes: int
+
+
+def compute(paths: Sequence[Path], chunk_length: int, validation_fraction: float, processes: int) -> Statistics:
+    """Statistics of the training windows of one robot's datasets. Exactly the same for any number of processes.
+
+    Raises DataError for a dataset that cannot be read, or none of whose episodes is as long as the chunk, and
+    ValueError for datasets of several robot types.
+    """
+    sources = [open_source(path) for path in paths]
+    robot_types = sorted({source.description.robot_type for source in sources})
+    if len(robot_types) != 1:
+        raise ValueError(f"datasets: expected one robot type, got {', '.join(robot_types)}: one call for each")
+    parts, windows, episodes = [], 0, 0
+    for path, source in zip(paths, sources, strict=True):
+        train = split(source, validation_fraction)[0]
+        if not train:
+            raise DataError(f"{path}: nothing to train on: every episode is invalid")
+        if max(source.lengths[number] for number in train) < chunk_length:
+            raise DataError(f"{path}: no episode has the {chunk_length} steps of a chunk")
+        parts.append(_sum(in_parallel(partial(_episode, source, chunk_length), train, processes, str(path))))
+        windows += sum(source.lengths[number] for number in train)
+        episodes += len(train)
+    total = _sum(parts)
+    return Statistics(robot_types[0], total.mean, total.std, windows, episodes)
+
+
+def merge(file: Path, statistics: Statistics, replace: bool) -> None:
+    """Write the statistics into a preprocessor_config.json, new or there, beside those of other robot types.
+
+    A robot type that the file has already is only replaced if asked, and only by the same robot: same chunk length,
+    same moving columns. Raises ValueError otherwise; the file changes whole or not at all.
+    """
+    raw: dict[str, Any] = {}
+    if file.exists():
+        try:
+            raw = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{file} is not valid JSON: {error}") from None
+        known = raw.get("action_config", {}) if isinstance(raw, dict) else None
+        if not isinstance(known, dict) or not all(isinstance(it, dict) and "std" in it for it in known.values()):
+            raise ValueError(f"{file}: expected a JSON object with action_config: {{robot type: {{mean, std}}}}")
+    known = raw.setdefault("action_config", {})
+    name = statistics.robot_type
+    if name in known:
+        _refuse_another(file, name, np.asarray(known[name]["std"]), statistics.std)
+        if not replace:
+            raise ValueError(f"{file} has statistics of {name!r} already: --replace puts these in their place")
+    known[name] = {"mean": statistics.mean.tolist(), "std": statistics.std.tolist()}
+    partial_file = file.with_name(f".{file.name}.partial")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial_file.write_text(json.dumps(raw), encoding="utf-8")
+    os.replace(partial_file, file)
+
+
+def _refuse_another(file: Path, name: str, old: np.ndarray, new: np.ndarray) -> None:
+    if old.shape != new.shape:
+        raise ValueError(
+            f"{file}: {name!r} has chunks of {len(old)} steps there, these have {len(new)}: "
+            "give this robot type a name of its own"
+        )
+    old_columns, new_columns = ((std > ACTIVE_STD).any(axis=0) for std in (old, new))
+    if (old_columns != new_columns).any():
+        differing = np.flatnonzero(old_columns != new_columns).tolist()
+        raise ValueError(
+            f"{file}: {name!r} is another robot there, columns {differing} move in one of them only: "
+            "give this robot type a name of its own"
+        )
+
+
+def _episode(source: Source, chunk_length: int, number: int) -> Moments:
+    episode = source.load(number)
+    blocks = (range(begin, min(begin + BLOCK, len(episode.motion))) for begin in range(0, len(episode.motion), BLOCK))
+    return _sum(_block([chunk_at(episode, tick, chunk_length) for tick in block]) for block in blocks)
+
+
+def _block(chunks: list[Any]) -> Moments:
+    return Moments.of(np.stack([chunk.actions for chunk in chunks]), np.stack([chunk.mask for chunk in chunks]))
+
+
+def _sum(parts: Iterable[Moments]) -> Moments:
+    total = Moments(*np.zeros((3, 1, COLUMNS)))
+    for number, part in enumerate(parts):
+        total = part if number == 0 else total + part
+    return total

@@ -1,0 +1,129 @@
+"""Runs as folders: start, resume, export. What `xr0 train` calls."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from xr0_engine.robot.normalize import ActionStatistics, read_statistics
+from xr0_engine.training.base import Base, read_base
+from xr0_engine.training.checkpoint import checkpoints, export_checkpoint
+from xr0_engine.training.config import TrainConfig
+from xr0_engine.training.data.stream import Mixture, Stream, validation_samples
+from xr0_engine.training.distributed import world
+from xr0_engine.training.model import model_config
+from xr0_engine.training.trainer import CHECKPOINTS, Trainer
+
+CONFIG_FILE = "config.json"
+STATISTICS_FILE = "statistics.json"
+PATHS = ("robot", "language", "validation")
+
+
+def start_run(config: TrainConfig, folder: Path) -> None:
+    """Train a new run in a folder that is absent or empty, to its end.
+
+    Raises ValueError and CheckpointError for what is missing or wrong, before anything is written.
+    """
+    needed = {
+        "model.checkpoint": config.model.checkpoint,
+        "data.robot": config.data.robot,
+        "data.statistics": config.data.statistics,
+    }
+    missing = [name for name, value in needed.items() if not value]
+    if missing:
+        raise ValueError(f"config: expected {' and '.join(missing)}, as KEY=VALUE")
+    # The processes of one run start at different times: the first may have written before another looks.
+    is_first = os.environ.get("RANK", "0") == "0"
+    if is_first and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is not empty: xr0 train resume {folder}, or choose another folder")
+    base = read_base(config.model.checkpoint)
+    statistics = _statistics(Path(config.data.statistics), base)
+    # A run is resumed from any folder, so its paths are absolute.
+    model = replace(config.model, checkpoint=str(base.folder.resolve()))
+    datasets: dict[str, Any] = {name: tuple(_absolute(text) for text in getattr(config.data, name)) for name in PATHS}
+    config = replace(config, model=model, data=replace(config.data, **datasets))
+    _train(config, folder, statistics)
+
+
+def resume_run(folder: Path) -> None:
+    """Go on with a run after its last checkpoint. Raises ValueError if the folder holds no run."""
+    config = _read_config(folder)
+    base = read_base(config.model.checkpoint)
+    _train(config, folder, _statistics(folder / STATISTICS_FILE, base))
+
+
+def export_run(folder: Path, out: Path, step: int | None) -> None:
+    """Write the checkpoint of a step (None: the last) as a folder that the engine loads. Raises ValueError."""
+    config = _read_config(folder)
+    saved = {int(path.name.rpartition("-")[2]): path for path in checkpoints(folder / CHECKPOINTS)}
+    if not saved:
+        raise ValueError(f"{folder} has no checkpoint yet")
+    if step is not None and step not in saved:
+        raise ValueError(f"--step: expected one of {', '.join(map(str, saved))}, got {step}")
+    base = read_base(config.model.checkpoint)
+    chosen = saved[max(saved) if step is None else step]
+    statistics = _statistics(folder / STATISTICS_FILE, base)
+    export_checkpoint(chosen, out, model_config(base.config, config), base, statistics, config.run.seed)
+
+
+def _train(config: TrainConfig, folder: Path, statistics: Mapping[str, ActionStatistics]) -> None:
+    data = config.data
+    fraction = 0.0 if data.validation else data.validation_fraction
+    mixture = Mixture(data.robot, data.language, data.language_every, data.validation, fraction)
+    has_validation = bool(data.validation) or fraction > 0
+    with world() as here:
+        stream = Stream(
+            mixture,
+            batch_size=data.batch_size,
+            seed=config.run.seed,
+            rank=here.rank,
+            world_size=here.size,
+            workers=data.workers,
+            chunk_length=data.chunk_length,
+            augment=data.augment,
+            skip_broken=data.skip_broken,
+        )
+        try:
+            trainer = Trainer(
+                config,
+                folder,
+                here,
+                stream,
+                (lambda: validation_samples(mixture, data.chunk_length, data.validation_samples))
+                if has_validation
+                else None,
+                statistics,
+            )
+            if here.is_main:
+                _save(folder, config, statistics)
+            trainer.run()
+        finally:
+            stream.close()
+
+
+def _save(folder: Path, config: TrainConfig, statistics: Mapping[str, ActionStatistics]) -> None:
+    tables = {name: {"mean": item.mean.tolist(), "std": item.std.tolist()} for name, item in statistics.items()}
+    for name, text in ((STATISTICS_FILE, json.dumps({"action_config": tables})), (CONFIG_FILE, config.to_json())):
+        partial = folder / f"{name}.partial"
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, folder / name)
+
+
+def _read_config(folder: Path) -> TrainConfig:
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no {CONFIG_FILE}: not a run's folder")
+    return TrainConfig.from_json(path.read_text(encoding="utf-8"))
+
+
+def _statistics(path: Path, base: Base) -> dict[str, ActionStatistics]:
+    return read_statistics(path, base.config.head.action_dim, base.config.std_epsilon)
+
+
+def _absolute(text: str) -> str:
+    path, equals, weight = text.rpartition("=")
+    return f"{Path(path).resolve()}={weight}" if equals else str(Path(text).resolve())
