@@ -354,28 +354,3 @@ def test_fused_engine_keeps_a_chunk_when_the_next_is_made(fused_engine):
     kept = first.normalized.copy()
     fused_engine.infer(observation, seed=1)
     assert np.array_equal(first.normalized, kept)
-
-
-def test_upcoming_observations_change_no_chunk(engine, fused_engine):
-    example = engine.example("libero_all")
-    rng = np.random.default_rng(0)
-    frames = [
-        replace(
-            example, images={key: rng.integers(0, 256, i.shape, dtype=np.uint8) for key, i in example.images.items()}
-        )
-        for _ in range(3)
-    ]
-    expected = [engine.infer(frame, seed=0) for frame in frames]
-    actual = []
-    for frame, following in zip(frames, [*frames[1:], None], strict=True):
-        actual.append(fused_engine.infer(frame, seed=0, upcoming=following))
-    for ours, theirs in zip(actual, expected, strict=True):
-        assert closest(ours, theirs) < SAME
-    assert closest(expected[0], expected[1]) > 1e-4
-
-
-def test_a_wrong_upcoming_observation_is_refused_at_once(fused_engine):
-    observation = fused_engine.example("libero_all")
-    with pytest.raises(ValueError, match="state"):
-        fused_engine.infer(observation, seed=0, upcoming=replace(observation, state=np.zeros(3, np.float32)))
-    assert fused_engine.infer(observation, seed=0).actions.shape == (10, 32)

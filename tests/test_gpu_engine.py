@@ -18,9 +18,11 @@ from xr0_engine.checkpoint import init_checkpoint
 from xr0_engine.cli import app
 from xr0_engine.config import XR0Config
 from xr0_engine.engine import Engine
-from xr0_engine.fused import model as fused
+from xr0_engine.fused import session as sessions
 from xr0_engine.fused.graph import Graph
-from xr0_engine.fused.model import FusedModel, Session, session_key
+from xr0_engine.fused.model import FusedModel
+from xr0_engine.fused.prompts import session_key
+from xr0_engine.fused.session import Session
 from xr0_engine.fused.tactics import TacticTable
 from xr0_engine.golden import verify_folder
 from xr0_engine.model.weights import load_model, read_index
@@ -68,7 +70,7 @@ def captures(monkeypatch):
             names.append(name)
             super().__init__(work, device, name)
 
-    monkeypatch.setattr(fused, "Graph", Counted)
+    monkeypatch.setattr(sessions, "Graph", Counted)
     return names
 
 
@@ -99,7 +101,7 @@ def test_same_seed_same_chunk_whatever_came_between(engine):
 def test_what_changes_within_a_bucket_captures_nothing_and_reaches_the_chunk(engine, captures):
     observation = engine.example(CASE.robot_type, (64, 64))
     chunk = engine.infer(observation, seed=0)
-    sessions, captured = dict(engine.model._sessions), list(captures)
+    held, captured = dict(engine.model._sessions._values), list(captures)
     assert len(captured) == int(engine.model.graphs)
     images = {key: 255 - image for key, image in observation.images.items()}
     changed = [
@@ -111,7 +113,7 @@ def test_what_changes_within_a_bucket_captures_nothing_and_reaches_the_chunk(eng
         engine.infer(observation, prefix=chunk.actions[:4] + 1, seed=0),
     ]
     assert captures == captured
-    assert engine.model._sessions == sessions
+    assert engine.model._sessions._values == held
     assert all(not np.array_equal(other.actions, chunk.actions) for other in changed)
     assert np.array_equal(engine.infer(observation, seed=0).actions, chunk.actions)
 
@@ -213,7 +215,7 @@ def test_graph_holds_our_kernels_and_nothing_else(gpu_session):
 
     modules = (attention, embed, flow, linear, product, qkv)
     ours = {name for each in modules for name, value in vars(each).items() if isinstance(value, triton.JITFunction)}
-    for part in fused.PARTS:
+    for part in sessions.PARTS:
         contents = gpu_session.graph(part).contents()
         assert set(contents.nodes) == {"kernel"}, part
         assert sum(contents.kernels.values()) == contents.nodes["kernel"]

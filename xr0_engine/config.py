@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,9 @@ from xr0_engine.types import CheckpointError
 
 TRAINED_PREFIX = 6
 """Longest prefix of the published training (spec section 4.1); released checkpoints do not state it."""
+
+VARIANT = {"stream_norms": True, "mlp_width": None, "output_width": None}
+"""Keys of dit_config that only other families of action heads have, and what XR-0 has in their place."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,10 @@ class ActionHeadConfig:
     that are not prefix. None and 0 are the released benchmark checkpoints' mode, 4 and 10 the post-training code's
     (spec section 2.4). compat_bf16_time: round 1000 t and RoPE's inv_freq to bfloat16 as the released code does.
     max_prefix: the longest prefix that it was trained with; what a longer one gives was never learned.
+
+    What differs between families of action heads besides sizes. stream_norms: the residual stream itself is normalised
+    after attention and MLP (2.2), or never. mlp_width: None is four times hidden_size. output_width: between the two
+    products of the output layer; None is action_dim. The defaults are XR-0's.
     """
 
     hidden_size: int
@@ -79,10 +86,28 @@ class ActionHeadConfig:
     position_offset: int = 0
     compat_bf16_time: bool = False
     max_prefix: int = TRAINED_PREFIX
+    stream_norms: bool = True
+    mlp_width: int | None = None
+    output_width: int | None = None
 
     @property
     def num_heads(self) -> int:
         return self.hidden_size // self.head_dim
+
+    @property
+    def intermediate_size(self) -> int:
+        """Columns between the MLP's products."""
+        return 4 * self.hidden_size if self.mlp_width is None else self.mlp_width
+
+    @property
+    def output_hidden_size(self) -> int:
+        """Columns between the output layer's products."""
+        return self.action_dim if self.output_width is None else self.output_width
+
+    @property
+    def context(self) -> int:
+        """Tokens before the actions: the sink and the states."""
+        return 1 + self.state_length
 
 
 @dataclass(frozen=True)
@@ -109,6 +134,11 @@ class XR0Config:
         problems = _contradictions(self)
         if problems:
             raise CheckpointError("config.json contradicts itself: " + "; ".join(problems))
+
+    @property
+    def first_read_layer(self) -> int:
+        """The language layer whose keys and values the DiT's first layer reads; the others follow in order."""
+        return self.text.num_layers - self.head.num_layers
 
     @staticmethod
     def load(folder: Path) -> XR0Config:
@@ -183,6 +213,7 @@ class XR0Config:
                 "num_hidden_layers": head.num_layers,
                 "head_dim": head.head_dim,
                 "num_key_value_heads": head.num_kv_heads,
+                **{name: getattr(head, name) for name, usual in VARIANT.items() if getattr(head, name) != usual},
             },
             "action_length": head.action_length,
             "action_dim": head.action_dim,
@@ -209,63 +240,11 @@ def read_hf_config(folder: Path) -> Any:
 
 
 def _read(hf: Mapping[str, Any]) -> XR0Config:
-    vlm, dit = hf["vlm_config"], hf["dit_config"]
-    text, vision = vlm["text_config"], vlm["vision_config"]
-    # transformers 5 moved rope_theta and rope_scaling into one dictionary, rope_parameters.
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    theta = rope.get("rope_theta", text.get("rope_theta"))
-    if theta is None:
-        raise KeyError("vlm_config.text_config.rope_theta")
-    for name, value, supported in (
-        ("vision hidden_act", vision.get("hidden_act", "gelu_pytorch_tanh"), "gelu_pytorch_tanh"),
-        ("text hidden_act", text.get("hidden_act", "silu"), "silu"),
-        ("text attention_bias", text.get("attention_bias", False), False),
-        ("rope_type", rope.get("rope_type", "default"), "default"),
-        ("mrope_interleaved", rope.get("mrope_interleaved", True), True),
-    ):
-        if value != supported:
-            raise CheckpointError(f"config.json: {name} is {value!r}; XR-0 has {supported!r}")
+    vlm = hf["vlm_config"]
     return XR0Config(
-        text=TextConfig(
-            vocab_size=int(text["vocab_size"]),
-            hidden_size=int(text["hidden_size"]),
-            num_layers=int(text["num_hidden_layers"]),
-            num_heads=int(text["num_attention_heads"]),
-            num_kv_heads=int(text["num_key_value_heads"]),
-            head_dim=int(text.get("head_dim", text["hidden_size"] // text["num_attention_heads"])),
-            intermediate_size=int(text["intermediate_size"]),
-            rms_eps=float(text.get("rms_norm_eps", 1e-6)),
-            rope_theta=float(theta),
-            mrope_section=tuple(int(part) for part in rope["mrope_section"]),  # type: ignore[arg-type]
-        ),
-        vision=VisionConfig(
-            depth=int(vision["depth"]),
-            hidden_size=int(vision["hidden_size"]),
-            num_heads=int(vision["num_heads"]),
-            intermediate_size=int(vision["intermediate_size"]),
-            out_hidden_size=int(vision["out_hidden_size"]),
-            patch_size=int(vision["patch_size"]),
-            spatial_merge_size=int(vision["spatial_merge_size"]),
-            temporal_patch_size=int(vision["temporal_patch_size"]),
-            in_channels=int(vision.get("in_channels", 3)),
-            num_position_embeddings=int(vision["num_position_embeddings"]),
-            deepstack_layers=tuple(int(layer) for layer in vision["deepstack_visual_indexes"]),
-        ),
-        head=ActionHeadConfig(
-            hidden_size=int(dit["hidden_size"]),
-            num_layers=int(dit["num_hidden_layers"]),
-            head_dim=int(dit["head_dim"]),
-            num_kv_heads=int(dit["num_key_value_heads"]),
-            state_length=int(hf["state_length"]),
-            state_dim=int(hf["state_dim"]),
-            action_length=int(hf["action_length"]),
-            action_dim=int(hf["action_dim"]),
-            flow_steps=int(hf.get("flow_steps", 5)),
-            local_window=None if hf.get("local_window") is None else int(hf["local_window"]),
-            position_offset=int(hf.get("position_offset", 0)),
-            compat_bf16_time=bool(hf.get("compat_bf16_time", False)),
-            max_prefix=int(hf.get("max_prefix", TRAINED_PREFIX)),
-        ),
+        text=_read_text(vlm["text_config"]),
+        vision=_read_vision(vlm["vision_config"]),
+        head=_read_head(hf, hf["dit_config"]),
         tokens=TokenIds(
             image=int(vlm["image_token_id"]),
             vision_start=int(vlm["vision_start_token_id"]),
@@ -274,6 +253,70 @@ def _read(hf: Mapping[str, Any]) -> XR0Config:
         std_epsilon=float(hf.get("std_epsilon", 0.0)),
         hf=dict(hf),
     )
+
+
+def _read_text(text: Mapping[str, Any]) -> TextConfig:
+    # transformers 5 moved rope_theta and rope_scaling into one dictionary, rope_parameters.
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    theta = rope.get("rope_theta", text.get("rope_theta"))
+    if theta is None:
+        raise KeyError("vlm_config.text_config.rope_theta")
+    _insist("text hidden_act", text.get("hidden_act", "silu"), "silu")
+    _insist("text attention_bias", text.get("attention_bias", False), False)
+    _insist("rope_type", rope.get("rope_type", "default"), "default")
+    _insist("mrope_interleaved", rope.get("mrope_interleaved", True), True)
+    return TextConfig(
+        vocab_size=int(text["vocab_size"]),
+        hidden_size=int(text["hidden_size"]),
+        num_layers=int(text["num_hidden_layers"]),
+        num_heads=int(text["num_attention_heads"]),
+        num_kv_heads=int(text["num_key_value_heads"]),
+        head_dim=int(text.get("head_dim", text["hidden_size"] // text["num_attention_heads"])),
+        intermediate_size=int(text["intermediate_size"]),
+        rms_eps=float(text.get("rms_norm_eps", 1e-6)),
+        rope_theta=float(theta),
+        mrope_section=tuple(int(part) for part in rope["mrope_section"]),  # type: ignore[arg-type]
+    )
+
+
+def _read_vision(vision: Mapping[str, Any]) -> VisionConfig:
+    _insist("vision hidden_act", vision.get("hidden_act", "gelu_pytorch_tanh"), "gelu_pytorch_tanh")
+    sizes = [item.name for item in fields(VisionConfig) if item.name not in ("in_channels", "deepstack_layers")]
+    return VisionConfig(
+        **{name: int(vision[name]) for name in sizes},
+        in_channels=int(vision.get("in_channels", 3)),
+        deepstack_layers=tuple(int(layer) for layer in vision["deepstack_visual_indexes"]),
+    )
+
+
+def _read_head(hf: Mapping[str, Any], dit: Mapping[str, Any]) -> ActionHeadConfig:
+    def whole(name: str) -> int | None:
+        value = hf.get(name, dit.get(name))
+        return None if value is None else int(value)
+
+    return ActionHeadConfig(
+        hidden_size=int(dit["hidden_size"]),
+        num_layers=int(dit["num_hidden_layers"]),
+        head_dim=int(dit["head_dim"]),
+        num_kv_heads=int(dit["num_key_value_heads"]),
+        state_length=int(hf["state_length"]),
+        state_dim=int(hf["state_dim"]),
+        action_length=int(hf["action_length"]),
+        action_dim=int(hf["action_dim"]),
+        flow_steps=int(hf.get("flow_steps", 5)),
+        local_window=whole("local_window"),
+        position_offset=int(hf.get("position_offset", 0)),
+        compat_bf16_time=bool(hf.get("compat_bf16_time", False)),
+        max_prefix=int(hf.get("max_prefix", TRAINED_PREFIX)),
+        stream_norms=bool(dit.get("stream_norms", VARIANT["stream_norms"])),
+        mlp_width=whole("mlp_width"),
+        output_width=whole("output_width"),
+    )
+
+
+def _insist(name: str, value: object, supported: object) -> None:
+    if value != supported:
+        raise CheckpointError(f"config.json: {name} is {value!r}; XR-0 has {supported!r}")
 
 
 def _contradictions(config: XR0Config) -> list[str]:

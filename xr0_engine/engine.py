@@ -16,8 +16,8 @@ from xr0_engine.config import XR0Config
 from xr0_engine.exported.model import ExportedModel
 from xr0_engine.fused.model import FusedModel
 from xr0_engine.fused.tactics import tactics_for
+from xr0_engine.model.network import Network
 from xr0_engine.model.weights import load_model, read_index, resolve_checkpoint
-from xr0_engine.model.xr0 import XR0Model
 from xr0_engine.robot.decode import decode, encode_prefix
 from xr0_engine.robot.embodiment import Embodiment, load_embodiment
 from xr0_engine.robot.normalize import select_robot_type
@@ -31,15 +31,12 @@ class Engine:
     A refused call (ValueError) changes nothing; the engine serves the next.
     """
 
-    def __init__(
-        self, model: XR0Model | FusedModel | ExportedModel, preprocess: Preprocessor, backend: str = "reference"
-    ) -> None:
+    def __init__(self, model: Network, preprocess: Preprocessor, backend: str = "reference") -> None:
         self.model = model
         self.config: XR0Config = model.config
         self.statistics = preprocess.statistics
         self.backend = backend
         self._preprocess = preprocess
-        self._prepared: tuple[list[Observation], ModelInputs] | None = None
 
     @classmethod
     def from_pretrained(
@@ -65,10 +62,10 @@ class Engine:
         folder = resolve_checkpoint(path)
         preprocess = Preprocessor.load(folder, embodiment)
         table = tactics_for(chosen_device) if chosen_backend == "triton" else None
-        model = load_model(preprocess.config, read_index(folder), chosen_device, chosen_dtype)
+        plain = load_model(preprocess.config, read_index(folder), chosen_device, chosen_dtype)
         if table is None:
-            return cls(model, preprocess, chosen_backend)
-        fused = FusedModel(model, chosen_backend, table, graphs=chosen_device.type == "cuda")
+            return cls(plain, preprocess, chosen_backend)
+        fused = FusedModel(plain, chosen_backend, table, graphs=chosen_device.type == "cuda")
         return cls(fused, preprocess, chosen_backend)
 
     @classmethod
@@ -135,7 +132,6 @@ class Engine:
         prefix: np.ndarray | None = None,
         noise: np.ndarray | None = None,
         seed: int | None = None,
-        upcoming: Observation | None = None,
     ) -> ActionChunk: ...
 
     @overload
@@ -145,27 +141,24 @@ class Engine:
         prefix: Sequence[np.ndarray | None] | None = None,
         noise: np.ndarray | None = None,
         seed: int | Sequence[int | None] | None = None,
-        upcoming: Sequence[Observation] | None = None,
     ) -> list[ActionChunk]: ...
 
-    def infer(self, observation, prefix=None, noise=None, seed=None, upcoming=None):  # type: ignore[no-untyped-def]
+    def infer(self, observation, prefix=None, noise=None, seed=None):  # type: ignore[no-untyped-def]
         """The next action chunk; a batch of observations gives a list of chunks.
 
         prefix: (P, A) robot units, P <= T, the actions already committed, in the frame of this observation; they come
         back unchanged as the chunk's first P. With a batch: one per observation, each an array or None.
         noise: (T, A) float32, with a batch (B, T, A), where the flow starts; else seed (an int; row i of a batch uses
-        seed + i; or a list with one for each, None for none) gives it; else it is drawn anew. upcoming: the next
-        observation (or batch), if it is known by now: with backend triton it is prepared, and its images are encoded,
-        beside this chunk's flow; hand the same object to the next call. It changes no result. Raises ValueError for a
+        seed + i; or a list with one for each, None for none) gives it; else it is drawn anew. Raises ValueError for a
         wrong input, before any work on the device.
         """
         if isinstance(observation, Observation):
-            return self._infer([observation], [prefix], noise, seed, None if upcoming is None else [upcoming])[0]
+            return self._infer([observation], [prefix], noise, seed)[0]
         observations = list(observation)
         prefixes = [None] * len(observations) if prefix is None else list(prefix)
         if len(prefixes) != len(observations):
             raise ValueError(f"prefix: expected one per observation ({len(observations)}), got {len(prefixes)}")
-        return self._infer(observations, prefixes, noise, seed, None if upcoming is None else list(upcoming))
+        return self._infer(observations, prefixes, noise, seed)
 
     def prefill(self, observation: Observation | Sequence[Observation]) -> KVBlock:
         """What the DiT reads of an observation (or batch), kept so that several chunks can be sampled from it."""
@@ -203,34 +196,16 @@ class Engine:
         prefixes: Sequence[np.ndarray | None],
         noise: np.ndarray | None,
         seed: int | Sequence[int | None] | None,
-        upcoming: list[Observation] | None,
     ) -> list[ActionChunk]:
         clock = _StageClock(self.model.device)
-        for observation in upcoming or []:
-            self._preprocess.check(observation)
-        inputs = self._inputs(observations)
+        inputs = self._preprocess(observations)
         robot_types = [self._preprocess.resolve(observation.robot_type)[0] for observation in observations]
         start = _noise(noise, seed, tuple(inputs.action_mask.shape))
         prefix, prefix_length = self._normalized_prefixes(inputs, prefixes, robot_types)
         clock.mark("preprocess")
-        if isinstance(self.model, FusedModel):
-            if upcoming is None:
-                chunk = self.model.step(inputs, start, prefix, prefix_length)
-            else:
-                chunk, following = self.model.step_ahead(
-                    inputs, start, prefix, prefix_length, lambda: self._preprocess(upcoming)
-                )
-                self._prepared = upcoming, following
-            # A copy: the next call overwrites the chunk.
-            sampled = chunk.cpu().numpy().copy()
-            clock.mark("step")
-        else:
-            vision = self.model.encode_images(inputs)
-            clock.mark("vision")
-            kv = self.model.prefill(inputs, vision)
-            clock.mark("prefill")
-            sampled = self.model.sample(kv, inputs.state, start, prefix, prefix_length).cpu().numpy()
-            clock.mark("flow")
+        chunk = self.model.step(inputs, start, prefix, prefix_length, clock.mark)
+        # A copy: the network's next call may overwrite its chunk.
+        sampled = chunk.cpu().numpy().copy()
         if not np.isfinite(sampled).all():
             raise RuntimeError(
                 "the model gave actions that are not finite: the checkpoint is broken, or float16 overflowed"
@@ -257,13 +232,6 @@ class Engine:
                 decoded, sampled, robot_types, prefix_length, observations, strict=True
             )
         ]
-
-    def _inputs(self, observations: list[Observation]) -> ModelInputs:
-        """What the last call prepared, if it was told of these very observations."""
-        prepared, self._prepared = self._prepared, None
-        if prepared is not None and [*map(id, prepared[0])] == [*map(id, observations)]:
-            return prepared[1]
-        return self._preprocess(observations)
 
     def _normalized_prefixes(
         self, inputs: ModelInputs, prefixes: Sequence[np.ndarray | None], robot_types: list[str]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -33,8 +33,8 @@ from xr0_engine.fused.tactics import tactics_for
 from xr0_engine.model.dit import ActionHead, dit_geometry
 from xr0_engine.model.flow import prefix_positions, training_pair
 from xr0_engine.model.layers import pack_linears
+from xr0_engine.model.network import Network
 from xr0_engine.model.weights import head_shapes, load_model, read_headers
-from xr0_engine.model.xr0 import XR0Model
 from xr0_engine.training.losses import error_weights, frequency_loss, mse_loss
 from xr0_engine.types import CheckpointError, KVBlock, ModelInputs
 
@@ -68,6 +68,8 @@ def golden_config(golden: Mapping[str, Any]) -> XR0Config:
         "num_hidden_layers": head["num_layers"],
         "head_dim": head["head_dim"],
         "num_key_value_heads": head["num_kv_heads"],
+        "stream_norms": head.get("stream_norms", True),
+        "output_width": head.get("output_hidden"),
     }
     rope = {"mrope_section": text["mrope_section"], "mrope_interleaved": text["mrope_interleaved"]}
     vlm = {
@@ -103,48 +105,53 @@ def _verify_model(path: Path, backend: str, device: torch.device, dtype: torch.d
     if faults:
         raise CheckpointError("; ".join(faults))
     plain = load_model(config, stored, device, dtype)
-    model = plain if backend == "reference" else FusedModel(plain, backend, tactics_for(device), device.type == "cuda")
+    network: Network = plain
+    if backend != "reference":
+        network = FusedModel(plain, backend, tactics_for(device), device.type == "cuda")
     for file in sorted(path.parent.glob(f"{path.stem}.*.safetensors")):
-        if file != weights:
-            yield from _verify_case(file.stem, model, _load(file), dtype)
+        if file == weights:
+            continue
+        case = _load(file)
+        inputs = golden_inputs(case, config)
+        kv = yield from _verify_stages(file.stem, network, inputs, case, dtype)
+        if backend != "reference":
+            chunk = network.step(inputs, *_chunk_inputs(case, case["prefix"]))
+            yield compare(file.stem, "actions, one step", chunk, case["actions"], dtype)
+        elif "train.loss" in case:
+            yield from _verify_training(file.stem, plain.head, kv, case, dtype)
 
 
-def _verify_case(
-    name: str, model: XR0Model | FusedModel, case: dict[str, Tensor], dtype: torch.dtype
-) -> Iterator[Comparison]:
-    inputs = golden_inputs(case, model.config)
-    vision = model.encode_images(inputs)
-    kv = model.prefill(inputs, vision)
+def _verify_stages(
+    name: str, network: Network, inputs: ModelInputs, case: dict[str, Tensor], dtype: torch.dtype
+) -> Generator[Comparison, None, KVBlock]:
+    vision = network.encode_images(inputs)
+    kv = network.prefill(inputs, vision)
     is_token = inputs.attention_mask[:, None, :, None]
     layers = range(len(kv.keys))
     expected_kv = torch.stack([case[f"kv.{layer}.{part}"] * is_token for part in ("key", "value") for layer in layers])
     actual_kv = torch.cat((kv.keys, kv.values)).cpu() * is_token
     trace: list[Tensor] = []
-    actions = _sample(model, kv, case, case["prefix"], trace)
+    actions = network.sample(kv, case["state"], *_chunk_inputs(case, case["prefix"]), trace).cpu()
     yield compare(name, "vision tokens", vision.tokens, case["vision_tokens"], dtype)
     yield compare(name, "KV block", actual_kv, expected_kv, dtype)
     yield compare(name, "flow trace", torch.stack(trace), case["flow_trace"], dtype)
     yield compare(name, "actions", actions, case["actions"], dtype)
-    if isinstance(model, FusedModel):
-        noise, *prefix = _chunk_inputs(case, case["prefix"])
-        yield compare(name, "actions, one step", model.step(inputs, noise, *prefix), case["actions"], dtype)
-    elif "train.loss" in case:
-        yield from _verify_training(name, model, kv, case, dtype)
+    return kv
 
 
 @torch.no_grad()
 def _verify_training(
-    name: str, model: XR0Model, kv: KVBlock, case: dict[str, Tensor], dtype: torch.dtype
+    name: str, head: ActionHead, kv: KVBlock, case: dict[str, Tensor], dtype: torch.dtype
 ) -> Iterator[Comparison]:
     action, noise, prefix_length = case["train.action"], case["noise"], case["prefix"].shape[1]
     lengths = torch.full((len(action),), prefix_length)
-    head = model.head
+    device = head.sink.weight.device
     z, target = training_pair(noise, action, case["train.t"], prefix_positions(lengths, action.shape[1]))
-    geometry = dit_geometry(head.config, kv.next_position, kv.mask, lengths.to(model.device), action.shape[1])
+    geometry = dit_geometry(head.config, kv.next_position, kv.mask, lengths.to(device), action.shape[1])
     velocity = head(
-        (z.to(model.device) * kv.action_mask).to(dtype),
-        head.context(case["state"].to(model.device, dtype)),
-        head.modulations(case["train.t"].flatten().to(model.device)),
+        (z.to(device) * kv.action_mask).to(dtype),
+        head.context(case["state"].to(device, dtype)),
+        head.modulations(case["train.t"].flatten().to(device)),
         head.rope(geometry),
         geometry.mask,
         kv.keys,
@@ -155,7 +162,8 @@ def _verify_training(
     yield compare(name, "velocity", velocity, case["train.velocity"][:, suffix], dtype)
     weights = torch.ones_like(mask)
     if prefix_length:
-        generated = _sample(model, kv, case, action[:, :prefix_length])
+        given = _chunk_inputs(case, action[:, :prefix_length])
+        generated = head.sample(kv, case["state"], *given, head.modulation_table()).cpu()
         l1_error = (generated - action)[:, suffix].abs()
         yield compare(name, "L1 error", l1_error, case["train.l1_error"], dtype)
         weights = error_weights(l1_error, mask)
@@ -165,16 +173,6 @@ def _verify_training(
     expected = torch.cat([case[f"train.{loss}"] for loss in ("loss_mse", "loss", "loss_with_freq")])
     error = float(((actual - expected) / expected).abs().max())
     yield Comparison(name, "losses", error, tolerance(dtype, FLOAT32_LOSS_ERROR), "relative")
-
-
-def _sample(
-    model: XR0Model | FusedModel,
-    kv: KVBlock,
-    case: Mapping[str, Tensor],
-    prefix: Tensor,
-    trace: list[Tensor] | None = None,
-) -> Tensor:
-    return model.sample(kv, case["state"], *_chunk_inputs(case, prefix), trace).cpu()
 
 
 def _chunk_inputs(case: Mapping[str, Tensor], prefix: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,7 +16,7 @@ from tests.export.cases import LIBERO
 from xr0_engine.checkpoint import write_checkpoint
 from xr0_engine.cli import app
 from xr0_engine.config import XR0Config
-from xr0_engine.export.agreement import verify_export
+from xr0_engine.export.agreement import compare_export
 from xr0_engine.export.engines import build_engines
 from xr0_engine.export.folder import export_onnx
 from xr0_engine.exported.manifest import MANIFEST_FILE, ExportCase, FileRecord, Manifest, sha256
@@ -42,11 +42,11 @@ def change_weight(folder, name: str) -> None:
 
 
 def failures(folder) -> set[str]:
-    return {f"{row.case}: {row.quantity}" for row in verify_export(folder) if not row.passed}
+    return {f"{row.case}: {row.quantity}" for row in compare_export(folder) if not row.passed}
 
 
 def test_export_as_written_passes_in_every_stage(exported):
-    rows = list(verify_export(exported))
+    rows = list(compare_export(exported))
     assert [row for row in rows if not row.passed] == []
     assert {row.case for row in rows} == {"files", "vision", "prefill.96", "flow.96", "step.96", "end to end.96"}
 
@@ -73,7 +73,7 @@ def test_padded_batch_two_prompt_lengths_and_half_precision(checkpoint, tmp_path
     case = ExportCase("pair", "libero_all", (64, 96), batch=2)
     export_onnx(checkpoint, case, "fp16", folder, tokens=(160, 96), stages=["vision", "prefill", "flow"])
     assert Manifest.read(folder).shapes.tokens == (96, 160)
-    rows = list(verify_export(folder))
+    rows = list(compare_export(folder))
     assert [row for row in rows if not row.passed] == []
     assert {"end to end.96", "end to end.160"} <= {row.case for row in rows}
 
@@ -95,7 +95,7 @@ def test_engines_of_this_gpu_compute_the_same(precision, checkpoint, tmp_path):
     folder = tmp_path / "export"
     export_onnx(checkpoint, LIBERO, precision, folder)
     build_engines(folder, "local", stages=["vision", "prefill", "flow", "step"])
-    rows = list(verify_export(folder, backend="tensorrt"))
+    rows = list(compare_export(folder, backend="tensorrt"))
     assert [row for row in rows if not row.passed] == []
     assert "end to end.96" in {row.case for row in rows}
 
@@ -104,7 +104,7 @@ def test_another_checkpoint_is_refused(exported, checkpoint, tmp_path):
     other = tmp_path / "other"
     write_checkpoint(other, XR0Config.load(checkpoint), seed=1)
     with pytest.raises(ValueError, match="is another checkpoint"):
-        next(verify_export(exported, str(other)))
+        next(compare_export(exported, str(other)))
 
 
 def test_command_exits_with_1_and_names_the_failure(copied):

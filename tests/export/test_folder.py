@@ -43,7 +43,7 @@ def golden_model(case: Path, inputs, folder: Path) -> ExportedModel:
     files = write_graphs(config, stored, shapes, "fp32", folder, ("vision", "prefill", "flow"), {})
     case_ = ExportCase(name, name, (0, 0), batch)
     manifest = Manifest("fp32", 0, case_, shapes, (), "", "", files, {})
-    return ExportedModel(config, manifest, CPU, "onnx", lambda key: OnnxStage(folder / files[key], CPU), {})
+    return ExportedModel(config, manifest, CPU, "onnx", files, lambda key: OnnxStage(folder / files[key], CPU), {})
 
 
 @pytest.mark.parametrize("path", GOLDEN_CASES)

@@ -64,6 +64,25 @@ def test_chunks_are_the_reference_engines(engine, reference, observation, instru
     assert ours.timing_ms.keys() == theirs.timing_ms.keys()
 
 
+def test_the_graph_of_the_whole_step_is_what_runs(checkpoint, reference, observation, tmp_path):
+    folder = tmp_path / "whole"
+    export_onnx(checkpoint, ExportCase("libero", "libero_all", (64, 64)), "fp32", folder, stages=("vision", "step"))
+    engine = Engine.from_export(folder)
+    prefix = reference.infer(observation, seed=3).actions[:3]
+    ours, theirs = (one.infer(observation, prefix=prefix, seed=7) for one in (engine, reference))
+    np.testing.assert_allclose(ours.normalized, theirs.normalized, atol=FLOAT32_EXPORT_MAX_ERROR, rtol=0)
+    assert list(ours.timing_ms) == ["preprocess", "step", "decode", "total"]
+    with pytest.raises(ValueError, match="other image sizes, views or batch"):
+        engine.infer(engine.example("libero_all", (96, 64)))
+    with pytest.raises(ValueError, match=r"holds no prefill\.\d+, only vision, step"):
+        engine.prefill(observation)
+
+
+def test_a_trace_is_refused(engine, observation):
+    with pytest.raises(NotImplementedError, match="trace: an export does not show its steps"):
+        engine.model.sample(engine.prefill(observation), *[torch.zeros(1)] * 4, trace=[])
+
+
 def test_several_chunks_from_one_kept_block(engine, reference, observation):
     state = observation.state[None, None]
     kept = engine.prefill(observation), reference.prefill(observation)

@@ -12,7 +12,8 @@ import torch
 from tests.support import load, make_config, random_inputs
 from xr0_engine.checkpoint import init_checkpoint, write_checkpoint
 from xr0_engine.config import XR0Config
-from xr0_engine.fused.model import FusedModel, right_padded, session_key
+from xr0_engine.fused.model import FusedModel
+from xr0_engine.fused.prompts import right_padded, session_key
 from xr0_engine.fused.tactics import TacticTable
 from xr0_engine.model.weights import load_model, read_index
 
@@ -118,37 +119,6 @@ def test_whole_step_agrees_call_after_call(plain, mode, prefix_length):
         torch.testing.assert_close(fused.step(inputs, *chunk), expected, rtol=0, atol=MAX_ERROR)
 
 
-def test_images_encoded_ahead_change_nothing(plain, monkeypatch):
-    fused, model = fused_of(plain)
-    runs = []
-    encode = fused.vision.run
-    monkeypatch.setattr(fused.vision, "run", lambda *arguments: (runs.append(1), encode(*arguments)))
-    calls = [random_inputs(model.config, [TWO_VIEWS], [[3, 2, 4]], 4, seed) for seed in range(3)]
-    # The last belongs to another session: its images are encoded when their time comes.
-    calls.append(random_inputs(model.config, [[(4, 4)]], [[3, 2]], 4))
-    for number, inputs in enumerate(calls):
-        chunk = chunk_inputs(inputs, model.config, 1)
-        expected = model.sample(model.prefill(inputs, model.encode_images(inputs)), inputs.state, *chunk)
-        if number + 1 == len(calls):
-            actual = fused.step(inputs, *chunk)
-        else:
-            following = calls[number + 1]
-            actual, returned = fused.step_ahead(inputs, *chunk, lambda following=following: following)
-            assert returned is following
-        torch.testing.assert_close(actual, expected, rtol=0, atol=MAX_ERROR)
-    assert len(runs) == len(calls)
-
-
-def test_images_encoded_ahead_are_forgotten_when_another_call_comes(plain):
-    fused, model = fused_of(plain)
-    first, second, third = (random_inputs(model.config, [TWO_VIEWS], [[3, 2, 4]], 4, seed) for seed in range(3))
-    fused.step_ahead(first, *chunk_inputs(first, model.config, 0), lambda: second)
-    for inputs in (third, second):
-        chunk = chunk_inputs(inputs, model.config, 0)
-        expected = model.sample(model.prefill(inputs, model.encode_images(inputs)), inputs.state, *chunk)
-        torch.testing.assert_close(fused.step(inputs, *chunk), expected, rtol=0, atol=MAX_ERROR)
-
-
 def test_folding_leaves_the_plain_model_what_it_was(plain):
     fused, model = fused_of(plain)
     inputs = inputs_of(model.config, 2, 4)
@@ -159,8 +129,8 @@ def test_folding_leaves_the_plain_model_what_it_was(plain):
 
 
 def test_prompts_of_a_bucket_share_a_session_and_the_number_of_sessions_is_bounded(plain, monkeypatch):
-    fused, model = fused_of(plain)
     monkeypatch.setattr("xr0_engine.fused.model.MAX_SESSIONS", 2)
+    fused, model = fused_of(plain)
     short, longer = (random_inputs(model.config, [TWO_VIEWS], [[3, 2, n]], 4) for n in (2, 3))
     assert fused.session(short) is fused.session(longer)
     first = fused.session(short)

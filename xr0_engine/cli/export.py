@@ -86,6 +86,6 @@ def verify(
 
     Exit code 0: all within tolerance and no file changed; 1: something is not; 2: another checkpoint, or no export.
     """
-    from xr0_engine.export.agreement import verify_export
+    from xr0_engine.export.agreement import compare_export
 
-    report(verify_export(folder, checkpoint, device, backend), str(folder), as_json)
+    report(compare_export(folder, checkpoint, device, backend), str(folder), as_json)

@@ -13,8 +13,8 @@ from xr0_engine.comparison import FLOAT32_EXPORT_MAX_ERROR, Comparison, compare
 from xr0_engine.export.inputs import INSTRUCTION, observations
 from xr0_engine.exported.manifest import changed_files, checkpoint_hash, stage_key
 from xr0_engine.exported.model import ExportedModel, prompt
+from xr0_engine.model.network import Network
 from xr0_engine.model.weights import load_model, read_index, resolve_checkpoint
-from xr0_engine.model.xr0 import XR0Model
 from xr0_engine.robot.embodiment import load_embodiment
 from xr0_engine.robot.preprocess import Preprocessor
 from xr0_engine.types import KVBlock, ModelInputs, VisionTokens
@@ -24,7 +24,7 @@ SHORT_INSTRUCTION = "Stop."
 PREFIX_LENGTHS = (0, 3)
 
 
-def verify_export(
+def compare_export(
     folder: Path, checkpoint: str | None = None, device: str = "auto", backend: str = "onnx"
 ) -> Iterator[Comparison]:
     """Compare all that the folder holds, one quantity after the other, in the export's precision.
@@ -51,7 +51,7 @@ def verify_export(
     yield from compare_stages(model, reference, inputs)
 
 
-def compare_stages(model: ExportedModel, reference: XR0Model, inputs: ModelInputs) -> Iterator[Comparison]:
+def compare_stages(model: ExportedModel, reference: Network, inputs: ModelInputs) -> Iterator[Comparison]:
     """Every stage that the export has, for every prompt length."""
     shapes, stages = model.manifest.shapes, set(model.manifest.stages)
     vision = reference.encode_images(inputs)
@@ -70,7 +70,7 @@ def compare_stages(model: ExportedModel, reference: XR0Model, inputs: ModelInput
             if keys["flow"] in stages:
                 yield _compare(model, keys["flow"], quantity, model.sample(padded_kv, *flow), expected)
             if keys["step"] in stages:
-                yield _compare(model, keys["step"], quantity, model.step(padded, *flow), expected)
+                yield _compare(model, keys["step"], quantity, model.step(padded, *flow[1:]), expected)
             if {"vision", keys["prefill"], keys["flow"]} <= stages:
                 chained = model.sample(model.prefill(padded, model.encode_images(inputs)), *flow)
                 yield _compare(model, f"end to end.{tokens}", quantity, chained, expected)
@@ -95,7 +95,7 @@ def pad_kv(kv: KVBlock, tokens: int) -> KVBlock:
 
 
 def _flow_inputs(inputs: ModelInputs, prefix_length: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """state, noise, prefix, prefix_length, as XR0Model.sample takes them."""
+    """state, noise, prefix, prefix_length, as Network.sample takes them."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(inputs.action_mask.shape, generator=generator)
     prefix = torch.randn(inputs.action_mask.shape, generator=generator)

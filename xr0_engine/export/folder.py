@@ -16,7 +16,7 @@ from xr0_engine.checkpoint import all_or_nothing
 from xr0_engine.config import XR0Config
 from xr0_engine.export.graph import OPSET, WEIGHTS_FILE, Graph, WeightFile
 from xr0_engine.export.inputs import INSTRUCTION, observations
-from xr0_engine.export.stages import Network, add_flow, add_prefill, add_step, add_vision
+from xr0_engine.export.stages import Plan, add_flow, add_prefill, add_step, add_vision
 from xr0_engine.exported.manifest import (
     PRECISIONS,
     ExportCase,
@@ -149,9 +149,7 @@ def _save(model: onnx.ModelProto, path: Path) -> None:
     onnx.save(onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True), path)
 
 
-def _network(
-    config: XR0Config, stored: Mapping[str, StoredTensor], shapes: StaticShapes, dtype: torch.dtype
-) -> Network:
+def _network(config: XR0Config, stored: Mapping[str, StoredTensor], shapes: StaticShapes, dtype: torch.dtype) -> Plan:
     """What is computed from weights: by the model's own modules, in the precision in which the engine would."""
     with torch.device("meta"):
         head, tower = ActionHead(config), VisionTower(config.vision)
@@ -160,7 +158,7 @@ def _network(
     fill_parameters(head, stored)
     embedding = _read(stored["vlm.model.visual.pos_embed.weight"]).to(dtype)
     tower.pos_embed.weight = nn.Parameter(embedding, requires_grad=False)
-    return Network(config, shapes, head.modulation_table(), *tower.tables(shapes.grids))
+    return Plan(config, shapes, head.modulation_table(), *tower.tables(shapes.grids))
 
 
 def _read(place: StoredTensor) -> Tensor:

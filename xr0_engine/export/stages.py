@@ -25,7 +25,7 @@ MODULATIONS = ("shift_a", "scale_a", "gate_a", "shift_m", "scale_m", "gate_m")
 
 
 @dataclass(frozen=True)
-class Network:
+class Plan:
     """What the graphs are made from, beside the weights that they name.
 
     modulations: (L, steps, 6, 1, C), ActionHead.modulation_table. positions: (P, C); cos, sin: (P, 1, D) float32, the
@@ -44,31 +44,31 @@ class Network:
         return len(self.positions) // self.config.vision.spatial_merge_size**2
 
 
-def add_vision(g: Graph, net: Network) -> None:
+def add_vision(g: Graph, plan: Plan) -> None:
     """pixel_values (P, patch_dim) -> vision_tokens (I, C), deepstack.i (I, C)."""
-    tokens, taps = _vision(g, net, _pixel_values(g, net))
-    size = (net.image_tokens, net.config.vision.out_hidden_size)
+    tokens, taps = _vision(g, plan, _pixel_values(g, plan))
+    size = (plan.image_tokens, plan.config.vision.out_hidden_size)
     g.output("vision_tokens", tokens, g.dtype, *size)
     for index, tap in enumerate(taps):
         g.output(f"deepstack.{index}", tap, g.dtype, *size)
 
 
-def add_prefill(g: Graph, net: Network, tokens: int) -> None:
+def add_prefill(g: Graph, plan: Plan, tokens: int) -> None:
     """input_ids, attention_mask, position_ids, vision_tokens, deepstack.i -> keys, values, next_position."""
-    size = (net.image_tokens, net.config.vision.out_hidden_size)
-    prompt = _prompt(g, net, tokens)
+    size = (plan.image_tokens, plan.config.vision.out_hidden_size)
+    prompt = _prompt(g, plan, tokens)
     vision = g.input("vision_tokens", g.dtype, *size)
-    taps = [g.input(f"deepstack.{i}", g.dtype, *size) for i in range(len(net.config.vision.deepstack_layers))]
-    keys, values, next_position = _prefill(g, net, prompt, vision, taps)
-    cache = _cache_shape(net, tokens)
+    taps = [g.input(f"deepstack.{i}", g.dtype, *size) for i in range(len(plan.config.vision.deepstack_layers))]
+    keys, values, next_position = _prefill(g, plan, prompt, vision, taps)
+    cache = _cache_shape(plan, tokens)
     g.output("keys", g.concat(*(g.unsqueeze(key, 0) for key in keys), axis=0), g.dtype, *cache)
     g.output("values", g.concat(*(g.unsqueeze(value, 0) for value in values), axis=0), g.dtype, *cache)
-    g.output("next_position", next_position, torch.int64, 3, net.shapes.batch)
+    g.output("next_position", next_position, torch.int64, 3, plan.shapes.batch)
 
 
-def add_flow(g: Graph, net: Network, tokens: int) -> None:
+def add_flow(g: Graph, plan: Plan, tokens: int) -> None:
     """keys, values, attention_mask, next_position, state, noise, prefix, prefix_length, action_mask -> actions."""
-    batch, cache = net.shapes.batch, _cache_shape(net, tokens)
+    batch, cache = plan.shapes.batch, _cache_shape(plan, tokens)
     layers = [1] * cache[0]
     caches = []
     for name in ("keys", "values"):
@@ -76,15 +76,15 @@ def add_flow(g: Graph, net: Network, tokens: int) -> None:
         caches.append([g.reshape(part, *cache[1:]) for part in parts])
     mask = g.input("attention_mask", torch.bool, batch, tokens)
     next_position = g.input("next_position", torch.int64, 3, batch)
-    _actions(g, net, caches[0], caches[1], mask, next_position, tokens)
+    _actions(g, plan, caches[0], caches[1], mask, next_position, tokens)
 
 
-def add_step(g: Graph, net: Network, tokens: int) -> None:
+def add_step(g: Graph, plan: Plan, tokens: int) -> None:
     """pixel_values, input_ids, attention_mask, position_ids, state, noise, prefix, ... -> actions: all in one."""
-    vision, taps = _vision(g, net, _pixel_values(g, net))
-    prompt = _prompt(g, net, tokens)
-    keys, values, next_position = _prefill(g, net, prompt, vision, taps)
-    _actions(g, net, keys, values, prompt.mask, next_position, tokens)
+    vision, taps = _vision(g, plan, _pixel_values(g, plan))
+    prompt = _prompt(g, plan, tokens)
+    keys, values, next_position = _prefill(g, plan, prompt, vision, taps)
+    _actions(g, plan, keys, values, prompt.mask, next_position, tokens)
 
 
 @dataclass(frozen=True)
@@ -97,17 +97,17 @@ class _Prompt:
     tokens: int
 
 
-def _cache_shape(net: Network, tokens: int) -> tuple[int, int, int, int, int]:
-    head = net.config.head
-    return head.num_layers, net.shapes.batch, head.num_kv_heads, tokens, head.head_dim
+def _cache_shape(plan: Plan, tokens: int) -> tuple[int, int, int, int, int]:
+    head = plan.config.head
+    return head.num_layers, plan.shapes.batch, head.num_kv_heads, tokens, head.head_dim
 
 
-def _pixel_values(g: Graph, net: Network) -> str:
-    return g.input("pixel_values", torch.float32, len(net.positions), net.config.vision.patch_dim)
+def _pixel_values(g: Graph, plan: Plan) -> str:
+    return g.input("pixel_values", torch.float32, len(plan.positions), plan.config.vision.patch_dim)
 
 
-def _prompt(g: Graph, net: Network, tokens: int) -> _Prompt:
-    batch = net.shapes.batch
+def _prompt(g: Graph, plan: Plan, tokens: int) -> _Prompt:
+    batch = plan.shapes.batch
     return _Prompt(
         ids=g.input("input_ids", torch.int64, batch, tokens),
         mask=g.input("attention_mask", torch.bool, batch, tokens),
@@ -145,35 +145,35 @@ def _projector(g: Graph, x: str, module: str) -> str:
         return g.linear(g.op("Gelu", g.linear(x, "layers.0"), approximate="tanh"), "layers.2")
 
 
-def _vision(g: Graph, net: Network, pixel_values: str) -> tuple[str, list[str]]:
-    config = net.config.vision
+def _vision(g: Graph, plan: Plan, pixel_values: str) -> tuple[str, list[str]]:
+    config = plan.config.vision
     with g.scope("vlm", "model", "visual"):
         with g.scope("patch_embed", "proj"):
             kernel = g.reshape(g.weight("weight"), config.hidden_size, config.patch_dim)
             x = g.op("Gemm", g.cast(pixel_values, g.dtype), kernel, g.weight("bias"), transB=1)
-        x = g.op("Add", x, g.table("positions", net.positions))
-        first, second = net.sin.chunk(2, dim=-1)
-        tables = g.table("cos", net.cos), g.table("sin", torch.cat((-first, second), dim=-1))
+        x = g.op("Add", x, g.table("positions", plan.positions))
+        first, second = plan.sin.chunk(2, dim=-1)
+        tables = g.table("cos", plan.cos), g.table("sin", torch.cat((-first, second), dim=-1))
         taps = []
         for index in range(config.depth):
             with g.scope(f"blocks.{index}"):
                 h = g.layer_norm(x, "norm1", LAYER_NORM_EPS)
-                x = g.op("Add", x, _vision_attention(g, net, h, *tables))
+                x = g.op("Add", x, _vision_attention(g, plan, h, *tables))
                 h = g.layer_norm(x, "norm2", LAYER_NORM_EPS)
                 h = g.op("Gelu", g.linear(h, "mlp.linear_fc1", bias=True), approximate="tanh")
                 x = g.op("Add", x, g.linear(h, "mlp.linear_fc2", bias=True))
             if index in config.deepstack_layers:
                 with g.scope(f"deepstack_merger_list.{config.deepstack_layers.index(index)}"):
-                    taps.append(_merge(g, net, x, norm_after_merge=True))
+                    taps.append(_merge(g, plan, x, norm_after_merge=True))
         with g.scope("merger"):
-            return _merge(g, net, x, norm_after_merge=False), taps
+            return _merge(g, plan, x, norm_after_merge=False), taps
 
 
-def _vision_attention(g: Graph, net: Network, x: str, cos: str, sin: str) -> str:
+def _vision_attention(g: Graph, plan: Plan, x: str, cos: str, sin: str) -> str:
     """Every image attends to itself; neighbours of equal size run as one batch."""
-    config = net.config.vision
-    patches, heads, size = len(net.positions), config.num_heads, config.hidden_size
-    runs = [(len(list(run)), height * width) for (height, width), run in groupby(net.shapes.grids)]
+    config = plan.config.vision
+    patches, heads, size = len(plan.positions), config.num_heads, config.hidden_size
+    runs = [(len(list(run)), height * width) for (height, width), run in groupby(plan.shapes.grids)]
     with g.scope("attn"):
         qkv = g.reshape(g.linear(x, "qkv", bias=True), patches, 3, heads, size // heads)
         q, k, v = (g.reshape(part, patches, heads, size // heads) for part in g.split(qkv, 1, 1, 1, axis=1))
@@ -187,23 +187,23 @@ def _vision_attention(g: Graph, net: Network, x: str, cos: str, sin: str) -> str
         return g.linear(g.concat(*outputs, axis=0), "proj", bias=True)
 
 
-def _merge(g: Graph, net: Network, x: str, norm_after_merge: bool) -> str:
-    config = net.config.vision
+def _merge(g: Graph, plan: Plan, x: str, norm_after_merge: bool) -> str:
+    config = plan.config.vision
     merged = config.hidden_size * config.spatial_merge_size**2
     if norm_after_merge:
-        x = g.layer_norm(g.reshape(x, net.image_tokens, merged), "norm", LAYER_NORM_EPS)
+        x = g.layer_norm(g.reshape(x, plan.image_tokens, merged), "norm", LAYER_NORM_EPS)
     else:
-        x = g.reshape(g.layer_norm(x, "norm", LAYER_NORM_EPS), net.image_tokens, merged)
+        x = g.reshape(g.layer_norm(x, "norm", LAYER_NORM_EPS), plan.image_tokens, merged)
     return g.linear(g.op("Gelu", g.linear(x, "linear_fc1", bias=True)), "linear_fc2", bias=True)
 
 
-def _prefill(g: Graph, net: Network, prompt: _Prompt, vision: str, taps: list[str]) -> tuple[list[str], list[str], str]:
+def _prefill(g: Graph, plan: Plan, prompt: _Prompt, vision: str, taps: list[str]) -> tuple[list[str], list[str], str]:
     """Keys and values of the layers that the DiT reads, (B, G, N, D) each, and next_position (3, B)."""
-    text, head, batch, tokens = net.config.text, net.config.head, net.shapes.batch, prompt.tokens
+    text, batch, tokens = plan.config.text, plan.shapes.batch, prompt.tokens
     rows = batch * tokens
     with g.scope("vlm", "model", "language_model"):
         ids = g.reshape(prompt.ids, rows)
-        is_image = g.op("Equal", ids, g.constant(torch.tensor(net.config.tokens.image)))
+        is_image = g.op("Equal", ids, g.constant(torch.tensor(plan.config.tokens.image)))
         # The n-th image token of the batch takes the n-th row of the vision tower's output.
         count = g.op("CumSum", g.cast(is_image, torch.int64), g.constant(torch.tensor(0)))
         index = g.op("Max", g.op("Sub", count, g.constant(torch.tensor(1))), g.constant(torch.tensor(0)))
@@ -225,7 +225,7 @@ def _prefill(g: Graph, net: Network, prompt: _Prompt, vision: str, taps: list[st
                 with g.scope("self_attn"):
                     k, v = (_heads(g, g.linear(h, f"{name}_proj"), batch, tokens, text.head_dim) for name in "kv")
                     k = _rotate(g, g.rms_norm(k, "k_norm", text.rms_eps), cos, sin)
-                    if layer >= text.num_layers - head.num_layers:
+                    if layer >= plan.config.first_read_layer:
                         keys.append(k)
                         values.append(v)
                     if layer == text.num_layers - 1:
@@ -250,11 +250,11 @@ def _heads(g: Graph, x: str, batch: int, tokens: int, head_dim: int) -> str:
 
 
 def _actions(
-    g: Graph, net: Network, keys: list[str], values: list[str], mask: str, next_position: str, tokens: int
+    g: Graph, plan: Plan, keys: list[str], values: list[str], mask: str, next_position: str, tokens: int
 ) -> None:
     """The flow, with the inputs that only it has, and its output."""
-    config, batch, length = net.config.head, net.shapes.batch, net.shapes.chunk_length
-    chunk, context = (batch, length, config.action_dim), 1 + config.state_length
+    config, batch, length = plan.config.head, plan.shapes.batch, plan.shapes.chunk_length
+    chunk, context = (batch, length, config.action_dim), config.context
     state = g.input("state", torch.float32, batch, config.state_length, config.state_dim)
     noise, prefix = g.input("noise", torch.float32, *chunk), g.input("prefix", torch.float32, *chunk)
     prefix_length = g.reshape(g.input("prefix_length", torch.int64, batch), batch, 1)
@@ -262,9 +262,9 @@ def _actions(
 
     query = context + length
     token = torch.arange(query)
-    rope, allowed = _dit_geometry(g, net, mask, next_position, prefix_length, tokens)
+    rope, allowed = _dit_geometry(g, plan, mask, next_position, prefix_length, tokens)
     shared = config.num_heads // config.num_kv_heads
-    keys, values = ([_repeat(g, net, part, shared, tokens) for part in cache] for cache in (keys, values))
+    keys, values = ([_repeat(g, plan, part, shared, tokens) for part in cache] for cache in (keys, values))
 
     rows = g.cast(g.reshape(state, batch * config.state_length, config.state_dim), g.dtype)
     states = g.reshape(_projector(g, rows, "state_projector"), batch, config.state_length, config.hidden_size)
@@ -283,7 +283,7 @@ def _actions(
         x = g.reshape(x, batch * query, config.hidden_size)
         for layer in range(config.num_layers):
             with g.scope(f"dit.layers.{layer}"):
-                x = _dit_layer(g, net, x, layer, step, rope, keys[layer], values[layer], allowed)
+                x = _dit_layer(g, plan, x, layer, step, rope, keys[layer], values[layer], allowed)
         x = g.reshape(x, batch, query, config.hidden_size)
         x = g.split(x, context, length, axis=1)[1]
         velocity = _projector(g, g.reshape(x, batch * length, config.hidden_size), "action_output_layer")
@@ -295,12 +295,12 @@ def _actions(
 
 
 def _dit_geometry(
-    g: Graph, net: Network, mask: str, next_position: str, prefix_length: str, tokens: int
+    g: Graph, plan: Plan, mask: str, next_position: str, prefix_length: str, tokens: int
 ) -> tuple[tuple[str, str], str]:
     """Rotary tables (B, 1, Q, D) and the mask (B, 1, Q, N + Q); prefix_length: (B, 1)."""
-    config, text, batch = net.config.head, net.config.text, net.shapes.batch
-    context = 1 + config.state_length
-    query = context + net.shapes.chunk_length
+    config, text, batch = plan.config.head, plan.config.text, plan.shapes.batch
+    context = config.context
+    query = context + plan.shapes.chunk_length
     token = torch.arange(query)
     positions = g.op("Add", g.reshape(next_position, 3, batch, 1), g.constant(token))
     if config.position_offset:
@@ -314,26 +314,26 @@ def _dit_geometry(
 
     # Among the DiT's own tokens the mask is a constant.
     nothing = torch.ones(1, 0, dtype=torch.bool)
-    own = dit_geometry(config, torch.zeros(3, 1), nothing, torch.zeros(1), net.shapes.chunk_length).mask
+    own = dit_geometry(config, torch.zeros(3, 1), nothing, torch.zeros(1), plan.shapes.chunk_length).mask
     seen = g.expand(g.reshape(mask, batch, 1, 1, tokens), batch, 1, query, tokens)
     return rope, g.concat(seen, g.expand(g.constant(own), batch, 1, query, query), axis=-1)
 
 
-def _repeat(g: Graph, net: Network, cache: str, times: int, tokens: int) -> str:
+def _repeat(g: Graph, plan: Plan, cache: str, times: int, tokens: int) -> str:
     """(B, G, N, D) -> (B, H, N, D): each KV head for the query heads that share it."""
     if times == 1:
         return cache
-    config, batch = net.config.head, net.shapes.batch
+    config, batch = plan.config.head, plan.shapes.batch
     wide = g.expand(g.unsqueeze(cache, 2), batch, config.num_kv_heads, times, tokens, config.head_dim)
     return g.reshape(wide, batch, config.num_heads, tokens, config.head_dim)
 
 
 def _dit_layer(
-    g: Graph, net: Network, x: str, layer: int, step: int, rope: tuple[str, str], keys: str, values: str, allowed: str
+    g: Graph, plan: Plan, x: str, layer: int, step: int, rope: tuple[str, str], keys: str, values: str, allowed: str
 ) -> str:
     """x: (B * Q, C); keys, values: (B, H, N, D). Returns (B * Q, C)."""
-    config, batch = net.config.head, net.shapes.batch
-    modulations = dict(zip(MODULATIONS, net.modulations[layer, step, :, 0], strict=True))
+    config, batch = plan.config.head, plan.shapes.batch
+    modulations = dict(zip(MODULATIONS, plan.modulations[layer, step, :, 0], strict=True))
 
     def norm(value: str, name: str) -> str:
         return g.rms_norm(value, f"{name}_layernorm", DIT_RMS_EPS)
@@ -350,6 +350,8 @@ def _dit_layer(
         k = _rotate(g, g.rms_norm(k, "k_norm", DIT_RMS_EPS), *rope)
         mixed = g.attention(q, g.concat(keys, k, axis=2), g.concat(values, v, axis=2), allowed)
         h = g.linear(g.reshape(g.transpose(mixed, 0, 2, 1, 3), -1, config.hidden_size), "o_proj")
-    x = norm(g.op("Add", x, modulate(h, "Mul", "gate_a")), "middle")
+    x = g.op("Add", x, modulate(h, "Mul", "gate_a"))
+    x = norm(x, "middle") if config.stream_norms else x
     h = _gated_mlp(g, modulate(modulate(norm(x, "post"), "Mul", "scale_m"), "Add", "shift_m"))
-    return norm(g.op("Add", x, modulate(h, "Mul", "gate_m")), "final")
+    x = g.op("Add", x, modulate(h, "Mul", "gate_m"))
+    return norm(x, "final") if config.stream_norms else x

@@ -1,4 +1,4 @@
-"""Exported graphs or engines in the place of XR0Model: the engine runs on either without knowing which."""
+"""Exported graphs or engines as a Network."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from xr0_engine.exported.manifest import (
 )
 from xr0_engine.exported.onnx_stage import OnnxStage
 from xr0_engine.exported.tensorrt_stage import TensorRTStage
+from xr0_engine.model.network import Mark, step_by_stages, unmarked
 from xr0_engine.types import KVBlock, ModelInputs, VisionTokens
 
 BACKENDS = ("onnx", "tensorrt")
@@ -32,11 +33,11 @@ Stage = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 
 
 class ExportedModel:
-    """XR0Model's interface over an export folder. Stages are opened when they are first used, and stay open.
+    """A Network over an export folder. Stages are opened when they are first used, and stay open.
 
-    files: those that it runs from. Shapes as in types.py; prompts are padded on the left to the export's length. Every
-    method raises ValueError for inputs of another shape than the export's, before any work, and if the folder lacks the
-    stage.
+    stages: those that the folder holds, by key, and their files' names; `step` runs the graph of the whole step where
+    there is one. files: those that it runs from. Prompts are padded on the left to the export's length. Every method
+    raises ValueError for inputs of another shape than the export's, before any work, and if the folder lacks the stage.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class ExportedModel:
         manifest: Manifest,
         device: torch.device,
         backend: str,
+        stages: Mapping[str, str],
         open_stage: Callable[[str], Stage],
         files: Mapping[Path, FileRecord],
     ) -> None:
@@ -54,6 +56,7 @@ class ExportedModel:
         self.files = files
         self.device = device
         self.dtype = PRECISIONS[manifest.precision]
+        self._held = stages
         self._open = open_stage
         self._stages: dict[str, Stage] = {}
 
@@ -72,7 +75,7 @@ class ExportedModel:
         if backend == "onnx" or (backend == "auto" and not fitting):
             check_sizes(manifest.located(folder))
             open_onnx = partial(_open_onnx, folder, manifest, chosen)
-            return cls(config, manifest, chosen, "onnx", open_onnx, manifest.located(folder))
+            return cls(config, manifest, chosen, "onnx", manifest.stages, open_onnx, manifest.located(folder))
         if not fitting:
             built = ", ".join(f"{each.target} ({each.compute_capability})" for each in engines.values()) or "none"
             raise ValueError(f"{folder}: no engines for device {chosen}; there are: {built} (xr0 export tensorrt)")
@@ -84,15 +87,10 @@ class ExportedModel:
         files = needed | engines[place].located(place)
         check_sizes(files)
         open_engine = partial(_open_tensorrt, place, engines[place], chosen)
-        return cls(config, manifest, chosen, "tensorrt", open_engine, files)
+        return cls(config, manifest, chosen, "tensorrt", engines[place].stages, open_engine, files)
 
     def encode_images(self, inputs: ModelInputs) -> VisionTokens:
-        shapes = self.manifest.shapes
-        if inputs.image_grids != shapes.grids:
-            raise ValueError(
-                f"images: the export is for patch grids {list(shapes.grids)}, got {list(inputs.image_grids)}: "
-                "other image sizes, views or batch"
-            )
+        self._check_images(inputs)
         self._check_batch(inputs)
         given = self._run("vision", {"pixel_values": inputs.pixel_values})
         taps = range(len(self.config.vision.deepstack_layers))
@@ -112,25 +110,52 @@ class ExportedModel:
             inputs.action_mask.to(self.device, torch.float32),
         )
 
-    def sample(self, kv: KVBlock, state: Tensor, noise: Tensor, prefix: Tensor, prefix_length: Tensor) -> Tensor:
+    def sample(
+        self,
+        kv: KVBlock,
+        state: Tensor,
+        noise: Tensor,
+        prefix: Tensor,
+        prefix_length: Tensor,
+        trace: list[Tensor] | None = None,
+    ) -> Tensor:
+        """As Network.sample. Raises NotImplementedError for a trace: a graph shows its end alone."""
+        if trace is not None:
+            raise NotImplementedError("trace: an export does not show its steps; the reference backend does")
         return self._run(stage_key("flow", kv.keys.shape[3]), flow_inputs(kv, state, noise, prefix, prefix_length))[
             "actions"
         ]
 
-    def step(self, inputs: ModelInputs, state: Tensor, noise: Tensor, prefix: Tensor, prefix_length: Tensor) -> Tensor:
-        """All three at once, by the graph that holds the whole step. Returns actions, (B, T, A) float32."""
+    def step(
+        self, inputs: ModelInputs, noise: Tensor, prefix: Tensor, prefix_length: Tensor, mark: Mark = unmarked
+    ) -> Tensor:
+        """As Network.step: by the graph of the whole step where the folder holds it, else stage by stage."""
+        self._check_images(inputs)
         self._check_batch(inputs)
         tokens = self.manifest.shapes.bucket(inputs.input_ids.shape[1])
+        key = stage_key("step", tokens)
+        if key not in self._held:
+            return step_by_stages(self, inputs, noise, prefix, prefix_length, mark)
         given = {
             "pixel_values": inputs.pixel_values,
             **prompt(inputs, tokens),
-            "state": state,
+            "state": inputs.state,
             "noise": noise,
             "prefix": prefix,
             "prefix_length": prefix_length,
             "action_mask": inputs.action_mask,
         }
-        return self._run(stage_key("step", tokens), given)["actions"]
+        actions = self._run(key, given)["actions"]
+        mark("step")
+        return actions
+
+    def _check_images(self, inputs: ModelInputs) -> None:
+        grids = self.manifest.shapes.grids
+        if inputs.image_grids != grids:
+            raise ValueError(
+                f"images: the export is for patch grids {list(grids)}, got {list(inputs.image_grids)}: "
+                "other image sizes, views or batch"
+            )
 
     def _check_batch(self, inputs: ModelInputs) -> None:
         shapes = self.manifest.shapes

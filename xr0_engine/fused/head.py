@@ -25,7 +25,7 @@ from xr0_engine.fused.ops import (
     Weight,
 )
 from xr0_engine.fused.vlm import new_sums, packed
-from xr0_engine.model.dit import DIT_RMS_EPS, MLP_RATIO, ActionHead, DiTLayer, Projector
+from xr0_engine.model.dit import DIT_RMS_EPS, ActionHead, DiTLayer, Projector
 from xr0_engine.model.flow import flow_times
 from xr0_engine.model.layers import inverse_frequencies, mrope_axes, parts_of
 
@@ -34,9 +34,15 @@ class FusedHead:
     """Shares the head's matrices, which it leaves as they are."""
 
     def __init__(self, head: ActionHead) -> None:
+        """Raises NotImplementedError for a family of heads that the kernels do not have."""
         self.head, self.config = head, head.config
+        if not self.config.stream_norms or self.config.output_hidden_size != self.config.action_dim:
+            raise NotImplementedError(
+                "backend 'triton': action heads without stream norms or with another output layer than XR-0's have no "
+                "kernels; use backend='reference'"
+            )
         weight = head.sink.weight
-        self.context = 1 + self.config.state_length
+        self.context = self.config.context
         self.frequencies = inverse_frequencies(self.config.head_dim, head.rope_theta, weight.device)
         if self.config.compat_bf16_time:
             self.frequencies = self.frequencies.bfloat16().float()
@@ -80,7 +86,7 @@ class FusedHead:
             k=empty(*heads),
             v=empty(*heads),
             mixed=empty(batch, tokens, width),
-            hidden=empty(batch, tokens, MLP_RATIO * width),
+            hidden=empty(batch, tokens, config.intermediate_size),
             embedded=empty(batch, chunk_length, width),
             state_hidden=empty(batch, config.state_length, width),
             cos=table(),

@@ -2,8 +2,8 @@
 
 Nothing is allocated and nothing on the device is waited for, so that a CUDA graph can hold it. Prompts are padded on
 the right here: what a row's end hides is then one number, and causal attention needs no mask. Shape legend: B batch,
-P patches and I tokens of all images, N cached tokens, M = N - head of them computed, C hidden, H heads, G KV heads, D
-head_dim.
+P patches and I tokens of all images, N cached tokens, of which M behind the preamble are computed, C hidden, H heads, G
+KV heads, D head_dim.
 """
 
 from __future__ import annotations
@@ -192,10 +192,10 @@ class FusedText:
         self.frequencies = inverse_frequencies(self.config.head_dim, self.config.rope_theta, device)
         self.axes = mrope_axes(len(self.frequencies), self.config.mrope_section, device).int()
 
-    def buffers(self, batch: int, tokens: int, head: int) -> TextBuffers:
-        """tokens: N, of which the first `head` are kept."""
+    def buffers(self, batch: int, tokens: int, preamble: int) -> TextBuffers:
+        """tokens: N, of which the first `preamble` are kept."""
         config, weight = self.config, self.language.embed_tokens.weight
-        own = tokens - head
+        own = tokens - preamble
 
         def empty(*shape: int) -> Tensor:
             return torch.zeros(shape, device=weight.device, dtype=weight.dtype)
@@ -250,10 +250,10 @@ class FusedText:
             ops.linear(b.hidden, Weight(layer.mlp.down_proj.weight), b.x, residual=residual, stats=stats)
 
     def _keys_and_values(self, ops: FusedOps, layer: TextLayer, b: TextBuffers, index: int) -> None:
-        attn, head = layer.self_attn, b.keys.shape[3] - b.x.shape[1]
+        attn, preamble = layer.self_attn, b.keys.shape[3] - b.x.shape[1]
         ops.qkv(
-            b.x, Weight(packed(attn)), None if layer.kv_only else b.q, b.keys[index, :, :, head:],
-            b.values[index, :, :, head:], norm=InputNorm(b.sums, self.config.rms_eps),
+            b.x, Weight(packed(attn)), None if layer.kv_only else b.q, b.keys[index, :, :, preamble:],
+            b.values[index, :, :, preamble:], norm=InputNorm(b.sums, self.config.rms_eps),
             q_weight=None if layer.kv_only else attn.q_norm.weight, k_weight=attn.k_norm.weight,
             eps=self.config.rms_eps, cos=b.cos, sin=b.sin,
         )  # fmt: skip

@@ -1,6 +1,6 @@
 """The DiT action head (spec section 2). These are the modules that the trainer trains; names are the checkpoint's.
 
-Shape legend: B batch, T actions, A action columns, S state columns, Q = 1 + state_length + T DiT tokens, N VLM tokens,
+Shape legend: B batch, T actions, A action columns, S state columns, Q = context + T DiT tokens, N VLM tokens,
 C hidden, H heads, G KV heads, D head_dim, L layers.
 """
 
@@ -19,7 +19,6 @@ from xr0_engine.model.layers import GatedMLP, RMSNorm, inverse_frequencies, mrop
 from xr0_engine.types import KVBlock
 
 DIT_RMS_EPS = 1e-6
-MLP_RATIO = 4
 TIME_FREQUENCIES = 128
 TIME_SCALE = 1000.0
 """The network sees 1000 t."""
@@ -44,7 +43,7 @@ def dit_geometry(
     next_position: (3, B), first free VLM position per axis; kv_mask: (B, N) bool, False = padding; prefix_length: (B,).
     """
     device = next_position.device
-    context = 1 + config.state_length
+    context = config.context
     total = context + chunk_length
     token = torch.arange(total, device=device)
     is_suffix = token >= context + prefix_length.to(device)[:, None]
@@ -118,18 +117,20 @@ class DiTAttention(nn.Module):
 
 
 class DiTLayer(nn.Module):
-    """The residual stream itself is normalised twice, by middle_layernorm and final_layernorm (spec section 2.2)."""
+    """With stream_norms the residual stream itself is normalised twice, by middle_layernorm and final_layernorm (spec
+    section 2.2); without them these norms do not exist."""
 
     def __init__(self, config: ActionHeadConfig) -> None:
         super().__init__()
-        size = config.hidden_size
+        size, self.stream_norms = config.hidden_size, config.stream_norms
         self.adaln_table = nn.Parameter(torch.empty(6, size))
         self.attn = DiTAttention(config)
-        self.mlp = GatedMLP(size, MLP_RATIO * size)
+        self.mlp = GatedMLP(size, config.intermediate_size)
         self.input_layernorm = RMSNorm(size, DIT_RMS_EPS)
-        self.middle_layernorm = RMSNorm(size, DIT_RMS_EPS)
         self.post_layernorm = RMSNorm(size, DIT_RMS_EPS)
-        self.final_layernorm = RMSNorm(size, DIT_RMS_EPS)
+        if config.stream_norms:
+            self.middle_layernorm = RMSNorm(size, DIT_RMS_EPS)
+            self.final_layernorm = RMSNorm(size, DIT_RMS_EPS)
 
     def forward(
         self, x: Tensor, modulation: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, mask: Tensor
@@ -138,9 +139,11 @@ class DiTLayer(nn.Module):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.unbind(1)
         h = torch.addcmul(shift_a, self.input_layernorm(x), scale_a)
         h = self.attn(h, cos, sin, keys, values, mask)
-        x = self.middle_layernorm(torch.addcmul(x, gate_a, h))
+        x = torch.addcmul(x, gate_a, h)
+        x = self.middle_layernorm(x) if self.stream_norms else x
         h = self.mlp(torch.addcmul(shift_m, self.post_layernorm(x), scale_m))
-        return self.final_layernorm(torch.addcmul(x, gate_m, h))
+        x = torch.addcmul(x, gate_m, h)
+        return self.final_layernorm(x) if self.stream_norms else x
 
 
 class DiT(nn.Module):
@@ -160,7 +163,7 @@ class ActionHead(nn.Module):
         self.dit = DiT(head)
         self.state_projector = Projector(head.state_dim, head.hidden_size, head.hidden_size)
         self.action_projector = Projector(head.action_dim, head.hidden_size, head.hidden_size)
-        self.action_output_layer = Projector(head.hidden_size, head.action_dim, head.action_dim)
+        self.action_output_layer = Projector(head.hidden_size, head.output_hidden_size, head.action_dim)
         self.t_embedder = TimeEmbedder(head.hidden_size)
         self.t_projector = TimeProjector(head.hidden_size)
         self.sink = nn.Embedding(1, head.hidden_size)
@@ -181,7 +184,7 @@ class ActionHead(nn.Module):
         return self.modulations(flow_times(self.config.flow_steps).to(self.sink.weight.device))
 
     def context(self, state: Tensor) -> Tensor:
-        """state: (B, state_length, S). Returns the tokens [sink, state]: (B, 1 + state_length, C)."""
+        """state: (B, state_length, S). Returns the tokens [sink, state]: (B, context, C)."""
         sink = self.sink.weight.expand(len(state), 1, -1)
         return torch.cat((sink, self.state_projector(state)), dim=1)
 

@@ -98,18 +98,18 @@ class LanguageModel(nn.Module):
         keep_layers: int,
         image_index: Tensor | None = None,
         deepstack: tuple[Tensor, ...] = (),
-        head: Preamble | None = None,
+        preamble: Preamble | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Prefill. Returns the keys and values of the last keep_layers layers, (keep_layers, B, G, N, D) each.
 
-        x: (B, M, C), the embeddings of the last M columns; the first N - M come from head, shifted by each row's
+        x: (B, M, C), the embeddings of the last M columns; the first N - M come from preamble, shifted by each row's
         padding. positions: (3, B, M); mask: (B, N) bool, False = left padding; image_index: places of image tokens in
         the flattened (B * M); deepstack: (image tokens, C) each, added there after the first layers.
         """
         config, (batch, tokens), total = self.config, x.shape[:2], mask.shape[1]
         frequencies = inverse_frequencies(config.head_dim, config.rope_theta, x.device)
         cos, sin = mrope_tables(positions, frequencies, config.mrope_section)
-        allowed = _prefill_mask(mask, tokens) if head is not None or not bool(mask.all()) else None
+        allowed = _prefill_mask(mask, tokens) if preamble is not None or not bool(mask.all()) else None
 
         # Layers below those kept share one scratch place, the first. Zeroed: padding is masked, but 0 * NaN is NaN.
         shape = (keep_layers + 1, batch, config.num_kv_heads, total, config.head_dim)
@@ -117,11 +117,11 @@ class LanguageModel(nn.Module):
         padding = (~mask).sum(1).tolist()
         for index, layer in enumerate(self.layers):
             place = max(0, index - len(self.layers) + keep_layers + 1)
-            if head is not None:
+            if preamble is not None:
                 for row, pad in enumerate(padding):
                     filled = max(0, total - tokens - pad)
-                    keys[place, row, :, pad : pad + filled] = head.keys[index, :, :filled]
-                    values[place, row, :, pad : pad + filled] = head.values[index, :, :filled]
+                    keys[place, row, :, pad : pad + filled] = preamble.keys[index, :, :filled]
+                    values[place, row, :, pad : pad + filled] = preamble.values[index, :, :filled]
             x = layer(x, cos, sin, allowed, keys[place], values[place])
             if index < len(deepstack) and image_index is not None:
                 x.view(-1, x.shape[-1]).index_add_(0, image_index, deepstack[index])

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-
 import torch
 from torch import Tensor, nn
 
 from xr0_engine.config import XR0Config
 from xr0_engine.model.dit import ActionHead
+from xr0_engine.model.kept import Kept
 from xr0_engine.model.layers import pack_linears
+from xr0_engine.model.network import Mark, step_by_stages, unmarked
 from xr0_engine.model.vlm import VLM, Preamble
 from xr0_engine.types import KVBlock, ModelInputs, VisionTokens
 
@@ -17,10 +17,7 @@ MAX_KEPT_PREAMBLES = 16
 
 
 class XR0Model(nn.Module):
-    """Inference over loaded weights. weights.py allocates and fills it; `finish_loading` makes what depends on them.
-
-    Shapes as in types.py. All methods run without autograd.
-    """
+    """A Network over loaded weights. weights.py allocates and fills it; `finish_loading` makes what depends on them."""
 
     def __init__(self, config: XR0Config) -> None:
         super().__init__()
@@ -28,7 +25,7 @@ class XR0Model(nn.Module):
         self.vlm = VLM(config)
         self.head = ActionHead(config)
         self._modulations: Tensor | None = None
-        self._preambles: OrderedDict[tuple[int, ...], Preamble] = OrderedDict()
+        self._preambles: Kept[tuple[int, ...], Preamble] = Kept(MAX_KEPT_PREAMBLES)
 
     @property
     def device(self) -> torch.device:
@@ -57,21 +54,20 @@ class XR0Model(nn.Module):
 
     @torch.inference_mode()
     def prefill(self, inputs: ModelInputs, vision: VisionTokens) -> KVBlock:
-        """The keys and values that the DiT reads. Raises ValueError if image tokens and images do not match."""
         language = self.vlm.model.language_model
         is_image = inputs.input_ids == self.config.tokens.image
         if int(is_image.sum()) != len(vision.tokens):
             raise ValueError(f"input_ids hold {int(is_image.sum())} image tokens, the images give {len(vision.tokens)}")
 
-        head = None if inputs.preamble_length == 0 else self.preamble(inputs)
-        start = 0 if head is None else int((~inputs.attention_mask).sum(1).min()) + len(head)
+        preamble = None if inputs.preamble_length == 0 else self.preamble(inputs)
+        start = 0 if preamble is None else int((~inputs.attention_mask).sum(1).min()) + len(preamble)
         image_index = is_image[:, start:].flatten().nonzero().squeeze(1).to(self.device)
         x = language.embed_tokens(inputs.input_ids[:, start:].to(self.device))
         x.view(-1, x.shape[-1])[image_index] = vision.tokens
         mask = inputs.attention_mask.to(self.device)
         positions = inputs.position_ids.to(self.device)
         keys, values = language(
-            x, positions[..., start:], mask, self.config.head.num_layers, image_index, vision.deepstack, head
+            x, positions[..., start:], mask, self.config.head.num_layers, image_index, vision.deepstack, preamble
         )
         next_position = positions.masked_fill(~mask, -1).amax(-1) + 1
         return KVBlock(keys, values, mask, next_position, inputs.action_mask.to(self.device, torch.float32))
@@ -86,23 +82,25 @@ class XR0Model(nn.Module):
         prefix_length: Tensor,
         trace: list[Tensor] | None = None,
     ) -> Tensor:
-        """As ActionHead.sample, with the table made at load time."""
         assert self._modulations is not None, "finish_loading was not called"
         return self.head.sample(kv, state, noise, prefix, prefix_length, self._modulations, trace)
+
+    def step(
+        self, inputs: ModelInputs, noise: Tensor, prefix: Tensor, prefix_length: Tensor, mark: Mark = unmarked
+    ) -> Tensor:
+        return step_by_stages(self, inputs, noise, prefix, prefix_length, mark)
 
     def preamble(self, inputs: ModelInputs) -> Preamble:
         """The kept KV of the batch's common first tokens (at least one), computed on first use."""
         pad = int((~inputs.attention_mask[0]).sum())
         ids = inputs.input_ids[0, pad : pad + inputs.preamble_length]
-        key = tuple(ids.tolist())
-        if key not in self._preambles:
-            language = self.vlm.model.language_model
-            x = language.embed_tokens(ids.to(self.device))[None]
-            positions = torch.arange(len(key), device=self.device).expand(3, 1, -1)
-            mask = torch.ones(1, len(key), dtype=torch.bool, device=self.device)
-            keys, values = language(x, positions, mask, self.config.text.num_layers)
-            self._preambles[key] = Preamble(keys[:, 0], values[:, 0])
-            if len(self._preambles) > MAX_KEPT_PREAMBLES:
-                self._preambles.popitem(last=False)
-        self._preambles.move_to_end(key)
-        return self._preambles[key]
+        return self._preambles.get(tuple(ids.tolist()), lambda: self._make_preamble(ids))
+
+    @torch.inference_mode()
+    def _make_preamble(self, ids: Tensor) -> Preamble:
+        language = self.vlm.model.language_model
+        x = language.embed_tokens(ids.to(self.device))[None]
+        positions = torch.arange(len(ids), device=self.device).expand(3, 1, -1)
+        mask = torch.ones(1, len(ids), dtype=torch.bool, device=self.device)
+        keys, values = language(x, positions, mask, self.config.text.num_layers)
+        return Preamble(keys[:, 0], values[:, 0])

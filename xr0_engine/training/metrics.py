@@ -181,8 +181,8 @@ def model_flops(config: XR0Config, inputs: ModelInputs, draws: int, length: int,
     for height, width in inputs.image_grids:
         patches = height * width
         vlm += vision.depth * patches * (2 * block + 4 * patches * vision.hidden_size)
-    queries = 1 + head.state_length + length
-    layer = 16 * head.hidden_size**2
+    queries = head.context + length
+    layer = 4 * head.hidden_size**2 + 3 * head.hidden_size * head.intermediate_size
     dit = head.num_layers * draws * rows * queries * (2 * layer + 4 * (tokens + queries) * head.hidden_size)
     return float((3 if trains_vlm else 1) * vlm + 3 * dit)
 

@@ -15,7 +15,8 @@ from xr0_engine.backend import resolve_backend
 from xr0_engine.bench.cases import Setup, StepInputs, Subject
 from xr0_engine.bench.timing import CallTimer, StageTimes, Stopwatch
 from xr0_engine.fused.graph import GraphContents
-from xr0_engine.fused.model import FusedModel, Session
+from xr0_engine.fused.model import FusedModel
+from xr0_engine.fused.session import Session
 
 if TYPE_CHECKING:
     from xr0_engine.bench.measure.baseline import ReleasedModel

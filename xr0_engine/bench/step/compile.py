@@ -13,7 +13,7 @@ from xr0_engine.backend import resolve_dtype, triton_installed
 from xr0_engine.bench.step.roofline import Workload
 from xr0_engine.config import XR0Config
 from xr0_engine.fused.head import FusedHead
-from xr0_engine.fused.model import PROMPT_BUCKET
+from xr0_engine.fused.prompts import PROMPT_BUCKET
 from xr0_engine.fused.ops import SHARED_LIMIT, FlowInputs, FusedOps, compile_kernels
 from xr0_engine.fused.vlm import FusedText, FusedVision
 from xr0_engine.model.layers import pack_linears

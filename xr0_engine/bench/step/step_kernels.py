@@ -17,7 +17,9 @@ from xr0_engine.bench.step.kernels import GATE
 from xr0_engine.bench.step.roofline import Operator, Precision
 from xr0_engine.bench.step.tune import Call, RecordingOps, Trial
 from xr0_engine.bench.timing import CallTimer, run
-from xr0_engine.fused.model import FusedModel, Session, session_key
+from xr0_engine.fused.model import FusedModel
+from xr0_engine.fused.prompts import session_key
+from xr0_engine.fused.session import Session
 from xr0_engine.fused.ops import FusedOps, Tactic
 
 

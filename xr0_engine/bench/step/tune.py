@@ -31,7 +31,9 @@ from xr0_engine.bench.results import current_commit, environment
 from xr0_engine.bench.step import candidates
 from xr0_engine.bench.step.kernels import GATE
 from xr0_engine.bench.timing import CallTimer, take_turns
-from xr0_engine.fused.model import FusedModel, Session, session_key
+from xr0_engine.fused.model import FusedModel
+from xr0_engine.fused.prompts import session_key
+from xr0_engine.fused.session import Session
 from xr0_engine.fused.ops import FusedOps, Tactic, compile_beside, tactic_key
 from xr0_engine.fused.tactics import TacticTable, gpu_name, own_folder, write_tactics
 

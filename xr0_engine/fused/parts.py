@@ -1,0 +1,38 @@
+"""A loaded model's parts for the fused ops, and how they are to run: what sessions are made of."""
+
+from __future__ import annotations
+
+import torch
+
+from xr0_engine.fused.head import FusedHead
+from xr0_engine.fused.ops import FusedOps
+from xr0_engine.fused.tactics import TacticTable
+from xr0_engine.fused.vlm import FusedText, FusedVision
+from xr0_engine.model.xr0 import XR0Model
+
+
+class FusedParts:
+    """Shares a loaded model's weights; makes their layout the kernels' own, which the model itself understands too.
+
+    backend: of FusedOps. table: the tactics to run with. graphs: capture and replay (a CUDA GPU), or run op by op.
+    """
+
+    def __init__(self, model: XR0Model, backend: str, table: TacticTable, graphs: bool) -> None:
+        self.reference, self.config = model, model.config
+        self.table, self.backend, self.graphs = table, backend, graphs
+        towers = model.vlm.model
+        with torch.inference_mode():
+            self.vision, self.text = FusedVision(towers.visual), FusedText(towers.language_model)
+            self.head = FusedHead(model.head)
+
+    @property
+    def device(self) -> torch.device:
+        return self.reference.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.reference.dtype
+
+    def ops(self) -> FusedOps:
+        """Fused ops for one stream, with scratch memory of their own."""
+        return FusedOps(self.backend, self.device, self.table.tactics)

@@ -1,0 +1,237 @@
+"""The buffers of one case and its CUDA graphs: of a whole step, and of the flow alone on a KV block that was kept.
+
+Everything but the case - prompt, images, noise, prefix, state, lengths - is device input, copied in one transfer: it
+recaptures nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from xr0_engine.config import XR0Config
+from xr0_engine.fused.graph import Graph
+from xr0_engine.fused.ops import FlowInputs
+from xr0_engine.fused.parts import FusedParts
+from xr0_engine.fused.prompts import SessionKey, right_padded, visible_range
+from xr0_engine.fused.staging import Staging
+from xr0_engine.types import KVBlock, ModelInputs, VisionTokens
+
+PARTS = ("step", "vision", "prefill", "flow")
+"""What a session replays: the whole step, or one stage."""
+
+
+class Session:
+    """The buffers of one case, and its graphs. chunk: (B, T, A) float32, where a step leaves its result."""
+
+    def __init__(self, model: FusedParts, key: SessionKey, inputs: ModelInputs) -> None:
+        """inputs: of this case; their preamble's keys and values are kept."""
+        self.model, self.key = model, key
+        self._graphs: dict[str, Graph] = {}
+        self.staging = Staging(_fields(model.config, key, model.dtype), model.device)
+        on_device = self.staging.device
+        self.ops, self.flow_ops = model.ops(), model.ops()
+        self.vision = model.vision.buffers(key.grids)
+        self.text = model.text.buffers(key.batch, key.tokens, len(key.preamble))
+        self.flow = model.head.buffers(key.batch, key.chunk_length)
+        if key.preamble:
+            kept = model.reference.preamble(inputs)
+            self.text.keys[..., : len(key.preamble), :] = kept.keys[:, None]
+            self.text.values[..., : len(key.preamble), :] = kept.values[:, None]
+        self._first_read = model.config.first_read_layer
+        self.flow_inputs = FlowInputs(
+            keys=self.text.keys[self._first_read :],
+            values=self.text.values[self._first_read :],
+            begin=torch.zeros(key.batch, dtype=torch.int32, device=model.device),
+            end=on_device["lengths"],
+            **{name: on_device[name] for name in ("next_position", "state", "noise", "prefix", "prefix_length")},
+            action_mask=on_device["action_mask"],
+        )
+        self.chunk = self.flow.z[model.head.steps % 2]
+
+    def update(self, inputs: ModelInputs, noise: Tensor, prefix: Tensor, prefix_length: Tensor) -> None:
+        """Everything that changes, to the device in one transfer."""
+        self._upload(
+            inputs,
+            patches=inputs.pixel_values,
+            state=inputs.state,
+            action_mask=inputs.action_mask,
+            noise=noise,
+            prefix=prefix,
+            prefix_length=prefix_length,
+        )
+
+    @torch.inference_mode()
+    def prefill_with(self, inputs: ModelInputs, vision: VisionTokens) -> None:
+        """The KV block of image tokens that the caller has, op by op."""
+        self._upload(inputs)
+        self.vision.tokens.copy_(vision.tokens)
+        for own, given in zip(self.vision.deepstack, vision.deepstack, strict=True):
+            own.copy_(given)
+        self.prefill()
+
+    def _upload(self, inputs: ModelInputs, **fields: Tensor) -> None:
+        self.staging.wait()
+        prompts = {
+            name: torch.from_numpy(value)
+            for name, value in vars(right_padded(inputs, self.key, self.model.config)).items()
+        }
+        for name, value in (prompts | fields).items():
+            self.staging.host[name].copy_(value)
+        self.staging.upload()
+
+    def replay(self, part: str = "step") -> None:
+        """The whole step on what was uploaded last, or one stage of PARTS on what the stages before it left.
+
+        The graph of each is captured the first time.
+        """
+        if self.model.graphs:
+            self.graph(part).replay()
+        else:
+            self._work(part)()
+
+    def graph(self, part: str = "step") -> Graph:
+        """The captured graph of a part. Raises NotImplementedError where there is no CUDA GPU."""
+        if part not in self._graphs:
+            name = f"{part} {self.key.batch}x{self.key.tokens}"
+            self._graphs[part] = Graph(self._work(part), self.model.device, name)
+        return self._graphs[part]
+
+    def _work(self, part: str) -> Callable[[], None]:
+        return {"step": self.run, "vision": self.encode, "prefill": self.prefill, "flow": self.sample}[part]
+
+    @torch.inference_mode()
+    def run(self) -> None:
+        """The whole step, op by op."""
+        self.encode()
+        if self.model.table.overlap and self.model.device.type == "cuda":
+            self._prefill_beside_flow()
+        else:
+            self.prefill()
+            self.sample()
+
+    @torch.inference_mode()
+    def encode(self) -> None:
+        self.model.vision.run(self.ops, self.staging.device["patches"], self.vision)
+
+    @torch.inference_mode()
+    def prefill(self) -> None:
+        self._prefill(lambda index: None)
+
+    @torch.inference_mode()
+    def sample(self) -> None:
+        persistent = self.model.table.flow == "persistent"
+        self.model.head.run(self.flow_ops, self.flow_inputs, self.flow, persistent=persistent)
+
+    def close(self) -> None:
+        for graph in self._graphs.values():
+            graph.close()
+        self._graphs.clear()
+
+    def _prefill(self, layer_done: Callable[[int], None]) -> None:
+        on_device = self.staging.device
+        self.model.text.run(
+            self.ops, on_device["ids"], on_device["positions"], on_device["image_index"], self.vision.tokens[0],
+            tuple(tap[0] for tap in self.vision.deepstack), self.text, layer_done,
+        )  # fmt: skip
+
+    def _prefill_beside_flow(self) -> None:
+        """Layer i of the flow's first step starts when the VLM layer that it reads has left its keys and values."""
+        head, first = self.model.head, self._first_read
+        main, side = torch.cuda.current_stream(), self._side_stream
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
+            head.begin(self.flow_ops, self.flow_inputs, self.flow)
+
+        def chase(index: int) -> None:
+            if index >= first:
+                side.wait_stream(main)
+                with torch.cuda.stream(side):
+                    head.layer(self.flow_ops, self.flow_inputs, self.flow, 0, index - first)
+
+        self._prefill(chase)
+        main.wait_stream(side)
+        head.end_step(self.flow_ops, self.flow_inputs, self.flow, 0)
+        head.finish(self.flow_ops, self.flow_inputs, self.flow, 1)
+
+    @cached_property
+    def _side_stream(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream(self.model.device)
+
+
+class FlowSession:
+    """The flow alone, on KV blocks that were kept: static buffers and a graph for one batch, bucket and length."""
+
+    def __init__(self, model: FusedParts, batch: int, tokens: int, chunk_length: int) -> None:
+        head, device = model.config.head, model.device
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        cache = (head.num_layers, batch, head.num_kv_heads, tokens, head.head_dim)
+        chunk = (batch, chunk_length, head.action_dim)
+        self.inputs = FlowInputs(
+            keys=zeros(*cache, dtype=model.dtype),
+            values=zeros(*cache, dtype=model.dtype),
+            begin=zeros(batch, dtype=torch.int32),
+            end=zeros(batch, dtype=torch.int32),
+            next_position=zeros(3, batch, dtype=torch.int32),
+            state=zeros(batch, head.state_length, head.state_dim, dtype=model.dtype),
+            noise=zeros(*chunk),
+            prefix=zeros(*chunk),
+            prefix_length=zeros(batch, dtype=torch.int32),
+            action_mask=zeros(*chunk),
+        )
+        self._buffers, self._ops, self._head = model.head.buffers(batch, chunk_length), model.ops(), model.head
+        self._persistent = model.table.flow == "persistent"
+        self._graph = Graph(self._run, device, f"flow {batch}x{tokens}")
+
+    def sample(self, kv: KVBlock, state: Tensor, noise: Tensor, prefix: Tensor, prefix_length: Tensor) -> Tensor:
+        begin, end = visible_range(kv.mask)
+        tokens, held = kv.mask.shape[1], self.inputs
+        held.keys[..., :tokens, :].copy_(kv.keys)
+        held.values[..., :tokens, :].copy_(kv.values)
+        for target, value in (
+            (held.begin, begin),
+            (held.end, end),
+            (held.next_position, kv.next_position),
+            (held.state, state),
+            (held.noise, noise),
+            (held.prefix, prefix),
+            (held.prefix_length, prefix_length),
+            (held.action_mask, kv.action_mask),
+        ):
+            target.copy_(value)
+        self._graph.replay()
+        return self._buffers.z[self._head.steps % 2].clone()
+
+    def close(self) -> None:
+        self._graph.close()
+
+    @torch.inference_mode()
+    def _run(self) -> None:
+        self._head.run(self._ops, self.inputs, self._buffers, persistent=self._persistent)
+
+
+def _fields(config: XR0Config, key: SessionKey, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """What is uploaded for a step: name -> shape and dtype."""
+    head = config.head
+    patches = sum(height * width for height, width in key.grids)
+    batch, own = key.batch, key.tokens - len(key.preamble)
+    chunk = (batch, key.chunk_length, head.action_dim)
+    return {
+        "patches": ((patches, config.vision.patch_dim), dtype),
+        "ids": ((batch, own), torch.int32),
+        "image_index": ((batch, own), torch.int32),
+        "positions": ((3, batch, own), torch.int32),
+        "next_position": ((3, batch), torch.int32),
+        "lengths": ((batch,), torch.int32),
+        "state": ((batch, head.state_length, head.state_dim), dtype),
+        "noise": (chunk, torch.float32),
+        "prefix": (chunk, torch.float32),
+        "prefix_length": ((batch,), torch.int32),
+        "action_mask": (chunk, torch.float32),
+    }

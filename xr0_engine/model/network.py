@@ -1,0 +1,75 @@
+"""The one face of a network: what an engine runs, whoever computes it.
+
+XR0Model has it by PyTorch's operators, fused.FusedModel by our kernels, exported.ExportedModel by graphs of an export.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from xr0_engine.config import XR0Config
+from xr0_engine.types import KVBlock, ModelInputs, VisionTokens
+
+Mark = Callable[[str], None]
+"""Called with the name of each stage when its work has been handed to the device."""
+
+
+def unmarked(stage: str) -> None:
+    """A Mark for those who do not ask."""
+
+
+class Network(Protocol):
+    """Patches and tokens to a normalised action chunk, on one device, without autograd. Shapes as in types.py."""
+
+    @property
+    def config(self) -> XR0Config: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def encode_images(self, inputs: ModelInputs) -> VisionTokens:
+        """inputs.pixel_values through the vision tower."""
+
+    def prefill(self, inputs: ModelInputs, vision: VisionTokens) -> KVBlock:
+        """The keys and values that the DiT reads. Raises ValueError if image tokens and images do not match."""
+
+    def sample(
+        self,
+        kv: KVBlock,
+        state: Tensor,
+        noise: Tensor,
+        prefix: Tensor,
+        prefix_length: Tensor,
+        trace: list[Tensor] | None = None,
+    ) -> Tensor:
+        """One chunk per row of a KV block: (B, T, A) float32, in the model's units (spec section 2.5).
+
+        state: (B, state_length, S); noise, prefix: (B, T, A) float32, prefix read where the row's prefix_length (B,)
+        covers it; trace, if given, receives z before each step and after the last.
+        """
+
+    def step(
+        self, inputs: ModelInputs, noise: Tensor, prefix: Tensor, prefix_length: Tensor, mark: Mark = unmarked
+    ) -> Tensor:
+        """All three at once, as fast as the network can: (B, T, A) float32 on its device, which its next call may
+        overwrite. mark: called after `vision`, `prefill` and `flow` or, where they are one piece of work, `step`."""
+
+
+def step_by_stages(
+    network: Network, inputs: ModelInputs, noise: Tensor, prefix: Tensor, prefix_length: Tensor, mark: Mark
+) -> Tensor:
+    """Network.step of a network that runs its stages one after the other."""
+    vision = network.encode_images(inputs)
+    mark("vision")
+    kv = network.prefill(inputs, vision)
+    mark("prefill")
+    chunk = network.sample(kv, inputs.state, noise, prefix, prefix_length)
+    mark("flow")
+    return chunk
