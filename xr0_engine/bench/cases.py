@@ -16,9 +16,11 @@ from xr0_engine.checkpoint import ROBOTS, SIZES, init_checkpoint
 from xr0_engine.config import XR0Config
 from xr0_engine.engine import Engine
 from xr0_engine.env import cache_dir
+from xr0_engine.fused.model import FusedModel
 from xr0_engine.model.dit import ActionHead
 from xr0_engine.model.layers import RMSNorm, pack_linears
 from xr0_engine.model.weights import resolve_checkpoint
+from xr0_engine.model.xr0 import XR0Model
 from xr0_engine.robot.decode import encode_prefix
 from xr0_engine.robot.embodiment import Embodiment, embodiment_for, load_embodiment
 from xr0_engine.robot.preprocess import Preprocessor
@@ -170,6 +172,19 @@ class Subject:
         engine = Engine(self.engine.model, Preprocessor.load(self.folder, profile), self.engine.backend)
         inputs = case.observations(engine), case.prefixes(engine), case.noise(engine)
         return Subject(replace(self.setup, case=case), self.folder, engine, *inputs)
+
+    def plain_model(self) -> XR0Model:
+        """The network whose weights the engine runs with, as PyTorch's operators compute it."""
+        model = self.engine.model
+        plain = model.reference if isinstance(model, FusedModel) else model
+        assert isinstance(plain, XR0Model), "an export has no weights of its own to share"
+        return plain
+
+    def fused_model(self) -> FusedModel:
+        """Raises NotImplementedError for a backend without fused ops."""
+        if not isinstance(self.engine.model, FusedModel):
+            raise NotImplementedError(f"backend {self.engine.backend!r} has no fused ops; take --backend triton")
+        return self.engine.model
 
     def infer(self) -> list[ActionChunk]:
         return self.engine.infer(self.observations, self.prefixes, self.noise)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, get_type_hints
 
 import typer
 
@@ -15,15 +17,28 @@ if TYPE_CHECKING:
     from xr0_engine.bench.results import Result
     from xr0_engine.drive.policies import Source
 
-CaseName = Annotated[str, typer.Option("--case", help="libero, bimanual, two_views or stress.")]
+    Measured: TypeAlias = "tuple[tuple[Result, BaseException | None], Callable[[Result], None]]"
+    """The result and what cut it short, and how to show it."""
+
 Size = Annotated[str, typer.Option(help="Random weights: tiny, small or 4b (8.8 GiB, the published sizes).")]
 Checkpoint = Annotated[str | None, typer.Option(help="Your own checkpoint instead: folder or Hugging Face hub id.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, typer.Option(help="bfloat16, float16 or float32.")]
-Threads = Annotated[int | None, typer.Option(help="CPU threads; torch's choice if not given.")]
-Backend = Annotated[str, typer.Option(help="What runs the engine: auto, reference or triton.")]
 Rounds = Annotated[int, typer.Option(help="How often each is measured.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write every sample and the environment here.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+CaseName = Annotated[str, typer.Option("--case", help="libero, bimanual, two_views or stress.")]
+Backend = Annotated[str, typer.Option(help="What runs the engine: auto, reference or triton.")]
+
+SETUP: dict[str, tuple[Any, Any]] = {
+    "case": (CaseName, "libero"),
+    "size": (Size, "small"),
+    "checkpoint": (Checkpoint, None),
+    "device": (Device, "auto"),
+    "dtype": (Dtype, "bfloat16"),
+    "threads": (Annotated[int | None, typer.Option(help="CPU threads; torch's choice if not given.")], None),
+}
+"""Options that make a Setup: annotation and default."""
 
 app = typer.Typer(name="bench", no_args_is_help=True, add_completion=False, rich_markup_mode="markdown")
 
@@ -37,14 +52,41 @@ def _bench() -> None:
     """
 
 
-@app.command()
+def _measuring(
+    backend: Any = Backend, **changed: tuple[Any, Any]
+) -> Callable[[Callable[..., Measured]], Callable[..., None]]:
+    """A command of a function (setup, own options) that measures: SETUP's options come before its own, --backend (None:
+    it has none) and --json behind them; what it returns is written and shown. changed: as SETUP, instead."""
+    before = {**SETUP, **changed}
+    behind = ({} if backend is None else {"backend": (backend, "auto")}) | {"json_file": (JsonFile, None)}
+
+    def command(measure: Callable[..., Measured]) -> Callable[..., None]:
+        hints = get_type_hints(measure, localns={"Setup": Any, "Measured": Any}, include_extras=True)
+        _, *own = inspect.signature(measure).parameters.values()
+        options = before | {each.name: (hints[each.name], each.default) for each in own} | behind
+
+        @functools.wraps(measure)
+        def run(json_file: Path | None, backend: str = "auto", **given: Any) -> None:
+            _check_file(json_file)
+            setup = _setup(**{name: given.pop(name) for name in before}, backend=backend)
+            measured, show = measure(setup, **given)
+            _deliver(*measured, show, json_file)
+
+        # What typer reads of a command.
+        run.__annotations__ = {name: annotation for name, (annotation, _) in options.items()}
+        parameters = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+            for name, (annotation, default) in options.items()
+        ]
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        return app.command()(run)
+
+    return command
+
+
+@_measuring()
 def latency(
-    case: CaseName = "libero",
-    size: Size = "small",
-    checkpoint: Checkpoint = None,
-    device: Device = "auto",
-    dtype: Dtype = "bfloat16",
-    threads: Threads = None,
+    setup: Setup,
     rounds: Rounds = 100,
     part: Annotated[str, typer.Option(help="all, or dit: the action head alone, which needs no checkpoint.")] = "all",
     boundary: Annotated[
@@ -64,9 +106,7 @@ def latency(
         Path | None, typer.Option(help="A folder of `xr0 export` for this case, as a further rival.")
     ] = None,
     export_backend: Annotated[str, typer.Option(help="What runs the export: onnx, tensorrt or auto.")] = "auto",
-    backend: Backend = "auto",
-    json_file: JsonFile = None,
-) -> None:
+) -> Measured:
     """The engine against the released way to run the model, per stage, taking turns in one run.
 
     Nothing is timed before both have given the same actions. A dash stands for a percentile that so few rounds cannot
@@ -74,96 +114,54 @@ def latency(
     """
     from xr0_engine.bench.measure import latency as module
 
-    _check_file(json_file)
-    setup = _setup(case, size, checkpoint, device, dtype, threads, backend)
-    _deliver(
-        *module.measure(setup, rounds, _command(), part, boundary, alone, attention, compiled, export, export_backend),
-        module.show,
-        json_file,
-    )
+    options = (part, boundary, alone, attention, compiled, export, export_backend)
+    return module.measure(setup, rounds, _command(), *options), module.show
 
 
-@app.command()
+@_measuring()
 def throughput(
-    case: CaseName = "libero",
-    size: Size = "small",
-    checkpoint: Checkpoint = None,
-    device: Device = "auto",
-    dtype: Dtype = "bfloat16",
-    threads: Threads = None,
+    setup: Setup,
     rounds: Rounds = 20,
     batches: Annotated[str, typer.Option(help="Batch sizes, with commas.")] = "1,2,4,8",
-    backend: Backend = "auto",
-    json_file: JsonFile = None,
-) -> None:
+) -> Measured:
     """Chunks per second against batch size."""
     from xr0_engine.bench.measure import throughput as module
 
-    _check_file(json_file)
-    setup = _setup(case, size, checkpoint, device, dtype, threads, backend)
     try:
         sizes = [int(word) for word in batches.split(",")]
     except ValueError:
         raise ValueError(f"batches: expected whole numbers with commas between, got {batches!r}") from None
-    _deliver(*module.measure(setup, sizes, rounds, _command()), module.show, json_file)
+    return module.measure(setup, sizes, rounds, _command()), module.show
 
 
-@app.command()
+@_measuring()
 def coldstart(
-    case: CaseName = "libero",
-    size: Size = "small",
-    checkpoint: Checkpoint = None,
-    device: Device = "auto",
-    dtype: Dtype = "bfloat16",
-    threads: Threads = None,
+    setup: Setup,
     rounds: Annotated[int, typer.Option(help="How many processes are started.")] = 5,
     evict: Annotated[
         bool, typer.Option("--evict", help="Ask the kernel to drop the weights from its page cache before each.")
     ] = False,
-    backend: Backend = "auto",
-    json_file: JsonFile = None,
-) -> None:
+) -> Measured:
     """From the start of a fresh process to its first action, weights on disk."""
     from xr0_engine.bench.measure import coldstart as module
 
-    _check_file(json_file)
-    setup = _setup(case, size, checkpoint, device, dtype, threads, backend)
-    _deliver(*module.measure(setup, rounds, evict, _command()), module.show, json_file)
+    return module.measure(setup, rounds, evict, _command()), module.show
 
 
-@app.command()
+@_measuring()
 def jitter(
-    case: CaseName = "libero",
-    size: Size = "small",
-    checkpoint: Checkpoint = None,
-    device: Device = "auto",
-    dtype: Dtype = "bfloat16",
-    threads: Threads = None,
+    setup: Setup,
     rate: Annotated[float, typer.Option(help="Ticks per second.")] = 30.0,
     seconds: Annotated[float, typer.Option(help="How long the loop runs.")] = 10.0,
-    backend: Backend = "auto",
-    json_file: JsonFile = None,
-) -> None:
+) -> Measured:
     """A control loop of fixed rate that infers in every tick: tail of the latency, missed deadlines, steadiness."""
     from xr0_engine.bench.measure import jitter as module
 
-    _check_file(json_file)
-    setup = _setup(case, size, checkpoint, device, dtype, threads, backend)
-    _deliver(*module.measure(setup, rate, seconds, _command()), module.show, json_file)
+    return module.measure(setup, rate, seconds, _command()), module.show
 
 
-@app.command()
-def kernels(
-    case: CaseName = "libero",
-    size: Size = "small",
-    checkpoint: Checkpoint = None,
-    device: Device = "auto",
-    dtype: Dtype = "bfloat16",
-    threads: Threads = None,
-    rounds: Rounds = 20,
-    backend: Annotated[str, typer.Option(help="auto, reference or triton.")] = "auto",
-    json_file: JsonFile = None,
-) -> None:
+@_measuring(backend=Annotated[str, typer.Option(help="auto, reference or triton.")])
+def kernels(setup: Setup, rounds: Rounds = 20) -> Measured:
     """Every op and GEMM of a case alone, beside its bound on this machine.
 
     Makes and reads no weights; with --backend triton: the calls of one of the engine's own steps, with its tactics.
@@ -171,12 +169,9 @@ def kernels(
     from xr0_engine.bench.step import kernels as module
     from xr0_engine.bench.step import step_kernels
 
-    _check_file(json_file)
-    setup = _setup(case, size, checkpoint, device, dtype, threads, backend)
-    if backend == "triton":
-        _deliver(*step_kernels.measure(setup, rounds, _command()), module.show, json_file)
-    else:
-        _deliver(*module.measure(setup, rounds, _command(), backend), module.show, json_file)
+    if setup.backend == "triton":
+        return step_kernels.measure(setup, rounds, _command()), module.show
+    return module.measure(setup, rounds, _command(), setup.backend), module.show
 
 
 @app.command()
@@ -195,48 +190,32 @@ def images(
     _deliver(*module.measure(device, rounds, _command()), module.show, json_file)
 
 
-@app.command()
-def ablate(
-    case: CaseName = "libero",
-    size: Size = "small",
-    checkpoint: Checkpoint = None,
-    device: Device = "auto",
-    dtype: Dtype = "bfloat16",
-    threads: Threads = None,
-    rounds: Rounds = 20,
-    json_file: JsonFile = None,
-) -> None:
+@_measuring(backend=None)
+def ablate(setup: Setup, rounds: Rounds = 20) -> Measured:
     """What each optimisation buys on this machine: the engine against itself without one of them."""
     from xr0_engine.bench.measure import ablate as module
 
-    _check_file(json_file)
-    setup = _setup(case, size, checkpoint, device, dtype, threads)
-    _deliver(*module.measure(setup, rounds, _command()), module.show, json_file)
+    return module.measure(setup, rounds, _command()), module.show
 
 
-@app.command()
+@_measuring(
+    backend=None,
+    size=(Size, "4b"),
+    dtype=(Annotated[str, typer.Option(help="bfloat16, float16, float32, fp8 or int8.")], "bfloat16"),
+)
 def roofline(
-    case: CaseName = "libero",
-    size: Size = "4b",
-    checkpoint: Checkpoint = None,
-    device: Device = "auto",
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16, float32, fp8 or int8.")] = "bfloat16",
-    threads: Threads = None,
+    setup: Setup,
     chip: Annotated[
         str,
         typer.Option(help="a100, h100, h200, l40s, rtx4090, rtx5090; here: what this machine is measured to reach."),
     ] = "rtx4090",
     operators: Annotated[bool, typer.Option("--operators", help="List every operator, not only the stages.")] = False,
-    json_file: JsonFile = None,
-) -> None:
+) -> Measured:
     """The least that a case can take on a chip: arithmetic and memory traffic of every operator. Times nothing."""
-    from functools import partial
-
     from xr0_engine.bench.step import roofline as module
 
-    _check_file(json_file)
-    setup = _setup(case, size, checkpoint, device, dtype, threads)
-    _deliver(module.measure(setup, chip, _command()), None, partial(module.show, list_operators=operators), json_file)
+    show = functools.partial(module.show, list_operators=operators)
+    return (module.measure(setup, chip, _command()), None), show
 
 
 @app.command("compile")
@@ -246,34 +225,15 @@ def compile_(
     size: Size = "4b",
     checkpoint: Checkpoint = None,
     dtype: Dtype = "bfloat16",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Compile every Triton kernel of a step for a chip that need not be here: registers, spills, shared memory.
 
     Takes a minute or two; Triton keeps what it compiled. Exit code 1 if a kernel does not fit the chip or spills.
     """
-    import json
-    from dataclasses import asdict
+    from xr0_engine.bench.step.compile import run
 
-    from rich.console import Console
-    from rich.progress import Progress
-
-    from xr0_engine.bench.step.compile import compile_step, faults, show
-    from xr0_engine.bench.step.roofline import Workload
-
-    config, work = Workload.of_case(_setup(case, size, checkpoint, "cpu", dtype, None))
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(f"compiling for sm_{arch}", total=None)
-        compiled = compile_step(
-            config, work, dtype, arch, lambda number, total: progress.update(task, completed=number, total=total)
-        )
-    wrong = faults(compiled, arch)
-    if as_json:
-        print(json.dumps({"arch": arch, "kernels": [asdict(kernel) for kernel in compiled], "faults": wrong}))
-    else:
-        Console().print(show(compiled, arch))
-    if wrong:
-        Console(stderr=True).print("\n".join(wrong), markup=False)
+    if not run(_setup(case, size, checkpoint, "cpu", dtype, None), arch, as_json):
         raise typer.Exit(1)
 
 
@@ -309,19 +269,12 @@ def graph(
     checkpoint: Checkpoint = None,
     device: Device = "auto",
     dtype: Dtype = "bfloat16",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """What the captured CUDA graphs hold, read back from the driver: nodes by kind, kernels by name. Times nothing."""
-    import json
-    from dataclasses import asdict
+    from xr0_engine.bench.measure.replay import run
 
-    from xr0_engine.bench.measure.replay import captured, show_contents
-
-    contents = captured(_setup(case, size, checkpoint, device, dtype, None, "triton"))
-    if as_json:
-        print(json.dumps({part: asdict(found) for part, found in contents.items()}))
-    else:
-        show_contents(contents)
+    run(_setup(case, size, checkpoint, device, dtype, None, "triton"), as_json)
 
 
 @app.command()

@@ -8,6 +8,7 @@ Triton's interpreter; `reference` is their oracle, which runs everywhere and sho
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +49,9 @@ __all__ = [
     "Weight",
     "compile_beside",
     "compile_kernels",
+    "has_dependent_launch",
     "tactic_key",
+    "without_dependent_launch",
 ]
 
 
@@ -229,6 +232,20 @@ def compile_beside(work: Callable[[], None], threads: int) -> None:
 
     with compiling(threads):
         work()
+
+
+def has_dependent_launch(device: torch.device) -> bool:
+    """Whether a kernel may start there before the one ahead of it has ended."""
+    from xr0_engine.kernels.launch import DEPENDENT_LAUNCH_FROM
+
+    return _capability(device) >= DEPENDENT_LAUNCH_FROM
+
+
+def without_dependent_launch() -> AbstractContextManager[None]:
+    """Within, kernels start one after the other. Graphs keep how they were captured."""
+    from xr0_engine.kernels import launch
+
+    return launch.without_dependent_launch()
 
 
 def _compiler_faults(backend: str) -> tuple[type[Exception], ...]:

@@ -33,6 +33,6 @@ class FusedParts:
     def dtype(self) -> torch.dtype:
         return self.reference.dtype
 
-    def ops(self) -> FusedOps:
-        """Fused ops for one stream, with scratch memory of their own."""
-        return FusedOps(self.backend, self.device, self.table.tactics)
+    def ops(self, table: TacticTable | None = None) -> FusedOps:
+        """Fused ops for one stream, with scratch memory of their own. table: None is the model's."""
+        return FusedOps(self.backend, self.device, (table or self.table).tactics)

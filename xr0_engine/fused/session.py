@@ -18,6 +18,7 @@ from xr0_engine.fused.ops import FlowInputs
 from xr0_engine.fused.parts import FusedParts
 from xr0_engine.fused.prompts import SessionKey, right_padded, visible_range
 from xr0_engine.fused.staging import Staging
+from xr0_engine.fused.tactics import TacticTable
 from xr0_engine.types import KVBlock, ModelInputs, VisionTokens
 
 PARTS = ("step", "vision", "prefill", "flow")
@@ -27,13 +28,22 @@ PARTS = ("step", "vision", "prefill", "flow")
 class Session:
     """The buffers of one case, and its graphs. chunk: (B, T, A) float32, where a step leaves its result."""
 
-    def __init__(self, model: FusedParts, key: SessionKey, inputs: ModelInputs) -> None:
-        """inputs: of this case; their preamble's keys and values are kept."""
+    def __init__(
+        self,
+        model: FusedParts,
+        key: SessionKey,
+        inputs: ModelInputs,
+        table: TacticTable | None = None,
+        graphs: bool | None = None,
+    ) -> None:
+        """inputs: of this case; their preamble's keys and values are kept. table, graphs: None is the model's."""
         self.model, self.key = model, key
+        self.table = model.table if table is None else table
+        self.graphs = model.graphs if graphs is None else graphs
         self._graphs: dict[str, Graph] = {}
         self.staging = Staging(_fields(model.config, key, model.dtype), model.device)
         on_device = self.staging.device
-        self.ops, self.flow_ops = model.ops(), model.ops()
+        self.ops, self.flow_ops = model.ops(self.table), model.ops(self.table)
         self.vision = model.vision.buffers(key.grids)
         self.text = model.text.buffers(key.batch, key.tokens, len(key.preamble))
         self.flow = model.head.buffers(key.batch, key.chunk_length)
@@ -88,7 +98,7 @@ class Session:
 
         The graph of each is captured the first time.
         """
-        if self.model.graphs:
+        if self.graphs:
             self.graph(part).replay()
         else:
             self._work(part)()
@@ -107,7 +117,7 @@ class Session:
     def run(self) -> None:
         """The whole step, op by op."""
         self.encode()
-        if self.model.table.overlap and self.model.device.type == "cuda":
+        if self.table.overlap and self.model.device.type == "cuda":
             self._prefill_beside_flow()
         else:
             self.prefill()
@@ -123,7 +133,7 @@ class Session:
 
     @torch.inference_mode()
     def sample(self) -> None:
-        persistent = self.model.table.flow == "persistent"
+        persistent = self.table.flow == "persistent"
         self.model.head.run(self.flow_ops, self.flow_inputs, self.flow, persistent=persistent)
 
     def close(self) -> None:

@@ -77,6 +77,7 @@ class Compiled:
 
 _recorded: list[Launch] | None = None
 _compile_only = False
+_dependent = True
 
 
 @contextmanager
@@ -103,6 +104,17 @@ def compiling(threads: int) -> Iterator[None]:
             yield
     finally:
         _compile_only = False
+
+
+@contextmanager
+def without_dependent_launch() -> Iterator[None]:
+    """Within, every kernel starts when the one before it has ended, to measure what the overlap buys."""
+    global _dependent
+    _dependent = False
+    try:
+        yield
+    finally:
+        _dependent = True
 
 
 @lru_cache(maxsize=8)
@@ -141,7 +153,7 @@ def launch(
     if INTERPRETED:
         kernel[grid](**arguments, PDL=False)
         return
-    dependent = capability(device) >= DEPENDENT_LAUNCH_FROM and not cooperative
+    dependent = _dependent and capability(device) >= DEPENDENT_LAUNCH_FROM and not cooperative
     options = _options(warps, stages, dependent, cooperative)
     if _compile_only:
         kernel.warmup(**arguments, PDL=dependent, grid=grid, **options)

@@ -1,183 +1,160 @@
-"""Every variant does without what it says, and gives the engine's actions."""
+"""Every variant is the engine's step with one thing otherwise, and gives the engine's chunk."""
 
 from __future__ import annotations
+
+import copy
+from dataclasses import replace
 
 import pytest
 import torch
 
-from xr0_engine.bench.cases import CASES, Setup, Subject
+from tests.support import CPU, make_config
+from xr0_engine.bench.cases import CASES, Setup, StepInputs, Subject
 from xr0_engine.bench.measure import ablate
-from xr0_engine.bench.measure.ablate import ENGINE, GATE, Variant, check, variants
-from xr0_engine.bench.results import read, write
-from xr0_engine.bench.timing import WARM_UP
-from xr0_engine.model.dit import DiTAttention, TimeEmbedder
-from xr0_engine.model.vision import VisionTower
-from xr0_engine.model.vlm import TextLayer
-from xr0_engine.robot import patches
-from xr0_engine.robot.preprocess import Preprocessor
-from xr0_engine.robot.prompt import PromptTokenizer
+from xr0_engine.bench.measure.ablate import ENGINE, GATE, TOTAL, Variant, measure_model, step_of, variants
+from xr0_engine.bench.results import Result, environment, read, write
+from xr0_engine.checkpoint import write_checkpoint
+from xr0_engine.fused.model import FusedModel
+from xr0_engine.fused.ops import Tactic, without_dependent_launch
+from xr0_engine.fused.tactics import TacticTable
+from xr0_engine.kernels.arguments import FlowWeights
 
-ROUNDING = 1e-5
-"""Relative RMS that other shapes of the same float32 products may bring."""
+pytest.importorskip("triton")
 
-
-@pytest.fixture(scope="module")
-def setup(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XR0_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield Setup(CASES["libero"], size="tiny", device="cpu", dtype="float32")
+OTHER_TILES = Tactic(block_m=16, block_n=64, block_k=64)
 
 
 @pytest.fixture(scope="module")
-def subject(setup):
-    return Subject.load(setup)
+def subject(tmp_path_factory):
+    """The smallest model that has every part."""
+    folder = tmp_path_factory.mktemp("ablate") / "least"
+    config = make_config(
+        text={"num_layers": 3, "hidden_size": 64, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 96},
+        vision={"depth": 2, "hidden_size": 32, "intermediate_size": 64, "deepstack_layers": (0, 1)},
+        head={"num_layers": 2, "hidden_size": 128, "num_kv_heads": 2, "flow_steps": 2},
+    )
+    write_checkpoint(folder, config)
+    case = replace(CASES["libero"], image_size=(32, 32))
+    return Subject.load(Setup(case, checkpoint=str(folder), device="cpu", dtype="float32", backend="reference"))
+
+
+def tuned_key(model: FusedModel, given: StepInputs) -> str:
+    """The key of one product of the step."""
+    keys = []
+    session, _ = step_of(model, given, Variant("", model.table, False))
+    run = session.ops.run
+    session.ops.run = lambda kind, shape, *rest: (keys.append((kind, shape)), run(kind, shape, *rest))
+    session.encode()
+    kind, shape = next(key for key in keys if key[0] == "linear")
+    return f"{kind} {'x'.join(map(str, shape))} float32"
 
 
 @pytest.fixture(scope="module")
-def found(subject):
-    found = variants(subject)
-    # The first call fills what is kept.
-    check(subject.infer, found, "float32")
-    return found
+def tuned(subject):
+    """The kernels in Triton's interpreter, or on the GPU, with a table that names one tactic."""
+    model, given = FusedModel(subject.plain_model(), "reference", TacticTable(""), graphs=False), subject.step_inputs()
+    model.table, model.backend = TacticTable("", {tuned_key(model, given): OTHER_TILES}), "triton"
+    return model, given
 
 
-def test_variants_give_the_engines_actions(subject, found):
-    assert max(check(subject.infer, found, "float32").values()) < ROUNDING
+def test_variants_of_a_machine_without_a_gpu(tuned):
+    model, _ = tuned
+    found = variants(model)
+    assert list(found) == ["measured tactics", "chained flow"]
+    assert not found["measured tactics"].table.tactics
+    assert found["chained flow"].table == replace(model.table, flow="persistent")
 
 
-def test_variants_of_this_machine(found):
-    expected = {
-        "prompt tokens kept",
-        "position tables kept",
-        "prompt head kept",
-        "last layer K and V only",
-        "adaLN table at load",
-        "KV read where it lies",
-    }
-    assert set(found) == expected | ({"native image path"} if patches.native is None else set())
+def test_a_variant_says_what_the_engine_has(tuned):
+    model, _ = tuned
+    other = FusedModel.__new__(FusedModel)
+    other.reference, other.backend, other.graphs = model.reference, "triton", True
+    other.table = TacticTable("", flow="persistent")
+    found = variants(other)
+    assert list(found) == ["CUDA graph", "persistent flow"]
+    assert (found["CUDA graph"].graphs, found["persistent flow"].table.flow) == (False, "chained")
 
 
-def count_calls(monkeypatch, owner, method, counts_one=lambda *arguments: True):
-    """A list that gets an entry at every call of a method that counts."""
-    calls = []
-    original = getattr(owner, method)
-
-    def counted(*arguments, **named):
-        if counts_one(*arguments):
-            calls.append(arguments)
-        return original(*arguments, **named)
-
-    monkeypatch.setattr(owner, method, counted)
-    return calls
-
-
-@pytest.mark.parametrize(
-    ("name", "owner", "method", "with_it", "without"),
-    [
-        pytest.param("prompt tokens kept", PromptTokenizer, "_encode", 0, 1, id="tokens"),
-        pytest.param("position tables kept", VisionTower, "_make_tables", 0, 2, id="tables"),
-        pytest.param("adaLN table at load", TimeEmbedder, "forward", 0, 5, id="adaLN"),
-    ],
-)
-def test_what_is_kept_is_made_anew(monkeypatch, subject, found, name, owner, method, with_it, without):
-    calls = count_calls(monkeypatch, owner, method)
-    subject.infer()
-    assert len(calls) == with_it
-    found[name].infer()
-    assert len(calls) == with_it + without
+def test_each_switch_switches(tuned, monkeypatch):
+    model, given = tuned
+    found = variants(model)
+    sessions = {name: step_of(model, given, variant)[0] for name, variant in found.items()}
+    assert sessions["measured tactics"].ops.tactics == {}
+    assert list(sessions["chained flow"].ops.tactics.values()) == [OTHER_TILES]
+    loops = []
+    session = sessions["chained flow"]
+    loop = session.flow_ops.flow_loop
+    monkeypatch.setattr(
+        session.flow_ops,
+        "flow_loop",
+        lambda weights, *rest, **more: (loops.append(weights), loop(weights, *rest, **more)),
+    )
+    session.replay()
+    assert len(loops) == 1
+    assert isinstance(loops[0], FlowWeights)
 
 
-def test_prompt_head_is_computed(monkeypatch, subject, found):
-    rows = count_calls(monkeypatch, TextLayer, "forward")
-    subject.infer()
-    kept = rows[0][1].shape[1]
-    rows.clear()
-    found["prompt head kept"].infer()
-    head = subject.engine._preprocess(subject.observations).preamble_length
-    assert head > 0
-    assert rows[0][1].shape[1] == kept + head
+def test_dependent_launch_is_off_within_and_on_again_after():
+    from xr0_engine.kernels import launch
+
+    with without_dependent_launch():
+        assert not launch._dependent
+    assert launch._dependent
 
 
-def test_last_layer_runs_whole(monkeypatch, subject, found):
-    whole = count_calls(monkeypatch, TextLayer, "forward", lambda layer, *_: not layer.kv_only)
-    subject.infer()
-    layers = len(whole)
-    whole.clear()
-    found["last layer K and V only"].infer()
-    assert len(whole) == layers + 1 == subject.engine.config.text.num_layers
+def on_oracles(tuned) -> FusedModel:
+    """The same model, its ops computed by the oracles."""
+    model = copy.copy(tuned[0])
+    model.backend = "reference"
+    return model
 
 
-def test_keys_and_values_are_joined(monkeypatch, subject, found):
-    joined = count_calls(monkeypatch, ablate.JoinedAttention, "forward")
-    plain = count_calls(monkeypatch, DiTAttention, "forward")
-    found["KV read where it lies"].infer()
-    assert (len(joined), len(plain)) == (5 * subject.engine.config.head.num_layers, 0)
+def test_series_of_the_engine_and_of_every_variant(tuned):
+    model = on_oracles(tuned)
+    series, errors, reason = measure_model(model, tuned[1], "float32", 3)
+    assert (list(series), reason) == ([ENGINE, "measured tactics"], None)
+    assert all(len(samples[TOTAL]) == 3 for samples in series.values())
+    assert 0 <= errors["measured tactics"] < GATE["float32"]
 
 
-@pytest.mark.skipif(patches.native is not None, reason="the native module was not built")
-def test_native_path_comes_back(monkeypatch, subject, found):
-    without = count_calls(monkeypatch, Preprocessor, "__call__", lambda *_: patches.native is not None)
-    found["native image path"].infer()
-    assert len(without) == 1
-    subject.infer()
-    assert len(without) == 1
+def test_another_chunk_is_caught_before_anything_is_timed(tuned, monkeypatch):
+    monkeypatch.setitem(ablate.GATE, "float32", -1.0)
+    monkeypatch.setattr(ablate, "run", lambda *_: pytest.fail("timed"))
+    with pytest.raises(RuntimeError, match="nothing was timed: without 'measured tactics' the chunk differs by"):
+        measure_model(on_oracles(tuned), tuned[1], "float32", 1)
 
 
-def test_weights_are_shared(subject):
-    twin = ablate._twin(ablate.NoHead, subject.engine.model, head=ablate._with_joined_attention(subject.engine.model))
-    ours = {name: parameter.data_ptr() for name, parameter in subject.engine.model.named_parameters()}
-    assert {name: parameter.data_ptr() for name, parameter in twin.named_parameters()} == ours
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine can")
+def test_without_a_gpu_it_says_what_would_run(monkeypatch):
+    monkeypatch.setattr(Setup, "folder", lambda _: pytest.fail("made a checkpoint first"))
+    with pytest.raises(NotImplementedError, match="on a CUDA GPU, and the device is cpu; `xr0 bench latency` compares"):
+        ablate.measure(Setup(CASES["libero"], size="tiny", device="cpu", dtype="float32"), 1, "xr0 bench ablate")
 
 
-def test_projections_are_packed_again(subject):
-    model = subject.engine.model
-    before = [part.packed for part in model.modules() if isinstance(part, ablate.PackedLinears)]
-    assert all(isinstance(weight, torch.Tensor) for weight in before)
-    with ablate._unpacked(model):
-        assert all(part.packed is None for part in model.modules() if isinstance(part, ablate.PackedLinears))
-    after = [part.packed for part in model.modules() if isinstance(part, ablate.PackedLinears)]
-    assert all(a is b for a, b in zip(after, before, strict=True))
+def test_table(capsys, tmp_path):
+    instead = {"overlap": "the flow starts when the prefill has ended"}
+    result = Result(
+        kind="ablate",
+        command="xr0 bench ablate",
+        environment=environment(CPU),
+        case={"name": "libero", "size": "4b", "batch": 1, "dtype": "bfloat16"},
+        boundary="replay",
+        backend="triton",
+        series={ENGINE: {TOTAL: [1.0, 1.0]}, "overlap": {TOTAL: [1.5, 1.5]}},
+        facts={"stages": {"overlap": TOTAL}, "instead": instead, "error_against_engine": {"overlap": 0.0}},
+        complete=True,
+    )
+    write(result, tmp_path / "ablate.json")
+    ablate.show(read(tmp_path / "ablate.json"))
+    shown = capsys.readouterr().out
+    assert [word in shown for word in ("overlap", "+0.500", "1.50")] == [True] * 3
+    assert f"without overlap: {instead['overlap']}" in shown
 
 
-def test_other_actions_are_not_timed(subject):
-    other = Variant("flow", "nonsense", lambda: subject.engine.infer(subject.observations, seed=3))
-    with pytest.raises(RuntimeError, match="nothing was timed: without 'sense' the actions differ by"):
-        check(subject.infer, {"sense": other}, "float32")
-
-
-def test_result_and_its_table(setup, tmp_path, capsys, found):
-    measured, stopped = ablate.measure(setup, 2, "xr0 bench ablate")
-    write(measured, tmp_path / "ablate.json")
-    result = read(tmp_path / "ablate.json")
-    assert stopped is None
-    assert result.complete
-    assert set(result.series) == {ENGINE, *found}
-    assert {len(samples) for stages in result.series.values() for samples in stages.values()} == {2}
-    assert result.facts["stages"]["prompt head kept"] == "prefill"
-    assert max(result.facts["error_against_engine"].values()) < GATE["float32"]
-    ablate.show(result)
-    lines = capsys.readouterr().out.splitlines()
-    assert max(map(len, lines)) <= 80
-    lines = [line.strip() for line in lines]
-    assert [name for name in found if any(line.startswith(f"{name} ") for line in lines)] == list(found)
-
-
-def test_interrupted_run_keeps_its_rounds(setup, monkeypatch, found):
-    calls = 0
-
-    def interrupting(infer):
-        def call():
-            nonlocal calls
-            calls += 1
-            # In the second measured round.
-            if calls > (len(found) + 1) * (WARM_UP + 1) + 2:
-                raise KeyboardInterrupt
-            return {"total": 1.0}
-
-        return call
-
-    monkeypatch.setattr(ablate, "_timed", interrupting)
-    result, stopped = ablate.measure(setup, 5, "")
-    assert isinstance(stopped, KeyboardInterrupt)
-    assert not result.complete
-    assert result.series[ENGINE]["total"] == [1.0]
+@pytest.mark.gpu
+def test_on_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.setenv("XR0_CACHE", str(tmp_path))
+    setup = Setup(CASES["libero"], size="tiny", device="cuda", dtype="bfloat16")
+    result, reason = ablate.measure(setup, 2, "xr0 bench ablate")
+    assert reason is None
+    assert {"CUDA graph", "flow after prefill", "chained flow"} <= result.series.keys()

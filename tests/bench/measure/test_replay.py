@@ -73,7 +73,7 @@ def test_an_export_has_no_such_boundary(tmp_path):
 
 
 def test_contents_are_shown_side_by_side(capsys):
-    replay.show_contents(
+    replay._show(
         {
             "step": GraphContents({"kernel": 900, "event_record": 1}, {"_linear": 700, "_qkv": 200}),
             "flow": GraphContents({"kernel": 400}, {"_linear": 400}),

@@ -33,8 +33,6 @@ from xr0_engine.bench.timing import (
     run,
 )
 from xr0_engine.engine import Engine
-from xr0_engine.exported.model import ExportedModel
-from xr0_engine.fused.model import FusedModel
 
 PARTS = ("all", "dit")
 GATE = {"float32": 1e-3, "bfloat16": 0.15, "float16": 0.03}
@@ -65,24 +63,11 @@ def measure(
     NotImplementedError for what this machine or version lacks, RuntimeError if the rivals disagree: nothing is timed
     then.
     """
-    if part not in PARTS:
-        raise ValueError(f"part: expected one of {', '.join(PARTS)}; got {part!r}")
-    if rounds < 1:
-        raise ValueError(f"rounds: expected at least 1, got {rounds}")
+    _check(part, rounds, alone, attention != "sdpa" or compiled, export, export_backend, boundary)
     if boundary == "websocket" and part == "all":
-        if compiled or attention != "sdpa" or export is not None:
-            raise ValueError("boundary websocket: expected no options of the rivals beside it")
         return websocket.measure(setup, rounds, command, alone)
-    if alone and (compiled or attention != "sdpa"):
-        raise ValueError("alone: expected no options of the rivals (compile, attention) beside it")
-    if export is not None and part == "dit":
-        raise ValueError("export: expected none beside part dit: an export is measured as a whole")
-    if export is None and export_backend != "auto":
-        raise ValueError(f"export-backend: expected an export beside it, got {export_backend!r} alone")
     boundary = check_boundary(boundary or ("flow" if part == "dit" else "stage"), _boundaries(part))
     if boundary in REPLAY_BOUNDARIES:
-        if export is not None:
-            raise ValueError(f"export: expected none beside boundary {boundary}: it has graphs of its own")
         check_graphs(setup, f"boundary {boundary!r}")
     variants = {} if alone else {"released": False} | ({"compiled": True} if compiled else {})
     if part == "dit":
@@ -116,6 +101,26 @@ def measure(
         complete=reason is None,
     )
     return result, reason
+
+
+def _check(
+    part: str, rounds: int, alone: bool, of_rivals: bool, export: Path | None, export_backend: str, boundary: str | None
+) -> None:
+    """Raises ValueError for options that do not go together. of_rivals: whether there are any that only rivals have."""
+    if part not in PARTS:
+        raise ValueError(f"part: expected one of {', '.join(PARTS)}; got {part!r}")
+    if rounds < 1:
+        raise ValueError(f"rounds: expected at least 1, got {rounds}")
+    if boundary == "websocket" and part == "all" and (of_rivals or export is not None):
+        raise ValueError("boundary websocket: expected no options of the rivals beside it")
+    if alone and of_rivals:
+        raise ValueError("alone: expected no options of the rivals (compile, attention) beside it")
+    if export is not None and part == "dit":
+        raise ValueError("export: expected none beside part dit: an export is measured as a whole")
+    if export is None and export_backend != "auto":
+        raise ValueError(f"export-backend: expected an export beside it, got {export_backend!r} alone")
+    if export is not None and boundary in REPLAY_BOUNDARIES:
+        raise ValueError(f"export: expected none beside boundary {boundary}: it has graphs of its own")
 
 
 def _boundaries(part: str) -> tuple[str, ...]:
@@ -152,11 +157,8 @@ def _model_rivals(
         # Only the rivals need transformers.
         from xr0_engine.bench.measure.baseline import ReleasedModel
 
-        assert not isinstance(engine.model, ExportedModel)
-        network = engine.model.reference if isinstance(engine.model, FusedModel) else engine.model
-        model = ReleasedModel(
-            subject.folder, engine.config, network.head, resolve_dtype(setup.dtype), attention, compiled
-        )
+        head, dtype = subject.plain_model().head, resolve_dtype(setup.dtype)
+        model = ReleasedModel(subject.folder, engine.config, head, dtype, attention, compiled)
         inputs = (subject.observations, profile, statistics, subject.noise, subject.prefixes)
         rivals[name] = released_rival(model, subject, boundary) if replays else rival(partial(model.infer, *inputs))
     return rivals

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -15,7 +17,6 @@ from xr0_engine.backend import resolve_backend
 from xr0_engine.bench.cases import Setup, StepInputs, Subject
 from xr0_engine.bench.timing import CallTimer, StageTimes, Stopwatch
 from xr0_engine.fused.graph import GraphContents
-from xr0_engine.fused.model import FusedModel
 from xr0_engine.fused.session import Session
 
 if TYPE_CHECKING:
@@ -41,8 +42,7 @@ def check_graphs(setup: Setup, what: str) -> None:
 
 def session_of(subject: Subject) -> tuple[Session, StepInputs]:
     """The session of the subject's case, its inputs uploaded."""
-    model, given = subject.engine.model, subject.step_inputs()
-    assert isinstance(model, FusedModel)
+    model, given = subject.fused_model(), subject.step_inputs()
     session = model.session(given.inputs)
     session.update(given.inputs, given.noise, given.prefix, given.prefix_length)
     return session, given
@@ -106,7 +106,16 @@ def captured(setup: Setup) -> dict[str, GraphContents]:
     return {part: session.graph(part).contents() for part in ("step", *REPLAYED)}
 
 
-def show_contents(contents: dict[str, GraphContents]) -> None:
+def run(setup: Setup, as_json: bool) -> None:
+    """`xr0 bench graph`. Raises as captured."""
+    contents = captured(setup)
+    if as_json:
+        print(json.dumps({part: asdict(found) for part, found in contents.items()}))
+    else:
+        _show(contents)
+
+
+def _show(contents: dict[str, GraphContents]) -> None:
     console = Console()
     parts = list(contents)
     for title, kind in (("nodes", "nodes"), ("kernels", "kernels")):

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import torch
+from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
 from xr0_engine.backend import resolve_dtype, triton_installed
+from xr0_engine.bench.cases import Setup
 from xr0_engine.bench.step.roofline import Workload
 from xr0_engine.config import XR0Config
 from xr0_engine.fused.head import FusedHead
-from xr0_engine.fused.prompts import PROMPT_BUCKET
 from xr0_engine.fused.ops import SHARED_LIMIT, FlowInputs, FusedOps, compile_kernels
+from xr0_engine.fused.prompts import PROMPT_BUCKET
 from xr0_engine.fused.vlm import FusedText, FusedVision
 from xr0_engine.model.layers import pack_linears
 from xr0_engine.model.xr0 import XR0Model
@@ -76,6 +81,26 @@ def _step(model: XR0Model, ops: FusedOps, work: Workload) -> None:
         action_mask=empty(*chunk, dtype=torch.float32),
     )
     head.run(ops, inputs, head.buffers(batch, work.chunk_length))
+
+
+def run(setup: Setup, arch: int, as_json: bool) -> bool:
+    """`xr0 bench compile`. Prints what each kernel takes; whether all fit. Raises as compile_step."""
+    config, work = Workload.of_case(setup)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(f"compiling for sm_{arch}", total=None)
+
+        def done(number: int, total: int) -> None:
+            progress.update(task, completed=number, total=total)
+
+        compiled = compile_step(config, work, setup.dtype, arch, done)
+    wrong = faults(compiled, arch)
+    if as_json:
+        print(json.dumps({"arch": arch, "kernels": [asdict(kernel) for kernel in compiled], "faults": wrong}))
+    else:
+        Console().print(show(compiled, arch))
+    if wrong:
+        Console(stderr=True).print("\n".join(wrong), markup=False)
+    return not wrong
 
 
 def faults(compiled: list[Compiled], arch: int) -> list[str]:

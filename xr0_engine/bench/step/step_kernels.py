@@ -18,9 +18,9 @@ from xr0_engine.bench.step.roofline import Operator, Precision
 from xr0_engine.bench.step.tune import Call, RecordingOps, Trial
 from xr0_engine.bench.timing import CallTimer, run
 from xr0_engine.fused.model import FusedModel
+from xr0_engine.fused.ops import FusedOps, Tactic
 from xr0_engine.fused.prompts import session_key
 from xr0_engine.fused.session import Session
-from xr0_engine.fused.ops import FusedOps, Tactic
 
 
 def cost(stage: str, call: Call, dtype: str) -> Operator:
@@ -62,10 +62,7 @@ def measure(setup: Setup, rounds: int, command: str) -> tuple[Result, BaseExcept
     something else.
     """
     subject = Subject.load(setup)
-    model = subject.engine.model
-    if not isinstance(model, FusedModel):
-        raise NotImplementedError(f"backend {subject.engine.backend!r} has no fused ops; take --backend triton")
-    return measure_model(model, subject, rounds, command)
+    return measure_model(subject.fused_model(), subject, rounds, command)
 
 
 @torch.inference_mode()

@@ -32,9 +32,9 @@ from xr0_engine.bench.step import candidates
 from xr0_engine.bench.step.kernels import GATE
 from xr0_engine.bench.timing import CallTimer, take_turns
 from xr0_engine.fused.model import FusedModel
+from xr0_engine.fused.ops import FusedOps, Tactic, compile_beside, tactic_key
 from xr0_engine.fused.prompts import session_key
 from xr0_engine.fused.session import Session
-from xr0_engine.fused.ops import FusedOps, Tactic, compile_beside, tactic_key
 from xr0_engine.fused.tactics import TacticTable, gpu_name, own_folder, write_tactics
 
 QUICK, LONG = 7, 30
@@ -207,32 +207,31 @@ def tune(
     threads: int,
     done: Callable[[int, int, str], None],
 ) -> tuple[TacticTable, dict[str, Outcome]]:
-    """The table, and what each key's candidates took. model: keeps the table that it has.
+    """The table, and what each key's candidates took.
 
     cases: name -> what a step takes. minutes: after so many no further key is begun. threads: that compile. done:
     called with the number of keys done, of all, and the next one. Raises RuntimeError if the winners' step does not
     give the defaults' chunk: then nothing is to be written.
     """
     dtype, timer = str(model.dtype).removeprefix("torch."), CallTimer(model.device)
-    before, model.table = model.table, TacticTable(model.table.gpu)
-    try:
-        recording = RecordingOps(model.backend, model.device)
-        for given in cases.values():
-            _run_recorded(model, given, recording, threads)
-        outcomes = _outcomes(recording, timer, GATE[dtype], minutes, threads, done)
-        winners = {key: outcome.winner for key, outcome in outcomes.items() if outcome.winner != outcome.default}
-        measured = {
-            key: {candidates.name(tactic): round(us, 3) for tactic, us in outcome.microseconds.items()}
-            for key, outcome in outcomes.items()
-        }
-        table = TacticTable(model.table.gpu, winners, measured=measured)
-        return _whole_steps(model, cases, table, timer, STEP_GATE[dtype]), outcomes
-    finally:
-        model.table = before
+    defaults = TacticTable(model.table.gpu)
+    recording = RecordingOps(model.backend, model.device)
+    for given in cases.values():
+        _run_recorded(model, given, defaults, recording, threads)
+    outcomes = _outcomes(recording, timer, GATE[dtype], minutes, threads, done)
+    winners = {key: outcome.winner for key, outcome in outcomes.items() if outcome.winner != outcome.default}
+    measured = {
+        key: {candidates.name(tactic): round(us, 3) for tactic, us in outcome.microseconds.items()}
+        for key, outcome in outcomes.items()
+    }
+    table = replace(defaults, tactics=winners, measured=measured)
+    return _whole_steps(model, cases, table, timer, STEP_GATE[dtype]), outcomes
 
 
-def _run_recorded(model: FusedModel, given: StepInputs, recording: RecordingOps, threads: int) -> None:
-    session = Session(model, session_key(given.inputs), given.inputs)
+def _run_recorded(
+    model: FusedModel, given: StepInputs, table: TacticTable, recording: RecordingOps, threads: int
+) -> None:
+    session = Session(model, session_key(given.inputs), given.inputs, table)
     session.update(given.inputs, given.noise, given.prefix, given.prefix_length)
     if model.device.type == "cuda":
         compile_beside(session.run, threads)
@@ -285,9 +284,7 @@ def _whole_steps(
     for case, given in cases.items():
         sessions = {}
         for name, rival in rivals.items():
-            # Where the overlap is read: when the graph is captured.
-            model.table = rival
-            session = Session(model, session_key(given.inputs), given.inputs)
+            session = Session(model, session_key(given.inputs), given.inputs, rival)
             session.update(given.inputs, given.noise, given.prefix, given.prefix_length)
             session.replay()
             sessions[name] = session
@@ -331,8 +328,7 @@ def run(setup: Setup, cases: Sequence[Case], minutes: float, out: Path | None) -
         raise NotImplementedError(f"tuning measures kernels on a CUDA GPU, and the device is {device}")
     resolve_backend("triton", device)
     subject = Subject.load(replace(setup, backend="triton", case=cases[0]))
-    model = subject.engine.model
-    assert isinstance(model, FusedModel)
+    model = subject.fused_model()
     inputs = {case.name: subject.with_case(case).step_inputs() for case in cases}
     with Progress(console=Console(stderr=True), transient=True, auto_refresh=False) as progress:
         task = progress.add_task("tuning", total=None)

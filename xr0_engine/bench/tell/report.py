@@ -205,7 +205,7 @@ def _ablation(series: Series, facts: Mapping[str, Any]) -> list[str]:
     whole, drawn, rows = series[OURS], [], []
     for name in (name for name in series if name != OURS):
         stage = facts["stages"][name]
-        for place in (stage, TOTAL):
+        for place in dict.fromkeys((stage, TOTAL)):
             without, engine = np.asarray(series[name][place]), np.asarray(whole[place])
             middle, low, high = ratio_with_spread(without, engine)
             bought = f"{float(np.median(without - engine)):+.3g} ms"
