@@ -21,7 +21,8 @@ from xr0_engine.drive.null import NullRobot
 from xr0_engine.drive.policies import from_server
 from xr0_engine.executor import Executor, Settings, SystemClock, read_session
 from xr0_engine.serve.access import tls_context
-from xr0_engine.serve.server import BackgroundServer, ServerConfig
+from xr0_engine.serve.server import BackgroundServer
+from xr0_engine.serve.service import ServerConfig
 
 # Starting Python on a busy machine.
 PATIENCE_S = 60.0

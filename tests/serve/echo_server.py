@@ -6,7 +6,8 @@ import asyncio
 import sys
 
 from tests.serve.support import EchoEngine, backend
-from xr0_engine.serve.server import Server, ServerConfig
+from xr0_engine.serve.server import Server
+from xr0_engine.serve.service import ServerConfig
 
 
 async def main(port: int) -> None:

@@ -12,7 +12,8 @@ import pytest
 from tests.serve.support import EchoEngine, backend, observation
 from tests.support import ROOT
 from xr0_engine import Client
-from xr0_engine.serve.server import BackgroundServer, ServerConfig
+from xr0_engine.serve.server import BackgroundServer
+from xr0_engine.serve.service import ServerConfig
 from xr0_engine.serve.worker import EngineThread
 
 GO = observation(0.25, instruction="Go.")

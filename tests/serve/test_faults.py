@@ -17,7 +17,8 @@ from websockets.sync.client import connect
 from tests.serve.support import EchoEngine, backend, observation
 from xr0_engine import Client
 from xr0_engine.serve.protocol import Refused, Request, decode_reply, encode_request
-from xr0_engine.serve.server import BackgroundServer, ServerConfig
+from xr0_engine.serve.server import BackgroundServer
+from xr0_engine.serve.service import ServerConfig
 from xr0_engine.serve.wire import pack
 
 GO = observation(0.25, instruction="Go.")

@@ -16,7 +16,8 @@ from PIL import Image
 from tests.serve.support import EchoEngine, backend, observation
 from xr0_engine import Client
 from xr0_engine.serve.legacy import restricted_loads
-from xr0_engine.serve.server import BackgroundServer, ServerConfig
+from xr0_engine.serve.server import BackgroundServer
+from xr0_engine.serve.service import ServerConfig
 
 MAX_PIXELS = 1 << 20
 GO = observation(0.25, instruction="Go.")

@@ -11,7 +11,8 @@ from playwright.sync_api import expect, sync_playwright
 
 from tests.serve.support import EchoEngine, backend, observation
 from xr0_engine import Client
-from xr0_engine.serve.server import BackgroundServer, ServerConfig
+from xr0_engine.serve.server import BackgroundServer
+from xr0_engine.serve.service import ServerConfig
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 TIMEOUT_MS = 20_000

@@ -14,7 +14,8 @@ from tests.support import ROOT
 from xr0_engine import AsyncClient
 from xr0_engine.serve.protocol import PolicyFailed, Refused, Request
 from xr0_engine.serve.replicas import RayOptions, RayReplicas, infer_together
-from xr0_engine.serve.server import BackgroundServer, ServerConfig
+from xr0_engine.serve.server import BackgroundServer
+from xr0_engine.serve.service import ServerConfig
 from xr0_engine.types import ActionChunk
 
 GO = observation(0.25, size=(32, 32), instruction="Go.")

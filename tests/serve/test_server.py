@@ -21,7 +21,8 @@ from tests.serve.support import EchoEngine, backend, make_certificate, observati
 from xr0_engine import AsyncClient, Client
 from xr0_engine.serve.access import tls_context
 from xr0_engine.serve.protocol import Busy, PolicyFailed, Refused, Superseded
-from xr0_engine.serve.server import BackgroundServer, ServerConfig
+from xr0_engine.serve.server import BackgroundServer
+from xr0_engine.serve.service import ServerConfig
 from xr0_engine.serve.worker import EngineThread
 
 GO = observation(0.25, instruction="Go.", timestamp_s=8.0)

@@ -68,7 +68,8 @@ def serve(
     """
     from xr0_engine import env
     from xr0_engine.serve.access import read_keys, tls_context
-    from xr0_engine.serve.server import Server, ServerConfig
+    from xr0_engine.serve.server import Server
+    from xr0_engine.serve.service import ServerConfig
     from xr0_engine.serve.worker import EngineThread
 
     if (checkpoint is None) == (export is None):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from websockets.asyncio.server import ServerConnection
 from websockets.exceptions import ConnectionClosed
@@ -25,10 +24,8 @@ from xr0_engine.serve.protocol import (
     read_request,
     request_id,
 )
+from xr0_engine.serve.service import Service
 from xr0_engine.types import ActionChunk
-
-if TYPE_CHECKING:
-    from xr0_engine.serve.server import Server
 
 
 @dataclass(frozen=True)
@@ -37,11 +34,11 @@ class _Waiting:
     received: float
 
 
-class Session:
+class ClientConnection:
     """One client: a reader that keeps its newest request, and an answerer that takes it when its turn comes."""
 
-    def __init__(self, server: Server, connection: ServerConnection, metadata: PolicyMetadata, number: int) -> None:
-        self._server = server
+    def __init__(self, service: Service, connection: ServerConnection, metadata: PolicyMetadata, number: int) -> None:
+        self._service = service
         self._connection = connection
         self._metadata = metadata
         self._number = number
@@ -76,7 +73,7 @@ class Session:
             try:
                 fields = read_fields(message)
                 number = request_id(fields)
-                if not allowed or self._server.draining:
+                if not allowed or self._service.draining:
                     raise Busy(self._why_not())
                 if has_files(fields):
                     request = await asyncio.to_thread(read_request, fields, self._metadata)
@@ -99,12 +96,12 @@ class Session:
         while True:
             await self._arrived.wait()
             outcome: tuple[ActionChunk, float] | ServerError
-            async with self._server.turn():
+            async with self._service.turn():
                 # Only now: what came while others had their turn is newer.
                 waiting = self._take()
                 queue_ms = 1e3 * (time.perf_counter() - waiting.received)
                 try:
-                    outcome = await self._server.infer(waiting.request)
+                    outcome = await self._service.infer(waiting.request)
                 except (Refused, PolicyFailed) as error:
                     outcome = error
             if isinstance(outcome, tuple):
@@ -125,14 +122,14 @@ class Session:
         timing = {"infer_ms": infer_ms, "queue_ms": queue_ms, "total_ms": total_ms}
         await self._connection.send(encode_chunk(chunk, waiting.request.id, timing))
         # The robot waits for the chunk, nobody for the metrics.
-        self._server.monitor.answered(self._number, waiting.request.observation, chunk, timing)
+        self._service.monitor.answered(self._number, waiting.request.observation, chunk, timing)
 
     async def _refuse(self, error: ServerError, number: int | None) -> None:
-        self._server.monitor.refused(self._number, error.kind)
+        self._service.monitor.refused(self._number, error.kind)
         await self._connection.send(encode_error(error, number))
 
     def _why_not(self) -> str:
-        if self._server.draining:
+        if self._service.draining:
             return "the server is shutting down"
         return f"expected at most {self._metadata.max_requests_per_s:g} requests per second"
 

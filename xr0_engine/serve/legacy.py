@@ -18,18 +18,16 @@ import pickletools
 import struct
 import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from xr0_engine.serve.protocol import Busy, PolicyFailed, PolicyMetadata, Refused, Request
 from xr0_engine.serve.protocol import read_request as read_fields
+from xr0_engine.serve.service import Service
 from xr0_engine.serve.wire import MAX_DIMENSIONS, make_array
 from xr0_engine.types import ActionChunk
-
-if TYPE_CHECKING:
-    from xr0_engine.serve.server import Server
 
 log = logging.getLogger("xr0_engine.serve")
 
@@ -209,66 +207,66 @@ def encode_reply(chunk: ActionChunk) -> bytes:
     return pickle.dumps(torch.from_numpy(np.array(chunk.actions, np.float32)[None]), protocol=4)
 
 
-async def serve_legacy(server: Server, host: str, port: int) -> asyncio.Server:
+async def serve_legacy(service: Service, host: str, port: int) -> asyncio.Server:
     """Listen for released clients. Raises OSError if the port cannot be had."""
-    return await asyncio.start_server(lambda reader, writer: _handle(server, reader, writer), host, port)
+    return await asyncio.start_server(lambda reader, writer: _handle(service, reader, writer), host, port)
 
 
-async def _handle(server: Server, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def _handle(service: Service, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     address = "{}:{} (legacy)".format(*writer.get_extra_info("peername")[:2])
-    if not server.admit():
+    if not service.admit():
         writer.close()
         return
-    session = _LegacySession(server, server.monitor.connected(address))
-    server.sessions.add(session)
+    client = _LegacyClient(service, service.monitor.connected(address))
+    service.clients.add(client)
     try:
-        await session.run(reader, writer)
+        await client.run(reader, writer)
     except (Refused, Busy, PolicyFailed) as error:
-        server.monitor.refused(session.number, error.kind)
+        service.monitor.refused(client.number, error.kind)
         log.warning("%s: %s", address, error)
     except (ConnectionError, asyncio.IncompleteReadError, asyncio.TimeoutError):
         pass
     finally:
-        server.sessions.discard(session)
-        server.release(session.number)
+        service.clients.discard(client)
+        service.release(client.number)
         writer.close()
 
 
-class _LegacySession:
+class _LegacyClient:
     """One released client: request, reply, request, until something is wrong."""
 
-    def __init__(self, server: Server, number: int) -> None:
+    def __init__(self, service: Service, number: int) -> None:
         self.number = number
         self.busy = False
-        self._server = server
+        self._service = service
 
     async def run(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Raises Refused, Busy or PolicyFailed for what the protocol has no words for."""
-        metadata = await self._server.ready()
+        metadata = await self._service.ready()
         while True:
             data = await self._receive(reader)
             received = time.perf_counter()
-            if self._server.draining:
+            if self._service.draining:
                 raise Busy("the server is shutting down")
             self.busy = True
             try:
                 request = await asyncio.to_thread(_read, data, metadata)
-                async with self._server.turn():
+                async with self._service.turn():
                     queue_ms = 1e3 * (time.perf_counter() - received)
-                    chunk, infer_ms = await self._server.infer(request)
+                    chunk, infer_ms = await self._service.infer(request)
                 reply = encode_reply(chunk)
                 total_ms = 1e3 * (time.perf_counter() - received)
                 timing = {"infer_ms": infer_ms, "queue_ms": queue_ms, "total_ms": total_ms}
                 writer.write(struct.pack(">I", len(reply)) + reply)
                 await asyncio.wait_for(writer.drain(), IDLE_S)
-                self._server.monitor.answered(self.number, request.observation, chunk, timing)
+                self._service.monitor.answered(self.number, request.observation, chunk, timing)
             finally:
                 self.busy = False
 
     async def _receive(self, reader: asyncio.StreamReader) -> bytes:
         (length,) = struct.unpack(">I", await asyncio.wait_for(reader.readexactly(4), IDLE_S))
-        if length > self._server.config.max_message_bytes:
-            raise Refused(f"message: expected at most {self._server.config.max_message_bytes} bytes, got {length}")
+        if length > self._service.config.max_message_bytes:
+            raise Refused(f"message: expected at most {self._service.config.max_message_bytes} bytes, got {length}")
         # What was announced is not allocated: the buffer grows with what comes.
         return await asyncio.wait_for(reader.readexactly(length), IDLE_S)
 

@@ -1,51 +1,34 @@
 """The server: websockets in, chunks out, and a few pages over HTTP on the same port (docs/serving.md).
 
-The event loop reads and answers; inference runs in the Backend. A client has at most one request waiting, its newest,
-and at most one at work; clients take turns in the order in which they came to wait, which is round robin.
+The event loop reads and answers; inference runs in the Backend.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import ssl
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from http import HTTPStatus
 from types import TracebackType
-from typing import Protocol
 
 from websockets.asyncio.server import Server as WebsocketServer
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 
-from xr0_engine.serve.access import check_bind, is_loopback
-from xr0_engine.serve.connection import Session
-from xr0_engine.serve.monitor import Monitor
+from xr0_engine.serve.connection import ClientConnection
+from xr0_engine.serve.legacy import serve_legacy
 from xr0_engine.serve.pages import answer_http
-from xr0_engine.serve.protocol import (
-    DEFAULT_PORT,
-    PolicyFailed,
-    PolicyMetadata,
-    Refused,
-    Request,
-    check_chunk,
-    encode_metadata,
-)
-from xr0_engine.serve.worker import Backend, Served
-from xr0_engine.types import ActionChunk
+from xr0_engine.serve.protocol import encode_metadata
+from xr0_engine.serve.service import ServerConfig, Service
+from xr0_engine.serve.worker import Backend
 
 log = logging.getLogger("xr0_engine.serve")
 
 # websockets reports every failed handshake of every port scanner as an error with a traceback.
 _websockets_log = logging.getLogger("xr0_engine.serve.websockets")
 _websockets_log.setLevel(logging.CRITICAL)
-
-FAILURES_UNTIL_UNHEALTHY = 3
-"""Inferences that fail in a row until /healthz says so: a device that is lost does not come back by itself."""
 
 HANDSHAKE_S = 5.0
 KEEPALIVE_S = 20.0
@@ -56,50 +39,10 @@ LONGEST_READ_S = 0.1
 without pause nearly a second, in which nobody else is served."""
 
 
-@dataclass(frozen=True)
-class ServerConfig:
-    """port: 0 takes a free one. keys: API keys, none = everyone who can reach the port. max_requests_per_s: of one
-    client. max_prefix: longest prefix taken; None: what the engine was trained with. drain_s: how long a shutdown waits
-    for requests that are being answered. legacy_port: of the released TCP protocol, None for none.
-
-    Raises ValueError for an address beyond this machine without keys, unless allow_anyone.
-    """
-
-    host: str = "127.0.0.1"
-    port: int = DEFAULT_PORT
-    keys: tuple[str, ...] = ()
-    allow_anyone: bool = False
-    tls: ssl.SSLContext | None = None
-    max_clients: int = 32
-    max_message_bytes: int = 32 << 20
-    max_image_pixels: int = 4 << 20
-    max_requests_per_s: float = 200.0
-    max_prefix: int | None = None
-    drain_s: float = 10.0
-    legacy_port: int | None = None
-
-    def __post_init__(self) -> None:
-        # Released clients bring no keys.
-        check_bind(self.host, self.keys if self.legacy_port is None else (), self.allow_anyone)
-
-
-class Server:
+class Server(Service):
     """Serves one backend. Make it, then await run."""
 
-    def __init__(self, backend: Backend, config: ServerConfig) -> None:
-        self.config = config
-        self.monitor = Monitor()
-        self.state = "warming up"
-        self.metadata: PolicyMetadata | None = None
-        self._backend = backend
-        self._turns = asyncio.Semaphore(backend.slots)
-        self._ready = asyncio.Event()
-        self.sessions: set[_HasBusy] = set()
-        self._clients = 0
-        self.connections = 0
-        self._failures = 0
-        # Without keys, its pages must not be reached under a name that some site's DNS gave this machine.
-        self.is_for_this_machine = not config.keys and is_loopback(config.host)
+    connections = 0
 
     async def run(self, stop: asyncio.Event, listening: Callable[[int], None] = lambda port: None) -> None:
         """Listen, load, serve until stop is set, then answer what was asked and close.
@@ -138,69 +81,8 @@ class Server:
             finally:
                 if legacy is not None:
                     legacy.close()
-                self.state = "closed"
-                self.monitor.set_ready(False)
+                self.shut("closed")
                 await self._backend.close()
-
-    async def infer(self, request: Request) -> tuple[ActionChunk, float]:
-        """The backend's chunk and the milliseconds it took. For those who hold a turn. Raises a ServerError."""
-        start = time.perf_counter()
-        try:
-            chunk = await self._backend.infer(request)
-        except ValueError as error:
-            raise Refused(str(error)) from None
-        except (RuntimeError, MemoryError) as error:
-            raise self._failed(error) from error
-        try:
-            check_chunk(chunk)
-        except ValueError as error:
-            raise self._failed(error) from None
-        self._failures = 0
-        return chunk, 1e3 * (time.perf_counter() - start)
-
-    def turn(self) -> asyncio.Semaphore:
-        """Held while the backend works on a request; whoever waits longest gets it next."""
-        return self._turns
-
-    async def ready(self) -> PolicyMetadata:
-        """Waits for the warm-up."""
-        await self._ready.wait()
-        assert self.metadata is not None
-        return self.metadata
-
-    def admit(self) -> bool:
-        """Take a place for a client, if there is one; release gives it back."""
-        if self.is_full:
-            self.monitor.rejected("too_many_clients")
-            return False
-        self._clients += 1
-        return True
-
-    def release(self, number: int) -> None:
-        """number: the client's, from monitor.connected."""
-        self._clients -= 1
-        self.monitor.disconnected(number)
-
-    @property
-    def draining(self) -> bool:
-        return self.state == "draining"
-
-    @property
-    def is_full(self) -> bool:
-        """Whether no further client has a place."""
-        return self._clients >= self.config.max_clients
-
-    def health(self) -> tuple[HTTPStatus, str]:
-        if self.state != "ready":
-            return HTTPStatus.SERVICE_UNAVAILABLE, self.state
-        if self._failures >= FAILURES_UNTIL_UNHEALTHY:
-            return HTTPStatus.SERVICE_UNAVAILABLE, f"the last {self._failures} inferences failed"
-        return HTTPStatus.OK, "ok"
-
-    def _failed(self, error: BaseException) -> PolicyFailed:
-        self._failures += 1
-        log.error("inference failed: %s", error)
-        return PolicyFailed(str(error) or type(error).__name__)
 
     async def _start(self, stop: asyncio.Event) -> bool:
         """Whether the backend came up before it was told to stop."""
@@ -209,29 +91,23 @@ class Server:
             await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
             if not starting.done():
                 return False
-            self.metadata = _metadata(starting.result(), self.config)
+            metadata = self.open(starting.result())
         finally:
             starting.cancel()
             stopping.cancel()
-        self.state = "ready"
-        self.monitor.set_ready(True)
-        self._ready.set()
-        log.info("ready: %s", ", ".join(self.metadata.robot_types))
+        log.info("ready: %s", ", ".join(metadata.robot_types))
         return True
 
     async def _listen_legacy(self) -> asyncio.Server | None:
         if self.config.legacy_port is None:
             return None
-        from xr0_engine.serve.legacy import serve_legacy
-
         return await serve_legacy(self, self.config.host, self.config.legacy_port)
 
     async def _drain(self, websocket_server: WebsocketServer) -> None:
-        self.state = "draining"
-        self.monitor.set_ready(False)
-        log.info("shutting down: %d clients", len(self.sessions))
+        self.shut("draining")
+        log.info("shutting down: %d clients", len(self.clients))
         deadline = time.monotonic() + self.config.drain_s
-        while any(session.busy for session in self.sessions) and time.monotonic() < deadline:
+        while any(client.busy for client in self.clients) and time.monotonic() < deadline:
             await asyncio.sleep(0.01)
         websocket_server.close(reason="the server is shutting down")
 
@@ -244,12 +120,12 @@ class Server:
         try:
             metadata = await self.ready()
             await connection.send(encode_metadata(metadata))
-            session = Session(self, connection, metadata, number)
-            self.sessions.add(session)
+            client = ClientConnection(self, connection, metadata, number)
+            self.clients.add(client)
             try:
-                await session.run()
+                await client.run()
             finally:
-                self.sessions.discard(session)
+                self.clients.discard(client)
         except ConnectionClosed:
             pass
         except BaseException:
@@ -257,13 +133,6 @@ class Server:
             raise
         finally:
             self.release(number)
-
-
-class _HasBusy(Protocol):
-    """A session of either protocol: busy while a request of it is unanswered."""
-
-    @property
-    def busy(self) -> bool: ...
 
 
 class _CountedConnection(ServerConnection):
@@ -295,20 +164,6 @@ class _CountedConnection(ServerConnection):
         self._owner.connections -= 1
         if not self._turned_away:
             super().connection_lost(exc)
-
-
-def _metadata(served: Served, config: ServerConfig) -> PolicyMetadata:
-    shortest = min(robot.chunk_length for robot in served.robots.values())
-    longest = served.max_prefix if config.max_prefix is None else config.max_prefix
-    return PolicyMetadata(
-        robots=served.robots,
-        action_width=served.action_width,
-        state_width=served.state_width,
-        prefix_range=(0, min(longest, shortest)),
-        max_message_bytes=config.max_message_bytes,
-        max_image_pixels=config.max_image_pixels,
-        max_requests_per_s=config.max_requests_per_s,
-    )
 
 
 def _address(connection: ServerConnection) -> str:

@@ -19,7 +19,8 @@ from xr0_engine.bench.results import Result, environment
 from xr0_engine.bench.timing import WARM_UP, StageTimes, peak_memory_bytes, reset_peak_memory, run
 from xr0_engine.robot.embodiment import Embodiment
 from xr0_engine.serve.client import Client
-from xr0_engine.serve.server import BackgroundServer, ServerConfig
+from xr0_engine.serve.server import BackgroundServer
+from xr0_engine.serve.service import ServerConfig
 from xr0_engine.serve.worker import EngineThread
 from xr0_engine.types import ActionChunk, Observation
 

@@ -1,0 +1,165 @@
+"""What a client's connection, the pages and the released protocol need of a server: places, turns, health, chunks.
+
+A client has at most one request at work; clients take turns in the order in which they came to wait, which is round
+robin.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import ssl
+import time
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Protocol
+
+from xr0_engine.serve.access import check_bind, is_loopback
+from xr0_engine.serve.monitor import Monitor
+from xr0_engine.serve.protocol import DEFAULT_PORT, PolicyFailed, PolicyMetadata, Refused, Request, check_chunk
+from xr0_engine.serve.worker import Backend, Served
+from xr0_engine.types import ActionChunk
+
+log = logging.getLogger("xr0_engine.serve")
+
+FAILURES_UNTIL_UNHEALTHY = 3
+"""Inferences that fail in a row until /healthz says so: a device that is lost does not come back by itself."""
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """port: 0 takes a free one. keys: API keys, none = everyone who can reach the port. max_requests_per_s: of one
+    client. max_prefix: longest prefix taken; None: what the engine was trained with. drain_s: how long a shutdown waits
+    for requests that are being answered. legacy_port: of the released TCP protocol, None for none.
+
+    Raises ValueError for an address beyond this machine without keys, unless allow_anyone.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = DEFAULT_PORT
+    keys: tuple[str, ...] = ()
+    allow_anyone: bool = False
+    tls: ssl.SSLContext | None = None
+    max_clients: int = 32
+    max_message_bytes: int = 32 << 20
+    max_image_pixels: int = 4 << 20
+    max_requests_per_s: float = 200.0
+    max_prefix: int | None = None
+    drain_s: float = 10.0
+    legacy_port: int | None = None
+
+    def __post_init__(self) -> None:
+        # Released clients bring no keys.
+        check_bind(self.host, self.keys if self.legacy_port is None else (), self.allow_anyone)
+
+
+class Client(Protocol):
+    """A client of either protocol. busy: while a request of it is unanswered."""
+
+    @property
+    def busy(self) -> bool: ...
+
+
+class Service:
+    """One backend among its clients. clients: those that shutting down waits for."""
+
+    def __init__(self, backend: Backend, config: ServerConfig) -> None:
+        self.config = config
+        self.monitor = Monitor()
+        self.state = "warming up"
+        self.metadata: PolicyMetadata | None = None
+        self.clients: set[Client] = set()
+        self._backend = backend
+        self._turns = asyncio.Semaphore(backend.slots)
+        self._ready = asyncio.Event()
+        self._places = config.max_clients
+        self._failures = 0
+        # Without keys, its pages must not be reached under a name that some site's DNS gave this machine.
+        self.is_for_this_machine = not config.keys and is_loopback(config.host)
+
+    async def infer(self, request: Request) -> tuple[ActionChunk, float]:
+        """The backend's chunk and the milliseconds it took. For those who hold a turn. Raises a ServerError."""
+        start = time.perf_counter()
+        try:
+            chunk = await self._backend.infer(request)
+        except ValueError as error:
+            raise Refused(str(error)) from None
+        except (RuntimeError, MemoryError) as error:
+            raise self._failed(error) from error
+        try:
+            check_chunk(chunk)
+        except ValueError as error:
+            raise self._failed(error) from None
+        self._failures = 0
+        return chunk, 1e3 * (time.perf_counter() - start)
+
+    def turn(self) -> asyncio.Semaphore:
+        """Held while the backend works on a request; whoever waits longest gets it next."""
+        return self._turns
+
+    async def ready(self) -> PolicyMetadata:
+        """Waits for the warm-up."""
+        await self._ready.wait()
+        assert self.metadata is not None
+        return self.metadata
+
+    def admit(self) -> bool:
+        """Take a place for a client, if there is one; release gives it back."""
+        if self.is_full:
+            self.monitor.rejected("too_many_clients")
+            return False
+        self._places -= 1
+        return True
+
+    def release(self, number: int) -> None:
+        """number: the client's, from monitor.connected."""
+        self._places += 1
+        self.monitor.disconnected(number)
+
+    @property
+    def draining(self) -> bool:
+        return self.state == "draining"
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no further client has a place."""
+        return self._places <= 0
+
+    def health(self) -> tuple[HTTPStatus, str]:
+        if self.state != "ready":
+            return HTTPStatus.SERVICE_UNAVAILABLE, self.state
+        if self._failures >= FAILURES_UNTIL_UNHEALTHY:
+            return HTTPStatus.SERVICE_UNAVAILABLE, f"the last {self._failures} inferences failed"
+        return HTTPStatus.OK, "ok"
+
+    def _failed(self, error: BaseException) -> PolicyFailed:
+        self._failures += 1
+        log.error("inference failed: %s", error)
+        return PolicyFailed(str(error) or type(error).__name__)
+
+    def open(self, served: Served) -> PolicyMetadata:
+        """From now on there are chunks to be had."""
+        self.metadata = _metadata(served, self.config)
+        self.state = "ready"
+        self.monitor.set_ready(True)
+        self._ready.set()
+        return self.metadata
+
+    def shut(self, state: str) -> None:
+        """No new requests any more. state: draining or closed."""
+        self.state = state
+        self.monitor.set_ready(False)
+
+
+def _metadata(served: Served, config: ServerConfig) -> PolicyMetadata:
+    shortest = min(robot.chunk_length for robot in served.robots.values())
+    longest = served.max_prefix if config.max_prefix is None else config.max_prefix
+    return PolicyMetadata(
+        robots=served.robots,
+        action_width=served.action_width,
+        state_width=served.state_width,
+        prefix_range=(0, min(longest, shortest)),
+        max_message_bytes=config.max_message_bytes,
+        max_image_pixels=config.max_image_pixels,
+        max_requests_per_s=config.max_requests_per_s,
+    )
