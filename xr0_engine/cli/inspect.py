@@ -29,7 +29,7 @@ def inspect(
     Exit code 0: the checkpoint is complete; 2: it cannot be used, and the message says why.
     """
     from xr0_engine.bench.step.memory import memory_need
-    from xr0_engine.bench.step.roofline import Workload
+    from xr0_engine.bench.step.workload import Workload
     from xr0_engine.config import XR0Config
     from xr0_engine.model.weights import check_tensors, checkpoint_shapes, read_index, resolve_checkpoint
     from xr0_engine.robot.embodiment import builtin_embodiments, load_embodiment
@@ -81,7 +81,10 @@ def _parameters(stored: Mapping[str, StoredTensor]) -> dict[str, int]:
 
 
 def _sizes(part: Any) -> dict[str, Any]:
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(part).items()}
+    from xr0_engine.config import VARIANT
+
+    told = {name: value for name, value in vars(part).items() if name not in VARIANT or value != VARIANT[name]}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in told.items()}
 
 
 def _print_tables(report: dict[str, Any]) -> None:

@@ -13,7 +13,8 @@ from xr0_engine.bench.results import read, write
 from xr0_engine.bench.step import kernels, suite
 from xr0_engine.bench.step.ceilings import Ceilings
 from xr0_engine.bench.step.kernels import Kernel, check, kernel_specs, random_tensors
-from xr0_engine.bench.step.roofline import Workload, operators
+from xr0_engine.bench.step.roofline import operators
+from xr0_engine.bench.step.workload import Workload
 from xr0_engine.checkpoint import tiny_config
 
 SETUP = Setup(CASES["libero"], size="tiny", device="cpu", dtype="float32")

@@ -9,7 +9,7 @@ import torch
 
 from tests.support import CPU, random_inputs
 from xr0_engine.bench.step.memory import memory_need, parameters
-from xr0_engine.bench.step.roofline import Workload
+from xr0_engine.bench.step.workload import Workload
 from xr0_engine.checkpoint import published_config, tiny_config
 from xr0_engine.model.xr0 import XR0Model
 

@@ -15,7 +15,8 @@ from xr0_engine.bench.results import read, write
 from xr0_engine.bench.step import ceilings as ceilings_
 from xr0_engine.bench.step import roofline
 from xr0_engine.bench.step.ceilings import CHIPS, Ceilings
-from xr0_engine.bench.step.roofline import Workload, bounds_ms, operators
+from xr0_engine.bench.step.roofline import bounds_ms, operators
+from xr0_engine.bench.step.workload import Workload
 from xr0_engine.checkpoint import published_config, tiny_config
 from xr0_engine.model.xr0 import XR0Model
 

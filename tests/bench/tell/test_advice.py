@@ -11,8 +11,9 @@ from xr0_engine.bench.cases import CASES, Setup, Subject
 from xr0_engine.bench.results import Result, read, write
 from xr0_engine.bench.step import kernels, step_kernels
 from xr0_engine.bench.step.ceilings import Ceilings
-from xr0_engine.bench.step.roofline import Workload, operators
-from xr0_engine.bench.step.tune import Call
+from xr0_engine.bench.step.recorder import Call
+from xr0_engine.bench.step.roofline import Precision, cost, operators
+from xr0_engine.bench.step.workload import Workload
 from xr0_engine.bench.tell import report
 from xr0_engine.bench.tell.advice import advise
 from xr0_engine.bench.tell.bounds import Bounds
@@ -87,7 +88,7 @@ def test_costs_are_those_of_the_roofline():
 
     def same(name: str, kind: str, shape: tuple[int, ...], **options) -> None:
         stage = name.partition(":")[0]
-        found = step_kernels.cost(stage, Call(kind, shape, (), options), "bfloat16")
+        found = cost(Call(kind, shape, (), options, 1, stage, name), Precision.of("bfloat16"))
         expected = counted[name]
         assert (found.operations, found.num_bytes) == (expected.operations, expected.num_bytes), name
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,10 +18,11 @@ from rich.table import Table
 
 from xr0_engine.backend import resolve_backend
 from xr0_engine.bench.cases import Setup, StepInputs, Subject
-from xr0_engine.bench.measure.latency import GATE, relative_rms
+from xr0_engine.bench.measure.latency import GATE, Rival, relative_rms
+from xr0_engine.bench.measure.replay import engine_rival
 from xr0_engine.bench.results import Result, environment
 from xr0_engine.bench.tell.tables import footer, number
-from xr0_engine.bench.timing import CallTimer, StageTimes, ratio_with_spread, run
+from xr0_engine.bench.timing import ratio_with_spread, run
 from xr0_engine.fused.model import FusedModel
 from xr0_engine.fused.ops import has_dependent_launch, without_dependent_launch
 from xr0_engine.fused.prompts import session_key
@@ -29,57 +30,76 @@ from xr0_engine.fused.session import Session
 from xr0_engine.fused.tactics import TacticTable
 
 ENGINE, TOTAL = "engine", "total"
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
 class Variant:
     """The engine's step with one thing otherwise: its tactic table, whether it is a graph, what it is launched in.
 
-    instead: in words. scope: entered when its kernels are launched or captured.
+    instead: in words. stage: where it should tell. scope: entered when its kernels are launched or captured.
     """
 
     instead: str
     table: TacticTable
     graphs: bool
+    stage: str = TOTAL
     scope: Callable[[], AbstractContextManager[None]] = nullcontext
+
+
+def features(model: FusedModel) -> dict[str, Any]:
+    """What the engine's own step has on this machine."""
+    on_gpu, table = model.device.type == "cuda", model.table
+    overlap = on_gpu and table.overlap
+    return {
+        "CUDA graph": model.graphs,
+        "measured tactics": len(table.tactics),
+        "dependent launch": on_gpu and has_dependent_launch(model.device),
+        "overlap": overlap,
+        # Beside the VLM it is chained, whatever the table says.
+        "flow": "chained" if overlap else table.flow,
+    }
 
 
 def variants(model: FusedModel) -> dict[str, Variant]:
     """What the engine does on this machine -> the engine without it."""
-    table, on_gpu = model.table, model.device.type == "cuda"
+    has, table, graphs = features(model), model.table, model.graphs
+    chained, persistent = (replace(table, overlap=False, flow=flow) for flow in ("chained", "persistent"))
     found = {}
-    if model.graphs:
+    if graphs:
         found["CUDA graph"] = Variant("every kernel is launched from the host", table, graphs=False)
-    if table.tactics:
-        defaults = replace(table, tactics={})
-        found["measured tactics"] = Variant("kernels run with their stated defaults", defaults, model.graphs)
-    if on_gpu and has_dependent_launch(model.device):
+    if has["measured tactics"]:
+        found["measured tactics"] = Variant("kernels have their stated defaults", replace(table, tactics={}), graphs)
+    if has["dependent launch"]:
         instead = "a kernel starts when the one before it has ended"
-        found["dependent launch"] = Variant(instead, table, model.graphs, without_dependent_launch)
-    if on_gpu:
-        beside = "the flow's first step runs beside the VLM's last layers"
-        after = "the flow starts when the prefill has ended"
-        name, instead = ("overlap", after) if table.overlap else ("flow after prefill", beside)
-        found[name] = Variant(instead, replace(table, overlap=not table.overlap), model.graphs)
-    if model.backend == "triton":
-        chained, persistent = "the flow is a chain of kernels", "the flow is one kernel"
-        name, instead = ("persistent flow", chained) if table.flow == "persistent" else ("chained flow", persistent)
-        flow = replace(table, flow="chained" if table.flow == "persistent" else "persistent", overlap=False)
-        found[name] = Variant(instead, flow, model.graphs)
+        found["dependent launch"] = Variant(instead, table, graphs, scope=without_dependent_launch)
+    if has["overlap"]:
+        found["overlap"] = Variant("the flow starts when the prefill has ended", chained, graphs)
+    elif model.device.type == "cuda":
+        instead = "the flow's first step, chained, runs beside the VLM's last layers"
+        found["flow after prefill"] = Variant(instead, replace(table, overlap=True), graphs)
+    if has["flow"] == "persistent":
+        found["persistent flow"] = Variant("the flow is a chain of kernels", chained, graphs, "flow")
+    elif model.backend == "triton":
+        # The reference has no such kernel.
+        found["chained flow"] = Variant("the flow is one kernel, after the prefill", persistent, graphs, "flow")
     return found
 
 
-def step_of(model: FusedModel, given: StepInputs, variant: Variant) -> tuple[Session, Callable[[], None]]:
-    """Its buffers, inputs uploaded, and its step on them: run once, so that kernels and graph are there."""
+def rival_of(model: FusedModel, given: StepInputs, variant: Variant) -> tuple[Session, Rival]:
+    """Its buffers; what is timed, the step and each stage, and what gives the chunk."""
     session = Session(model, session_key(given.inputs), given.inputs, variant.table, variant.graphs)
-    session.update(given.inputs, given.noise, given.prefix, given.prefix_length)
+    timed, chunk = engine_rival(session, given, "replay")
 
-    def step() -> None:
-        with variant.scope():
-            session.replay()
+    def within(call: Callable[[], Found]) -> Callable[[], Found]:
+        # The first call captures.
+        def scoped() -> Found:
+            with variant.scope():
+                return call()
 
-    step()
-    return session, step
+        return scoped
+
+    return session, (within(timed), within(chunk))
 
 
 @torch.inference_mode()
@@ -90,24 +110,18 @@ def measure_model(
 
     Raises RuntimeError if a variant gives another chunk: nothing is timed then.
     """
-    found = variants(model)
-    engine, step = step_of(model, given, Variant("", model.table, model.graphs))
-    steps, sessions, errors = {ENGINE: step}, [engine], {}
-    for name, variant in found.items():
-        session, steps[name] = step_of(model, given, variant)
-        sessions.append(session)
-        errors[name] = relative_rms(session.chunk.cpu().numpy(), engine.chunk.cpu().numpy())
-        if not errors[name] < GATE[dtype]:
+    every = {ENGINE: Variant("", model.table, model.graphs), **variants(model)}
+    made = {name: rival_of(model, given, variant) for name, variant in every.items()}
+    chunks = {name: chunk() for name, (_, (_, chunk)) in made.items()}
+    ours = chunks.pop(ENGINE)
+    errors = {name: relative_rms(chunk, ours) for name, chunk in chunks.items()}
+    for name, error in errors.items():
+        if not error < GATE[dtype]:
             raise RuntimeError(
-                f"nothing was timed: without {name!r} the chunk differs by {errors[name]:.1e}, more than {GATE[dtype]}"
+                f"nothing was timed: without {name!r} the chunk differs by {error:.1e}, more than {GATE[dtype]}"
             )
-    timer = CallTimer(model.device)
-
-    def timed(step: Callable[[], None]) -> StageTimes:
-        return {TOTAL: timer(step)}
-
-    series, reason = run({name: partial(timed, step) for name, step in steps.items()}, rounds)
-    for session in sessions:
+    series, reason = run({name: timed for name, (_, (timed, _)) in made.items()}, rounds)
+    for session, _ in made.values():
         session.close()
     return series, errors, reason
 
@@ -139,7 +153,8 @@ def measure(setup: Setup, rounds: int, command: str) -> tuple[Result, BaseExcept
         backend=subject.engine.backend,
         series=series,
         facts={
-            "stages": dict.fromkeys(found, TOTAL),
+            "engine": features(model),
+            "stages": {name: variant.stage for name, variant in found.items()},
             "instead": {name: variant.instead for name, variant in found.items()},
             "error_against_engine": errors,
         },
@@ -152,19 +167,22 @@ def show(result: Result) -> None:
     """A table of 80 columns."""
     case, facts = result.case, result.facts
     table = Table(title=f"{case['name']}, {case['size']}, batch {case['batch']}, {case['dtype']}, ms", box=None)
-    table.add_column("without")
+    for column in ("without", "stage"):
+        table.add_column(column)
     for column in ("ms", "with", "bought", "ratio", "quartiles"):
         table.add_column(column, justify="right", no_wrap=True)
-    engine = np.array(result.series[ENGINE][TOTAL])
-    for name in facts["instead"]:
-        without = np.array(result.series[name][TOTAL])
-        middle, low, high = ratio_with_spread(without, engine)
-        medians = number(float(np.median(without))), number(float(np.median(engine)))
-        bought = f"{np.median(without - engine):+.3f}"
-        table.add_row(name, *medians, bought, f"{middle:.2f}", f"{low:.2f} .. {high:.2f}")
+    for name, stage in facts["stages"].items():
+        for place in dict.fromkeys((stage, TOTAL)):
+            without, engine = (np.array(result.series[rival][place]) for rival in (name, ENGINE))
+            middle, low, high = ratio_with_spread(without, engine)
+            medians = number(float(np.median(without))), number(float(np.median(engine)))
+            bought = f"{np.median(without - engine):+.3f}"
+            table.add_row(name, place, *medians, bought, f"{middle:.2f}", f"{low:.2f} .. {high:.2f}")
     console = Console()
     console.print(table)
     for name, instead in facts["instead"].items():
         console.print(f"without {name}: {instead}", highlight=False)
+    has = ", ".join(f"{feature} {told}" for feature, told in facts["engine"].items())
+    console.print(f"The engine has: {has}.", highlight=False)
     console.print("Where the quartiles enclose 1, the machine's noise hides what is bought.")
     console.print(footer(result), markup=False, highlight=False)

@@ -7,22 +7,17 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from torch import Tensor
 
 from xr0_engine.backend import resolve_dtype, triton_installed
 from xr0_engine.bench.cases import Setup
-from xr0_engine.bench.step.roofline import Workload
+from xr0_engine.bench.step.recorder import META, parts_on_meta, step_on_meta
+from xr0_engine.bench.step.workload import Workload
 from xr0_engine.config import XR0Config
-from xr0_engine.fused.head import FusedHead
-from xr0_engine.fused.ops import SHARED_LIMIT, FlowInputs, FusedOps, compile_kernels
-from xr0_engine.fused.prompts import PROMPT_BUCKET
-from xr0_engine.fused.vlm import FusedText, FusedVision
-from xr0_engine.model.layers import pack_linears
-from xr0_engine.model.xr0 import XR0Model
+from xr0_engine.fused.ops import SHARED_LIMIT, FusedOps, compile_kernels
+from xr0_engine.fused.prompts import bucket
 
 if TYPE_CHECKING:
     from xr0_engine.fused.ops import Compiled
@@ -43,44 +38,9 @@ def compile_step(
         raise ValueError(f"arch: expected one of {', '.join(map(str, SHARED_LIMIT))}; got {arch}")
     if not triton_installed():
         raise NotImplementedError("compiling needs Triton: pip install 'xr0-engine[cuda]'")
-    meta = torch.device("meta")
-    with meta:
-        model = XR0Model(config).to(precision).eval().requires_grad_(False)
-    pack_linears(model)
-    ops = FusedOps("triton", meta, arch=arch)
-    return compile_kernels(lambda: _step(model, ops, work), arch, done)
-
-
-def _step(model: XR0Model, ops: FusedOps, work: Workload) -> None:
-    config, dtype, batch = model.config, model.dtype, work.batch
-    vision = FusedVision(model.vlm.model.visual)
-    text, head = FusedText(model.vlm.model.language_model), FusedHead(model.head)
-    tokens = -(-work.tokens // PROMPT_BUCKET) * PROMPT_BUCKET
-
-    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    images = vision.buffers(work.grids)
-    vision.run(ops, empty(sum(h * w for h, w in work.grids), config.vision.patch_dim), images)
-    prompt, own = text.buffers(batch, tokens, work.preamble_tokens), (batch, tokens - work.preamble_tokens)
-    ids, index, positions = (empty(*shape, dtype=torch.int32) for shape in (own, own, (3, *own)))
-    text.run(ops, ids, positions, index, images.tokens[0], tuple(tap[0] for tap in images.deepstack), prompt)
-    chunk = (batch, work.chunk_length, config.head.action_dim)
-    rows = empty(batch, dtype=torch.int32)
-    first = config.text.num_layers - config.head.num_layers
-    inputs = FlowInputs(
-        keys=prompt.keys[first:],
-        values=prompt.values[first:],
-        begin=rows,
-        end=rows,
-        next_position=empty(3, batch, dtype=torch.int32),
-        state=empty(batch, config.head.state_length, config.head.state_dim),
-        noise=empty(*chunk, dtype=torch.float32),
-        prefix=empty(*chunk, dtype=torch.float32),
-        prefix_length=rows,
-        action_mask=empty(*chunk, dtype=torch.float32),
-    )
-    head.run(ops, inputs, head.buffers(batch, work.chunk_length))
+    parts, ops = parts_on_meta(config, precision), FusedOps("triton", META, arch=arch)
+    tokens = bucket(work.tokens)
+    return compile_kernels(lambda: step_on_meta(parts, work, ops, tokens), arch, done)
 
 
 def run(setup: Setup, arch: int, as_json: bool) -> bool:

@@ -7,7 +7,7 @@ before the clock starts. A kernel must agree with a plain restatement in float64
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -21,7 +21,9 @@ from xr0_engine.backend import resolve_backend, resolve_dtype
 from xr0_engine.bench.cases import Setup, describe
 from xr0_engine.bench.results import Result, environment
 from xr0_engine.bench.step.ceilings import COPIED_BYTES, Ceilings, highest, measure_ceilings, rates
-from xr0_engine.bench.step.roofline import FLOAT32_BYTES, Operator, Precision, Workload, operators
+from xr0_engine.bench.step.recorder import STAGES, Call, step_calls
+from xr0_engine.bench.step.roofline import FLOAT32_BYTES, Operator, Precision, cost, operators
+from xr0_engine.bench.step.workload import Workload
 from xr0_engine.bench.tell.tables import footer, number
 from xr0_engine.bench.timing import CallTimer, run
 from xr0_engine.config import XR0Config
@@ -59,13 +61,16 @@ class KernelSpec:
 
 
 def kernel_specs(config: XR0Config, work: Workload, dtype: str) -> list[KernelSpec]:
-    """Every kernel of a call, each shape once per place in the model. Raises ValueError for an unknown dtype."""
+    """Every kernel of a call, each shape once per place in the model, products first. Raises ValueError for an unknown dtype."""
     resolve_dtype(dtype)
-    costs = operators(config, work, dtype)
-    gemms = [KernelSpec(op, "x".join(map(str, op.shape)), _gemm(op.shape)) for op in costs if op.shape]
-    attentions = {op.stage: op for op in costs if op.name == "attention"}
-    specs = [*gemms, *_attentions(config, work, attentions), *_elementwise(config, work, Precision.of(dtype))]
-    return sorted(specs, key=lambda spec: ("vision", "prefill", "flow").index(spec.cost.stage))
+    precision = Precision.of(dtype)
+    calls = step_calls(config, work)
+    specs = [_spec(call, cost(call, precision)) for call in calls]
+    # Whole ones: the last layer of the VLM has no queries.
+    for call in (call for call in calls if call.kind == "qkv" and call.arguments[2] is not None):
+        specs += _around(call, precision)
+    unique = {(spec.name, spec.shape): spec for spec in specs}
+    return sorted(unique.values(), key=lambda spec: (STAGES.index(spec.cost.stage), not spec.cost.shape))
 
 
 def random_tensors(device: torch.device, dtype: str) -> Random:
@@ -96,6 +101,18 @@ def check(name: str, kernel: Kernel, dtype: str) -> float:
     return error
 
 
+def _spec(call: Call, cost: Operator) -> KernelSpec:
+    """A recorded product or attention, as the reference computes it."""
+    if cost.shape:
+        return KernelSpec(cost, "x".join(map(str, cost.shape)), _gemm(cost.shape))
+    batch, heads, queries, _, keys, _ = call.shape
+    if call.kind == "lambda_attention":
+        return KernelSpec(cost, f"{heads}x{queries}x{keys + queries}", _over_cache(call.shape))
+    if call.options["causal"]:
+        return KernelSpec(cost, f"{heads}x{queries}^2", _causal(call.shape))
+    return KernelSpec(cost, f"{batch}x{heads}x{queries}^2", _over_images(call.shape))
+
+
 def _gemm(shape: tuple[int, ...]) -> Callable[[Random], Kernel]:
     rows, inputs, outputs = shape
 
@@ -106,54 +123,55 @@ def _gemm(shape: tuple[int, ...]) -> Callable[[Random], Kernel]:
     return make
 
 
-def _attentions(config: XR0Config, work: Workload, costs: Mapping[str, Operator]) -> list[KernelSpec]:
-    vision, text, head = config.vision, config.text, config.head
-    own = work.tokens - work.preamble_tokens
-    queries = 1 + head.state_length + work.chunk_length
+def _over_images(shape: tuple[int, ...]) -> Callable[[Random], Kernel]:
+    images, heads, patches, _, _, dim = shape
 
-    def over_images(random: Random) -> Kernel:
-        # One call per run of equal images in the engine; here all are equal.
-        images, patches = len(work.grids), work.grids[0][0] * work.grids[0][1]
-        shape = (images, patches, vision.num_heads, vision.hidden_size // vision.num_heads)
-        q, k, v = (random(*shape).transpose(1, 2) for _ in range(3))
+    def make(random: Random) -> Kernel:
+        q, k, v = (random(images, patches, heads, dim).transpose(1, 2) for _ in range(3))
         everything = torch.ones(1, dtype=torch.bool, device=q.device)
         return Kernel(lambda: reference.attention(q, k, v), lambda: _exact_attention(q, k, v, everything))
 
-    def causal(random: Random) -> Kernel:
-        q = random(work.batch, text.num_heads, own, text.head_dim)
-        k, v = (random(work.batch, text.num_kv_heads, own, text.head_dim) for _ in range(2))
+    return make
+
+
+def _causal(shape: tuple[int, ...]) -> Callable[[Random], Kernel]:
+    batch, heads, own, groups, _, dim = shape
+
+    def make(random: Random) -> Kernel:
+        q = random(batch, heads, own, dim)
+        k, v = (random(batch, groups, own, dim) for _ in range(2))
         mask = torch.ones(own, own, dtype=torch.bool, device=q.device).tril()
         return Kernel(lambda: reference.attention(q, k, v, causal=True), lambda: _exact_attention(q, k, v, mask))
 
-    def over_cache(random: Random) -> Kernel:
-        q, k, v = (random(work.batch, head.num_heads, queries, head.head_dim) for _ in range(3))
-        keys, values = (random(work.batch, head.num_kv_heads, work.tokens, head.head_dim) for _ in range(2))
-        mask = torch.ones(queries, work.tokens + queries, dtype=torch.bool, device=q.device).tril(work.tokens)
-        mask = mask.expand(work.batch, 1, -1, -1)
+    return make
 
-        def join(cached: Tensor, mine: Tensor) -> Tensor:
-            return torch.cat((cached.repeat_interleave(head.num_heads // head.num_kv_heads, 1), mine), 2)
+
+def _over_cache(shape: tuple[int, ...]) -> Callable[[Random], Kernel]:
+    batch, heads, queries, groups, cached, dim = shape
+
+    def make(random: Random) -> Kernel:
+        q, k, v = (random(batch, heads, queries, dim) for _ in range(3))
+        keys, values = (random(batch, groups, cached, dim) for _ in range(2))
+        mask = torch.ones(queries, cached + queries, dtype=torch.bool, device=q.device).tril(cached)
+        mask = mask.expand(batch, 1, -1, -1)
+
+        def join(kept: Tensor, mine: Tensor) -> Tensor:
+            return torch.cat((kept.repeat_interleave(heads // groups, 1), mine), 2)
 
         def exact() -> Tensor:
             return _exact_attention(q, join(keys, k), join(values, v), mask)
 
         return Kernel(lambda: reference.lambda_attention(q, k, v, keys, values, mask), exact)
 
-    grid = work.grids[0][0] * work.grids[0][1]
-    return [
-        KernelSpec(costs["vision"], f"{len(work.grids)}x{vision.num_heads}x{grid}^2", over_images),
-        KernelSpec(costs["prefill"], f"{text.num_heads}x{own}^2", causal),
-        KernelSpec(costs["flow"], f"{head.num_heads}x{queries}x{work.tokens + queries}", over_cache),
-    ]
+    return make
 
 
-def _elementwise(config: XR0Config, work: Workload, precision: Precision) -> list[KernelSpec]:
-    vision, text, head = config.vision, config.text, config.head
-    patches = sum(height * width for height, width in work.grids)
-    rows = work.batch * (work.tokens - work.preamble_tokens)
-    actions = work.batch * (1 + head.state_length + work.chunk_length)
+def _around(qkv: Call, precision: Precision) -> list[KernelSpec]:
+    """What the reference computes around a product of queries, keys and values: norms and the rotation."""
+    rows, _, inputs, dim = qkv.shape
+    heads, stage, options = qkv.arguments[2].shape[1], qkv.stage, qkv.options
 
-    def norm(stage: str, name: str, *shape: int) -> KernelSpec:
+    def norm(name: str, *shape: int) -> KernelSpec:
         elements, width = math.prod(shape), shape[-1]
         moved = precision.activation * 2 * elements
         cost = Operator(stage, name, 1, 4 * elements, precision.activation * width, moved, precision.gemm)
@@ -164,27 +182,21 @@ def _elementwise(config: XR0Config, work: Workload, precision: Precision) -> lis
 
         return KernelSpec(cost, "x".join(map(str, shape)), make)
 
-    def rotate(stage: str, tokens: int, heads: int, dim: int) -> KernelSpec:
-        elements = tokens * heads * dim
-        moved = precision.activation * 2 * elements + FLOAT32_BYTES * 2 * tokens * dim
+    def rotate() -> KernelSpec:
+        elements = rows * heads * dim
+        moved = precision.activation * 2 * elements + FLOAT32_BYTES * 2 * rows * dim
         cost = Operator(stage, "rotate Q", 1, 6 * elements, 0, moved, precision.gemm)
 
         def make(random: Random) -> Kernel:
-            x, angles = random(tokens, heads, dim), random(tokens, 1, dim // 2).float()
+            x, angles = random(rows, heads, dim), random(rows, 1, dim // 2).float()
             cos, sin = (torch.cat((table, table), -1) for table in (angles.cos(), angles.sin()))
             return Kernel(lambda: reference.rotate(x, cos, sin), lambda: _exact_rotation(x, cos, sin))
 
-        return KernelSpec(cost, f"{tokens}x{heads}x{dim}", make)
+        return KernelSpec(cost, f"{rows}x{heads}x{dim}", make)
 
-    return [
-        rotate("vision", patches, vision.num_heads, vision.hidden_size // vision.num_heads),
-        norm("prefill", "norm", rows, text.hidden_size),
-        norm("prefill", "norm of Q", rows, text.num_heads, text.head_dim),
-        rotate("prefill", rows, text.num_heads, text.head_dim),
-        norm("flow", "norm", actions, head.hidden_size),
-        norm("flow", "norm of Q", actions, head.num_heads, head.head_dim),
-        rotate("flow", actions, head.num_heads, head.head_dim),
-    ]
+    of_rows = [norm("norm", rows, inputs)] if options["norm"].kind != "layer" else []
+    of_heads = [norm("norm of Q", rows, heads, dim)] if options.get("q_weight") is not None else []
+    return [*of_rows, *of_heads, rotate()]
 
 
 def _exact_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:

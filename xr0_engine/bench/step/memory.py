@@ -1,18 +1,21 @@
 """What a call needs in memory: weights by part, tables kept from load, KV block, activations.
 
 Activations are an estimate of the most that a stage of the reference engine holds at once, its results included: the
-tensors alive at the widest place of one layer. What a library takes for itself is not in it.
+tensors alive at the widest place of one layer, whose widths a step's own calls tell. What a library takes for itself is
+not in it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from xr0_engine.backend import resolve_dtype
-from xr0_engine.bench.step.roofline import FLOAT32_BYTES, Workload
+from xr0_engine.bench.step.recorder import Call, step_calls
+from xr0_engine.bench.step.roofline import FLOAT32_BYTES
+from xr0_engine.bench.step.workload import Workload
 from xr0_engine.config import XR0Config
 from xr0_engine.model.xr0 import XR0Model
 
@@ -40,19 +43,21 @@ class MemoryNeed:
 
 def memory_need(config: XR0Config, work: Workload, dtype: str) -> MemoryNeed:
     """dtype: bfloat16, float16 or float32. Raises ValueError for another."""
-    size, text, head = resolve_dtype(dtype).itemsize, config.text, config.head
-    image_tokens = sum(height * width for height, width in work.grids) // config.vision.spatial_merge_size**2
-    adaln_table = head.num_layers * head.flow_steps * 6 * head.hidden_size
-    kv_of_token = 2 * text.num_kv_heads * text.head_dim
+    size, layers = resolve_dtype(dtype).itemsize, config.head.num_layers
+    calls = step_calls(config, work)
+    tokens, outputs, taps = _image_tokens(calls)
+    *_, groups, _, dim = _only(calls, "prefill", "attention").shape
+    kv_of_token = 2 * groups * dim
+    adaln_table = layers * config.head.flow_steps * 6 * config.head.hidden_size
     return MemoryNeed(
         weights={part: size * count for part, count in parameters(config).items()},
-        kept=size * (adaln_table + text.num_layers * work.preamble_tokens * kv_of_token),
-        kv_block=size * head.num_layers * work.batch * work.tokens * kv_of_token,
-        vision_tokens=size * image_tokens * text.hidden_size * (1 + len(config.vision.deepstack_layers)),
+        kept=size * (adaln_table + config.text.num_layers * work.preamble_tokens * kv_of_token),
+        kv_block=size * layers * work.batch * work.tokens * kv_of_token,
+        vision_tokens=size * tokens * outputs * (1 + taps),
         activations={
-            "vision": _vision(config, work, size),
-            "prefill": _prefill(config, work, size),
-            "flow": _flow(config, work, size),
+            "vision": _vision(calls, size),
+            "prefill": _prefill(calls, layers, size),
+            "flow": _flow(calls, size),
         },
     )
 
@@ -66,42 +71,53 @@ def parameters(config: XR0Config) -> dict[str, int]:
     return {name: sum(parameter.numel() for parameter in part.parameters()) for name, part in parts.items()}
 
 
-def _vision(config: XR0Config, work: Workload, size: int) -> int:
-    vision = config.vision
-    width = vision.hidden_size
-    patches = sum(height * width for height, width in work.grids)
+def _only(calls: Sequence[Call], stage: str, kind: str) -> Call:
+    """The first such call of a stage: those of its other layers have the same sizes."""
+    return next(call for call in calls if (call.stage, call.kind) == (stage, kind))
+
+
+def _image_tokens(calls: Sequence[Call]) -> tuple[int, int, int]:
+    """Image tokens, their columns, and how many taps of the vision tower there are beside them."""
+    last = [call for call in calls if call.stage == "vision"][-1]
+    tokens, outputs, _ = last.shape
+    return tokens, outputs, last.count - 1
+
+
+def _vision(calls: Sequence[Call], size: int) -> int:
+    patches, _, width, dim = _only(calls, "vision", "qkv").shape
+    patch_dim = _only(calls, "vision", "linear").shape[2]
+    inner = max(call.shape[1] for call in calls if (call.stage, call.kind) == ("vision", "linear"))
     # Through the whole tower: the patches and their position embeddings. In a block: the residual stream before and
     # after the attention, the normed one; then the inner layer before and after GELU, or Q, K, V, the rotated Q, and
     # K while it is turned in float32 (copied if it was not, halves, joined).
-    mlp = size * 2 * vision.intermediate_size
+    mlp = size * 2 * inner
     attention = size * 4 * width + FLOAT32_BYTES * width * (2 if size == FLOAT32_BYTES else 3)
-    row = size * (vision.patch_dim + 4 * width) + max(mlp, attention)
-    taps = patches // vision.spatial_merge_size**2 * vision.out_hidden_size * len(vision.deepstack_layers)
-    rotary = 2 * FLOAT32_BYTES * width // vision.num_heads
-    return patches * (row + rotary) + size * taps
+    row = size * (patch_dim + 4 * width) + max(mlp, attention)
+    tokens, outputs, taps = _image_tokens(calls)
+    return patches * (row + 2 * FLOAT32_BYTES * dim) + size * tokens * outputs * taps
 
 
-def _prefill(config: XR0Config, work: Workload, size: int) -> int:
-    text = config.text
-    rows = work.batch * (work.tokens - work.preamble_tokens)
-    q_width, kv_width = text.num_heads * text.head_dim, text.num_kv_heads * text.head_dim
+def _prefill(calls: Sequence[Call], kept_layers: int, size: int) -> int:
+    rows, _, width, _ = _only(calls, "prefill", "qkv").shape
+    batch, heads, _, groups, tokens, dim = _only(calls, "prefill", "attention").shape
+    inner, q_width, kv_width = _only(calls, "prefill", "swiglu").shape[1] // 2, heads * dim, groups * dim
     # The embeddings, the residual stream before and after the attention, the normed one; gate, up, SiLU of gate, their
     # product; from the attention before: Q, K, V, the rotated Q and the result.
-    row = 4 * text.hidden_size + 4 * text.intermediate_size + 3 * q_width + 2 * kv_width
+    row = 4 * width + 4 * inner + 3 * q_width + 2 * kv_width
     # One scratch place beside the layers kept.
-    cache = (config.head.num_layers + 1) * work.batch * work.tokens * 2 * kv_width
-    return size * (rows * row + cache) + 2 * FLOAT32_BYTES * rows * text.head_dim
+    cache = (kept_layers + 1) * batch * tokens * 2 * kv_width
+    return size * (rows * row + cache) + 2 * FLOAT32_BYTES * rows * dim
 
 
-def _flow(config: XR0Config, work: Workload, size: int) -> int:
-    head = config.head
-    queries = 1 + head.state_length + work.chunk_length
-    rows = work.batch * queries
+def _flow(calls: Sequence[Call], size: int) -> int:
+    rows, _, width, _ = _only(calls, "flow", "qkv").shape
+    batch, heads, queries, _, tokens, _ = _only(calls, "flow", "lambda_attention").shape
+    inner = _only(calls, "flow", "swiglu").shape[1] // 2
     # The residual stream before and after, the normed and the modulated one; the MLP as in prefill.
-    mlp = rows * (4 + 4 * 4) * head.hidden_size
+    mlp = rows * (4 * width + 4 * inner)
     # The scores, apart and joined, and their softmax in float32, of a float32 copy if they were not; Q, K and V before
     # and after the norms and rotations.
-    pairs = work.batch * head.num_heads * queries * (work.tokens + queries)
+    pairs = batch * heads * queries * (tokens + queries)
     softmax = FLOAT32_BYTES * pairs * (1 if size == FLOAT32_BYTES else 2)
-    attention = rows * 10 * head.hidden_size + 2 * pairs
+    attention = rows * 10 * width + 2 * pairs
     return max(size * mlp, size * attention + softmax)

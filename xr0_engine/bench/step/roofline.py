@@ -23,63 +23,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from xr0_engine.bench.cases import Setup, describe
 from xr0_engine.bench.results import Result, environment
 from xr0_engine.bench.step.ceilings import HERE, Ceilings, ceilings_for, rates
-from xr0_engine.checkpoint import ROBOTS, SIZES
-from xr0_engine.config import VisionConfig, XR0Config
-from xr0_engine.model.weights import resolve_checkpoint
-from xr0_engine.robot.normalize import load_statistics, select_robot_type
-from xr0_engine.robot.preprocess import orient, smart_resize
-from xr0_engine.types import ModelInputs
+from xr0_engine.bench.step.recorder import Call, step_calls
+from xr0_engine.bench.step.workload import Workload
+from xr0_engine.config import XR0Config
 
 STAGES = ("vision", "prefill", "flow")
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "fp8": 1, "int8": 1}
 """Bytes of a weight."""
 FLOAT32_BYTES = 4
-
-
-@dataclass(frozen=True)
-class Workload:
-    """The sizes of one call that its cost depends on.
-
-    grids: per image (height, width) in patches, of the whole batch; tokens: N, padding included; chunk_length: T;
-    preamble_tokens: leading tokens whose KV is kept from an earlier call.
-    """
-
-    grids: tuple[tuple[int, int], ...]
-    tokens: int
-    chunk_length: int
-    batch: int = 1
-    preamble_tokens: int = 0
-
-    @staticmethod
-    def of(inputs: ModelInputs) -> Workload:
-        """What a call with these inputs costs, its prompt head known."""
-        batch, tokens = inputs.input_ids.shape
-        return Workload(inputs.image_grids, tokens, inputs.action_mask.shape[1], batch, inputs.preamble_length)
-
-    @staticmethod
-    def of_case(setup: Setup) -> tuple[XR0Config, Workload]:
-        """The case's nominal sizes, nothing kept, and the configuration. No weights are made or read.
-
-        Raises ValueError for an unknown size, CheckpointError for a checkpoint that cannot be used.
-        """
-        case = setup.case
-        if setup.checkpoint is None:
-            config, chunk_length = config_of_size(setup.size), ROBOTS[case.robot_type][0]
-        else:
-            folder = resolve_checkpoint(setup.checkpoint)
-            config = XR0Config.load(folder)
-            statistics = load_statistics(folder, config.head.action_dim, config.std_epsilon)
-            chunk_length = statistics[select_robot_type(statistics, case.robot_type)].chunk_length
-        image = np.empty((*case.image_size, 3), np.uint8)
-        grids = [_grid(orient(image, view), config.vision) for view in case.embodiment.views]
-        return config, Workload(tuple(grids) * case.batch, case.tokens, chunk_length, case.batch)
 
 
 @dataclass(frozen=True)
@@ -142,99 +99,34 @@ class Precision:
         return Operator(stage, name, count, 4 * pairs * width, 0, self.activation * elements, self.attention)
 
 
-def config_of_size(size: str) -> XR0Config:
-    """Raises ValueError for a size not in SIZES."""
-    if size not in SIZES:
-        raise ValueError(f"size: expected {', '.join(SIZES)}; got {size!r}")
-    return SIZES[size]()
+def cost(call: Call, precision: Precision) -> Operator:
+    """What all runs of a recorded call take, as the module counts them. Raises ValueError for an unknown kind."""
+    if call.kind in ("linear", "swiglu", "qkv"):
+        rows, outputs, inputs = call.shape[:3]
+        return precision.linear(call.stage, call.name, call.count, rows, inputs, outputs)
+    batch, heads, queries, groups, keys, dim = call.shape
+    cached = 2 * batch * groups * keys * dim
+    if call.kind == "attention":
+        hidden = queries * (queries - 1) // 2 if call.options["causal"] else 0
+        pairs, moved = batch * (queries * keys - hidden), 2 * batch * heads * queries * dim + cached
+    elif call.kind == "lambda_attention":
+        # The cached keys and values have the VLM's KV heads; the DiT's own have all heads.
+        pairs, moved = batch * queries * (keys + queries), 4 * batch * heads * queries * dim + cached
+    else:
+        raise ValueError(f"kind: expected an op that has tactics, got {call.kind!r}")
+    return precision.attend(call.stage, call.name, call.count, pairs, heads * dim, moved)
 
 
 def operators(config: XR0Config, work: Workload, dtype: str) -> list[Operator]:
     """Every operator of a call, as the module counts them. dtype: a key of BYTES. Raises ValueError for another."""
     precision = Precision.of(dtype)
-    return [*_vision(config, work, precision), *_prefill(config, work, precision), *_flow(config, work, precision)]
+    return [cost(call, precision) for call in step_calls(config, work)]
 
 
 def bounds_ms(found: list[Operator], ceilings: Ceilings) -> dict[str, float]:
     """Stage -> milliseconds at least, and their sum as `total`."""
     stages = {s: 1e3 * sum(op.bound_s(ceilings) for op in found if op.stage == s) for s in STAGES}
     return stages | {"total": sum(stages.values())}
-
-
-def _vision(config: XR0Config, work: Workload, precision: Precision) -> list[Operator]:
-    vision = config.vision
-    width, merged = vision.hidden_size, vision.hidden_size * vision.spatial_merge_size**2
-    images = [height * width for height, width in work.grids]
-    rows, mergers = sum(images), 1 + len(vision.deepstack_layers)
-    tokens = rows // vision.spatial_merge_size**2
-    pairs = sum(patches**2 for patches in images)
-
-    def linear(name: str, count: int, of: int, inputs: int, outputs: int) -> Operator:
-        return precision.linear("vision", name, count, of, inputs, outputs)
-
-    return [
-        linear("patch embedding", 1, rows, vision.patch_dim, width),
-        linear("QKV", vision.depth, rows, width, 3 * width),
-        precision.attend("vision", "attention", vision.depth, pairs, width, 4 * rows * width),
-        linear("output", vision.depth, rows, width, width),
-        linear("MLP in", vision.depth, rows, width, vision.intermediate_size),
-        linear("MLP out", vision.depth, rows, vision.intermediate_size, width),
-        linear("merger in", mergers, tokens, merged, merged),
-        linear("merger out", mergers, tokens, merged, vision.out_hidden_size),
-    ]
-
-
-def _prefill(config: XR0Config, work: Workload, precision: Precision) -> list[Operator]:
-    text, layers = config.text, config.text.num_layers - 1
-    q_width, kv_width = text.num_heads * text.head_dim, text.num_kv_heads * text.head_dim
-    own = work.tokens - work.preamble_tokens
-    rows = work.batch * own
-    pairs = work.batch * (own * work.preamble_tokens + own * (own + 1) // 2)
-    moved = 2 * rows * q_width + 2 * work.batch * work.tokens * kv_width
-
-    def linear(name: str, count: int, inputs: int, outputs: int) -> Operator:
-        return precision.linear("prefill", name, count, rows, inputs, outputs)
-
-    return [
-        linear("QKV", layers, text.hidden_size, q_width + 2 * kv_width),
-        precision.attend("prefill", "attention", layers, pairs, q_width, moved),
-        linear("output", layers, q_width, text.hidden_size),
-        linear("gate and up", layers, text.hidden_size, 2 * text.intermediate_size),
-        linear("down", layers, text.intermediate_size, text.hidden_size),
-        linear("KV, last layer", 1, text.hidden_size, 2 * kv_width),
-    ]
-
-
-def _flow(config: XR0Config, work: Workload, precision: Precision) -> list[Operator]:
-    head, size, steps = config.head, config.head.hidden_size, config.head.flow_steps
-    queries, inner, runs = 1 + head.state_length + work.chunk_length, 4 * size, steps * head.num_layers
-    rows, actions = work.batch * queries, work.batch * work.chunk_length
-    pairs = work.batch * queries * (work.tokens + queries)
-    # The cached keys and values have the VLM's KV heads; the DiT's own have all heads.
-    moved = 4 * rows * size + 2 * work.batch * work.tokens * head.num_kv_heads * head.head_dim
-
-    def linear(name: str, count: int, of: int, inputs: int, outputs: int) -> Operator:
-        return precision.linear("flow", name, count, of, inputs, outputs)
-
-    return [
-        linear("state in", 1, work.batch * head.state_length, head.state_dim, size),
-        linear("state out", 1, work.batch * head.state_length, size, size),
-        linear("actions in", steps, actions, head.action_dim, size),
-        linear("actions out", steps, actions, size, size),
-        linear("QKV", runs, rows, size, 3 * size),
-        precision.attend("flow", "attention", runs, pairs, size, moved),
-        linear("output", runs, rows, size, size),
-        linear("gate and up", runs, rows, size, 2 * inner),
-        linear("down", runs, rows, inner, size),
-        linear("velocity in", steps, actions, size, head.action_dim),
-        linear("velocity out", steps, actions, head.action_dim, head.action_dim),
-    ]
-
-
-def _grid(image: np.ndarray, vision: VisionConfig) -> tuple[int, int]:
-    height, width = image.shape[:2]
-    height, width = smart_resize(height, width, vision.patch_size * vision.spatial_merge_size)
-    return height // vision.patch_size, width // vision.patch_size
 
 
 def measure(setup: Setup, chip: str, command: str) -> Result:

@@ -14,31 +14,14 @@ from xr0_engine.bench.measure.replay import REPLAYED
 from xr0_engine.bench.results import Result, environment
 from xr0_engine.bench.step.ceilings import highest, measure_ceilings
 from xr0_engine.bench.step.kernels import GATE
-from xr0_engine.bench.step.roofline import Operator, Precision
-from xr0_engine.bench.step.tune import Call, RecordingOps, Trial
+from xr0_engine.bench.step.recorder import Call, RecordingOps
+from xr0_engine.bench.step.roofline import Precision, cost
+from xr0_engine.bench.step.tune import Trial
 from xr0_engine.bench.timing import CallTimer, run
 from xr0_engine.fused.model import FusedModel
 from xr0_engine.fused.ops import FusedOps, Tactic
 from xr0_engine.fused.prompts import session_key
 from xr0_engine.fused.session import Session
-
-
-def cost(stage: str, call: Call, dtype: str) -> Operator:
-    """One run of a call, as roofline.py counts. Raises ValueError for a kind that is not known."""
-    precision = Precision.of(dtype)
-    if call.kind in ("linear", "swiglu", "qkv"):
-        rows, outputs, inputs = call.shape[:3]
-        return precision.linear(stage, call.kind, 1, rows, inputs, outputs)
-    batch, heads, queries, groups, keys, dim = call.shape
-    cached = 2 * batch * groups * keys * dim
-    if call.kind == "attention":
-        hidden = queries * (queries - 1) // 2 if call.options["causal"] else 0
-        pairs, moved = batch * (queries * keys - hidden), 2 * batch * heads * queries * dim + cached
-    elif call.kind == "lambda_attention":
-        pairs, moved = batch * queries * (keys + queries), 4 * batch * heads * queries * dim + cached
-    else:
-        raise ValueError(f"kind: expected an op that has tactics, got {call.kind!r}")
-    return precision.attend(stage, call.kind, 1, pairs, heads * dim, moved)
 
 
 @torch.inference_mode()
@@ -70,6 +53,7 @@ def measure_model(
     model: FusedModel, subject: Subject, rounds: int, command: str
 ) -> tuple[Result, BaseException | None]:
     device, dtype = model.device, subject.setup.dtype
+    precision = Precision.of(dtype)
     ops, oracle = model.ops(), FusedOps("reference", device)
     ceilings, timer = measure_ceilings(device, dtype), CallTimer(device)
     trials: dict[str, tuple[Trial, Tactic]] = {}
@@ -82,7 +66,7 @@ def measure_model(
             if fault := trial.fault(tactic):
                 raise RuntimeError(f"nothing was timed: {name}: {fault}")
             trials[name] = trial, tactic
-            costs[name], counts[name] = cost(stage, call, dtype), call.count
+            costs[name], counts[name] = cost(replace(call, stage=stage, name=call.kind), precision), call.count
 
     def one_round() -> dict[str, float]:
         return {name: trial.microseconds(timer, [tactic], 1)[tactic] / 1e3 for name, (trial, tactic) in trials.items()}

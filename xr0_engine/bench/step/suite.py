@@ -13,7 +13,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from xr0_engine.bench.cases import CASES, Setup
 from xr0_engine.bench.step.ceilings import Ceilings, measure_ceilings
 from xr0_engine.bench.step.kernels import KernelSpec, check, kernel_specs, overwrite_caches, random_tensors
-from xr0_engine.bench.step.roofline import Workload
+from xr0_engine.bench.step.workload import Workload
 from xr0_engine.bench.timing import WARM_UP
 
 DEVICE, DTYPE, SIZE = (

@@ -14,14 +14,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from torch import Tensor
 
 from xr0_engine.backend import resolve_backend
 from xr0_engine.bench.cases import Case, Setup, StepInputs, Subject
@@ -30,9 +28,10 @@ from xr0_engine.bench.measure.latency import relative_rms
 from xr0_engine.bench.results import current_commit, environment
 from xr0_engine.bench.step import candidates
 from xr0_engine.bench.step.kernels import GATE
+from xr0_engine.bench.step.recorder import Call, RecordingOps
 from xr0_engine.bench.timing import CallTimer, take_turns
 from xr0_engine.fused.model import FusedModel
-from xr0_engine.fused.ops import FusedOps, Tactic, compile_beside, tactic_key
+from xr0_engine.fused.ops import FusedOps, Tactic, compile_beside
 from xr0_engine.fused.prompts import session_key
 from xr0_engine.fused.session import Session
 from xr0_engine.fused.tactics import TacticTable, gpu_name, own_folder, write_tactics
@@ -43,52 +42,8 @@ FINALISTS = 3
 MARGIN = 0.02
 """By how much a candidate must beat the default: less is noise."""
 STEP_ROUNDS = 100
-WRITTEN = {"linear": (2,), "swiglu": (2,), "qkv": (2, 3, 4), "attention": (3,), "lambda_attention": (7,)}
-"""Kind -> which of its arguments it writes."""
-
 Timer = Callable[[Callable[[], object]], float]
 """Milliseconds of a call."""
-
-
-@dataclass
-class Call:
-    """One key's first call in a step, and how often the step has such calls."""
-
-    kind: str
-    shape: tuple[int, ...]
-    arguments: tuple[Any, ...]
-    options: Mapping[str, Any]
-    count: int = 0
-
-    def written(self) -> list[Tensor]:
-        outputs = [self.arguments[place] for place in WRITTEN[self.kind]]
-        stats = self.options.get("stats")
-        return [output for output in outputs if output is not None] + ([] if stats is None else [stats.sums])
-
-    def read_and_written(self) -> set[int]:
-        """Addresses of outputs that are inputs too: the residual stream."""
-        residual = self.options.get("residual")
-        return set() if residual is None else {residual.x.data_ptr()}
-
-
-class RecordingOps(FusedOps):
-    """Runs as FusedOps, with defaults alone, and keeps each key's first call."""
-
-    def __init__(self, backend: str, device: torch.device) -> None:
-        super().__init__(backend, device)
-        self.calls: dict[str, Call] = {}
-
-    def run(
-        self,
-        kind: str,
-        shape: tuple[int, ...],
-        dtype: torch.dtype,
-        arguments: tuple[Any, ...],
-        options: Mapping[str, Any],
-    ) -> None:
-        call = self.calls.setdefault(tactic_key(kind, shape, dtype), Call(kind, shape, arguments, options))
-        call.count += 1
-        super().run(kind, shape, dtype, arguments, options)
 
 
 class Trial:

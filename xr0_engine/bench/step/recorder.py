@@ -1,0 +1,220 @@
+"""A step's fused ops, written down by the step itself: on paper, from sizes alone, or while it runs.
+
+Whoever counts, times or compiles what a step is made of takes it from here: none of them knows how a network is built.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xr0_engine.bench.step.workload import Workload
+from xr0_engine.config import XR0Config
+from xr0_engine.fused.ops import FlowInputs, FusedOps, Weight, tactic_key
+from xr0_engine.fused.parts import FusedParts
+from xr0_engine.fused.tactics import TacticTable
+from xr0_engine.model.layers import PackedLinears, pack_linears
+from xr0_engine.model.xr0 import XR0Model
+
+META = torch.device("meta")
+STAGES = ("vision", "prefill", "flow")
+WRITTEN = {"linear": (2,), "swiglu": (2,), "qkv": (2, 3, 4), "attention": (3,), "lambda_attention": (7,)}
+"""Kind -> which of its arguments it writes."""
+LABELS = {
+    "patch_embed.proj": "patch embedding",
+    **dict.fromkeys(("attn.qkv", "attn.qkv_proj", "self_attn"), "QKV"),
+    **dict.fromkeys(("attn.proj", "attn.o_proj", "self_attn.o_proj"), "output"),
+    "mlp.linear_fc1": "MLP in",
+    "mlp.linear_fc2": "MLP out",
+    **dict.fromkeys(("merger.linear_fc1", "deepstack_merger_list.*.linear_fc1"), "merger in"),
+    **dict.fromkeys(("merger.linear_fc2", "deepstack_merger_list.*.linear_fc2"), "merger out"),
+    "mlp": "gate and up",
+    "mlp.down_proj": "down",
+    "state_projector.layers.0": "state in",
+    "state_projector.layers.2": "state out",
+    "action_projector.layers.0": "actions in",
+    "action_projector.layers.2": "actions out",
+    "action_output_layer.layers.0": "velocity in",
+    "action_output_layer.layers.2": "velocity out",
+}
+"""End of the name of the module whose weight an op reads -> what people call the op."""
+
+
+@dataclass
+class Call:
+    """Calls of one kind and shape: the first one's arguments, and how often there are such calls in a step.
+
+    shape: as tactic_key has it. stage, name: where in the model; empty where that was not asked.
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    options: Mapping[str, Any]
+    count: int = 0
+    stage: str = ""
+    name: str = ""
+
+    def written(self) -> list[Tensor]:
+        outputs = [self.arguments[place] for place in WRITTEN[self.kind]]
+        stats = self.options.get("stats")
+        return [output for output in outputs if output is not None] + ([] if stats is None else [stats.sums])
+
+    def read_and_written(self) -> set[int]:
+        """Addresses of outputs that are inputs too: the residual stream."""
+        residual = self.options.get("residual")
+        return set() if residual is None else {residual.x.data_ptr()}
+
+
+class RecordingOps(FusedOps):
+    """Runs as FusedOps, with defaults alone, and keeps each key's first call."""
+
+    def __init__(self, backend: str, device: torch.device) -> None:
+        super().__init__(backend, device)
+        self.calls: dict[str, Call] = {}
+
+    def run(
+        self,
+        kind: str,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        arguments: tuple[Any, ...],
+        options: Mapping[str, Any],
+    ) -> None:
+        call = self.calls.setdefault(tactic_key(kind, shape, dtype), Call(kind, shape, arguments, options))
+        call.count += 1
+        super().run(kind, shape, dtype, arguments, options)
+
+
+class PaperOps(FusedOps):
+    """Computes nothing, and keeps what is called for which weight of the model, in order. stage: what is being run."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__("reference", META)
+        self.stage = ""
+        self.calls: dict[tuple[Any, ...], Call] = {}
+        self._owners = _owners(model)
+
+    def run(
+        self,
+        kind: str,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        arguments: tuple[Any, ...],
+        options: Mapping[str, Any],
+    ) -> None:
+        name = self._label(arguments[1].data) if isinstance(arguments[1], Weight) else "attention"
+        if kind == "qkv" and arguments[2] is None:
+            name = "KV, last layer"
+        self._write(name, kind, shape, arguments, options)
+
+    def start_flow(self, *arguments: Any, **options: Any) -> None:
+        """The product within: of the first input with the action projector."""
+        noise, weight = arguments[0], arguments[4]
+        self._product(self._label(weight), noise, weight)
+
+    def euler_step(self, *arguments: Any, **options: Any) -> None:
+        """The products within: of the output layer and, before another step, of its input."""
+        x, first, second, z, in_weight = (arguments[place] for place in (0, 3, 4, 5, 10))
+        self._product(LABELS["action_output_layer.layers.0"], x, first)
+        self._product(LABELS["action_output_layer.layers.2"], z, second)
+        if in_weight is not None:
+            self._product(self._label(in_weight), z, in_weight)
+
+    def embed(self, *arguments: Any, **options: Any) -> None: ...
+
+    def rope_tables(self, *arguments: Any, **options: Any) -> None: ...
+
+    def dit_rope_tables(self, *arguments: Any, **options: Any) -> None: ...
+
+    def layer_norm(self, *arguments: Any, **options: Any) -> None: ...
+
+    def _product(self, name: str, x: Tensor, weight: Tensor) -> None:
+        """x: (B, M, any columns) of rows that are multiplied with weight (N, K)."""
+        self._write(name, "linear", (x.shape[0] * x.shape[1], *weight.shape), (x, Weight(weight)), {})
+
+    def _write(
+        self, name: str, kind: str, shape: tuple[int, ...], arguments: tuple[Any, ...], options: Mapping[str, Any]
+    ) -> None:
+        call = Call(kind, shape, arguments, options, 0, self.stage, name)
+        self.calls.setdefault((self.stage, name, kind, shape), call).count += 1
+
+    def _label(self, weight: Tensor) -> str:
+        """A module that LABELS does not know keeps its own name, without the numbers of its layers."""
+        parts = re.sub(r"\.\d+(?=\.)", ".*", self._owners[_storage(weight)]).split(".")
+        ends = (".".join(parts[begin:]) for begin in range(len(parts)))
+        return next((LABELS[end] for end in ends if end in LABELS), ".".join(part for part in parts if part != "*"))
+
+
+def _storage(tensor: Tensor) -> int:
+    """What views of one tensor have in common, on the meta device too."""
+    return tensor.untyped_storage()._cdata
+
+
+def _owners(model: nn.Module) -> dict[int, str]:
+    """Storage of a weight -> name of the module that multiplies with it."""
+    owners = {_storage(weight): name.rpartition(".")[0] for name, weight in model.named_parameters()}
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLinears) and module.packed is not None:
+            owners[_storage(module.packed)] = name
+    return owners
+
+
+def parts_on_meta(config: XR0Config, dtype: torch.dtype = torch.bfloat16) -> FusedParts:
+    """A network that has shapes alone."""
+    with META:
+        model = XR0Model(config).to(dtype).eval().requires_grad_(False)
+    pack_linears(model)
+    return FusedParts(model, "reference", TacticTable(""), graphs=False)
+
+
+def step_on_meta(parts: FusedParts, work: Workload, ops: FusedOps, tokens: int) -> None:
+    """Call the ops of a whole step, prompts of `tokens` tokens. ops: PaperOps are told the stages."""
+    config, dtype, batch = parts.config, parts.dtype, work.batch
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=META)
+
+    def begin(stage: str) -> None:
+        if isinstance(ops, PaperOps):
+            ops.stage = stage
+
+    begin("vision")
+    images = parts.vision.buffers(work.grids)
+    patches = sum(height * width for height, width in work.grids)
+    parts.vision.run(ops, empty(patches, config.vision.patch_dim), images)
+    begin("prefill")
+    prompt, own = parts.text.buffers(batch, tokens, work.preamble_tokens), (batch, tokens - work.preamble_tokens)
+    ids, index, positions = (empty(*shape, dtype=torch.int32) for shape in (own, own, (3, *own)))
+    parts.text.run(ops, ids, positions, index, images.tokens[0], tuple(tap[0] for tap in images.deepstack), prompt)
+    begin("flow")
+    chunk, rows = (batch, work.chunk_length, config.head.action_dim), empty(batch, dtype=torch.int32)
+    noise, prefix, action_mask = (empty(*chunk, dtype=torch.float32) for _ in range(3))
+    inputs = FlowInputs(
+        keys=prompt.keys[config.first_read_layer :],
+        values=prompt.values[config.first_read_layer :],
+        begin=rows,
+        end=rows,
+        next_position=empty(3, batch, dtype=torch.int32),
+        state=empty(batch, config.head.state_length, config.head.state_dim),
+        noise=noise,
+        prefix=prefix,
+        prefix_length=rows,
+        action_mask=action_mask,
+    )
+    parts.head.run(ops, inputs, parts.head.buffers(batch, work.chunk_length))
+
+
+@lru_cache(maxsize=8)
+def step_calls(config: XR0Config, work: Workload) -> tuple[Call, ...]:
+    """What a step calls, kind by kind in the order of first appearance, prompts of exactly work.tokens tokens."""
+    parts = parts_on_meta(config)
+    ops = PaperOps(parts.reference)
+    step_on_meta(parts, work, ops, work.tokens)
+    return tuple(ops.calls.values())

@@ -1,0 +1,67 @@
+"""The sizes of one call that its cost depends on, taken from a case or from inputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from xr0_engine.bench.cases import Setup
+from xr0_engine.checkpoint import ROBOTS, SIZES
+from xr0_engine.config import VisionConfig, XR0Config
+from xr0_engine.model.weights import resolve_checkpoint
+from xr0_engine.robot.normalize import load_statistics, select_robot_type
+from xr0_engine.robot.preprocess import orient, smart_resize
+from xr0_engine.types import ModelInputs
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The sizes of one call that its cost depends on.
+
+    grids: per image (height, width) in patches, of the whole batch; tokens: N, padding included; chunk_length: T;
+    preamble_tokens: leading tokens whose KV is kept from an earlier call.
+    """
+
+    grids: tuple[tuple[int, int], ...]
+    tokens: int
+    chunk_length: int
+    batch: int = 1
+    preamble_tokens: int = 0
+
+    @staticmethod
+    def of(inputs: ModelInputs) -> Workload:
+        """What a call with these inputs costs, its prompt head known."""
+        batch, tokens = inputs.input_ids.shape
+        return Workload(inputs.image_grids, tokens, inputs.action_mask.shape[1], batch, inputs.preamble_length)
+
+    @staticmethod
+    def of_case(setup: Setup) -> tuple[XR0Config, Workload]:
+        """The case's nominal sizes, nothing kept, and the configuration. No weights are made or read.
+
+        Raises ValueError for an unknown size, CheckpointError for a checkpoint that cannot be used.
+        """
+        case = setup.case
+        if setup.checkpoint is None:
+            config, chunk_length = config_of_size(setup.size), ROBOTS[case.robot_type][0]
+        else:
+            folder = resolve_checkpoint(setup.checkpoint)
+            config = XR0Config.load(folder)
+            statistics = load_statistics(folder, config.head.action_dim, config.std_epsilon)
+            chunk_length = statistics[select_robot_type(statistics, case.robot_type)].chunk_length
+        image = np.empty((*case.image_size, 3), np.uint8)
+        grids = [_grid(orient(image, view), config.vision) for view in case.embodiment.views]
+        return config, Workload(tuple(grids) * case.batch, case.tokens, chunk_length, case.batch)
+
+
+def config_of_size(size: str) -> XR0Config:
+    """Raises ValueError for a size not in SIZES."""
+    if size not in SIZES:
+        raise ValueError(f"size: expected {', '.join(SIZES)}; got {size!r}")
+    return SIZES[size]()
+
+
+def _grid(image: np.ndarray, vision: VisionConfig) -> tuple[int, int]:
+    height, width = image.shape[:2]
+    height, width = smart_resize(height, width, vision.patch_size * vision.spatial_merge_size)
+    return height // vision.patch_size, width // vision.patch_size
