@@ -27,8 +27,10 @@ from xr0_engine.checkpoint import published_config
 from xr0_engine.comparison import FLOAT32_LOSS_ERROR, FLOAT32_SEEDED_MAX_ERROR, Comparison, compare, tolerance
 from xr0_engine.config import XR0Config
 from xr0_engine.fused.head import FusedHead
-from xr0_engine.fused.model import FusedModel, sample_fused
+from xr0_engine.fused.model import FusedModel
 from xr0_engine.fused.ops import FusedOps
+from xr0_engine.fused.prompts import bucket
+from xr0_engine.fused.session import FlowSession
 from xr0_engine.fused.tactics import tactics_for
 from xr0_engine.model.dit import ActionHead, dit_geometry
 from xr0_engine.model.flow import prefix_positions, training_pair
@@ -219,7 +221,8 @@ def _verify_seeded(path: Path, backend: str, device: torch.device, dtype: torch.
             actions = head.sample(kv, inputs["state"], inputs["noise"], prefix, lengths, table)
         else:
             ops = FusedOps(backend, device, tactics_for(device).tactics)
-            actions = sample_fused(FusedHead(head), ops, kv, inputs["state"], inputs["noise"], prefix, lengths)
+            session = FlowSession(FusedHead(head), ops, batch, bucket(tokens), prefix.shape[1])
+            actions = session.sample(kv, inputs["state"], inputs["noise"], prefix, lengths)
         case = f"{path.stem}.{matched[1]}.prefix{length}"
         yield compare(case, "actions", actions, expected, dtype, FLOAT32_SEEDED_MAX_ERROR)
 

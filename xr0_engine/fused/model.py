@@ -9,10 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from xr0_engine.fused.head import FusedHead
-from xr0_engine.fused.ops import FlowInputs, FusedOps
 from xr0_engine.fused.parts import FusedParts
-from xr0_engine.fused.prompts import SessionKey, bucket, left_padded, session_key, visible_range
+from xr0_engine.fused.prompts import SessionKey, bucket, left_padded, session_key
 from xr0_engine.fused.session import FlowSession, Session
 from xr0_engine.fused.tactics import TacticTable
 from xr0_engine.model.kept import Kept
@@ -57,14 +55,15 @@ class FusedModel(FusedParts):
         prefix_length: Tensor,
         trace: list[Tensor] | None = None,
     ) -> Tensor:
-        """As Network.sample, by a graph where no trace is asked for. Raises ValueError if a row's tokens have a gap
-        between them."""
-        if trace is not None or not self.graphs:
-            return sample_fused(self.head, self.ops(), kv, state, noise, prefix, prefix_length, trace)
+        """As Network.sample. Raises ValueError if a row's tokens have a gap between them."""
         batch, tokens = kv.mask.shape
         key = (batch, bucket(tokens), noise.shape[1])
-        session = self._flows.get(key, lambda: FlowSession(self, *key))
-        return session.sample(kv, state, noise, prefix, prefix_length)
+
+        def make() -> FlowSession:
+            persistent = self.table.flow == "persistent"
+            return FlowSession(self.head, self.ops(), *key, graph=self.graphs, persistent=persistent)
+
+        return self._flows.get(key, make).sample(kv, state, noise, prefix, prefix_length, trace)
 
     @torch.inference_mode()
     def step(
@@ -81,37 +80,3 @@ class FusedModel(FusedParts):
         """The buffers and graphs for these inputs, made on first use."""
         key = session_key(inputs)
         return self._sessions.get(key, lambda: Session(self, key, inputs))
-
-
-@torch.inference_mode()
-def sample_fused(
-    head: FusedHead,
-    ops: FusedOps,
-    kv: KVBlock,
-    state: Tensor,
-    noise: Tensor,
-    prefix: Tensor,
-    prefix_length: Tensor,
-    trace: list[Tensor] | None = None,
-) -> Tensor:
-    """One chunk per row of a KV block, op by op: (B, T, A) float32. As ActionHead.sample."""
-    weight = head.head.sink.weight
-    device, dtype = weight.device, weight.dtype
-    begin, end = visible_range(kv.mask)
-
-    def moved(value: Tensor, to: torch.dtype) -> Tensor:
-        return value.to(device, to).contiguous()
-
-    inputs = FlowInputs(
-        keys=kv.keys,
-        values=kv.values,
-        begin=begin,
-        end=end,
-        next_position=moved(kv.next_position, torch.int32),
-        state=moved(state, dtype),
-        noise=moved(noise, torch.float32),
-        prefix=moved(prefix, torch.float32),
-        prefix_length=moved(prefix_length, torch.int32),
-        action_mask=moved(kv.action_mask, torch.float32),
-    )
-    return head.run(ops, inputs, head.buffers(*noise.shape[:2]), trace)

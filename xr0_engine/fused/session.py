@@ -14,7 +14,8 @@ from torch import Tensor
 
 from xr0_engine.config import XR0Config
 from xr0_engine.fused.graph import Graph
-from xr0_engine.fused.ops import FlowInputs
+from xr0_engine.fused.head import FusedHead
+from xr0_engine.fused.ops import FlowInputs, FusedOps
 from xr0_engine.fused.parts import FusedParts
 from xr0_engine.fused.prompts import SessionKey, right_padded, visible_range
 from xr0_engine.fused.staging import Staging
@@ -173,38 +174,61 @@ class Session:
 
 
 class FlowSession:
-    """The flow alone, on KV blocks that were kept: static buffers and a graph for one batch, bucket and length."""
+    """The flow alone, on KV blocks that were kept: static buffers for one batch, bucket and chunk length.
 
-    def __init__(self, model: FusedParts, batch: int, tokens: int, chunk_length: int) -> None:
-        head, device = model.config.head, model.device
+    graph: capture and replay (a CUDA GPU), or run op by op. persistent: all steps as one kernel.
+    """
+
+    def __init__(
+        self,
+        head: FusedHead,
+        ops: FusedOps,
+        batch: int,
+        tokens: int,
+        chunk_length: int,
+        *,
+        graph: bool = False,
+        persistent: bool = False,
+    ) -> None:
+        config, sink = head.config, head.head.sink.weight
 
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)
+            return torch.zeros(shape, dtype=dtype, device=sink.device)
 
-        cache = (head.num_layers, batch, head.num_kv_heads, tokens, head.head_dim)
-        chunk = (batch, chunk_length, head.action_dim)
+        cache = (config.num_layers, batch, config.num_kv_heads, tokens, config.head_dim)
+        chunk = (batch, chunk_length, config.action_dim)
         self.inputs = FlowInputs(
-            keys=zeros(*cache, dtype=model.dtype),
-            values=zeros(*cache, dtype=model.dtype),
+            keys=zeros(*cache, dtype=sink.dtype),
+            values=zeros(*cache, dtype=sink.dtype),
             begin=zeros(batch, dtype=torch.int32),
             end=zeros(batch, dtype=torch.int32),
             next_position=zeros(3, batch, dtype=torch.int32),
-            state=zeros(batch, head.state_length, head.state_dim, dtype=model.dtype),
+            state=zeros(batch, config.state_length, config.state_dim, dtype=sink.dtype),
             noise=zeros(*chunk),
             prefix=zeros(*chunk),
             prefix_length=zeros(batch, dtype=torch.int32),
             action_mask=zeros(*chunk),
         )
-        self._buffers, self._ops, self._head = model.head.buffers(batch, chunk_length), model.ops(), model.head
-        self._persistent = model.table.flow == "persistent"
-        self._graph = Graph(self._run, device, f"flow {batch}x{tokens}")
+        self._buffers, self._ops, self._head = head.buffers(batch, chunk_length), ops, head
+        self._persistent = persistent
+        self._graph = Graph(self._run, sink.device, f"flow {batch}x{tokens}") if graph else None
 
-    def sample(self, kv: KVBlock, state: Tensor, noise: Tensor, prefix: Tensor, prefix_length: Tensor) -> Tensor:
+    @torch.inference_mode()
+    def sample(
+        self,
+        kv: KVBlock,
+        state: Tensor,
+        noise: Tensor,
+        prefix: Tensor,
+        prefix_length: Tensor,
+        trace: list[Tensor] | None = None,
+    ) -> Tensor:
+        """As Network.sample; with a trace op by op. Raises ValueError if a row's tokens have a gap between them."""
         begin, end = visible_range(kv.mask)
         tokens, held = kv.mask.shape[1], self.inputs
-        held.keys[..., :tokens, :].copy_(kv.keys)
-        held.values[..., :tokens, :].copy_(kv.values)
         for target, value in (
+            (held.keys[..., :tokens, :], kv.keys),
+            (held.values[..., :tokens, :], kv.values),
             (held.begin, begin),
             (held.end, end),
             (held.next_position, kv.next_position),
@@ -215,11 +239,17 @@ class FlowSession:
             (held.action_mask, kv.action_mask),
         ):
             target.copy_(value)
-        self._graph.replay()
+        if trace is not None:
+            self._head.run(self._ops, held, self._buffers, trace)
+        elif self._graph is not None:
+            self._graph.replay()
+        else:
+            self._run()
         return self._buffers.z[self._head.steps % 2].clone()
 
     def close(self) -> None:
-        self._graph.close()
+        if self._graph is not None:
+            self._graph.close()
 
     @torch.inference_mode()
     def _run(self) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from xr0_engine.config import VisionConfig
 from xr0_engine.kernels import reference
+from xr0_engine.model.kept import Kept
 from xr0_engine.model.layers import inverse_frequencies
 from xr0_engine.types import VisionTokens
 
@@ -107,7 +108,7 @@ class VisionTower(nn.Module):
         self.deepstack_merger_list = nn.ModuleList(
             [PatchMerger(config, norm_after_merge=True) for _ in config.deepstack_layers]
         )
-        self._grid_tables: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
+        self._grid_tables: Kept[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = Kept(MAX_CACHED_GRIDS)
 
     def forward(self, patches: Tensor, grids: tuple[tuple[int, int], ...]) -> VisionTokens:
         """patches: (P, patch_dim) in the tower's dtype; grids: (height, width) in patches, per image."""
@@ -128,11 +129,7 @@ class VisionTower(nn.Module):
 
     def _tables(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
         """Interpolated position embeddings (patches, C) and rotary cos, sin (patches, 1, D) of one image size, kept."""
-        if grid not in self._grid_tables:
-            if len(self._grid_tables) >= MAX_CACHED_GRIDS:
-                self._grid_tables.pop(next(iter(self._grid_tables)))
-            self._grid_tables[grid] = self._make_tables(*grid)
-        return self._grid_tables[grid]
+        return self._grid_tables.get(grid, lambda: self._make_tables(*grid))
 
     def _make_tables(self, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
         device = self.pos_embed.weight.device

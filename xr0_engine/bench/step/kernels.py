@@ -61,7 +61,10 @@ class KernelSpec:
 
 
 def kernel_specs(config: XR0Config, work: Workload, dtype: str) -> list[KernelSpec]:
-    """Every kernel of a call, each shape once per place in the model, products first. Raises ValueError for an unknown dtype."""
+    """Every kernel of a call, each shape once per place in the model, products first.
+
+    Raises ValueError for an unknown dtype.
+    """
     resolve_dtype(dtype)
     precision = Precision.of(dtype)
     calls = step_calls(config, work)
