@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,26 @@ from xr0_engine.types import CheckpointError
 TRAINED_PREFIX = 6
 """Longest prefix of the published training (spec section 4.1); released checkpoints do not state it."""
 
+# Our fields -> keys of the checkpoint's config.json, in its order.
+TEXT_KEYS = {
+    **{name: name for name in ("vocab_size", "hidden_size")},
+    **{"num_layers": "num_hidden_layers", "num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads"},
+    **{"head_dim": "head_dim", "intermediate_size": "intermediate_size", "rms_eps": "rms_norm_eps"},
+}
+VISION_KEYS = (
+    *("depth", "hidden_size", "num_heads", "intermediate_size", "out_hidden_size", "patch_size", "spatial_merge_size"),
+    *("temporal_patch_size", "in_channels", "num_position_embeddings"),
+)
+DIT_KEYS = {
+    "hidden_size": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "head_dim": "head_dim",
+    "num_kv_heads": "num_key_value_heads",
+}
+HEAD_KEYS = (
+    *("action_length", "action_dim", "state_length", "state_dim", "flow_steps", "local_window", "position_offset"),
+    *("compat_bf16_time", "max_prefix"),
+)
 VARIANT = {"stream_norms": True, "mlp_width": None, "output_width": None}
 """Keys of dit_config that only other families of action heads have, and what XR-0 has in their place."""
 
@@ -177,14 +197,7 @@ class XR0Config:
                 "tie_word_embeddings": True,
                 "text_config": {
                     "model_type": "qwen3_vl_text",
-                    "vocab_size": text.vocab_size,
-                    "hidden_size": text.hidden_size,
-                    "num_hidden_layers": text.num_layers,
-                    "num_attention_heads": text.num_heads,
-                    "num_key_value_heads": text.num_kv_heads,
-                    "head_dim": text.head_dim,
-                    "intermediate_size": text.intermediate_size,
-                    "rms_norm_eps": text.rms_eps,
+                    **{key: getattr(text, name) for name, key in TEXT_KEYS.items()},
                     "hidden_act": "silu",
                     "attention_bias": False,
                     "tie_word_embeddings": True,
@@ -194,36 +207,16 @@ class XR0Config:
                 },
                 "vision_config": {
                     "model_type": "qwen3_vl_vision",
-                    "depth": vision.depth,
-                    "hidden_size": vision.hidden_size,
-                    "num_heads": vision.num_heads,
-                    "intermediate_size": vision.intermediate_size,
-                    "out_hidden_size": vision.out_hidden_size,
-                    "patch_size": vision.patch_size,
-                    "spatial_merge_size": vision.spatial_merge_size,
-                    "temporal_patch_size": vision.temporal_patch_size,
-                    "in_channels": vision.in_channels,
-                    "num_position_embeddings": vision.num_position_embeddings,
+                    **{name: getattr(vision, name) for name in VISION_KEYS},
                     "deepstack_visual_indexes": list(vision.deepstack_layers),
                     "hidden_act": "gelu_pytorch_tanh",
                 },
             },
             "dit_config": {
-                "hidden_size": head.hidden_size,
-                "num_hidden_layers": head.num_layers,
-                "head_dim": head.head_dim,
-                "num_key_value_heads": head.num_kv_heads,
+                **{key: getattr(head, name) for name, key in DIT_KEYS.items()},
                 **{name: getattr(head, name) for name, usual in VARIANT.items() if getattr(head, name) != usual},
             },
-            "action_length": head.action_length,
-            "action_dim": head.action_dim,
-            "state_length": head.state_length,
-            "state_dim": head.state_dim,
-            "flow_steps": head.flow_steps,
-            "local_window": head.local_window,
-            "position_offset": head.position_offset,
-            "compat_bf16_time": head.compat_bf16_time,
-            "max_prefix": head.max_prefix,
+            **{name: getattr(head, name) for name in HEAD_KEYS},
             "std_epsilon": self.std_epsilon,
         }
 
@@ -265,15 +258,10 @@ def _read_text(text: Mapping[str, Any]) -> TextConfig:
     _insist("text attention_bias", text.get("attention_bias", False), False)
     _insist("rope_type", rope.get("rope_type", "default"), "default")
     _insist("mrope_interleaved", rope.get("mrope_interleaved", True), True)
+    given = {"head_dim": text["hidden_size"] // text["num_attention_heads"], "rms_norm_eps": 1e-6, **text}
     return TextConfig(
-        vocab_size=int(text["vocab_size"]),
-        hidden_size=int(text["hidden_size"]),
-        num_layers=int(text["num_hidden_layers"]),
-        num_heads=int(text["num_attention_heads"]),
-        num_kv_heads=int(text["num_key_value_heads"]),
-        head_dim=int(text.get("head_dim", text["hidden_size"] // text["num_attention_heads"])),
-        intermediate_size=int(text["intermediate_size"]),
-        rms_eps=float(text.get("rms_norm_eps", 1e-6)),
+        **{name: int(given[key]) for name, key in TEXT_KEYS.items() if name != "rms_eps"},
+        rms_eps=float(given["rms_norm_eps"]),
         rope_theta=float(theta),
         mrope_section=tuple(int(part) for part in rope["mrope_section"]),  # type: ignore[arg-type]
     )
@@ -281,10 +269,8 @@ def _read_text(text: Mapping[str, Any]) -> TextConfig:
 
 def _read_vision(vision: Mapping[str, Any]) -> VisionConfig:
     _insist("vision hidden_act", vision.get("hidden_act", "gelu_pytorch_tanh"), "gelu_pytorch_tanh")
-    sizes = [item.name for item in fields(VisionConfig) if item.name not in ("in_channels", "deepstack_layers")]
     return VisionConfig(
-        **{name: int(vision[name]) for name in sizes},
-        in_channels=int(vision.get("in_channels", 3)),
+        **{name: int({"in_channels": 3, **vision}[name]) for name in VISION_KEYS},
         deepstack_layers=tuple(int(layer) for layer in vision["deepstack_visual_indexes"]),
     )
 
@@ -295,14 +281,8 @@ def _read_head(hf: Mapping[str, Any], dit: Mapping[str, Any]) -> ActionHeadConfi
         return None if value is None else int(value)
 
     return ActionHeadConfig(
-        hidden_size=int(dit["hidden_size"]),
-        num_layers=int(dit["num_hidden_layers"]),
-        head_dim=int(dit["head_dim"]),
-        num_kv_heads=int(dit["num_key_value_heads"]),
-        state_length=int(hf["state_length"]),
-        state_dim=int(hf["state_dim"]),
-        action_length=int(hf["action_length"]),
-        action_dim=int(hf["action_dim"]),
+        **{name: int(dit[key]) for name, key in DIT_KEYS.items()},
+        **{name: int(hf[name]) for name in HEAD_KEYS[:4]},
         flow_steps=int(hf.get("flow_steps", 5)),
         local_window=whole("local_window"),
         position_offset=int(hf.get("position_offset", 0)),

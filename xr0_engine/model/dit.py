@@ -120,17 +120,21 @@ class DiTLayer(nn.Module):
     """With stream_norms the residual stream itself is normalised twice, by middle_layernorm and final_layernorm (spec
     section 2.2); without them these norms do not exist."""
 
+    input_layernorm: RMSNorm
+    middle_layernorm: RMSNorm
+    post_layernorm: RMSNorm
+    final_layernorm: RMSNorm
+
     def __init__(self, config: ActionHeadConfig) -> None:
         super().__init__()
         size, self.stream_norms = config.hidden_size, config.stream_norms
         self.adaln_table = nn.Parameter(torch.empty(6, size))
         self.attn = DiTAttention(config)
         self.mlp = GatedMLP(size, config.intermediate_size)
-        self.input_layernorm = RMSNorm(size, DIT_RMS_EPS)
-        self.post_layernorm = RMSNorm(size, DIT_RMS_EPS)
-        if config.stream_norms:
-            self.middle_layernorm = RMSNorm(size, DIT_RMS_EPS)
-            self.final_layernorm = RMSNorm(size, DIT_RMS_EPS)
+        # In the checkpoint's order, in which random checkpoints draw.
+        whose = ("input", "middle", "post", "final") if config.stream_norms else ("input", "post")
+        for name in whose:
+            self.add_module(f"{name}_layernorm", RMSNorm(size, DIT_RMS_EPS))
 
     def forward(
         self, x: Tensor, modulation: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, mask: Tensor
