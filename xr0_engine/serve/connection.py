@@ -54,9 +54,11 @@ class ClientConnection:
     async def run(self) -> None:
         """Until the connection is closed. Raises ConnectionClosed unless it was closed in order."""
         tasks = [asyncio.create_task(self._answer()), asyncio.create_task(self._read())]
+        self._service.clients.add(self)
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
+            self._service.clients.discard(self)
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks)
@@ -96,7 +98,7 @@ class ClientConnection:
         while True:
             await self._arrived.wait()
             outcome: tuple[ActionChunk, float] | ServerError
-            async with self._service.turn():
+            async with self._service.turns:
                 # Only now: what came while others had their turn is newer.
                 waiting = self._take()
                 queue_ms = 1e3 * (time.perf_counter() - waiting.received)

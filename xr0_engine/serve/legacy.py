@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from xr0_engine.serve import protocol
 from xr0_engine.serve.protocol import Busy, PolicyFailed, PolicyMetadata, Refused, Request
-from xr0_engine.serve.protocol import read_request as read_fields
 from xr0_engine.serve.service import Service
 from xr0_engine.serve.wire import MAX_DIMENSIONS, make_array
 from xr0_engine.types import ActionChunk
@@ -167,8 +167,8 @@ def restricted_loads(data: bytes, max_pixels: int) -> Any:
     Images become (H, W, 3) uint8 RGB. Only a dictionary's own values are looked into, not lists within. Raises
     ValueError for anything else, before anything it names was looked up.
     """
-    _check_opcodes(data)
     try:
+        _check_opcodes(data)
         value = _Reader(io.BytesIO(data)).load()
         if isinstance(value, dict):
             return {key: _make(item, max_pixels) for key, item in value.items()}
@@ -196,7 +196,7 @@ def read_request(fields: object, metadata: PolicyMetadata) -> Request:
         "seed": fields.get("seed"),
         "images": {view: fields[key] for key, view in _VIEWS.items() if fields.get(key) is not None},
     }
-    return read_fields({name: value for name, value in known.items() if value is not None}, metadata)
+    return protocol.read_request({name: value for name, value in known.items() if value is not None}, metadata)
 
 
 def encode_reply(chunk: ActionChunk) -> bytes:
@@ -214,21 +214,22 @@ async def serve_legacy(service: Service, host: str, port: int) -> asyncio.Server
 
 async def _handle(service: Service, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     address = "{}:{} (legacy)".format(*writer.get_extra_info("peername")[:2])
-    if not service.admit():
+    number = service.admit(address)
+    if number is None:
         writer.close()
         return
-    client = _LegacyClient(service, service.monitor.connected(address))
+    client = _LegacyClient(service, number)
     service.clients.add(client)
     try:
         await client.run(reader, writer)
     except (Refused, Busy, PolicyFailed) as error:
-        service.monitor.refused(client.number, error.kind)
+        service.monitor.refused(number, error.kind)
         log.warning("%s: %s", address, error)
     except (ConnectionError, asyncio.IncompleteReadError, asyncio.TimeoutError):
         pass
     finally:
         service.clients.discard(client)
-        service.release(client.number)
+        service.release(number)
         writer.close()
 
 
@@ -236,9 +237,9 @@ class _LegacyClient:
     """One released client: request, reply, request, until something is wrong."""
 
     def __init__(self, service: Service, number: int) -> None:
-        self.number = number
         self.busy = False
         self._service = service
+        self._number = number
 
     async def run(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Raises Refused, Busy or PolicyFailed for what the protocol has no words for."""
@@ -251,7 +252,7 @@ class _LegacyClient:
             self.busy = True
             try:
                 request = await asyncio.to_thread(_read, data, metadata)
-                async with self._service.turn():
+                async with self._service.turns:
                     queue_ms = 1e3 * (time.perf_counter() - received)
                     chunk, infer_ms = await self._service.infer(request)
                 reply = encode_reply(chunk)
@@ -259,7 +260,7 @@ class _LegacyClient:
                 timing = {"infer_ms": infer_ms, "queue_ms": queue_ms, "total_ms": total_ms}
                 writer.write(struct.pack(">I", len(reply)) + reply)
                 await asyncio.wait_for(writer.drain(), IDLE_S)
-                self._service.monitor.answered(self.number, request.observation, chunk, timing)
+                self._service.monitor.answered(self._number, request.observation, chunk, timing)
             finally:
                 self.busy = False
 
@@ -281,12 +282,12 @@ def _read(data: bytes, metadata: PolicyMetadata) -> Request:
 
 
 def _check_opcodes(data: bytes) -> None:
-    """Also that every length a pickle announces is there, before the machine allocates it."""
+    """Also that every length a pickle announces is there, before the machine allocates it. Raises one of _NONSENSE."""
     stream = io.BytesIO(data)
     for _ in range(MAX_OPCODES):
         opcode = _OPCODES.get(stream.read(1))
         if opcode is None:
-            raise ValueError("pickle: expected plain values, arrays and images: opcode not admitted")
+            raise ValueError("opcode not admitted")
         if opcode.name == "STOP":
             return
         if opcode.name == "GLOBAL":
@@ -294,11 +295,8 @@ def _check_opcodes(data: bytes) -> None:
             stream.readline()
             stream.readline()
         elif opcode.arg is not None:
-            try:
-                opcode.arg.reader(stream)
-            except _NONSENSE as error:
-                raise ValueError(f"pickle: expected plain values, arrays and images: {error}") from None
-    raise ValueError(f"pickle: expected plain values, arrays and images: more than {MAX_OPCODES} opcodes")
+            opcode.arg.reader(stream)
+    raise ValueError(f"more than {MAX_OPCODES} opcodes")
 
 
 def _make(item: object, max_pixels: int) -> Any:

@@ -67,8 +67,7 @@ class RayReplicas:
 
     async def start(self) -> Served:
         self._handle = await asyncio.to_thread(self._deploy)
-        served: Served = await self._handle.describe.remote()
-        return served
+        return await self._handle.describe.remote()
 
     async def infer(self, request: Request) -> ActionChunk:
         from ray.exceptions import RayError
@@ -132,12 +131,11 @@ def _infer_group(engine: Any, requests: list[Request]) -> list[Outcome]:
     if len(requests) == 1:
         (request,) = requests
         try:
-            chunk: ActionChunk = engine.infer(request.observation, request.prefix, seed=request.seed)
+            return [engine.infer(request.observation, request.prefix, seed=request.seed)]
         except ValueError as error:
             return [Refused(str(error))]
         except (RuntimeError, MemoryError) as error:
             return [PolicyFailed(str(error) or type(error).__name__)]
-        return [chunk]
     try:
         return list(
             engine.infer(

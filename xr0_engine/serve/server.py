@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import TracebackType
 
-from websockets.asyncio.server import Server as WebsocketServer
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 
@@ -73,59 +72,41 @@ class Server(Service):
             logger=_websockets_log,
         ) as websocket_server:
             listening(next(iter(websocket_server.sockets)).getsockname()[1])
-            legacy = await self._listen_legacy()
+            legacy = None
+            if self.config.legacy_port is not None:
+                legacy = await serve_legacy(self, self.config.host, self.config.legacy_port)
             try:
-                if await self._start(stop):
+                if await self._start_before(stop):
                     await stop.wait()
-                    await self._drain(websocket_server)
+                    await self.drain()
+                    websocket_server.close(reason="the server is shutting down")
             finally:
                 if legacy is not None:
                     legacy.close()
-                self.shut("closed")
-                await self._backend.close()
+                await self.close()
 
-    async def _start(self, stop: asyncio.Event) -> bool:
+    async def _start_before(self, stop: asyncio.Event) -> bool:
         """Whether the backend came up before it was told to stop."""
-        starting, stopping = asyncio.ensure_future(self._backend.start()), asyncio.ensure_future(stop.wait())
+        starting, stopping = asyncio.create_task(self.start()), asyncio.create_task(stop.wait())
         try:
             await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
-            if not starting.done():
-                return False
-            metadata = self.open(starting.result())
+            if starting.done():
+                starting.result()
+            return starting.done()
         finally:
             starting.cancel()
             stopping.cancel()
-        log.info("ready: %s", ", ".join(metadata.robot_types))
-        return True
-
-    async def _listen_legacy(self) -> asyncio.Server | None:
-        if self.config.legacy_port is None:
-            return None
-        return await serve_legacy(self, self.config.host, self.config.legacy_port)
-
-    async def _drain(self, websocket_server: WebsocketServer) -> None:
-        self.shut("draining")
-        log.info("shutting down: %d clients", len(self.clients))
-        deadline = time.monotonic() + self.config.drain_s
-        while any(client.busy for client in self.clients) and time.monotonic() < deadline:
-            await asyncio.sleep(0.01)
-        websocket_server.close(reason="the server is shutting down")
 
     async def _handle(self, connection: ServerConnection) -> None:
         """One client, from handshake to end."""
-        if not self.admit():
+        number = self.admit(_address(connection))
+        if number is None:
             await connection.close(1013, f"expected at most {self.config.max_clients} clients")
             return
-        number = self.monitor.connected(_address(connection))
         try:
             metadata = await self.ready()
             await connection.send(encode_metadata(metadata))
-            client = ClientConnection(self, connection, metadata, number)
-            self.clients.add(client)
-            try:
-                await client.run()
-            finally:
-                self.clients.discard(client)
+            await ClientConnection(self, connection, metadata, number).run()
         except ConnectionClosed:
             pass
         except BaseException:
@@ -182,9 +163,6 @@ class BackgroundServer:
         self.port = 0
         self._loop = asyncio.new_event_loop()
         self._stop = asyncio.Event()
-        self._listening = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="xr0-server")
-        self._fault: BaseException | None = None
 
     @property
     def url(self) -> str:
@@ -192,33 +170,26 @@ class BackgroundServer:
         return f"{scheme}://localhost:{self.port}"
 
     def __enter__(self) -> BackgroundServer:
-        self._thread.start()
-        self._listening.wait()
-        while self.server.state == "warming up" and self._thread.is_alive():
+        thread = ThreadPoolExecutor(1, thread_name_prefix="xr0-server")
+        self._running = thread.submit(self._run)
+        thread.shutdown(wait=False)
+        while self.server.state == "warming up" and not self._running.done():
             time.sleep(0.001)
         if self.server.state != "ready":
-            self._thread.join()
-            assert self._fault is not None
-            raise self._fault
+            self._running.result()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join()
-        if self._fault is not None:
-            raise self._fault
+        self._running.result()
 
     def _run(self) -> None:
-        def listening(port: int) -> None:
-            self.port = port
-            self._listening.set()
-
         try:
-            self._loop.run_until_complete(self.server.run(self._stop, listening))
-        except BaseException as fault:
-            self._fault = fault
+            self._loop.run_until_complete(self.server.run(self._stop, self._listening))
         finally:
-            self._listening.set()
             self._loop.close()
+
+    def _listening(self, port: int) -> None:
+        self.port = port

@@ -53,7 +53,7 @@ class ServerConfig:
         check_bind(self.host, self.keys if self.legacy_port is None else (), self.allow_anyone)
 
 
-class Client(Protocol):
+class ServedClient(Protocol):
     """A client of either protocol. busy: while a request of it is unanswered."""
 
     @property
@@ -61,16 +61,20 @@ class Client(Protocol):
 
 
 class Service:
-    """One backend among its clients. clients: those that shutting down waits for."""
+    """One backend among its clients.
+
+    clients: those that shutting down waits for. turns: one is held while the backend works on a request; whoever waits
+    longest gets the next.
+    """
 
     def __init__(self, backend: Backend, config: ServerConfig) -> None:
         self.config = config
         self.monitor = Monitor()
         self.state = "warming up"
         self.metadata: PolicyMetadata | None = None
-        self.clients: set[Client] = set()
+        self.clients: set[ServedClient] = set()
+        self.turns = asyncio.Semaphore(backend.slots)
         self._backend = backend
-        self._turns = asyncio.Semaphore(backend.slots)
         self._ready = asyncio.Event()
         self._places = config.max_clients
         self._failures = 0
@@ -93,26 +97,21 @@ class Service:
         self._failures = 0
         return chunk, 1e3 * (time.perf_counter() - start)
 
-    def turn(self) -> asyncio.Semaphore:
-        """Held while the backend works on a request; whoever waits longest gets it next."""
-        return self._turns
-
     async def ready(self) -> PolicyMetadata:
         """Waits for the warm-up."""
         await self._ready.wait()
         assert self.metadata is not None
         return self.metadata
 
-    def admit(self) -> bool:
-        """Take a place for a client, if there is one; release gives it back."""
+    def admit(self, address: str) -> int | None:
+        """A place for a client: its number, for release; None if all are taken."""
         if self.is_full:
             self.monitor.rejected("too_many_clients")
-            return False
+            return None
         self._places -= 1
-        return True
+        return self.monitor.connected(address)
 
     def release(self, number: int) -> None:
-        """number: the client's, from monitor.connected."""
         self._places += 1
         self.monitor.disconnected(number)
 
@@ -137,16 +136,27 @@ class Service:
         log.error("inference failed: %s", error)
         return PolicyFailed(str(error) or type(error).__name__)
 
-    def open(self, served: Served) -> PolicyMetadata:
-        """From now on there are chunks to be had."""
-        self.metadata = _metadata(served, self.config)
+    async def start(self) -> None:
+        """Warm up the backend; from then on there are chunks to be had. Raises what the backend raises."""
+        self.metadata = _metadata(await self._backend.start(), self.config)
         self.state = "ready"
         self.monitor.set_ready(True)
         self._ready.set()
-        return self.metadata
+        log.info("ready: %s", ", ".join(self.metadata.robot_types))
 
-    def shut(self, state: str) -> None:
-        """No new requests any more. state: draining or closed."""
+    async def drain(self) -> None:
+        """Answer what was asked, at most drain_s long, and take no new requests any more."""
+        self._shut("draining")
+        log.info("shutting down: %d clients", len(self.clients))
+        deadline = time.monotonic() + self.config.drain_s
+        while any(client.busy for client in self.clients) and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
+
+    async def close(self) -> None:
+        self._shut("closed")
+        await self._backend.close()
+
+    def _shut(self, state: str) -> None:
         self.state = state
         self.monitor.set_ready(False)
 

@@ -29,8 +29,7 @@ def pack(message: Mapping[str, Any]) -> bytes:
 
     Raises ValueError for an array of another kind than numbers or booleans, TypeError for any other object.
     """
-    packed: bytes = msgpack.packb(message, default=_pack_array)
-    return packed
+    return msgpack.packb(message, default=_pack_array)
 
 
 def unpack(data: bytes | bytearray | memoryview) -> Any:
@@ -49,11 +48,8 @@ def unpack(data: bytes | bytearray | memoryview) -> Any:
         )
     # msgpack's own errors are ValueErrors, but for a bare one when maps or lists are nested too deeply.
     except (ValueError, msgpack.UnpackException) as error:
-        raise ValueError(f"message: expected msgpack, got {len(data)} bytes that are not: {_reason(error)}") from None
-
-
-def _reason(error: Exception) -> str:
-    return str(error) or type(error).__name__
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"message: expected msgpack, got {len(data)} bytes that are not: {reason}") from None
 
 
 class _Reader:
@@ -69,7 +65,7 @@ class _Reader:
     def mapping(self, values: dict[Any, Any]) -> Any:
         self._count(len(values))
         if b"__ndarray__" in values:
-            return _unpack_array(values)
+            return make_array(values.get(b"data"), values.get(b"dtype"), values.get(b"shape"))
         if b"__npgeneric__" in values:
             return _unpack_scalar(values)
         return values
@@ -92,10 +88,6 @@ def _pack_array(value: object) -> Any:
     return {b"__ndarray__": True, b"data": data, b"dtype": value.dtype.str, b"shape": value.shape}
 
 
-def _unpack_array(values: Mapping[Any, Any]) -> np.ndarray:
-    return make_array(values.get(b"data"), values.get(b"dtype"), values.get(b"shape"))
-
-
 def make_array(data: object, dtype_name: object, shape: object) -> np.ndarray:
     """A read-only view of the bytes as an array, in C order. Raises ValueError unless they fit dtype and shape."""
     dtype = number_dtype(dtype_name)
@@ -116,10 +108,9 @@ def _unpack_scalar(values: Mapping[Any, Any]) -> np.generic:
     if not isinstance(data, bool | int | float):
         raise ValueError(f"scalar: expected a number, got {type(data).__name__}")
     try:
-        scalar: np.generic = dtype.type(data)
+        return dtype.type(data)
     except (OverflowError, TypeError) as error:
         raise ValueError(f"scalar: expected a {dtype}, got {data!r:.80}: {error}") from None
-    return scalar
 
 
 def number_dtype(name: object) -> np.dtype[Any]:
