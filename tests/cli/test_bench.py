@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import re
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from xr0_engine.bench.cases import CASES
 from xr0_engine.bench.results import read
 from xr0_engine.cli import app
 from xr0_engine.cli.bench import app as bench_app
@@ -34,6 +37,12 @@ def test_help_lists_every_command():
     assert result.exit_code == 0
     assert [name for name in COMMANDS if name not in result.output] == []
     assert {*MEASURING, "images", "roofline", "compare", "report"} <= set(COMMANDS)
+
+
+def test_docs_list_every_command_and_case():
+    text = (Path(__file__).parents[2] / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `(\w+)` \| [A-Z]", text, re.MULTILINE)) == set(COMMANDS)
+    assert [case for case in CASES if f"`{case}`, " not in text] == []
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -103,6 +112,7 @@ def test_wrong_rounds_exit_with_2(name):
         pytest.param(("latency", "--backend", "magic"), "backend: expected auto, reference", id="backend"),
         pytest.param(("tune",), "tuning measures kernels on a CUDA GPU", id="tuning without a GPU"),
         pytest.param(("graph",), "it needs CUDA graphs", id="graph without a GPU"),
+        pytest.param(("ablate",), "`xr0 bench latency` compares", id="ablation without a GPU"),
         pytest.param(("tune", "--case", "kitchen"), "case: expected one of libero", id="case"),
         pytest.param(("latency", "--part", "tail"), "part: expected one of all, dit", id="part"),
         pytest.param(("throughput", "--batches", "1;2"), "batches: expected whole numbers", id="batches"),
