@@ -30,7 +30,7 @@ LAYERS = (
 )
 
 # Parts that see less of the package than the rows below theirs: these modules and what is inside them.
-SEES_ONLY = {"executor": {"types", "robot.decode"}, "kernels": set[str]()}
+SEES_ONLY = {"executor": {"types", "robot.decode", "robot.layouts"}, "kernels": set[str]()}
 
 # Modules that few parts may import. The oracles in kernels.reference are the reference backend: everyone's.
 SEEN_ONLY_BY = {"kernels": {"fused"}, "kernels.reference": {"model", "fused", "bench"}, "_C": {"robot"}}

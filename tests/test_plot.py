@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from xr0_engine.plot import STAGES, panels, plot_chunk, plot_rollout, spread, video_writer
+from xr0_engine.plot import STAGES, plot_chunk, plot_rollout, spread, video_writer
 from xr0_engine.robot.embodiment import Embodiment, load_embodiment
 from xr0_engine.types import ActionChunk, Observation
 
@@ -35,29 +35,6 @@ def shades(path: Path) -> int:
     with Image.open(path) as picture:
         assert picture.format == "PNG"
         return len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0))
-
-
-def test_bimanual_panels_hold_every_active_column_once():
-    groups = panels("bimanual", BIMANUAL_ACTIVE)
-    assert [group.title for group in groups] == [
-        f"{side} {kind}" for side in ("left", "right") for kind in ("position", "rotation", "joints", "gripper")
-    ]
-    assert sorted(column for group in groups for column in group.columns) == np.flatnonzero(BIMANUAL_ACTIVE).tolist()
-    assert {group.title: group.unit for group in groups}["left position"] == "m"
-    assert dict(zip(groups[6].columns, groups[6].names, strict=True))[22] == "shoulder"
-
-
-def test_panels_leave_out_what_the_robot_does_not_use():
-    groups = panels("bimanual", np.isin(np.arange(32), [6, 8, 9]))
-    assert [(group.title, group.columns, group.names) for group in groups] == [
-        ("left joints", (8, 9), ("shoulder", "elbow")),
-        ("left gripper", (6,), ("",)),
-    ]
-
-
-def test_plain_panels_are_single_columns():
-    groups = panels("plain", np.isin(np.arange(32), [0, 6]))
-    assert [(group.title, group.columns) for group in groups] == [("column 0", (0,)), ("column 6", (6,))]
 
 
 @pytest.mark.parametrize(

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from xr0_engine.robot.decode import BIMANUAL_COLUMNS, LEFT, RIGHT
+from xr0_engine.robot.decode import BIMANUAL_COLUMNS
 from xr0_engine.robot.embodiment import Embodiment
+from xr0_engine.robot.layouts import BIMANUAL
 from xr0_engine.types import ActionChunk, Observation
 
 if TYPE_CHECKING:
@@ -33,38 +33,7 @@ STYLE: dict[Any, Any] = {
 }
 # Okabe and Ito's palette: told apart with any colour vision.
 COLORS = ("#D55E00", "#009E73", "#0072B2", "#CC79A7", "#E69F00", "#56B4E9")
-JOINTS = ("waist", "shoulder", "elbow", "forearm roll", "wrist angle", "wrist rotate")
 STAGES = ("preprocess", "vision", "prefill", "flow", "step", "decode")
-
-
-@dataclass(frozen=True)
-class Panel:
-    """Action columns of one kind, which share an axis. names: one per column, without the title."""
-
-    title: str
-    unit: str
-    columns: tuple[int, ...]
-    names: tuple[str, ...]
-
-
-def panels(layout: str, active_columns: np.ndarray) -> tuple[Panel, ...]:
-    """The active action columns in groups, left arm before right; layout `plain` tells nothing but their numbers."""
-    active = np.flatnonzero(active_columns)
-    if layout == "plain":
-        return tuple(Panel(f"column {column}", "robot units", (int(column),), ("",)) for column in active)
-    groups = []
-    for side, arm in (("left", LEFT), ("right", RIGHT)):
-        for kind, unit, part, names in (
-            ("position", "m", arm.position, ("x", "y", "z")),
-            ("rotation", "rad", arm.rotation, ("x", "y", "z")),
-            ("joints", "rad", arm.joints, JOINTS),
-            ("gripper", "robot units", arm.gripper, ("",)),
-        ):
-            columns = np.arange(BIMANUAL_COLUMNS)[part]
-            pairs = [(int(column), name) for column, name in zip(columns, names, strict=True) if column in active]
-            if pairs:
-                groups.append(Panel(f"{side} {kind}", unit, *zip(*pairs, strict=True)))
-    return tuple(groups)
 
 
 def plot_chunk(chunk: ActionChunk, observation: Observation, embodiment: Embodiment, path: Path) -> None:
@@ -75,7 +44,7 @@ def plot_chunk(chunk: ActionChunk, observation: Observation, embodiment: Embodim
     """
     from matplotlib.figure import Figure
 
-    groups = panels(embodiment.layout, chunk.active_columns)
+    groups = embodiment.action_layout.panels(chunk.active_columns)
     if not groups:
         raise ValueError(f"chunk: expected active columns, robot type {chunk.robot_type!r} has none")
     rows = -(-len(groups) // 2)
@@ -91,14 +60,15 @@ def plot_chunk(chunk: ActionChunk, observation: Observation, embodiment: Embodim
         grid = curve_part.subplots(rows, 2, sharex=True, squeeze=False)
         # Down, then right: the left arm's panels above each other, the right arm's beside them.
         for axes, panel in zip(grid.T.flat, groups, strict=False):
-            for column, name, color in zip(panel.columns, panel.names, COLORS, strict=False):
-                axes.plot(time_s, chunk.actions[:, column], color=color, label=name, marker=".", markersize=3)
-            axes.set_title(panel.title)
-            axes.set_ylabel(panel.unit)
+            for column, color in zip(panel, COLORS, strict=False):
+                values = chunk.actions[:, column.index]
+                axes.plot(time_s, values, color=color, label=column.name, marker=".", markersize=3)
+            axes.set_title(panel[0].group)
+            axes.set_ylabel(panel[0].unit)
             axes.axhline(0, color="0.6", linewidth=0.6, zorder=0)
             if chunk.prefix_length:
                 axes.axvspan(0, chunk.prefix_length / embodiment.control_rate_hz, color="0.9", zorder=0)
-            if len(panel.columns) > 1:
+            if len(panel) > 1:
                 axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), handlelength=1)
         for axes in list(grid.T.flat)[len(groups) :]:
             axes.set_visible(False)
@@ -177,15 +147,16 @@ def _plot_trajectories(
 ) -> None:
     """One small panel per joint: what was measured, and every chunk's prediction from where it was made."""
     grid = part.subplots(7, 2, sharex=True)
-    for column_axes, side, arm in zip(grid.T, ("left", "right"), (LEFT, RIGHT), strict=True):
-        columns = [*range(BIMANUAL_COLUMNS)[arm.joints], *range(BIMANUAL_COLUMNS)[arm.gripper]]
-        for axes, column, name in zip(column_axes, columns, (*JOINTS, "gripper"), strict=True):
+    for column_axes, side in zip(grid.T, ("left", "right"), strict=True):
+        shown = [column for column in BIMANUAL.columns if column.group in (f"{side} joints", f"{side} gripper")]
+        for axes, column in zip(column_axes, shown, strict=True):
             for start_s, observation, chunk in zip(starts_s, observations, chunks, strict=True):
                 steps = np.arange(len(chunk.actions)) + 1
-                predicted = observation.state.reshape(-1, BIMANUAL_COLUMNS)[-1, column] + chunk.actions[:, column]
+                begin = observation.state.reshape(-1, BIMANUAL_COLUMNS)[-1]
+                predicted = begin[column.index] + chunk.actions[:, column.index]
                 axes.plot(start_s + steps / rate_hz, predicted, color=COLORS[0], linewidth=0.8, alpha=0.7)
-            axes.plot(np.arange(len(measured)) / rate_hz, measured[:, column], color=COLORS[2])
-            axes.set_ylabel(name, rotation=0, ha="right", va="center")
+            axes.plot(np.arange(len(measured)) / rate_hz, measured[:, column.index], color=COLORS[2])
+            axes.set_ylabel(column.name or "gripper", rotation=0, ha="right", va="center")
         column_axes[0].set_title(f"{side} arm (rad; gripper 0 closed, 1 open)")
         column_axes[-1].set_xlabel("simulated time (s)")
     *predictions, executed = grid[0, 0].get_lines()

@@ -13,14 +13,16 @@ from typer.testing import CliRunner
 
 from tests.executor.support import MarkedPolicy, execute
 from xr0_engine.cli import app
+from xr0_engine.drive import aloha
 from xr0_engine.drive.aloha import LiveAloha, SimulatedAloha, aloha_limits
 from xr0_engine.drive.null import NullRobot
-from xr0_engine.drive.picture import plot_session
+from xr0_engine.drive.picture import plot_recording
 from xr0_engine.drive.policies import from_checkpoint, scripted
 from xr0_engine.drive.run import run
 from xr0_engine.drive.wander import CHUNK_LENGTH, JOINTS, WanderPolicy
-from xr0_engine.executor import Recorder, SensorsNotReady, Settings, SystemClock, VirtualClock, read_session
+from xr0_engine.executor import Recorder, SensorsNotReady, Settings, SystemClock, VirtualClock, read_recording
 from xr0_engine.robot.decode import BIMANUAL_COLUMNS, LEFT, RIGHT
+from xr0_engine.robot.layouts import BIMANUAL, LAYOUTS
 from xr0_engine.sim import CONTROL_RATE_HZ, AlohaEnv, columns_to_joints, joints_to_columns
 
 # Servos with friction stop this close to their target, and follow this fast.
@@ -75,7 +77,9 @@ def test_limits_are_the_simulator_ranges(env):
     assert np.isinf(limits.high[LEFT.position]).all()
 
 
-def test_live_simulation_draws_beside_the_loop(env):
+def test_live_simulation_draws_beside_the_loop(env, monkeypatch):
+    # Drawing takes longest where other work keeps the processor busy.
+    monkeypatch.setattr(aloha, "MAX_FRAME_AGE_S", 60.0)
     clock = SystemClock()
     with LiveAloha(env, clock, "Go.") as robot:
         assert threading.current_thread().name != robot._cameras.name
@@ -92,18 +96,16 @@ def test_live_simulation_draws_beside_the_loop(env):
     assert not robot._cameras.is_alive()
 
 
-@pytest.mark.parametrize("layout", ["plain", "bimanual"])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_null_robot(layout):
-    robot = NullRobot(("ego",), layout, "r", action_width=32, state_width=32)
-    snapshot = robot.observe(3.0)
+    snapshot = NullRobot(("ego",), layout, "r", state_width=32).observe(3.0)
     assert snapshot.observation.timestamp_s == 3.0
-    assert robot.frame.layout == layout
-    assert robot.frame.absolute(np.zeros((2, 32)), snapshot.origin).shape == (2, 32)
+    assert layout.frame(32).absolute(np.zeros((2, 32)), snapshot.origin).shape == (2, 32)
 
 
 @pytest.mark.parametrize("given", [0, 1, 2, 6], ids=lambda given: f"prefix-{given}")
 def test_scripted_chunks_go_on_from_their_prefix(given):
-    robot = NullRobot(("ego",), "bimanual", "bimanual", BIMANUAL_COLUMNS, BIMANUAL_COLUMNS)
+    robot = NullRobot(("ego",), BIMANUAL, "bimanual", BIMANUAL_COLUMNS)
     prefix = np.outer(np.arange(given), 0.01 * JOINTS).astype(np.float32) if given else None
     chunk = WanderPolicy(0).infer(robot.observe(0.0).observation, prefix)
     assert chunk.actions.shape == (CHUNK_LENGTH, BIMANUAL_COLUMNS)
@@ -128,7 +130,7 @@ def test_async_seams_are_smaller_than_naive_ones(env):
 
 def test_checkpoint_executes_in_the_simulation(renderer, tiny_checkpoint):
     source = from_checkpoint(tiny_checkpoint, "bimanual", 0, "cpu", "float32", "reference")
-    assert (source.layout, source.control_rate_hz, source.max_prefix) == ("bimanual", 30, 6)
+    assert (source.layout, source.control_rate_hz, source.max_prefix) == (BIMANUAL, 30, 6)
     reports = [
         run(
             from_checkpoint(tiny_checkpoint, "bimanual", 0, "cpu", "float32", "reference"),
@@ -183,14 +185,14 @@ def test_real_time_warms_up_first_and_raises_its_errors(tiny_checkpoint):
     ],
     ids=["async", "failing"],
 )
-def test_session_picture(tmp_path, settings):
+def test_picture_of_a_recording(tmp_path, settings):
     with Recorder(tmp_path / "run.jsonl", "a test") as recorder:
         execute(recorder=recorder, seconds=3, **settings)
-    session = read_session(tmp_path / "run.jsonl")
-    plot_session(session, tmp_path / "run.png", seconds=2)
+    recording = read_recording(tmp_path / "run.jsonl")
+    plot_recording(recording, tmp_path / "run.png", seconds=2)
     assert shades(tmp_path / "run.png") > 50
     with pytest.raises(ValueError, match="start: expected less than"):
-        plot_session(session, tmp_path / "late.png", start_s=100)
+        plot_recording(recording, tmp_path / "late.png", start_s=100)
     assert not (tmp_path / "late.png").exists()
 
 
@@ -238,7 +240,7 @@ def test_replay_refuses_a_wrong_picture(tmp_path, name):
     assert "--out" in result.stderr
 
 
-def test_replay_without_a_session(tmp_path):
+def test_replay_without_a_recording(tmp_path):
     (tmp_path / "other.jsonl").write_text("{}\n")
     assert xr0("replay", tmp_path / "other.jsonl", "--out", tmp_path / "a.png").exit_code == 2
     assert xr0("replay", tmp_path / "missing.jsonl", "--out", tmp_path / "a.png").exit_code == 2

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,15 +18,46 @@ from tests.executor.support import assert_adds_up
 from tests.serve.support import EchoEngine, backend, make_certificate
 from tests.support import ROOT
 from xr0_engine.cli import app
+from xr0_engine.drive import aloha
+from xr0_engine.drive import run as drive_run
 from xr0_engine.drive.null import NullRobot
 from xr0_engine.drive.policies import from_server
-from xr0_engine.executor import Executor, Settings, SystemClock, read_session
+from xr0_engine.executor import Executor, Settings, SystemClock, read_recording
+from xr0_engine.robot.layouts import BIMANUAL
+from xr0_engine.serve import client
 from xr0_engine.serve.access import tls_context
 from xr0_engine.serve.server import BackgroundServer
 from xr0_engine.serve.service import ServerConfig
 
-# Starting Python on a busy machine.
-PATIENCE_S = 60.0
+# Starting Python, or drawing frames, on a busy machine.
+PATIENCE_S = 300.0
+# `xr0 drive` runs until it has accepted so many.
+CHUNKS = 3
+
+
+class UntilChunks(Executor):
+    """Ends by what has happened, not by the time that it is given, which is there to give up."""
+
+    def run(self, seconds):
+        threading.Thread(target=self._watch, daemon=True).start()
+        return super().run(seconds)
+
+    def _watch(self):
+        wait_until(lambda: self.report.counts["chunks"] >= CHUNKS)
+        self.end()
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch):
+    """Where other work keeps the processor busy, replies and frames take seconds."""
+    monkeypatch.setattr(client, "Client", partial(client.Client, timeout_s=PATIENCE_S))
+    monkeypatch.setattr(aloha, "MAX_FRAME_AGE_S", PATIENCE_S)
+    monkeypatch.setattr(drive_run, "SENSORS_S", PATIENCE_S)
+
+
+@pytest.fixture
+def until_chunks(monkeypatch):
+    monkeypatch.setattr(drive_run, "Executor", UntilChunks)
 
 
 @pytest.fixture(scope="module")
@@ -43,36 +75,39 @@ def served(tiny_checkpoint):
 
 
 @pytest.mark.parametrize("env", ["null", "demo"])
-def test_drive_against_a_server(served, env, tmp_path, request):
+def test_drive_against_a_server(served, env, tmp_path, request, until_chunks):
     """What `make soak` does for ten minutes, and the demo environment the same way."""
     if env == "demo":
         request.getfixturevalue("renderer")
     recording = tmp_path / "session.jsonl"
-    command = ["drive", "--env", env, "--server", served, "--seconds", "3", "--record", str(recording), "--json"]
-    result = CliRunner().invoke(app, command)
+    command = ["drive", "--env", env, "--server", served, "--seconds", str(PATIENCE_S), "--record", str(recording)]
+    result = CliRunner().invoke(app, [*command, "--json"])
+    assert result.stdout, result.output
     report = json.loads(result.stdout)
     counts, jitter = report["counts"], report["jitter"]
     assert result.exit_code == (1 if counts["deadline_misses"] else 0)
-    assert report["ended"] == "time"
-    assert counts["chunks"] > 0
+    assert report["ended"] == "asked to"
+    assert counts["chunks"] >= CHUNKS
     assert counts["failed"] == counts["rejected"] == counts["clock_jumps"] == 0
-    steps = read_session(recording).lines["step"]
+    steps = read_recording(recording).lines["step"]
     assert jitter["count"] == len(steps) > 0
     assert 0 < jitter["p50_ms"] <= jitter["p99_9_ms"] <= jitter["max_ms"]
     # However slow this machine is, no step is lost without being counted.
-    assert counts["executed"] + counts["held"] + counts["waited"] + counts["missed"] >= 89
+    assert counts["executed"] + counts["held"] == len(steps)
+    assert counts["waited"] + counts["missed"] >= steps[-1]["step"] - steps[0]["step"] + 1 - len(steps)
     assert np.isfinite([line["row"] for line in steps]).all()
 
 
-def test_drive_over_tls_with_a_key(tmp_path, monkeypatch):
+def test_drive_over_tls_with_a_key(tmp_path, monkeypatch, until_chunks):
     key = "drive-key-1"
     monkeypatch.setenv("XR0_API_KEY", key)
     certificate = make_certificate(tmp_path)
     config = ServerConfig(port=0, keys=(key,), tls=tls_context(*certificate))
     with BackgroundServer(backend(EchoEngine()), config) as server:
-        command = ["drive", "--env", "null", "--robot-type", "bimanual", "--seconds", "1", "--server", server.url]
+        command = ["drive", "--env", "null", "--robot-type", "bimanual", "--server", server.url]
+        command += ["--seconds", str(PATIENCE_S)]
         result = CliRunner().invoke(app, [*command, "--ca-file", str(certificate[0]), "--json"])
-        assert json.loads(result.stdout)["counts"]["chunks"] > 0
+        assert json.loads(result.stdout)["counts"]["chunks"] >= CHUNKS
         result = CliRunner().invoke(app, [*command, "--ca-file", str(certificate[0]), "--api-key", "another-key"])
         assert result.exit_code == 2
         assert "HTTP 401" in result.stderr
@@ -103,9 +138,10 @@ def test_the_loop_outlives_its_server():
     server, port = start_server()
     try:
         with from_server(f"ws://127.0.0.1:{port}", None, "bimanual") as source:
-            assert (source.layout, source.control_rate_hz, source.max_prefix) == ("bimanual", 30, 6)
-            robot = KeepingRobot(source.views, source.layout, source.robot_type, 32, 32, (32, 32))
-            executor = Executor(source.policy, robot, robot.frame, Settings(30, retry_s=0.05), clock=SystemClock())
+            assert (source.layout, source.control_rate_hz, source.max_prefix) == (BIMANUAL, 30, 6)
+            robot = KeepingRobot(source.views, source.layout, source.robot_type, 32, (32, 32))
+            frame = source.layout.frame(source.action_width)
+            executor = Executor(source.policy, robot, frame, Settings(30, retry_s=0.05), clock=SystemClock())
             counts = executor.report.counts
             loop = threading.Thread(target=executor.run, args=(10 * PATIENCE_S,))
             loop.start()

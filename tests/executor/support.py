@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from xr0_engine.executor import Executor, PlainFrame, SensorsNotReady, Settings, Snapshot, VirtualClock
@@ -106,3 +108,13 @@ def assert_adds_up(report, policy_length=30):
     assert c["chunks"] * policy_length == sum(c[kind] for kind in kinds), dict(c)
     done = c["chunks"] + c["failed"] + c["rejected"]
     assert done <= c["inferences"] <= done + 1 + c["clock_jumps"]
+
+
+def with_actions(change):
+    """A fault for MarkedPolicy: other actions than it would give."""
+
+    def fault(chunk):
+        actions = chunk.actions.copy()
+        return replace(chunk, actions=change(actions))
+
+    return fault

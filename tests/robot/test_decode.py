@@ -15,7 +15,6 @@ from xr0_engine.robot.decode import (
     ArmPose,
     BimanualPose,
     anchor,
-    bimanual_state,
     decode,
     encode_prefix,
     recover,
@@ -154,7 +153,7 @@ def test_prefix_moves_to_the_frame_of_a_new_observation():
 
 def test_state_columns():
     pose = random_pose(np.random.default_rng(3))
-    state = bimanual_state(pose)
+    state = pose.state()
     assert state.shape == (1, 32)
     assert state.dtype == np.float32
     np.testing.assert_array_equal(state[0, 6:13], np.r_[pose.left.gripper, pose.left.joints_rad].astype(np.float32))
@@ -207,7 +206,7 @@ def test_single_poses_and_trajectories_are_told_apart():
     with pytest.raises(ValueError, match="targets: expected a trajectory"):
         anchor(pose, pose)
     with pytest.raises(ValueError, match="pose: expected a single pose"):
-        bimanual_state(trajectory)
+        trajectory.state()
     with pytest.raises(ValueError, match="as many poses as left"):
         BimanualPose(pose.left, trajectory.right)
 

@@ -43,7 +43,7 @@ def test_builtin_titles_and_layout(name):
     profile = load_embodiment(name)
     assert profile.name == name
     assert [view.title for view in profile.views] == TITLES[name]
-    assert profile.layout == ("bimanual" if name == "bimanual" else "plain")
+    assert profile.layout == profile.action_layout.name == ("bimanual" if name == "bimanual" else "plain")
 
 
 @pytest.mark.parametrize(
@@ -117,6 +117,7 @@ def test_every_fault_of_a_file_in_one_error(yaml_file):
         ("control_rate_hz: 15", "control_rate_hz: -1", "control_rate_hz: expected a number above 0, got -1"),
         ("control_rate_hz: 15", "control_rate_hz: true", "control_rate_hz: expected a number above 0, got True"),
         ("replan_every: null", "replan_every: 2.5", "replan_every: expected a whole number"),
+        ("layout: plain", "layout: {plain: true}", "layout: expected one of plain, bimanual"),
         ("name: my_arm", "name: 2020-99-99", "not valid YAML"),
         ("name: my_arm", "name: [", "not valid YAML"),
     ],
@@ -127,6 +128,7 @@ def test_every_fault_of_a_file_in_one_error(yaml_file):
         "rate below 0",
         "rate is a flag",
         "half a step",
+        "layout",
         "date",
         "syntax",
     ],

@@ -119,16 +119,13 @@ def _read_numbers(option: str, text: str) -> np.ndarray:
 
 
 def _as_json(chunk: ActionChunk, profile: Embodiment) -> dict[str, Any]:
-    from xr0_engine.plot import panels
-
-    groups = panels(profile.layout, chunk.active_columns)
     return {
         "robot_type": chunk.robot_type,
         "control_rate_hz": profile.control_rate_hz,
         "columns": {
-            column: f"{group.title} {name}".strip() + f" ({group.unit})"
-            for group in groups
-            for column, name in zip(group.columns, group.names, strict=True)
+            column.index: f"{column.group} {column.name}".strip() + f" ({column.unit})"
+            for panel in profile.action_layout.panels(chunk.active_columns)
+            for column in panel
         },
         "actions": chunk.actions.tolist(),
         "prefix_length": chunk.prefix_length,
@@ -142,7 +139,7 @@ def _print_table(chunk: ActionChunk, profile: Embodiment) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from xr0_engine.plot import panels, spread
+    from xr0_engine.plot import spread
 
     steps = spread(len(chunk.actions), SHOWN_STEPS)
     title = f"{chunk.robot_type}: {len(chunk.actions)} actions at {profile.control_rate_hz:g} Hz"
@@ -150,13 +147,13 @@ def _print_table(chunk: ActionChunk, profile: Embodiment) -> None:
     table.add_column("column", no_wrap=True)
     for step in steps:
         table.add_column(f"{step / profile.control_rate_hz:.2f} s", justify="right")
-    for group in panels(profile.layout, chunk.active_columns):
-        heading = f"[bold]{group.title} ({group.unit})"
-        if len(group.columns) > 1:
+    for panel in profile.action_layout.panels(chunk.active_columns):
+        heading = f"[bold]{panel[0].group} ({panel[0].unit})"
+        if len(panel) > 1:
             table.add_row(heading)
-        for column, name in zip(group.columns, group.names, strict=True):
-            values = (f"{chunk.actions[step, column]:+.3f}" for step in steps)
-            table.add_row(f"  {name}" if len(group.columns) > 1 else heading, *values)
+        for column in panel:
+            values = (f"{chunk.actions[step, column.index]:+.3f}" for step in steps)
+            table.add_row(f"  {column.name}" if len(panel) > 1 else heading, *values)
     console = Console()
     console.print(table)
     console.print(f"{len(steps)} of {len(chunk.actions)} actions shown, all with --json")

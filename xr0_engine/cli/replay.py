@@ -1,4 +1,4 @@
-"""`xr0 replay`: a recorded session as a picture."""
+"""`xr0 replay`: a recording as a picture."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def replay(
     if out.suffix.lower() != ".png" or not out.parent.is_dir():
         raise ValueError(f"--out: expected a .png file in an existing folder, got {out}")
 
-    from xr0_engine.drive.picture import plot_session
-    from xr0_engine.executor import read_session
+    from xr0_engine.drive.picture import plot_recording
+    from xr0_engine.executor import read_recording
 
-    plot_session(read_session(session), out, start, seconds)
+    plot_recording(read_recording(session), out, start, seconds)
     print(out)

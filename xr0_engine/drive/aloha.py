@@ -26,12 +26,11 @@ def aloha_limits(env: AlohaEnv) -> Limits:
     ranges = joints_to_columns(env.limits.T)
     used = joints_to_columns(np.ones(len(env.limits))) > 0
     joints = joints_to_columns(np.tile([1.0] * 6 + [0.0], 2)) > 0
-    infinite = np.full(BIMANUAL_COLUMNS, np.inf)
     return Limits(
         low=np.where(used, ranges[0], -np.inf),
         high=np.where(used, ranges[1], np.inf),
         velocity=np.where(joints, JOINT_VELOCITY_RAD_S, np.inf),
-        jump=infinite,
+        jump=np.full(BIMANUAL_COLUMNS, np.inf),
     )
 
 

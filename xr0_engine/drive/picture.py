@@ -1,4 +1,4 @@
-"""A recorded session as a picture: which chunk gave which action, when each was asked for, and when it came."""
+"""A recording as a picture: which chunk gave which action, when each was asked for, and when it came."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from xr0_engine.executor import BimanualFrame, Session
-from xr0_engine.plot import COLORS, STYLE, panels
+from xr0_engine.executor import Recording
+from xr0_engine.plot import COLORS, STYLE
+from xr0_engine.robot.layouts import Layout, find_layout
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,7 +23,7 @@ EXECUTED, PREFIX, LATE, UNUSED, HELD = COLORS[2], COLORS[4], COLORS[0], "0.88", 
 
 @dataclass(frozen=True)
 class _Window:
-    """The part of a session that is shown, times from its first command or request on."""
+    """The part of a recording that is shown, times from its first command or request on."""
 
     zero_s: float
     start_s: float
@@ -37,22 +38,22 @@ class _Window:
         return step / self.rate_hz - self.zero_s
 
 
-def plot_session(session: Session, path: Path, start_s: float = 0.0, seconds: float = 8.0) -> None:
-    """Draw `seconds` of a session, from start_s after its beginning, as a PNG.
+def plot_recording(recording: Recording, path: Path, start_s: float = 0.0, seconds: float = 8.0) -> None:
+    """Draw `seconds` of a recording, from start_s after its beginning, as a PNG.
 
-    Raises ValueError if nothing was recorded in that time, OSError if path cannot be written.
+    Raises ValueError if nothing was recorded in that time or the layout is unknown, OSError if path cannot be written.
     """
     import matplotlib
     from matplotlib.figure import Figure
 
-    window = _cut(session, start_s, seconds)
+    window = _cut(recording, start_s, seconds)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(14, 12), layout="constrained")
-        figure.suptitle(_title(session), fontsize=12)
+        figure.suptitle(_title(recording), fontsize=12)
         heights = (3.2, *[1.5] * CURVES, 1.3, 0.8)
         axes = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
         _plot_chunks(axes[0], window)
-        _plot_curves(axes[1 : 1 + CURVES], window, session)
+        _plot_curves(axes[1 : 1 + CURVES], window, recording)
         _plot_delays(axes[-2], window)
         _plot_lateness(axes[-1], window)
         axes[-1].set_xlabel("time (s)")
@@ -63,9 +64,9 @@ def plot_session(session: Session, path: Path, start_s: float = 0.0, seconds: fl
         figure.savefig(path, dpi=110)
 
 
-def _cut(session: Session, start_s: float, seconds: float) -> _Window:
-    steps, inferences = session.lines["step"], session.lines["inference"]
-    rate_hz = session.header["settings"]["rate_hz"]
+def _cut(recording: Recording, start_s: float, seconds: float) -> _Window:
+    steps, inferences = recording.lines["step"], recording.lines["inference"]
+    rate_hz = recording.header["settings"]["rate_hz"]
     times = [line["time_s"] for line in (*steps[:1], *inferences[:1])]
     if not times:
         raise ValueError("session: expected at least one command or inference, got none")
@@ -76,24 +77,24 @@ def _cut(session: Session, start_s: float, seconds: float) -> _Window:
     if not start_s < end_s:
         raise ValueError(f"start: expected less than the session's {end_s:.1f} s, got {start_s:g}")
     # A chunk that came before the window may reach into it.
-    margin_s = max((len(line["rows"]) for line in session.lines["chunk"]), default=0) / rate_hz
+    margin_s = max((len(line["rows"]) for line in recording.lines["chunk"]), default=0) / rate_hz
     shown = {
         kind: [
             line
             for line in lines
             if "time_s" not in line or start_s - margin_s <= line["time_s"] - zero_s <= end_s + 1e-9
         ]
-        for kind, lines in session.lines.items()
+        for kind, lines in recording.lines.items()
     }
     return _Window(zero_s, start_s, end_s, rate_hz, shown)
 
 
-def _title(session: Session) -> str:
-    settings, report = session.header["settings"], session.lines["report"]
+def _title(recording: Recording) -> str:
+    settings, report = recording.header["settings"], recording.lines["report"]
     counts = report[-1]["counts"] if report else {}
     unusual = ("held", "missed", "late", "failed", "rejected", "hung", "outdated", "clock_jumps")
     events = ", ".join(f"{counts[name]} {name}" for name in unusual if counts.get(name))
-    parts = [session.header["title"], f"{settings['mode']} at {settings['rate_hz']:g} Hz", events]
+    parts = [recording.header["title"], f"{settings['mode']} at {settings['rate_hz']:g} Hz", events]
     return "   ·   ".join(part for part in parts if part)
 
 
@@ -145,16 +146,16 @@ def _legend_of_chunks(axes: Axes) -> None:
     axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=len(handles), handlelength=1.4)
 
 
-def _plot_curves(grid: Any, window: _Window, session: Session) -> None:
+def _plot_curves(grid: Any, window: _Window, recording: Recording) -> None:
     """The columns that move most: every chunk's prediction, and what the robot was told."""
+    layout, width = find_layout(recording.header["layout"]), recording.header["width"]
     steps = window.lines["step"]
-    rows = np.array([line["row"] for line in steps]) if steps else np.zeros((1, session.header["width"]))
+    rows = np.array([line["row"] for line in steps]) if steps else np.zeros((1, width))
     motion = np.ptp(rows, axis=0)
-    if session.header["layout"] == "bimanual":
-        # The same rotation has several axis-angles: their curves would show jumps that are none.
-        motion[BimanualFrame().angular] = -1
+    # The same rotation has several axis-angles: their curves would show jumps that are none.
+    motion[layout.frame(width).angular] = -1
     columns = np.argsort(-motion, kind="stable")[:CURVES]
-    names = _names(session.header["layout"], session.header["width"])
+    names = _names(layout, width)
     times = [window.at_step(line["step"]) for line in steps]
     seams = [
         window.at_step(line["step"])
@@ -174,11 +175,12 @@ def _plot_curves(grid: Any, window: _Window, session: Session) -> None:
     grid[0].set_title("the columns that move most: chunks in colour, commands in black, seams dotted", loc="left")
 
 
-def _names(layout: str, width: int) -> list[str]:
+def _names(layout: Layout, width: int) -> list[str]:
     names = [f"column {column}" for column in range(width)]
-    for panel in panels(layout, np.ones(width, bool)):
-        for column, name in zip(panel.columns, panel.names, strict=True):
-            names[column] = f"{panel.title.removesuffix(' joints')} {name}".rstrip() + f"\n({panel.unit})"
+    for panel in layout.panels(np.ones(width, bool)):
+        for column in panel:
+            name = f"{column.group.removesuffix(' joints')} {column.name}".rstrip()
+            names[column.index] = f"{name}\n({column.unit})"
     return names
 
 

@@ -9,13 +9,14 @@ from pathlib import Path
 
 from xr0_engine.config import TRAINED_PREFIX
 from xr0_engine.executor import Policy
+from xr0_engine.robot.layouts import BIMANUAL, Layout, find_layout
 
 
 @dataclass(frozen=True)
 class Source:
     """A policy for one robot type, and how it wants to be executed.
 
-    title: for people. control_rate_hz: actions per second. views, layout: as in the embodiment profile. action_width,
+    title: for people. control_rate_hz: actions per second. views: as in the embodiment profile. action_width,
     state_width: columns. max_prefix: the longest prefix that it takes.
     """
 
@@ -24,7 +25,7 @@ class Source:
     robot_type: str
     control_rate_hz: float
     views: tuple[str, ...]
-    layout: str
+    layout: Layout
     action_width: int
     state_width: int
     max_prefix: int
@@ -34,7 +35,7 @@ class Source:
 def from_server(url: str, api_key: str | None, robot_type: str | None, ca_file: Path | None = None) -> Iterator[Source]:
     """A server's policy. ca_file: as in Client.
 
-    Raises ConnectionError, PermissionError or ValueError if it cannot be had.
+    Raises ConnectionError, PermissionError or ValueError if it cannot be had, among others for an unknown layout.
     """
     from xr0_engine.serve.client import Client
 
@@ -48,7 +49,7 @@ def from_server(url: str, api_key: str | None, robot_type: str | None, ca_file: 
             robot_type=name,
             control_rate_hz=robot.control_rate_hz,
             views=tuple(robot.views),
-            layout=robot.layout,
+            layout=find_layout(robot.layout),
             action_width=metadata.action_width,
             state_width=metadata.state_width,
             max_prefix=metadata.prefix_range[1],
@@ -74,7 +75,7 @@ def from_checkpoint(
         robot_type=name,
         control_rate_hz=profile.control_rate_hz,
         views=tuple(view.key for view in profile.views),
-        layout=profile.layout,
+        layout=profile.action_layout,
         action_width=head.action_dim,
         state_width=head.state_dim,
         max_prefix=min(engine.max_prefix, engine.statistics[name].chunk_length - 1),
@@ -93,7 +94,7 @@ def scripted(seed: int) -> Source:
         robot_type=ROBOT_TYPE,
         control_rate_hz=CONTROL_RATE_HZ,
         views=tuple(CAMERAS),
-        layout="bimanual",
+        layout=BIMANUAL,
         action_width=BIMANUAL_COLUMNS,
         state_width=BIMANUAL_COLUMNS,
         max_prefix=TRAINED_PREFIX,

@@ -8,10 +8,8 @@ from contextlib import ExitStack
 from xr0_engine.drive.null import NullRobot
 from xr0_engine.drive.policies import Source
 from xr0_engine.executor import (
-    BimanualFrame,
     Clock,
     Executor,
-    Frame,
     Limits,
     Recorder,
     Report,
@@ -22,6 +20,7 @@ from xr0_engine.executor import (
     SystemClock,
     VirtualClock,
 )
+from xr0_engine.robot.layouts import BIMANUAL
 
 # A simulated camera has to build its scene first.
 SENSORS_S = 30.0
@@ -49,15 +48,13 @@ def run(
         delay_s = lambda number: delay_steps / settings.rate_hz  # noqa: E731
     with ExitStack() as stack:
         robot: Robot
-        frame: Frame
         if in_simulator:
             robot, limits = _simulation(source, clock, delay_steps is None, seed, image_size, stack)
-            frame = BimanualFrame()
         else:
-            robot = NullRobot(source.views, source.layout, source.robot_type, source.action_width, source.state_width)
-            frame, limits = robot.frame, None
+            robot, limits = NullRobot(source.views, source.layout, source.robot_type, source.state_width), None
         if delay_s is None:
             _warm_up(source, robot, clock)
+        frame = source.layout.frame(source.action_width)
         return Executor(source.policy, robot, frame, settings, limits, clock, delay_s, recorder).run(seconds)
 
 
@@ -86,10 +83,10 @@ def _simulation(
     from xr0_engine.drive.aloha import LiveAloha, SimulatedAloha, aloha_limits
     from xr0_engine.sim import CONTROL_RATE_HZ, INSTRUCTION, AlohaEnv
 
-    if (source.layout, source.control_rate_hz) != ("bimanual", CONTROL_RATE_HZ):
+    if (source.layout, source.control_rate_hz) != (BIMANUAL, CONTROL_RATE_HZ):
         raise ValueError(
-            f"policy: expected layout bimanual at {CONTROL_RATE_HZ:g} Hz for the simulation, got {source.layout} at "
-            f"{source.control_rate_hz:g} Hz"
+            f"policy: expected layout {BIMANUAL.name} at {CONTROL_RATE_HZ:g} Hz for the simulation, "
+            f"got {source.layout.name} at {source.control_rate_hz:g} Hz"
         )
     height, width = image_size
     env = stack.enter_context(AlohaEnv(seed, width=width, height=height))

@@ -15,7 +15,7 @@ import numpy as np
 
 from xr0_engine.drive.policies import Source
 from xr0_engine.drive.run import run
-from xr0_engine.executor import Recorder, Settings, read_session
+from xr0_engine.executor import Recorder, Settings, read_recording
 from xr0_engine.executor.settings import Mode
 from xr0_engine.sim import JOINT_NAMES, columns_to_joints
 
@@ -119,14 +119,9 @@ def plot(comparison: Comparison, path: Path) -> None:
             means, largest = ([1e3 * row.seam_mean_rad for row in rows], [1e3 * row.seam_largest_rad for row in rows])
             left.plot(delays, means, "o-", color=colors[mode], label=f"{mode}, mean")
             left.plot(delays, largest, "^:", color=colors[mode], linewidth=1, label=f"{mode}, largest")
-        inner = [row for row in comparison.rows if row.mode == "async"]
-        left.plot(
-            [row.delay_steps for row in inner],
-            [1e3 * row.inner_mean_rad for row in inner],
-            "--",
-            color="0.4",
-            label="within chunks, mean",
-        )
+        prefixed = comparison.rows[::2]
+        inner = [1e3 * row.inner_mean_rad for row in prefixed]
+        left.plot([row.delay_steps for row in prefixed], inner, "--", color="0.4", label="within chunks, mean")
         left.set_xlabel("delay of the inference (steps of 1/30 s)")
         left.set_ylim(bottom=0)
         left.set_ylabel("step at a seam (mrad)")
@@ -166,7 +161,7 @@ def _row(mode: Mode, delay: int, reports: list[Any]) -> Row:
 
 
 def _example(path: Path) -> tuple[np.ndarray, list[int]]:
-    lines = [line for line in read_session(path).lines["step"] if line["source"] == "chunk"]
+    lines = [line for line in read_recording(path).lines["step"] if line["source"] == "chunk"]
     chunks = [line["chunk"] for line in lines]
     seams = [index for index in range(1, len(lines)) if chunks[index] != chunks[index - 1]]
     return columns_to_joints(np.array([line["row"] for line in lines])), seams

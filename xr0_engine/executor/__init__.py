@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from xr0_engine.executor.clock import Clock, SystemClock, VirtualClock
 from xr0_engine.executor.executor import Executor
-from xr0_engine.executor.frame import BimanualFrame, Frame, PlainFrame
 from xr0_engine.executor.interfaces import Policy, Robot, SensorsNotReady, Snapshot
 from xr0_engine.executor.limits import Limits
-from xr0_engine.executor.recording import Recorder, Session, read_session
+from xr0_engine.executor.recording import Recorder, Recording, read_recording
 from xr0_engine.executor.report import Report
 from xr0_engine.executor.sensors import Synchronizer
 from xr0_engine.executor.settings import Settings
 from xr0_engine.executor.worker import DelayedWorker, ThreadWorker, Worker
+from xr0_engine.robot.layouts import BimanualFrame, Frame, PlainFrame
 
 __all__ = [
     "BimanualFrame",
@@ -26,10 +26,10 @@ __all__ = [
     "PlainFrame",
     "Policy",
     "Recorder",
+    "Recording",
     "Report",
     "Robot",
     "SensorsNotReady",
-    "Session",
     "Settings",
     "Snapshot",
     "Synchronizer",
@@ -37,5 +37,5 @@ __all__ = [
     "ThreadWorker",
     "VirtualClock",
     "Worker",
-    "read_session",
+    "read_recording",
 ]

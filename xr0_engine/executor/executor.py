@@ -12,14 +12,14 @@ import numpy as np
 
 from xr0_engine.executor.clock import Clock, SystemClock, short_collections
 from xr0_engine.executor.delay import DelayEstimator
-from xr0_engine.executor.frame import Frame, coast
 from xr0_engine.executor.interfaces import Policy, Robot, SensorsNotReady, Snapshot
 from xr0_engine.executor.limits import Limiter, Limits
 from xr0_engine.executor.recording import VERSION, Recorder
 from xr0_engine.executor.report import Report
 from xr0_engine.executor.settings import Settings
-from xr0_engine.executor.timeline import Timeline
+from xr0_engine.executor.timeline import Timeline, coast
 from xr0_engine.executor.worker import DelayedWorker, Outcome, Request, ThreadWorker, Worker
+from xr0_engine.robot.layouts import Frame
 from xr0_engine.types import ActionChunk
 
 # A tick that is due in 1e-6 periods is due: times are rounded.
@@ -36,9 +36,9 @@ class Executor:
     """Executes a policy's chunks on a robot. Make a new one for each run.
 
     policy: called from one thread, one call at a time. robot: called from the thread that calls run. frame: how the
-    robot's actions compare (frame.py). limits: applied to every command. clock: the one that observations are stamped
+    robot's actions compare. limits: applied to every command. clock: the one that observations are stamped
     with. delay_s: for simulated time: request number -> seconds that its inference shall take on the clock; inference
-    then runs inside the loop. recorder: where the session is written.
+    then runs inside the loop. recorder: where the run is recorded.
 
     Time is divided into steps: step n begins at n / rate_hz on the clock. A chunk's action i belongs to the step of its
     observation plus i. Raises ValueError for arguments that do not fit together.
@@ -67,7 +67,6 @@ class Executor:
         self._timeline = Timeline()
         self._delay = DelayEstimator(settings.expected_delay_s)
         self._ended = threading.Event()
-        self._requests = 0
         self._pending: Request | None = None
         self._pending_is_void = self._pending_is_reported = False
         self._retry_s = -math.inf
@@ -83,14 +82,8 @@ class Executor:
         # What the robot was told last, and what in the step before.
         self._told: tuple[np.ndarray, np.ndarray] | None = None
         if recorder is not None:
-            recorder.write(
-                "session",
-                version=VERSION,
-                title=recorder.title,
-                settings=asdict(settings),
-                layout=frame.layout,
-                width=frame.width,
-            )
+            run = {"settings": asdict(settings), "layout": frame.layout, "width": frame.width}
+            recorder.write("session", version=VERSION, title=recorder.title, **run)
 
     def run(self, seconds: float) -> Report:
         """Run the loop for so long, or until end() is called; then stop the robot, also after an error or Ctrl-C.
@@ -215,8 +208,7 @@ class Executor:
         self._told = command, last if is_new else before
         if is_new:
             self._timeline.executed(step, command)
-            if self._recorder is not None:
-                self._record("step", time_s=sent_s, row=command.tolist(), clipped=clipped, **self._note)
+            self._record("step", time_s=sent_s, row=command.tolist(), clipped=clipped, **self._note)
 
     def _request(self, step: int, now: float) -> None:
         """Start an inference, if it is time for one."""
@@ -242,13 +234,12 @@ class Executor:
         # The robot stood still until its first command: an older observation shows it as it was then.
         first = first if began is None else max(first, began)
         prefix = None if began is None else self._prefix(first, step, prefix_length, snapshot)
-        self._requests += 1
         counts["inferences"] += 1
-        self._pending = Request(self._requests, snapshot, prefix, first, now, at_rest=began is None)
+        self._pending = Request(counts["inferences"], snapshot, prefix, first, now, at_rest=began is None)
         self._pending_is_void = self._pending_is_reported = False
         self._record(
             "inference",
-            number=self._requests,
+            number=self._pending.number,
             time_s=now,
             observed_s=snapshot.observation.timestamp_s,
             first_step=first,
@@ -345,18 +336,17 @@ class Executor:
         counts["chunks"] += 1
         if placement.takeover is None:
             counts["outdated"] += 1
-        if self._recorder is not None:
-            self._record(
-                "chunk",
-                number=request.number,
-                finished_s=outcome.finished_s,
-                time_s=now,
-                first_step=first,
-                takeover=placement.takeover,
-                prefix_length=request.prefix_length,
-                late=placement.late,
-                rows=used.tolist(),
-            )
+        self._record(
+            "chunk",
+            number=request.number,
+            finished_s=outcome.finished_s,
+            time_s=now,
+            first_step=first,
+            takeover=placement.takeover,
+            prefix_length=request.prefix_length,
+            late=placement.late,
+            rows=used.tolist(),
+        )
 
     def _lose(self, request: Request, count: str, reason: str, now: float) -> None:
         self.report.counts[count] += 1

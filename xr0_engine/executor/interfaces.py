@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from xr0_engine.robot.decode import BimanualPose
+from xr0_engine.robot.layouts import Pose
 from xr0_engine.types import ActionChunk, Observation
 
 
@@ -23,12 +23,12 @@ class Policy(Protocol):
 class Snapshot:
     """An observation, and where the robot was.
 
-    observation.timestamp_s: required, on the executor's clock. origin: the pose that the chunk will be anchored at,
-    for layout `bimanual`; None for robots whose actions are not anchored.
+    observation.timestamp_s: required, on the executor's clock. origin: the pose that the chunk will be anchored at;
+    None for robots whose actions are not anchored.
     """
 
     observation: Observation
-    origin: BimanualPose | None = None
+    origin: Pose | None = None
 
 
 class SensorsNotReady(RuntimeError):
@@ -42,7 +42,7 @@ class Robot(Protocol):
         """The latest observation; see Synchronizer. Raises SensorsNotReady if there is none that is fresh enough."""
 
     def command(self, row: np.ndarray) -> None:
-        """Send one action: (A,) float64, absolute targets for layout `bimanual` (frame.py), robot units otherwise."""
+        """Send one action: (A,) float64, a row of the robot's Frame: absolute targets for layout `bimanual`."""
 
     def stop(self) -> None:
         """Come to rest and stay there: called when a run ends, for whatever reason."""

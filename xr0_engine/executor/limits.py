@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from xr0_engine.executor.frame import Frame
+from xr0_engine.robot.layouts import Frame
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""A session as a file: one JSON object a line, written while it happens, so that a crash leaves all but its end.
+"""A run as a file: one JSON object a line, written while it happens, so that a crash leaves all but its end.
 
 Every line has a `kind`: `session` (the first line: settings), `inference` (a request), `chunk` (an accepted one, with
 its rows), `lost` (a request that gave none, and why), `step` (what the robot was told), `missed` (steps that passed),
@@ -31,7 +31,7 @@ FIELDS = {
 
 
 class Recorder:
-    """Writes a session. Use it as a context manager; the control loop only hands over, a thread formats and writes.
+    """Writes a recording. Use it as a context manager; the control loop only hands over, a thread formats and writes.
 
     title: what is executed, for people. Raises FileExistsError if there is such a file, OSError if it cannot be made. A
     disk that fails later ends the recording, not the robot's motion: closing then raises the OSError.
@@ -75,14 +75,14 @@ class Recorder:
 
 
 @dataclass(frozen=True)
-class Session:
-    """A session read back. header: the first line; lines: kind -> its lines, in order, with the fields of FIELDS."""
+class Recording:
+    """A run read back. header: the first line; lines: kind -> its lines, in order, with the fields of FIELDS."""
 
     header: Mapping[str, Any]
     lines: Mapping[str, list[dict[str, Any]]] = field(default_factory=dict)
 
 
-def read_session(path: Path) -> Session:
+def read_recording(path: Path) -> Recording:
     """Read what Recorder wrote; a last line that was cut off is left out.
 
     Raises ValueError that names the file and the line at fault, OSError if it cannot be read.
@@ -106,7 +106,7 @@ def read_session(path: Path) -> Session:
             lines[kind].append(line)
     if header is None:
         raise ValueError(f"{path}: expected a session, got an empty file")
-    return Session(header, lines)
+    return Recording(header, lines)
 
 
 def _parse(path: Path, number: int, text: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from xr0_engine.executor.interfaces import SensorsNotReady, Snapshot
-from xr0_engine.robot.decode import BimanualPose, bimanual_state
+from xr0_engine.robot.layouts import Pose
 from xr0_engine.types import Observation
 
 # Half a second of a 60 Hz camera, or of a state at 60 Hz; older samples could only make stale observations.
@@ -59,8 +59,8 @@ class Synchronizer:
             raise ValueError(f"view: expected one of {', '.join(self._frames)}, got {view!r}")
         self._add(self._frames[view], _Sample(time_s, image), KEPT_FRAMES)
 
-    def add_state(self, time_s: float, state: np.ndarray | BimanualPose) -> None:
-        """The proprio state (S,) as the model takes it, or for layout `bimanual` the pose, which gives the state."""
+    def add_state(self, time_s: float, state: np.ndarray | Pose) -> None:
+        """The proprio state (S,) as the model takes it, or the pose that chunks are anchored at, which gives it."""
         self._add(self._states, _Sample(time_s, state), KEPT_STATES)
 
     def observe(self, now_s: float) -> Snapshot:
@@ -80,16 +80,15 @@ class Synchronizer:
         if now_s - time_s > self._max_age_s:
             raise SensorsNotReady(f"{slowest} is {now_s - time_s:.3f} s old, more than {self._max_age_s:g}")
         for name, sample in nearest.items():
-            if abs(sample.time_s - time_s) > self._max_skew_s:
-                raise SensorsNotReady(
-                    f"{name} is {abs(sample.time_s - time_s):.3f} s from the others, more than {self._max_skew_s:g}"
-                )
+            skew_s = abs(sample.time_s - time_s)
+            if skew_s > self._max_skew_s:
+                raise SensorsNotReady(f"{name} is {skew_s:.3f} s from the others, more than {self._max_skew_s:g}")
         state = nearest.pop("state").value
-        origin = state if isinstance(state, BimanualPose) else None
+        origin = state if isinstance(state, Pose) else None
         observation = Observation(
             images={view: sample.value for view, sample in nearest.items()},
             instruction=self.instruction,
-            state=bimanual_state(state) if isinstance(state, BimanualPose) else state,
+            state=state if origin is None else origin.state(),
             robot_type=self._robot_type,
             timestamp_s=time_s,
         )

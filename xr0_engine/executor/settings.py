@@ -88,7 +88,7 @@ class Settings:
 
     @property
     def motion_kept(self) -> float:
-        """What is left of a motion after one step without an action: see frame.coast."""
+        """What is left of a motion after one step without an action: see timeline.coast."""
         return math.exp(-1 / (self.rate_hz * DECELERATION_S)) if self.starvation == "decelerate" else 0.0
 
 

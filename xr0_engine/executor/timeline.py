@@ -7,13 +7,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from xr0_engine.robot.layouts import Frame
+
 # Enough for the oldest observation that a prefix may start at: two seconds at 30 Hz.
 HISTORY_STEPS = 64
 
 
 @dataclass(frozen=True, eq=False)
 class Planned:
-    """One action that is due. row: (A,), see frame.py; chunk: its chunk's number; index: its place in the chunk."""
+    """One action that is due. row: (A,), see Frame; chunk: its chunk's number; index: its place in the chunk."""
 
     row: np.ndarray
     chunk: int
@@ -64,14 +66,12 @@ class Timeline:
         committed = min(prefix, takeover - first)
         if takeover >= end:
             return Placement(None, committed, len(rows) - committed, 0, 0)
-        obsolete = [planned_step for planned_step in self._planned if planned_step >= takeover]
-        for planned_step in obsolete:
-            del self._planned[planned_step]
-        for planned_step in range(takeover, end):
-            index = planned_step - first
-            self._planned[planned_step] = Planned(rows[index], chunk, index)
+        kept = {planned_step: planned for planned_step, planned in self._planned.items() if planned_step < takeover}
+        replaced = len(self._planned) - len(kept)
+        ours = range(takeover - first, len(rows))
+        self._planned = kept | {first + index: Planned(rows[index], chunk, index) for index in ours}
         late = takeover - first - committed
-        return Placement(takeover, committed, late, end - takeover, len(obsolete))
+        return Placement(takeover, committed, late, end - takeover, replaced)
 
     def take(self, step: int) -> Planned | None:
         """The action of a step, which is then due no more."""
@@ -106,3 +106,13 @@ class Timeline:
     def in_force(self, step: int) -> np.ndarray:
         """What the robot was last told at or before a step; its first known command for a step before that."""
         return next((row for executed, row in reversed(self._history) if executed <= step), self._history[0][1])
+
+
+def coast(frame: Frame, row: np.ndarray, before: np.ndarray, keep: float) -> np.ndarray:
+    """The row (A,) after `row`, which came after `before`, when there is no action: with `keep` of the last motion.
+
+    keep: 0 stands still (hold), below 1 decelerates. No motion is known if row is before: then it stands still.
+    """
+    after = frame.moved(row, keep * frame.difference(row, before)) if keep else row.copy()
+    after[frame.delta] = keep * row[frame.delta]
+    return after

@@ -93,18 +93,17 @@ class BimanualPose:
     def arms(self) -> tuple[tuple[ArmColumns, ArmPose], tuple[ArmColumns, ArmPose]]:
         return (LEFT, self.left), (RIGHT, self.right)
 
+    def state(self) -> np.ndarray:
+        """The proprio state of one pose: grippers and joints, the other columns zero. Returns (1, 32) float32.
 
-def bimanual_state(pose: BimanualPose) -> np.ndarray:
-    """The proprio state of one pose: grippers and joints, the other columns zero. Returns (1, 32) float32.
-
-    Raises ValueError for a trajectory.
-    """
-    _require_single("pose", pose)
-    state = np.zeros((1, BIMANUAL_COLUMNS), dtype=np.float32)
-    for columns, arm in pose.arms():
-        state[0, columns.gripper] = arm.gripper
-        state[0, columns.joints] = arm.joints_rad
-    return state
+        Raises ValueError for a trajectory.
+        """
+        _require_single("pose", self)
+        state = np.zeros((1, BIMANUAL_COLUMNS), dtype=np.float32)
+        for columns, arm in self.arms():
+            state[0, columns.gripper] = arm.gripper
+            state[0, columns.joints] = arm.joints_rad
+        return state
 
 
 def anchor(targets: BimanualPose, origin: BimanualPose) -> np.ndarray:

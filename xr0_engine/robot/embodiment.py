@@ -10,11 +10,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import yaml
 
-Layout = Literal["plain", "bimanual"]
+from xr0_engine.robot.layouts import LAYOUTS, Layout, find_layout
 
 _BUILTIN_FOLDER = Path(__file__).parent / "embodiments"
 
@@ -42,7 +42,7 @@ class Embodiment:
     """A robot as the model knows it.
 
     robot_types: keys of a checkpoint's action statistics for which this profile is chosen when none is named.
-    views: in the order of the prompt. layout: `bimanual` means the columns and anchoring of decode.py, `plain` neither.
+    views: in the order of the prompt. layout: the name of action_layout, what the robot's action columns are.
     control_rate_hz: actions executed per second. replan_every: actions executed before the next inference starts,
     None where inference runs beside execution. Raises ValueError that lists every wrong field.
     """
@@ -50,12 +50,16 @@ class Embodiment:
     name: str
     robot_types: tuple[str, ...]
     views: tuple[View, ...]
-    layout: Layout
+    layout: str
     control_rate_hz: float
     replan_every: int | None
 
     def __post_init__(self) -> None:
         _refuse(f"embodiment {self.name!r}", _wrong_values(Embodiment, vars(self)))
+
+    @property
+    def action_layout(self) -> Layout:
+        return find_layout(self.layout)
 
 
 def builtin_embodiments() -> tuple[str, ...]:
@@ -172,7 +176,7 @@ _RULES: dict[type, dict[str, tuple[Callable[[Any], bool], str]]] = {
             "a list of names (it may be empty)",
         ),
         "views": (_are_views, "a list of at least one view, no key or title twice"),
-        "layout": (lambda value: value in get_args(Layout), f"one of {', '.join(get_args(Layout))}"),
+        "layout": (lambda value: value in tuple(LAYOUTS), f"one of {', '.join(LAYOUTS)}"),
         "control_rate_hz": (lambda value: _is_number(value) and value > 0, "a number above 0"),
         "replan_every": (
             lambda value: value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0),

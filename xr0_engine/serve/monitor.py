@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from xr0_engine.robot.layouts import find_layout
 from xr0_engine.serve.protocol import RobotInfo
 from xr0_engine.types import ActionChunk, Observation
 
@@ -19,17 +20,6 @@ BUCKETS_MS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 
 
 RECENT = 2000
 """Requests whose latencies the page shows."""
-
-_ARM = ("x", "y", "z", "rx", "ry", "rz", "gripper", *(f"joint {number}" for number in range(1, 7)))
-_NAMES: Mapping[str, Mapping[int, str]] = {
-    "plain": {},
-    "bimanual": {
-        start + column: f"{side} {name}"
-        for side, start in (("left", 0), ("right", 14))
-        for column, name in enumerate(_ARM)
-    },
-}
-"""Layout -> column -> what it moves (spec section 3.4)."""
 
 _BUCKETS_S = tuple(edge / 1000 for edge in BUCKETS_MS)
 
@@ -156,14 +146,15 @@ class Monitor:
         assert chunk is not None
         assert observation is not None
         columns = np.flatnonzero(chunk.active_columns)
-        layout, control_rate_hz = robots[chunk.robot_type].layout, robots[chunk.robot_type].control_rate_hz
+        robot = robots[chunk.robot_type]
+        layout = find_layout(robot.layout)
         return {
             "client": number,
             "instruction": observation.instruction,
             "robot_type": chunk.robot_type,
             "views": {view: list(image.shape[1::-1]) for view, image in observation.images.items()},
-            "names": [_NAMES[layout].get(column, f"column {column}") for column in columns.tolist()],
-            "control_rate_hz": control_rate_hz,
+            "names": [layout.label(column) for column in columns.tolist()],
+            "control_rate_hz": robot.control_rate_hz,
             "actions": [[round(float(value), 5) for value in row] for row in chunk.actions[:, columns]],
             "prefix_length": chunk.prefix_length,
             "timing_ms": {stage: round(float(value), 3) for stage, value in chunk.timing_ms.items()},

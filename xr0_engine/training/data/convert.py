@@ -199,11 +199,8 @@ class _LeRobotWriter:
         begin = 0
         for arm, part in self.parts:
             end = begin + PARTS[part][1]
-            fields = {
-                "state": f"{FEATURE['proprios']}[{begin}:{end}]",
-                "action": f"{FEATURE['targets']}[{begin}:{end}]",
-            }
-            arms.setdefault(arm, {})[part] = fields
+            sources = (f"{feature}[{begin}:{end}]" for feature in FEATURE.values())
+            arms.setdefault(arm, {})[part] = dict(zip(("state", "action"), sources, strict=True))
             begin = end
         return {"views": {view: _feature(view) for view in self.shapes}, "arms": arms}
 

@@ -92,7 +92,7 @@ class ColumnMapping:
 
 @dataclass(frozen=True)
 class Description:
-    """folder: the dataset. views: view key -> video feature. arms: for layout `bimanual`; state, action: for `plain`.
+    """folder: the dataset. views: view key -> video feature. arms, or state and action: as the layout is described by.
 
     The last four are for LeRobot datasets only, and empty otherwise.
     """
@@ -144,8 +144,8 @@ def _build(path: Path, raw: Mapping[str, Any]) -> Description:
         embodiment = embodiment_for(robot_type)
     views = raw.get("views", {})
     _refuse_unknown(views, [view.key for view in embodiment.views], "views")
-    misplaced = {"plain": ["arms"], "bimanual": ["state", "action"]}[embodiment.layout]
-    found = [name for name in misplaced if name in raw]
+    described_by = embodiment.action_layout.described_by
+    found = [name for name in ("arms", "state", "action") if name in raw and name not in described_by]
     if found:
         raise ValueError(f"{found[0]}: not for layout {embodiment.layout!r} of embodiment {embodiment.name!r}")
     return Description(

@@ -152,18 +152,16 @@ def part_columns(present: Mapping[tuple[str, str], bool]) -> np.ndarray:
 
 def poses_of(parts: Mapping[tuple[str, str], np.ndarray], count: int) -> BimanualPose:
     """A trajectory from its parts: (arm, part) -> (N, width), rotations (N, 9) row by row; absent ones stand still."""
-    still = {
-        "position": np.zeros((count, 3)),
-        "rotation": np.tile(np.eye(3).ravel(), (count, 1)),
-        "joints": np.zeros((count, 6)),
-        "gripper": np.zeros((count, 1)),
-    }
+
+    def part(arm: str, name: str, still: np.ndarray) -> np.ndarray:
+        return parts.get((arm, name), np.tile(still, (count, 1)))
+
     left, right = (
         ArmPose(
-            position_m=parts.get((arm, "position"), still["position"]),
-            rotation=parts.get((arm, "rotation"), still["rotation"]).reshape(-1, 3, 3),
-            joints_rad=parts.get((arm, "joints"), still["joints"]),
-            gripper=parts.get((arm, "gripper"), still["gripper"]),
+            position_m=part(arm, "position", np.zeros(3)),
+            rotation=part(arm, "rotation", np.eye(3).ravel()).reshape(-1, 3, 3),
+            joints_rad=part(arm, "joints", np.zeros(6)),
+            gripper=part(arm, "gripper", np.zeros(1)),
         )
         for arm in ARMS
     )

@@ -121,7 +121,7 @@ class LeRobotDataset:
                 if entry.minus:
                     self._columns(entry.minus, width, f"{kind}[{number}].minus")
         if not mapped.arms and not (mapped.state and mapped.action):
-            wanted = "arms" if mapped.embodiment.layout == "bimanual" else "state and action"
+            wanted = " and ".join(mapped.embodiment.action_layout.described_by)
             features = ", ".join(f"{name} {self._names(name)}" for name in self._features if "image" not in name)
             raise DataError(f"the description lacks {wanted}; the dataset has {features}")
 
@@ -150,7 +150,7 @@ class LeRobotDataset:
 
     def _motion(self, rows: Mapping[str, np.ndarray], ticks: np.ndarray) -> Motion:
         mapped = self.description
-        if mapped.embodiment.layout == "bimanual":
+        if mapped.arms:
             parts: list[dict[tuple[str, str], np.ndarray]] = [{}, {}]
             for key, mapping in mapped.arms.items():
                 for values, selector in zip(parts, (mapping.state, mapping.action), strict=True):
@@ -233,28 +233,23 @@ class LeRobotDataset:
         wanted = {"episode_index", "length", "tasks", "data/chunk_index", "data/file_index", STATUS_COLUMN}
         wanted |= {f"videos/{f}/{name}" for f in features for name in ("chunk_index", "file_index", "from_timestamp")}
         for row in (row for file in files for row in _table(file, wanted).to_pylist()):
-            videos = {
-                f: self.path
-                / info["video_path"].format(
-                    video_key=f,
-                    chunk_index=row[f"videos/{f}/chunk_index"],
-                    file_index=row[f"videos/{f}/file_index"],
-                )
-                for f in features
-            }
-            data = info["data_path"].format(chunk_index=row["data/chunk_index"], file_index=row["data/file_index"])
+            videos = {f: info["video_path"].format(video_key=f, **_place(row, f"videos/{f}")) for f in features}
             entries.append(
                 EpisodeEntry(
                     index=int(row["episode_index"]),
                     length=int(row["length"]),
                     tasks=tuple(row["tasks"]),
                     status=row.get(STATUS_COLUMN, "success"),
-                    data=self.path / data,
-                    videos=videos,
+                    data=self.path / info["data_path"].format(**_place(row, "data")),
+                    videos={f: self.path / path for f, path in videos.items()},
                     starts_s={f: float(row[f"videos/{f}/from_timestamp"]) for f in features},
                 )
             )
         return entries
+
+
+def _place(row: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    return {name: row[f"{prefix}/{name}"] for name in ("chunk_index", "file_index")}
 
 
 def _matrices(values: np.ndarray, written_as: str) -> np.ndarray:

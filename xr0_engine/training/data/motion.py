@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from xr0_engine.robot.decode import ArmPose, BimanualPose, anchor, bimanual_state
+from xr0_engine.robot.decode import ArmPose, BimanualPose, anchor
 
 
 class Motion(Protocol):
@@ -42,7 +42,7 @@ class BimanualMotion:
         return len(self.proprios.left.position_m)
 
     def state(self, tick: int) -> np.ndarray:
-        return bimanual_state(take(self.proprios, tick))
+        return take(self.proprios, tick).state()
 
     def actions(self, tick: int, length: int) -> np.ndarray:
         ticks = np.minimum(np.arange(tick, tick + length), len(self) - 1)

@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
+from xr0_engine.robot.layouts import BIMANUAL
 from xr0_engine.training.data.description import Description, describe
 from xr0_engine.training.data.episode import Episode, Status, load_episode
 from xr0_engine.training.data.lerobot import INFO_FILE, LeRobotDataset
@@ -77,9 +78,9 @@ def open_source(path: Path) -> Source:
         raise DataError(
             f"{path}: views, arms, state and action are for LeRobot datasets; episode files are self-evident"
         )
-    if description.embodiment.layout != "bimanual":
+    if description.embodiment.action_layout is not BIMANUAL:
         raise DataError(
-            f"{path}: episode files hold two arms: expected an embodiment of layout 'bimanual', "
+            f"{path}: episode files hold two arms: expected an embodiment of layout {BIMANUAL.name!r}, "
             f"got {description.embodiment.name!r} of {description.embodiment.layout!r}"
         )
     return EpisodeFolder(description)

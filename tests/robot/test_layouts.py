@@ -1,19 +1,16 @@
-"""Rows: to the fixed frame and back, differences and their inverse, rest and deceleration."""
+"""Layouts: rows to the fixed frame and back, differences and their inverse, names of columns."""
 
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xr0_engine.executor import BimanualFrame, PlainFrame
-from xr0_engine.executor.frame import coast
 from xr0_engine.robot.decode import BIMANUAL_COLUMNS, LEFT, RIGHT, ArmPose, BimanualPose, anchor, recover, rotation_exp
+from xr0_engine.robot.layouts import BIMANUAL, LAYOUTS, PLAIN, BimanualFrame, PlainFrame, find_layout
 
 # float32 actions of size 10, once rounded.
 FLOAT32 = 2e-6
@@ -122,18 +119,6 @@ def test_plain_actions_stay_as_they_are():
     np.testing.assert_array_equal(frame.anchored(rows, None), actions)
 
 
-@pytest.mark.parametrize("keep", [0.0, 0.5])
-def test_coasting(keep):
-    plain = PlainFrame(3, [0])
-    after = coast(plain, np.array([2.0, 5.0, 7.0]), np.array([1.0, 4.0, 7.0]), keep)
-    assert after.tolist() == [2 * keep, 5 + keep, 7]
-    rng = np.random.default_rng(4)
-    row, before = random_actions(rng, 2)
-    frame = BimanualFrame()
-    moved = frame.difference(coast(frame, row, before, keep), row)
-    np.testing.assert_allclose(moved, keep * frame.difference(row, before), atol=FLOAT64)
-
-
 @pytest.mark.parametrize(
     ("actions", "complaint"),
     [
@@ -162,6 +147,54 @@ def test_delta_columns_must_exist(columns):
         PlainFrame(7, columns)
 
 
-def test_the_executor_needs_no_torch():
-    code = "import sys, xr0_engine.executor; sys.exit(bool({'torch', 'matplotlib', 'mujoco'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+def test_bimanual_panels_hold_every_active_column_once():
+    active = np.isin(np.arange(BIMANUAL_COLUMNS), RESERVED, invert=True)
+    panels = BIMANUAL.panels(active)
+    assert [panel[0].group for panel in panels] == [
+        f"{side} {kind}" for side in ("left", "right") for kind in ("position", "rotation", "joints", "gripper")
+    ]
+    assert sorted(column.index for panel in panels for column in panel) == np.flatnonzero(active).tolist()
+    assert {column.unit for column in panels[0]} == {"m"}
+    assert {column.index: column.name for column in panels[6]}[22] == "shoulder"
+
+
+def test_panels_leave_out_what_the_robot_does_not_use():
+    panels = BIMANUAL.panels(np.isin(np.arange(BIMANUAL_COLUMNS), [6, 8, 9, 13]))
+    assert [[(column.index, column.group, column.name) for column in panel] for panel in panels] == [
+        [(8, "left joints", "shoulder"), (9, "left joints", "elbow")],
+        [(6, "left gripper", "")],
+    ]
+
+
+def test_plain_panels_are_single_columns():
+    panels = PLAIN.panels(np.isin(np.arange(32), [0, 6]))
+    assert [[(column.index, column.group) for column in panel] for panel in panels] == [
+        [(0, "column 0")],
+        [(6, "column 6")],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("layout", "column", "label"),
+    [
+        ("bimanual", 0, "left x"),
+        ("bimanual", 3, "left rx"),
+        ("bimanual", 20, "right gripper"),
+        ("bimanual", 26, "right joint 6"),
+        ("bimanual", 13, "column 13"),
+        ("plain", 3, "column 3"),
+    ],
+)
+def test_labels(layout, column, label):
+    assert find_layout(layout).label(column) == label
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts_are_found_by_the_name_that_they_and_their_frames_have(name):
+    layout = find_layout(name)
+    assert (layout.name, layout.frame(32).layout) == (name, name)
+
+
+def test_unknown_layout_lists_the_known():
+    with pytest.raises(ValueError, match="layout: expected one of plain, bimanual, got 'trimanual'"):
+        find_layout("trimanual")
