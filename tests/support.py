@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from xr0_engine.checkpoint import tiny_config
-from xr0_engine.config import XR0Config
+from xr0_engine.config import ModelConfig
 from xr0_engine.model.weights import load_model, read_index
 from xr0_engine.model.xr0 import XR0Model
 from xr0_engine.robot.preprocess import position_ids
@@ -21,7 +21,7 @@ GOLDEN = Path(os.environ.get("XR0_GOLDEN", ROOT.parent / "shared" / "golden"))
 CPU = torch.device("cpu")
 
 
-def make_config(text=None, vision=None, head=None) -> XR0Config:
+def make_config(text=None, vision=None, head=None) -> ModelConfig:
     """tiny_config with some sizes replaced; the vision tower's width follows the text's."""
     base = tiny_config()
     new_text = replace(base.text, **(text or {}))
@@ -34,11 +34,11 @@ def make_config(text=None, vision=None, head=None) -> XR0Config:
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> XR0Model:
-    return load_model(XR0Config.load(folder), read_index(folder), CPU, dtype)
+    return load_model(ModelConfig.load(folder), read_index(folder), CPU, dtype)
 
 
 def random_inputs(
-    config: XR0Config,
+    config: ModelConfig,
     rows: list[list[tuple[int, int]]],
     texts: list[list[int]],
     preamble_tokens: int = 4,

@@ -16,7 +16,7 @@ from tests.support import load
 from xr0_engine import checkpoint
 from xr0_engine.checkpoint import ROBOTS, SIZES, init_checkpoint, published_config, tiny_config
 from xr0_engine.cli import app
-from xr0_engine.config import XR0Config
+from xr0_engine.config import ModelConfig
 from xr0_engine.model.weights import checkpoint_shapes, read_index
 from xr0_engine.robot.embodiment import builtin_embodiments, load_embodiment
 from xr0_engine.robot.normalize import load_statistics
@@ -32,7 +32,7 @@ def tiny(tmp_path_factory):
 
 
 def test_tiny_is_complete(tiny):
-    config = XR0Config.load(tiny)
+    config = ModelConfig.load(tiny)
     assert config == SIZES["tiny"]()
     assert {name: place.shape for name, place in read_index(tiny).items()} == checkpoint_shapes(config)
     statistics = load_statistics(tiny, config.head.action_dim, config.std_epsilon)
@@ -58,7 +58,7 @@ def test_special_tokens_stand_where_qwen_has_them():
 
 
 def test_tokenizer_reads_a_prompt_as_qwens_does_in_length(tiny):
-    config = XR0Config.load(tiny)
+    config = ModelConfig.load(tiny)
     tokenizer = PromptTokenizer.load(tiny, config.tokens)
     views = [view.title for view in load_embodiment("libero").views]
     ids = tokenizer.encode(views, [64, 64], checkpoint.EXAMPLE_TASKS[0])
@@ -72,7 +72,7 @@ def test_tokenizer_reads_a_prompt_as_qwens_does_in_length(tiny):
 
 def test_transformers_reads_the_tokenizer_and_the_configuration(tiny):
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
-    assert tokenizer.convert_tokens_to_ids("<|image_pad|>") == XR0Config.load(tiny).tokens.image
+    assert tokenizer.convert_tokens_to_ids("<|image_pad|>") == ModelConfig.load(tiny).tokens.image
     hf = json.loads((tiny / "config.json").read_text())
     config = transformers.Qwen3VLConfig(**hf["vlm_config"])
     assert config.text_config.rope_parameters["mrope_section"] == [6, 5, 5]
@@ -81,18 +81,18 @@ def test_transformers_reads_the_tokenizer_and_the_configuration(tiny):
 def test_configuration_round_trips():
     for make in SIZES.values():
         config = make()
-        assert XR0Config.from_hf(json.loads(json.dumps(config.to_hf()))) == config
+        assert ModelConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
 
 
 def test_what_it_says_of_prefixes():
     hf = tiny_config().to_hf()
     for stated in (0, 9):
-        assert XR0Config.from_hf({**hf, "max_prefix": stated}).head.max_prefix == stated
+        assert ModelConfig.from_hf({**hf, "max_prefix": stated}).head.max_prefix == stated
     # Released checkpoints do not say it.
     del hf["max_prefix"]
-    assert XR0Config.from_hf(hf).head.max_prefix == 6
+    assert ModelConfig.from_hf(hf).head.max_prefix == 6
     with pytest.raises(CheckpointError, match="max_prefix -1 is negative"):
-        XR0Config.from_hf({**hf, "max_prefix": -1})
+        ModelConfig.from_hf({**hf, "max_prefix": -1})
 
 
 def test_shards_are_split_and_indexed(tmp_path, monkeypatch):

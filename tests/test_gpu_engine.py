@@ -16,7 +16,7 @@ from xr0_engine.bench.cases import CASES, Setup, Subject
 from xr0_engine.bench.measure.latency import relative_rms
 from xr0_engine.checkpoint import init_checkpoint
 from xr0_engine.cli import app
-from xr0_engine.config import XR0Config
+from xr0_engine.config import ModelConfig
 from xr0_engine.engine import Engine
 from xr0_engine.fused import session as sessions
 from xr0_engine.fused.graph import Graph
@@ -55,7 +55,7 @@ def engine(request, folder):
 
 
 def fused_engine(folder, backend: str, device: str) -> Engine:
-    model = load_model(XR0Config.load(folder), read_index(folder), torch.device(device), torch.float32)
+    model = load_model(ModelConfig.load(folder), read_index(folder), torch.device(device), torch.float32)
     fused_model = FusedModel(model, backend, TacticTable(""), graphs=device == "cuda")
     return Engine(fused_model, Preprocessor.load(folder), backend)
 

@@ -184,7 +184,7 @@ def test_every_file_says_what_it_does(module):
         pytest.param("model.vlm", "from xr0_engine.kernels import linear", "for fused alone", id="kernels"),
         pytest.param("engine", "from xr0_engine.kernels import reference", "for bench and fused and", id="oracles"),
         pytest.param("exported.model", "from xr0_engine import _C", "for robot alone", id="native"),
-        pytest.param("executor.loop", "from xr0_engine.config import XR0Config", "hidden from executor", id="executor"),
+        pytest.param("executor.loop", "from xr0_engine import config", "hidden from executor", id="executor"),
         pytest.param("executor.loop", "from xr0_engine.robot import patches", "hidden from", id="executor, robot"),
         pytest.param("executor.loop", "import torch", "not among the packages", id="executor, torch"),
         pytest.param("kernels.norm", "from xr0_engine import env", "hidden from kernels", id="kernels, env"),

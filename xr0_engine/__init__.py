@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from xr0_engine.config import XR0Config
+    from xr0_engine.config import ModelConfig
     from xr0_engine.engine import Engine
     from xr0_engine.robot.embodiment import load_embodiment
     from xr0_engine.serve.async_client import AsyncClient
@@ -25,8 +25,8 @@ __all__ = [
     "Client",
     "Engine",
     "KVBlock",
+    "ModelConfig",
     "Observation",
-    "XR0Config",
     "__version__",
     "load_embodiment",
 ]
@@ -39,7 +39,7 @@ _HOMES = {
     "Engine": "engine",
     "KVBlock": "types",
     "Observation": "types",
-    "XR0Config": "config",
+    "ModelConfig": "config",
     "load_embodiment": "robot.embodiment",
 }
 

@@ -22,7 +22,7 @@ from rich.progress import track
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from xr0_engine.config import ActionHeadConfig, TextConfig, TokenIds, VisionConfig, XR0Config
+from xr0_engine.config import ActionHeadConfig, ModelConfig, TextConfig, TokenIds, VisionConfig
 from xr0_engine.model.weights import INDEX_FILE, checkpoint_shapes
 from xr0_engine.robot.embodiment import builtin_embodiments, load_embodiment
 from xr0_engine.robot.normalize import STATISTICS_FILE
@@ -68,9 +68,9 @@ ROBOTS = {
 """Robot type -> chunk length and active columns."""
 
 
-def published_config() -> XR0Config:
+def published_config() -> ModelConfig:
     """Xiaomi-Robotics-0's sizes (spec section 1)."""
-    return XR0Config(
+    return ModelConfig(
         text=TextConfig(151936, 2560, 36, 32, 8, 128, 9728, 1e-6, 5_000_000.0, (24, 20, 20)),
         vision=VisionConfig(24, 1024, 16, 4096, 2560, 16, 2, 2, 3, 2304, (5, 11, 17)),
         head=ActionHeadConfig(1024, 16, 128, 8, 1, 32, 30, 32),
@@ -78,9 +78,9 @@ def published_config() -> XR0Config:
     )
 
 
-def small_config() -> XR0Config:
+def small_config() -> ModelConfig:
     """A thirtieth of the published size, for measurements on a CPU."""
-    return XR0Config(
+    return ModelConfig(
         text=TextConfig(1024, 640, 18, 8, 4, 64, 2432, 1e-6, 5_000_000.0, (12, 10, 10)),
         vision=VisionConfig(12, 320, 5, 1280, 640, 16, 2, 2, 3, 2304, (3, 6, 9)),
         head=ActionHeadConfig(256, 8, 64, 4, 1, 32, 30, 32),
@@ -88,9 +88,9 @@ def small_config() -> XR0Config:
     )
 
 
-def tiny_config() -> XR0Config:
+def tiny_config() -> ModelConfig:
     """A model of a few megabytes with every feature of the published one, for tests and the demo."""
-    return XR0Config(
+    return ModelConfig(
         text=TextConfig(1024, 128, 4, 8, 4, 32, 384, 1e-6, 5_000_000.0, (6, 5, 5)),
         vision=VisionConfig(4, 64, 2, 256, 128, 16, 2, 2, 3, 144, (0, 1, 2)),
         head=ActionHeadConfig(128, 3, 32, 4, 1, 32, 30, 32),
@@ -115,7 +115,7 @@ def init_checkpoint(folder: Path, size: str = "tiny", seed: int = 0) -> None:
     write_checkpoint(folder, SIZES[size](), seed)
 
 
-def write_checkpoint(folder: Path, config: XR0Config, seed: int = 0) -> None:
+def write_checkpoint(folder: Path, config: ModelConfig, seed: int = 0) -> None:
     """As init_checkpoint, for any configuration; the folder must be absent or empty."""
     shapes = checkpoint_shapes(config)
     num_bytes = sum(torch.Size(shape).numel() for shape in shapes.values()) * DTYPE.itemsize
@@ -180,7 +180,7 @@ def _random_weight(name: str, shape: tuple[int, ...], seed: int, number: int) ->
     return value.div_(value[0].numel() ** 0.5)
 
 
-def preprocessor_config(config: XR0Config) -> dict[str, Any]:
+def preprocessor_config(config: ModelConfig) -> dict[str, Any]:
     """What preprocessor_config.json says of images: the released values (spec section 3.1). No statistics."""
     return {
         "image_processor_type": "Qwen2VLImageProcessor",
@@ -193,7 +193,7 @@ def preprocessor_config(config: XR0Config) -> dict[str, Any]:
     }
 
 
-def _random_statistics(config: XR0Config, seed: int) -> dict[str, Any]:
+def _random_statistics(config: ModelConfig, seed: int) -> dict[str, Any]:
     rng = np.random.default_rng(seed)
     action_config = {}
     for robot_type, (length, columns) in ROBOTS.items():
@@ -207,7 +207,7 @@ def _random_statistics(config: XR0Config, seed: int) -> dict[str, Any]:
     return action_config
 
 
-def _write_tokenizer(folder: Path, config: XR0Config) -> None:
+def _write_tokenizer(folder: Path, config: ModelConfig) -> None:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

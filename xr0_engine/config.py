@@ -140,7 +140,7 @@ class TokenIds:
 
 
 @dataclass(frozen=True)
-class XR0Config:
+class ModelConfig:
     """The whole model. std_epsilon is added to std on decode: 0 as the hub code, 1e-6 as the post-training code."""
 
     text: TextConfig
@@ -161,12 +161,12 @@ class XR0Config:
         return self.text.num_layers - self.head.num_layers
 
     @staticmethod
-    def load(folder: Path) -> XR0Config:
+    def load(folder: Path) -> ModelConfig:
         """Read folder/config.json. Raises CheckpointError if it is missing, no JSON, or of another model."""
-        return XR0Config.from_hf(read_hf_config(folder))
+        return ModelConfig.from_hf(read_hf_config(folder))
 
     @staticmethod
-    def from_hf(hf: Mapping[str, Any]) -> XR0Config:
+    def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         """Read the dictionary that transformers 4 or 5 writes. Raises CheckpointError that names what is missing."""
         if not isinstance(hf, Mapping) or "vlm_config" not in hf or "dit_config" not in hf:
             kind = hf.get("model_type", "unknown") if isinstance(hf, Mapping) else type(hf).__name__
@@ -232,9 +232,9 @@ def read_hf_config(folder: Path) -> Any:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from None
 
 
-def _read(hf: Mapping[str, Any]) -> XR0Config:
+def _read(hf: Mapping[str, Any]) -> ModelConfig:
     vlm = hf["vlm_config"]
-    return XR0Config(
+    return ModelConfig(
         text=_read_text(vlm["text_config"]),
         vision=_read_vision(vlm["vision_config"]),
         head=_read_head(hf, hf["dit_config"]),
@@ -299,7 +299,7 @@ def _insist(name: str, value: object, supported: object) -> None:
         raise CheckpointError(f"config.json: {name} is {value!r}; XR-0 has {supported!r}")
 
 
-def _contradictions(config: XR0Config) -> list[str]:
+def _contradictions(config: ModelConfig) -> list[str]:
     text, vision, head = config.text, config.vision, config.head
     not_positive = [
         f"{part}.{name} is {value}"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from xr0_engine.backend import resolve_backend, resolve_device, resolve_dtype
-from xr0_engine.config import XR0Config
+from xr0_engine.config import ModelConfig
 from xr0_engine.exported.model import ExportedModel
 from xr0_engine.fused.model import FusedModel
 from xr0_engine.fused.tactics import tactics_for
@@ -33,7 +33,7 @@ class Engine:
 
     def __init__(self, model: Network, preprocess: Preprocessor, backend: str = "reference") -> None:
         self.model = model
-        self.config: XR0Config = model.config
+        self.config: ModelConfig = model.config
         self.statistics = preprocess.statistics
         self.backend = backend
         self._preprocess = preprocess

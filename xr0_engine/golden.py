@@ -25,7 +25,7 @@ from torch import Tensor
 from xr0_engine.backend import resolve_backend, resolve_device, resolve_dtype
 from xr0_engine.checkpoint import published_config
 from xr0_engine.comparison import FLOAT32_LOSS_ERROR, FLOAT32_SEEDED_MAX_ERROR, Comparison, compare, tolerance
-from xr0_engine.config import XR0Config
+from xr0_engine.config import ModelConfig
 from xr0_engine.fused.head import FusedHead
 from xr0_engine.fused.model import FusedModel
 from xr0_engine.fused.ops import FusedOps
@@ -62,7 +62,7 @@ def verify_folder(folder: Path, backend: str, device: str, dtype: str) -> Iterat
         yield from _verify_seeded(path, backend, target, precision)
 
 
-def golden_config(golden: Mapping[str, Any]) -> XR0Config:
+def golden_config(golden: Mapping[str, Any]) -> ModelConfig:
     """The configuration in a golden model's JSON, which names some fields otherwise than config.json."""
     head, text = golden["action_head"], golden["text_config"]
     dit = {
@@ -79,10 +79,10 @@ def golden_config(golden: Mapping[str, Any]) -> XR0Config:
         "text_config": {**text, "rope_scaling": rope},
         "vision_config": golden["vision_config"],
     }
-    return XR0Config.from_hf({**head, "vlm_config": vlm, "dit_config": dit})
+    return ModelConfig.from_hf({**head, "vlm_config": vlm, "dit_config": dit})
 
 
-def golden_inputs(case: Mapping[str, Tensor], config: XR0Config) -> ModelInputs:
+def golden_inputs(case: Mapping[str, Tensor], config: ModelConfig) -> ModelInputs:
     ids, mask = case["input_ids"], case["attention_mask"].bool()
     rows = [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]
     common = 0

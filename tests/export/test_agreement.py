@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from tests.export.cases import LIBERO
 from xr0_engine.checkpoint import write_checkpoint
 from xr0_engine.cli import app
-from xr0_engine.config import XR0Config
+from xr0_engine.config import ModelConfig
 from xr0_engine.export.agreement import compare_export
 from xr0_engine.export.engines import build_engines
 from xr0_engine.export.folder import export_onnx
@@ -79,7 +79,7 @@ def test_padded_batch_two_prompt_lengths_and_half_precision(checkpoint, tmp_path
 
 
 def test_time_rounded_as_the_released_code_does(checkpoint, tmp_path):
-    config = XR0Config.load(checkpoint)
+    config = ModelConfig.load(checkpoint)
     folder, out = tmp_path / "checkpoint", tmp_path / "export"
     write_checkpoint(folder, replace(config, head=replace(config.head, compat_bf16_time=True)))
     export_onnx(folder, LIBERO, "fp32", out, stages=["flow"])
@@ -102,7 +102,7 @@ def test_engines_of_this_gpu_compute_the_same(precision, checkpoint, tmp_path):
 
 def test_another_checkpoint_is_refused(exported, checkpoint, tmp_path):
     other = tmp_path / "other"
-    write_checkpoint(other, XR0Config.load(checkpoint), seed=1)
+    write_checkpoint(other, ModelConfig.load(checkpoint), seed=1)
     with pytest.raises(ValueError, match="is another checkpoint"):
         next(compare_export(exported, str(other)))
 

@@ -11,7 +11,7 @@ import torch
 
 from tests.support import load, make_config, random_inputs
 from xr0_engine.checkpoint import init_checkpoint, write_checkpoint
-from xr0_engine.config import XR0Config
+from xr0_engine.config import ModelConfig
 from xr0_engine.fused.model import FusedModel
 from xr0_engine.fused.prompts import right_padded, session_key
 from xr0_engine.fused.tactics import TacticTable
@@ -80,7 +80,7 @@ def chunk_inputs(inputs, config, prefix_length):
     return noise, prefix, torch.full((batch,), prefix_length)
 
 
-def inputs_of(config: XR0Config, batch: int, preamble_tokens: int):
+def inputs_of(config: ModelConfig, batch: int, preamble_tokens: int):
     texts = [[3, 2, 5], [1, 2, 9], [4, 2, 1]][:batch]
     return random_inputs(config, [TWO_VIEWS] * batch, texts, preamble_tokens)
 

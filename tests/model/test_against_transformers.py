@@ -12,7 +12,7 @@ from transformers import DynamicCache, Qwen3VLConfig, Qwen3VLModel
 
 from tests.support import load, make_config, random_inputs
 from xr0_engine.checkpoint import write_checkpoint
-from xr0_engine.config import XR0Config
+from xr0_engine.config import ModelConfig
 from xr0_engine.types import ModelInputs
 
 FLOAT32_ERROR = 2e-4
@@ -63,7 +63,7 @@ class Outputs:
     values: torch.Tensor
 
 
-def reference(config: XR0Config, folder: Path, inputs: ModelInputs, dtype: torch.dtype = torch.float32) -> Outputs:
+def reference(config: ModelConfig, folder: Path, inputs: ModelInputs, dtype: torch.dtype = torch.float32) -> Outputs:
     hf_config = Qwen3VLConfig(**config.to_hf()["vlm_config"])
     hf_config._attn_implementation = "eager"
     with torch.device("meta"):
@@ -105,7 +105,7 @@ def reference(config: XR0Config, folder: Path, inputs: ModelInputs, dtype: torch
 def checkpoint(tmp_path_factory):
     folders: dict[str, Path] = {}
 
-    def make(config: XR0Config) -> Path:
+    def make(config: ModelConfig) -> Path:
         key = repr(config)
         if key not in folders:
             folders[key] = tmp_path_factory.mktemp("checkpoint") / "model"

@@ -6,15 +6,16 @@ Its heads have as many layers as the VLM or fewer, several state tokens, no stre
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.support import GOLDEN, make_config
+from tests.support import GOLDEN, ROOT, make_config
 from xr0_engine.comparison import FLOAT32_MAX_ERROR
-from xr0_engine.config import XR0Config
+from xr0_engine.config import VARIANT, ModelConfig
 from xr0_engine.fused.head import FusedHead
 from xr0_engine.golden import golden_config
 from xr0_engine.model.dit import ActionHead
@@ -56,13 +57,26 @@ def test_flow_of_another_family(path):
 def test_a_variant_goes_through_config_json_and_xr_0_s_says_nothing_of_it():
     plain = make_config()
     variant = replace(plain, head=replace(plain.head, stream_norms=False, mlp_width=96, output_width=64))
-    assert XR0Config.from_hf(variant.to_hf()).head == variant.head
+    assert ModelConfig.from_hf(variant.to_hf()).head == variant.head
     assert (variant.head.intermediate_size, variant.head.output_hidden_size) == (96, 64)
     assert plain.to_hf()["dit_config"].keys() == variant.to_hf()["dit_config"].keys() - {
         "stream_norms",
         "mlp_width",
         "output_width",
     }
+
+
+ASKED_IN = ("config.py", "model", "fused", "export/stages.py", "golden.py")
+"""Where what differs between families may be asked for: their configuration, the networks, and golden cases' names."""
+
+
+@pytest.mark.parametrize("name", [*VARIANT, "output_hidden_size", "middle_layernorm", "final_layernorm"])
+def test_nobody_else_asks_which_family_it_is(name):
+    package = ROOT / "xr0_engine"
+    files = [path for path in package.rglob("*.py") if re.search(rf"\b{name}\b", path.read_text(encoding="utf-8"))]
+    places = [path.relative_to(package).as_posix() for path in files]
+    # The released way is one family's, restated.
+    assert [place for place in places if not place.startswith(ASKED_IN) and place != "bench/measure/baseline.py"] == []
 
 
 def test_kernels_refuse_what_they_lack():

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.support import CPU, ROOT, load, make_config
 from xr0_engine.checkpoint import init_checkpoint, published_config, write_checkpoint
-from xr0_engine.config import XR0Config
+from xr0_engine.config import ModelConfig
 from xr0_engine.model.weights import (
     INDEX_FILE,
     checkpoint_shapes,
@@ -192,7 +192,7 @@ def test_same_name_twice_is_refused(folder):
 
 
 def test_checkpoint_of_other_sizes_is_refused_before_reading(folder):
-    config = replace(XR0Config.load(folder), head=make_config(head={"num_layers": 4}).head)
+    config = replace(ModelConfig.load(folder), head=make_config(head={"num_layers": 4}).head)
     with pytest.raises(CheckpointError, match=r"missing dit\.layers\.3"):
         load_model(config, read_index(folder), CPU, torch.float32)
 
@@ -228,11 +228,11 @@ MEASURE = """
 import sys, threading, time
 from pathlib import Path
 import psutil, torch
-from xr0_engine.config import XR0Config
+from xr0_engine.config import ModelConfig
 from xr0_engine.model import weights
 folder = Path(sys.argv[1])
 weights.READ_WINDOW = int(sys.argv[2])
-config, stored = XR0Config.load(folder), weights.read_index(folder)
+config, stored = ModelConfig.load(folder), weights.read_index(folder)
 # What torch itself takes when it first works is not the checkpoint's.
 weights.checkpoint_shapes(config)
 torch.ones(64, 64, dtype=torch.bfloat16) @ torch.ones(64, 64, dtype=torch.bfloat16)

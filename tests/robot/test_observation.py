@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from xr0_engine.config import ActionHeadConfig, TextConfig, TokenIds, VisionConfig, XR0Config
+from xr0_engine.config import ActionHeadConfig, ModelConfig, TextConfig, TokenIds, VisionConfig
 from xr0_engine.robot.embodiment import View, load_embodiment
 from xr0_engine.robot.normalize import ActionStatistics
 from xr0_engine.robot.preprocess import Preprocessor, images_to_patches
@@ -23,7 +23,7 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<
 PAD, VISION_START, VISION_END, IMAGE = 256, 259, 260, 261
 STATE, ACTION, CHUNK = 8, 6, 4
 VISION = VisionConfig(1, 64, 4, 64, 64, 16, 2, 2, 3, 64, ())
-CONFIG = XR0Config(
+CONFIG = ModelConfig(
     text=TextConfig(262, 64, 1, 2, 1, 32, 64, 1e-6, 1e4, (6, 5, 5)),
     vision=VISION,
     head=ActionHeadConfig(64, 1, 32, 1, 1, STATE, CHUNK, ACTION),

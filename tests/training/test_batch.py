@@ -17,13 +17,13 @@ from tests.training.support import (
     statistics,
     without_supervision,
 )
-from xr0_engine.config import XR0Config
+from xr0_engine.config import ModelConfig
 from xr0_engine.training.batch import IGNORED, Collator
 
 
 @pytest.fixture(scope="module")
 def collate(base):
-    return Collator(base, XR0Config.load(base), statistics())
+    return Collator(base, ModelConfig.load(base), statistics())
 
 
 def test_robot_batch(collate):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from xr0_engine.backend import resolve_device, resolve_dtype
 from xr0_engine.checkpoint import ROBOTS, SIZES, init_checkpoint
-from xr0_engine.config import XR0Config
+from xr0_engine.config import ModelConfig
 from xr0_engine.engine import Engine
 from xr0_engine.env import cache_dir
 from xr0_engine.fused.model import FusedModel
@@ -214,7 +214,7 @@ class HeadSubject:
     """
 
     setup: Setup
-    config: XR0Config
+    config: ModelConfig
     head: ActionHead
     kv: KVBlock
     state: Tensor

@@ -30,14 +30,14 @@ def inspect(
     """
     from xr0_engine.bench.step.memory import memory_need
     from xr0_engine.bench.step.workload import Workload
-    from xr0_engine.config import XR0Config
+    from xr0_engine.config import ModelConfig
     from xr0_engine.model.weights import check_tensors, checkpoint_shapes, read_index, resolve_checkpoint
     from xr0_engine.robot.embodiment import builtin_embodiments, load_embodiment
     from xr0_engine.robot.normalize import load_statistics
     from xr0_engine.robot.prompt import PromptTokenizer
 
     folder = resolve_checkpoint(checkpoint)
-    config = XR0Config.load(folder)
+    config = ModelConfig.load(folder)
     statistics = load_statistics(folder, config.head.action_dim, config.std_epsilon)
     PromptTokenizer.load(folder, config.tokens)
     stored = read_index(folder)

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from xr0_engine.checkpoint import all_or_nothing
-from xr0_engine.config import XR0Config
+from xr0_engine.config import ModelConfig
 from xr0_engine.export.graph import OPSET, WEIGHTS_FILE, Graph, WeightFile
 from xr0_engine.export.inputs import INSTRUCTION, observations
 from xr0_engine.export.stages import Plan, add_flow, add_prefill, add_step, add_vision
@@ -115,7 +115,7 @@ def static_shapes(preprocess: Preprocessor, case: ExportCase, tokens: Sequence[i
 
 @torch.inference_mode()
 def write_graphs(
-    config: XR0Config,
+    config: ModelConfig,
     stored: Mapping[str, StoredTensor],
     shapes: StaticShapes,
     precision: str,
@@ -149,7 +149,7 @@ def _save(model: onnx.ModelProto, path: Path) -> None:
     onnx.save(onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True), path)
 
 
-def _network(config: XR0Config, stored: Mapping[str, StoredTensor], shapes: StaticShapes, dtype: torch.dtype) -> Plan:
+def _network(config: ModelConfig, stored: Mapping[str, StoredTensor], shapes: StaticShapes, dtype: torch.dtype) -> Plan:
     """What is computed from weights: by the model's own modules, in the precision in which the engine would."""
     with torch.device("meta"):
         head, tower = ActionHead(config), VisionTower(config.vision)
@@ -167,7 +167,7 @@ def _read(place: StoredTensor) -> Tensor:
         return handle.get_tensor(place.key)
 
 
-def _needed_bytes(config: XR0Config, stages: Sequence[str], dtype: torch.dtype) -> int:
+def _needed_bytes(config: ModelConfig, stages: Sequence[str], dtype: torch.dtype) -> int:
     parts = {"vision": "vlm.model.visual.", "prefill": "vlm.model.language_model.", "flow": "dit."}
     if "step" in stages:
         stages = tuple(parts)

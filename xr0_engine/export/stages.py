@@ -14,7 +14,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from xr0_engine.config import XR0Config
+from xr0_engine.config import ModelConfig
 from xr0_engine.export.graph import Graph
 from xr0_engine.exported.manifest import StaticShapes
 from xr0_engine.model.dit import DIT_RMS_EPS, dit_geometry
@@ -32,7 +32,7 @@ class Plan:
     vision tower's tables of all images.
     """
 
-    config: XR0Config
+    config: ModelConfig
     shapes: StaticShapes
     modulations: Tensor
     positions: Tensor

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from xr0_engine.backend import resolve_device
-from xr0_engine.config import XR0Config
+from xr0_engine.config import ModelConfig
 from xr0_engine.exported.manifest import (
     MANIFEST_FILE,
     PRECISIONS,
@@ -42,7 +42,7 @@ class ExportedModel:
 
     def __init__(
         self,
-        config: XR0Config,
+        config: ModelConfig,
         manifest: Manifest,
         device: torch.device,
         backend: str,
@@ -69,7 +69,7 @@ class ExportedModel:
         """
         if backend not in ("auto", *BACKENDS):
             raise ValueError(f"backend: an export has auto, {', '.join(BACKENDS)}; got {backend!r}")
-        manifest, config, chosen = Manifest.read(folder), XR0Config.load(folder), resolve_device(device)
+        manifest, config, chosen = Manifest.read(folder), ModelConfig.load(folder), resolve_device(device)
         engines = _engines(folder)
         fitting = [] if chosen.type != "cuda" else [place for place in engines if _fits(engines[place], chosen)]
         if backend == "onnx" or (backend == "auto" and not fitting):

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xr0_engine.config import XR0Config
+from xr0_engine.config import ModelConfig
 from xr0_engine.types import ModelInputs
 
 PROMPT_BUCKET = 32
@@ -58,7 +58,7 @@ def bucket(tokens: int) -> int:
     return -(-tokens // PROMPT_BUCKET) * PROMPT_BUCKET
 
 
-def right_padded(inputs: ModelInputs, key: SessionKey, config: XR0Config) -> Prompts:
+def right_padded(inputs: ModelInputs, key: SessionKey, config: ModelConfig) -> Prompts:
     """Prompts padded on the left, as ModelInputs has them, to the session's layout, without the kept preamble.
 
     Raises ValueError if image tokens and images do not match.

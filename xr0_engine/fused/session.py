@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from xr0_engine.config import XR0Config
+from xr0_engine.config import ModelConfig
 from xr0_engine.fused.graph import Graph
 from xr0_engine.fused.head import FusedHead
 from xr0_engine.fused.ops import FlowInputs, FusedOps
@@ -256,7 +256,7 @@ class FlowSession:
         self._head.run(self._ops, self.inputs, self._buffers, persistent=self._persistent)
 
 
-def _fields(config: XR0Config, key: SessionKey, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def _fields(config: ModelConfig, key: SessionKey, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """What is uploaded for a step: name -> shape and dtype."""
     head = config.head
     patches = sum(height * width for height, width in key.grids)

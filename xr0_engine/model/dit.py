@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from xr0_engine.config import ActionHeadConfig, XR0Config
+from xr0_engine.config import ActionHeadConfig, ModelConfig
 from xr0_engine.kernels import reference
 from xr0_engine.model.flow import euler_sample, flow_times, prefix_positions
 from xr0_engine.model.layers import GatedMLP, RMSNorm, inverse_frequencies, mrope_tables
@@ -159,7 +159,7 @@ class DiT(nn.Module):
 class ActionHead(nn.Module):
     """Velocity of an action chunk, conditioned on the VLM's KV cache, the state, the time and the prefix."""
 
-    def __init__(self, config: XR0Config) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         head, text = config.head, config.text
         self.config = head

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from xr0_engine.config import XR0Config
+from xr0_engine.config import ModelConfig
 from xr0_engine.types import KVBlock, ModelInputs, VisionTokens
 
 Mark = Callable[[str], None]
@@ -26,7 +26,7 @@ class Network(Protocol):
     """Patches and tokens to a normalised action chunk, on one device, without autograd. Shapes as in types.py."""
 
     @property
-    def config(self) -> XR0Config: ...
+    def config(self) -> ModelConfig: ...
 
     @property
     def device(self) -> torch.device: ...

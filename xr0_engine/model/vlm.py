@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from xr0_engine.config import TextConfig, XR0Config
+from xr0_engine.config import ModelConfig, TextConfig
 from xr0_engine.kernels import reference
 from xr0_engine.model.layers import GatedMLP, PackedLinears, RMSNorm, inverse_frequencies, mrope_tables
 from xr0_engine.model.vision import VisionTower
@@ -137,7 +137,7 @@ def _prefill_mask(mask: Tensor, tokens: int) -> Tensor:
 
 
 class Towers(nn.Module):
-    def __init__(self, config: XR0Config, complete: bool) -> None:
+    def __init__(self, config: ModelConfig, complete: bool) -> None:
         super().__init__()
         self.visual = VisionTower(config.vision)
         self.language_model = LanguageModel(config.text, complete)
@@ -146,6 +146,6 @@ class Towers(nn.Module):
 class VLM(nn.Module):
     """Holds the two towers under the checkpoint's names: `vlm.model.visual.*`, `vlm.model.language_model.*`."""
 
-    def __init__(self, config: XR0Config, complete: bool = False) -> None:
+    def __init__(self, config: ModelConfig, complete: bool = False) -> None:
         super().__init__()
         self.model = Towers(config, complete)

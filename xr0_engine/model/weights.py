@@ -18,7 +18,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from xr0_engine.config import XR0Config
+from xr0_engine.config import ModelConfig
 from xr0_engine.model.dit import ActionHead
 from xr0_engine.model.vlm import VLM
 from xr0_engine.model.xr0 import XR0Model
@@ -75,7 +75,7 @@ def resolve_checkpoint(path: str | Path) -> Path:
         ) from None
 
 
-def checkpoint_shapes(config: XR0Config) -> dict[str, tuple[int, ...]]:
+def checkpoint_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor of a complete checkpoint, without the tied LM head."""
     with torch.device("meta"):
         vlm, head = VLM(config, complete=True), ActionHead(config)
@@ -154,7 +154,7 @@ def check_tensors(stored: Mapping[str, StoredTensor], expected: Mapping[str, tup
 
 
 def load_model(
-    config: XR0Config, stored: Mapping[str, StoredTensor], device: torch.device, dtype: torch.dtype
+    config: ModelConfig, stored: Mapping[str, StoredTensor], device: torch.device, dtype: torch.dtype
 ) -> XR0Model:
     """A model with every parameter read from the checkpoint. Checks all names and shapes before reading any tensor."""
     check_tensors(stored, checkpoint_shapes(config))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from xr0_engine.config import XR0Config
+from xr0_engine.config import ModelConfig
 from xr0_engine.model.dit import ActionHead
 from xr0_engine.model.kept import Kept
 from xr0_engine.model.layers import pack_linears
@@ -19,7 +19,7 @@ MAX_KEPT_PREAMBLES = 16
 class XR0Model(nn.Module):
     """A Network over loaded weights. weights.py allocates and fills it; `finish_loading` makes what depends on them."""
 
-    def __init__(self, config: XR0Config) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.vlm = VLM(config)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from xr0_engine.config import VisionConfig, XR0Config
+from xr0_engine.config import ModelConfig, VisionConfig
 from xr0_engine.robot import patches
 from xr0_engine.robot.embodiment import Embodiment, View, embodiment_for
 from xr0_engine.robot.normalize import ActionStatistics, load_statistics, select_robot_type
@@ -113,7 +113,7 @@ def position_ids(
     return positions
 
 
-def validate_observation(observation: Observation, embodiment: Embodiment, config: XR0Config) -> None:
+def validate_observation(observation: Observation, embodiment: Embodiment, config: ModelConfig) -> None:
     """Refuse an observation that the model cannot take, before any work on it.
 
     Raises ValueError that names the field, what was expected and what came. The robot type is checked where it is
@@ -135,7 +135,7 @@ class Preprocessor:
 
     def __init__(
         self,
-        config: XR0Config,
+        config: ModelConfig,
         tokenizer: PromptTokenizer,
         statistics: Mapping[str, ActionStatistics],
         embodiment: Embodiment | None = None,
@@ -148,7 +148,7 @@ class Preprocessor:
     @classmethod
     def load(cls, folder: Path, embodiment: Embodiment | None = None) -> Preprocessor:
         """Read all but the weights of a checkpoint folder. Raises CheckpointError for a file that cannot be used."""
-        config = XR0Config.load(folder)
+        config = ModelConfig.load(folder)
         statistics = load_statistics(folder, config.head.action_dim, config.std_epsilon)
         return cls(config, PromptTokenizer.load(folder, config.tokens), statistics, embodiment)
 
@@ -260,7 +260,7 @@ def _image_fault(image: object, view: View) -> str | None:
     return None
 
 
-def _state(state: np.ndarray, config: XR0Config) -> np.ndarray:
+def _state(state: np.ndarray, config: ModelConfig) -> np.ndarray:
     """The state as (state_length, S) float32, checked."""
     shape = (config.head.state_length, config.head.state_dim)
     if not isinstance(state, np.ndarray) or state.dtype.kind not in "fiu":

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import Qwen3VLConfig
 
 from xr0_engine.checkpoint import preprocessor_config, published_config
-from xr0_engine.config import XR0Config, read_hf_config
+from xr0_engine.config import ModelConfig, read_hf_config
 from xr0_engine.model.dit import ActionHead
 from xr0_engine.model.weights import (
     TIED_LM_HEAD,
@@ -42,7 +42,7 @@ class Base:
     """config: the stored model's. stored: XR-0's name -> place of every tensor. has_head: False for a VLM alone."""
 
     folder: Path
-    config: XR0Config
+    config: ModelConfig
     stored: Mapping[str, StoredTensor]
     has_head: bool
 
@@ -63,7 +63,7 @@ def read_base(checkpoint: str | Path) -> Base:
     folder = resolve_checkpoint(checkpoint)
     raw = read_hf_config(folder)
     has_head = not (isinstance(raw, dict) and raw.get("model_type") == VLM_TYPE)
-    config = XR0Config.from_hf(raw if has_head else _with_head(raw))
+    config = ModelConfig.from_hf(raw if has_head else _with_head(raw))
     stored, shapes = read_index(folder), checkpoint_shapes(config)
     if not has_head:
         stored = {_xr0_name(name): place for name, place in stored.items()}
@@ -82,7 +82,7 @@ def read_tensor(place: StoredTensor) -> Tensor:
         return handle.get_tensor(place.key)
 
 
-def fresh_head(config: XR0Config, seed: int) -> dict[str, Tensor]:
+def fresh_head(config: ModelConfig, seed: int) -> dict[str, Tensor]:
     """XR-0's name -> new weight of the action head, float32, the same for a seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from xr0_engine.config import XR0Config
+from xr0_engine.config import ModelConfig
 from xr0_engine.robot.embodiment import Embodiment
 from xr0_engine.robot.normalize import ActionStatistics
 from xr0_engine.robot.preprocess import Preprocessor, images_to_patches, position_ids
@@ -61,7 +61,7 @@ class Collator:
     def __init__(
         self,
         folder: Path,
-        config: XR0Config,
+        config: ModelConfig,
         statistics: Mapping[str, ActionStatistics],
         embodiment: Embodiment | None = None,
     ) -> None:

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
 from xr0_engine.checkpoint import all_or_nothing, write_weights
-from xr0_engine.config import XR0Config
+from xr0_engine.config import ModelConfig
 from xr0_engine.model.weights import checkpoint_shapes
 from xr0_engine.robot.normalize import STATISTICS_FILE, ActionStatistics
 from xr0_engine.training.base import Base, fresh_head, read_tensor
@@ -161,7 +161,7 @@ def checkpoints(folder: Path) -> list[Path]:
 def export_checkpoint(
     checkpoint: Path,
     out: Path,
-    xr0: XR0Config,
+    xr0: ModelConfig,
     base: Base,
     statistics: Mapping[str, ActionStatistics],
     seed: int,

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from xr0_engine.config import XR0Config
+from xr0_engine.config import ModelConfig
 from xr0_engine.training.distributed import World
 from xr0_engine.types import ModelInputs
 
@@ -166,7 +166,7 @@ def peak_tflops(device: torch.device) -> float:
     return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), 0.0)
 
 
-def model_flops(config: XR0Config, inputs: ModelInputs, draws: int, length: int, trains_vlm: bool) -> float:
+def model_flops(config: ModelConfig, inputs: ModelInputs, draws: int, length: int, trains_vlm: bool) -> float:
     """Arithmetic of one micro-batch's training step, padding and recomputation left out: matrix products alone.
 
     draws: of the DiT per sample, 0 without it. A backward pass takes twice the forward's; a frozen VLM has none.

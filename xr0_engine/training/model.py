@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from xr0_engine.config import XR0Config
+from xr0_engine.config import ModelConfig
 from xr0_engine.model.dit import ActionHead, Projector, dit_geometry
 from xr0_engine.model.flow import prefix_positions, training_pair
 from xr0_engine.training.base import Base, fresh_head, read_tensor
@@ -49,7 +49,7 @@ class StepOutput(NamedTuple):
 class FlowPolicy(nn.Module):
     """The VLM and the DiT that reads its KV cache, trained by flow matching."""
 
-    def __init__(self, config: XR0Config, flow: FlowConfig) -> None:
+    def __init__(self, config: ModelConfig, flow: FlowConfig) -> None:
         super().__init__()
         self.vlm = TrainableVLM(config)
         self.head = ActionHead(config)
@@ -129,7 +129,7 @@ class FlowPolicy(nn.Module):
 class ChoiceHeads(nn.Module):
     """What Choice Policies add to the VLM: tokens behind the prompt, and the layers that read them out."""
 
-    def __init__(self, config: XR0Config, candidates: int, length: int) -> None:
+    def __init__(self, config: ModelConfig, candidates: int, length: int) -> None:
         super().__init__()
         size, head = config.text.hidden_size, config.head
         self.candidates, self.width = candidates, head.action_dim
@@ -152,7 +152,7 @@ class ChoiceHeads(nn.Module):
 class ChoicePolicy(nn.Module):
     """The VLM with Choice Policies, co-trained with next-token prediction (spec section 4.2, step 1)."""
 
-    def __init__(self, config: XR0Config, choice: ChoiceConfig, length: int) -> None:
+    def __init__(self, config: ModelConfig, choice: ChoiceConfig, length: int) -> None:
         super().__init__()
         self.vlm = TrainableVLM(config)
         self.choice = ChoiceHeads(config, choice.candidates, length)
@@ -200,7 +200,7 @@ def repeat_kv(kv: KVBlock, times: int) -> KVBlock:
     )
 
 
-def model_config(base: XR0Config, config: TrainConfig) -> XR0Config:
+def model_config(base: ModelConfig, config: TrainConfig) -> ModelConfig:
     """The checkpoint's config with what the recipe says about the action head: trained so, and saved so."""
     head = replace(
         base.head,
@@ -212,7 +212,7 @@ def model_config(base: XR0Config, config: TrainConfig) -> XR0Config:
     return replace(base, head=head, std_epsilon=STD_EPSILON)
 
 
-def build_policy(config: TrainConfig, xr0: XR0Config) -> Policy:
+def build_policy(config: TrainConfig, xr0: ModelConfig) -> Policy:
     """The policy on the meta device, with what shall not learn frozen: shard it, then materialise and load it."""
     with torch.device("meta"):
         policy = (
@@ -232,7 +232,7 @@ def build_policy(config: TrainConfig, xr0: XR0Config) -> Policy:
     return policy
 
 
-def load_policy(policy: Policy, config: TrainConfig, xr0: XR0Config, base: Base, device: torch.device) -> None:
+def load_policy(policy: Policy, config: TrainConfig, xr0: ModelConfig, base: Base, device: torch.device) -> None:
     """Materialise a policy of build_policy on the device and fill it from the base, sharded or not.
 
     Heads that the base does not give start anew, from the run's seed. Raises ValueError if the recipe wants an action
@@ -268,7 +268,7 @@ def set_parameter(parameter: nn.Parameter, value: Tensor) -> None:
             parameter.copy_(value)
 
 
-def _fresh_heads(policy: Policy, config: TrainConfig, xr0: XR0Config) -> Mapping[str, Tensor]:
+def _fresh_heads(policy: Policy, config: TrainConfig, xr0: ModelConfig) -> Mapping[str, Tensor]:
     """New weights, by parameter name: of the DiT if the recipe wants it new, of Choice Policies' heads always."""
     if isinstance(policy, FlowPolicy):
         head = fresh_head(xr0, config.run.seed) if config.model.fresh_head else {}

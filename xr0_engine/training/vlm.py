@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, Qwen3VLConfig, Qwen3VLModel
 
-from xr0_engine.config import XR0Config
+from xr0_engine.config import ModelConfig
 from xr0_engine.model.vision import PatchEmbed
 from xr0_engine.types import ModelInputs
 
@@ -26,7 +26,7 @@ class VLMOutput:
 class TrainableVLM(nn.Module):
     """Parameters are named as the engine's: `model.visual.*`, `model.language_model.*`."""
 
-    def __init__(self, config: XR0Config) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         hf_config = Qwen3VLConfig(**config.to_hf()["vlm_config"])
         hf_config._attn_implementation = "sdpa"

@@ -24,7 +24,7 @@ from transformers import DynamicCache, Qwen3VLConfig, Qwen3VLModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from xr0_engine.bench.timing import Stopwatch
-from xr0_engine.config import XR0Config
+from xr0_engine.config import ModelConfig
 from xr0_engine.model.dit import ActionHead, DiTLayer, dit_geometry
 from xr0_engine.model.weights import read_index
 from xr0_engine.robot.decode import decode, encode_prefix
@@ -138,7 +138,7 @@ class ReleasedModel:
     def __init__(
         self,
         folder: Path,
-        config: XR0Config,
+        config: ModelConfig,
         head: ActionHead,
         dtype: torch.dtype,
         attention: str = "sdpa",
@@ -336,7 +336,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos.to(x.dtype) + torch.cat((-second, first), dim=-1) * sin.to(x.dtype)
 
 
-def _load_vlm(folder: Path, config: XR0Config, device: torch.device, dtype: torch.dtype, implementation: str) -> Any:
+def _load_vlm(folder: Path, config: ModelConfig, device: torch.device, dtype: torch.dtype, implementation: str) -> Any:
     hf_config = Qwen3VLConfig(**config.hf["vlm_config"])
     hf_config._attn_implementation = implementation
     with torch.device("meta"):

@@ -15,7 +15,7 @@ from xr0_engine.backend import resolve_dtype, triton_installed
 from xr0_engine.bench.cases import Setup
 from xr0_engine.bench.step.recorder import META, parts_on_meta, step_on_meta
 from xr0_engine.bench.step.workload import Workload
-from xr0_engine.config import XR0Config
+from xr0_engine.config import ModelConfig
 from xr0_engine.fused.ops import SHARED_LIMIT, FusedOps, compile_kernels
 from xr0_engine.fused.prompts import bucket
 
@@ -27,7 +27,7 @@ TILES = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLIT_K", "SPLITS")
 
 
 def compile_step(
-    config: XR0Config, work: Workload, dtype: str, arch: int, done: Callable[[int, int], None]
+    config: ModelConfig, work: Workload, dtype: str, arch: int, done: Callable[[int, int], None]
 ) -> list[Compiled]:
     """All variants that one whole step launches with default tactics. Weights and inputs have shapes alone.
 

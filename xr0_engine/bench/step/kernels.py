@@ -26,7 +26,7 @@ from xr0_engine.bench.step.roofline import FLOAT32_BYTES, Operator, Precision, c
 from xr0_engine.bench.step.workload import Workload
 from xr0_engine.bench.tell.tables import footer, number
 from xr0_engine.bench.timing import CallTimer, run
-from xr0_engine.config import XR0Config
+from xr0_engine.config import ModelConfig
 from xr0_engine.kernels import reference
 
 GATE = {"float32": 1e-5, "float16": 3e-3, "bfloat16": 2e-2}
@@ -60,7 +60,7 @@ class KernelSpec:
         return 1e3 * replace(self.cost, count=1).bound_s(ceilings)
 
 
-def kernel_specs(config: XR0Config, work: Workload, dtype: str) -> list[KernelSpec]:
+def kernel_specs(config: ModelConfig, work: Workload, dtype: str) -> list[KernelSpec]:
     """Every kernel of a call, each shape once per place in the model, products first.
 
     Raises ValueError for an unknown dtype.

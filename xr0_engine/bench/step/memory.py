@@ -16,7 +16,7 @@ from xr0_engine.backend import resolve_dtype
 from xr0_engine.bench.step.recorder import Call, step_calls
 from xr0_engine.bench.step.roofline import FLOAT32_BYTES
 from xr0_engine.bench.step.workload import Workload
-from xr0_engine.config import XR0Config
+from xr0_engine.config import ModelConfig
 from xr0_engine.model.xr0 import XR0Model
 
 
@@ -41,7 +41,7 @@ class MemoryNeed:
         return sum(self.weights.values()) + self.kept + max(vision, self.vision_tokens + prefill, self.kv_block + flow)
 
 
-def memory_need(config: XR0Config, work: Workload, dtype: str) -> MemoryNeed:
+def memory_need(config: ModelConfig, work: Workload, dtype: str) -> MemoryNeed:
     """dtype: bfloat16, float16 or float32. Raises ValueError for another."""
     size, layers = resolve_dtype(dtype).itemsize, config.head.num_layers
     calls = step_calls(config, work)
@@ -62,7 +62,7 @@ def memory_need(config: XR0Config, work: Workload, dtype: str) -> MemoryNeed:
     )
 
 
-def parameters(config: XR0Config) -> dict[str, int]:
+def parameters(config: ModelConfig) -> dict[str, int]:
     """Part of the model -> number of parameters that the engine loads."""
     with torch.device("meta"):
         model = XR0Model(config)

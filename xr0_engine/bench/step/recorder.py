@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from xr0_engine.bench.step.workload import Workload
-from xr0_engine.config import XR0Config
+from xr0_engine.config import ModelConfig
 from xr0_engine.fused.ops import FlowInputs, FusedOps, Weight, tactic_key
 from xr0_engine.fused.parts import FusedParts
 from xr0_engine.fused.tactics import TacticTable
@@ -166,7 +166,7 @@ def _owners(model: nn.Module) -> dict[int, str]:
     return owners
 
 
-def parts_on_meta(config: XR0Config, dtype: torch.dtype = torch.bfloat16) -> FusedParts:
+def parts_on_meta(config: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> FusedParts:
     """A network that has shapes alone."""
     with META:
         model = XR0Model(config).to(dtype).eval().requires_grad_(False)
@@ -212,7 +212,7 @@ def step_on_meta(parts: FusedParts, work: Workload, ops: FusedOps, tokens: int) 
 
 
 @lru_cache(maxsize=8)
-def step_calls(config: XR0Config, work: Workload) -> tuple[Call, ...]:
+def step_calls(config: ModelConfig, work: Workload) -> tuple[Call, ...]:
     """What a step calls, kind by kind in the order of first appearance, prompts of exactly work.tokens tokens."""
     parts = parts_on_meta(config)
     ops = PaperOps(parts.reference)

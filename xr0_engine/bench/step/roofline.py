@@ -31,7 +31,7 @@ from xr0_engine.bench.results import Result, environment
 from xr0_engine.bench.step.ceilings import HERE, Ceilings, ceilings_for, rates
 from xr0_engine.bench.step.recorder import Call, step_calls
 from xr0_engine.bench.step.workload import Workload
-from xr0_engine.config import XR0Config
+from xr0_engine.config import ModelConfig
 
 STAGES = ("vision", "prefill", "flow")
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "fp8": 1, "int8": 1}
@@ -117,7 +117,7 @@ def cost(call: Call, precision: Precision) -> Operator:
     return precision.attend(call.stage, call.name, call.count, pairs, heads * dim, moved)
 
 
-def operators(config: XR0Config, work: Workload, dtype: str) -> list[Operator]:
+def operators(config: ModelConfig, work: Workload, dtype: str) -> list[Operator]:
     """Every operator of a call, as the module counts them. dtype: a key of BYTES. Raises ValueError for another."""
     precision = Precision.of(dtype)
     return [cost(call, precision) for call in step_calls(config, work)]

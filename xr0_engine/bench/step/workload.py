@@ -8,7 +8,7 @@ import numpy as np
 
 from xr0_engine.bench.cases import Setup
 from xr0_engine.checkpoint import ROBOTS, SIZES
-from xr0_engine.config import VisionConfig, XR0Config
+from xr0_engine.config import ModelConfig, VisionConfig
 from xr0_engine.model.weights import resolve_checkpoint
 from xr0_engine.robot.normalize import load_statistics, select_robot_type
 from xr0_engine.robot.preprocess import orient, smart_resize
@@ -36,7 +36,7 @@ class Workload:
         return Workload(inputs.image_grids, tokens, inputs.action_mask.shape[1], batch, inputs.preamble_length)
 
     @staticmethod
-    def of_case(setup: Setup) -> tuple[XR0Config, Workload]:
+    def of_case(setup: Setup) -> tuple[ModelConfig, Workload]:
         """The case's nominal sizes, nothing kept, and the configuration. No weights are made or read.
 
         Raises ValueError for an unknown size, CheckpointError for a checkpoint that cannot be used.
@@ -46,7 +46,7 @@ class Workload:
             config, chunk_length = config_of_size(setup.size), ROBOTS[case.robot_type][0]
         else:
             folder = resolve_checkpoint(setup.checkpoint)
-            config = XR0Config.load(folder)
+            config = ModelConfig.load(folder)
             statistics = load_statistics(folder, config.head.action_dim, config.std_epsilon)
             chunk_length = statistics[select_robot_type(statistics, case.robot_type)].chunk_length
         image = np.empty((*case.image_size, 3), np.uint8)
@@ -54,7 +54,7 @@ class Workload:
         return config, Workload(tuple(grids) * case.batch, case.tokens, chunk_length, case.batch)
 
 
-def config_of_size(size: str) -> XR0Config:
+def config_of_size(size: str) -> ModelConfig:
     """Raises ValueError for a size not in SIZES."""
     if size not in SIZES:
         raise ValueError(f"size: expected {', '.join(SIZES)}; got {size!r}")
