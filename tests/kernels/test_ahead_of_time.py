@@ -30,7 +30,7 @@ from xr0_engine.kernels.arguments import (
     Tactic,
     Weight,
 )
-from xr0_engine.kernels.attention import lambda_attention, lambda_tactic
+from xr0_engine.kernels.lambda_attention import lambda_attention, lambda_tactic
 from xr0_engine.kernels.launch import compile_for, recording, variants
 from xr0_engine.kernels.linear import default_tactic, linear, swiglu
 from xr0_engine.kernels.qkv import qkv

@@ -12,7 +12,8 @@ import torch
 from tests.kernels.support import DEVICE, DTYPES, Frame, assert_as_plain, assert_close, randn
 from xr0_engine.kernels import fused_reference
 from xr0_engine.kernels.arguments import Tactic, Workspace
-from xr0_engine.kernels.attention import attention, lambda_attention
+from xr0_engine.kernels.attention import attention
+from xr0_engine.kernels.lambda_attention import lambda_attention
 
 SMALL = {"block_m": 16, "block_n": 16}
 

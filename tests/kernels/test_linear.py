@@ -8,15 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.kernels.products import (
-    EPS,
-    LIBRARY,
-    SPLIT,
-    TACTICS,
-    Product,
-    statistics,
-    workspace,
-)
+from tests.kernels.products import EPS, LIBRARY, SPLIT, TACTICS, Product, statistics, workspace
 from tests.kernels.support import ARCHS, DEVICE, DTYPES, Frame, assert_close, randn
 from xr0_engine.kernels import fused_reference
 from xr0_engine.kernels.arguments import STATS_COLUMNS, InputNorm, Residual, StatsOut, Tactic, Weight

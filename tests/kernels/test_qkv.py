@@ -6,14 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.kernels.products import (
-    EPS,
-    LIBRARY,
-    SPLIT,
-    TACTICS,
-    Product,
-    workspace,
-)
+from tests.kernels.products import EPS, LIBRARY, SPLIT, TACTICS, Product, workspace
 from tests.kernels.support import DEVICE, DTYPES, Frame, assert_close, randn
 from xr0_engine.kernels import fused_reference
 from xr0_engine.kernels.arguments import Tactic, Weight

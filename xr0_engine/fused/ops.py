@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -74,21 +74,62 @@ class FusedOps:
         self._kernels = _kernels(backend)
         self._arch = arch if arch is not None else _capability(device)
 
-    def linear(self, x: Tensor, weight: Weight, out: Tensor, **options: Any) -> None:
+    def linear(
+        self,
+        x: Tensor,
+        weight: Weight,
+        out: Tensor,
+        *,
+        bias: Tensor | None = None,
+        col_scale: Tensor | None = None,
+        norm: InputNorm | None = None,
+        activation: Literal["gelu", "gelu_tanh"] | None = None,
+        residual: Residual | None = None,
+        stats: StatsOut | None = None,
+    ) -> None:
         """(B, M, K) -> (B, M, N), with what comes before and after it. As kernels/linear.py: linear."""
-        rows, (outputs, inputs) = x.shape[0] * x.shape[1], weight.data.shape
-        self.run("linear", (rows, outputs, inputs), weight.data.dtype, (x, weight, out), options)
+        options = {"bias": bias, "col_scale": col_scale, "norm": norm, "activation": activation, "residual": residual}
+        self._run_product("linear", x, weight, (out,), options | {"stats": stats})
 
-    def swiglu(self, x: Tensor, weight: Weight, out: Tensor, **options: Any) -> None:
+    def swiglu(
+        self,
+        x: Tensor,
+        weight: Weight,
+        out: Tensor,
+        *,
+        bias: Tensor | None = None,
+        col_scale: Tensor | None = None,
+        norm: InputNorm | None = None,
+    ) -> None:
         """(B, M, K) -> (B, M, F), silu(gate) * up. As kernels/linear.py: swiglu."""
-        rows, (outputs, inputs) = x.shape[0] * x.shape[1], weight.data.shape
-        self.run("swiglu", (rows, outputs, inputs), weight.data.dtype, (x, weight, out), options)
+        self._run_product("swiglu", x, weight, (out,), {"bias": bias, "col_scale": col_scale, "norm": norm})
 
-    def qkv(self, x: Tensor, weight: Weight, q: Tensor | None, k: Tensor, v: Tensor, **options: Any) -> None:
+    def qkv(
+        self,
+        x: Tensor,
+        weight: Weight,
+        q: Tensor | None,
+        k: Tensor,
+        v: Tensor,
+        *,
+        bias: Tensor | None = None,
+        col_scale: Tensor | None = None,
+        norm: InputNorm | None = None,
+        q_weight: Tensor | None = None,
+        k_weight: Tensor | None = None,
+        eps: float = 1e-6,
+        cos: Tensor,
+        sin: Tensor,
+    ) -> None:
         """(B, M, K) -> heads, normalised and rotated. As kernels/qkv.py: qkv."""
-        rows, (outputs, inputs) = x.shape[0] * x.shape[1], weight.data.shape
-        shape = (rows, outputs, inputs, k.shape[-1])
-        self.run("qkv", shape, weight.data.dtype, (x, weight, q, k, v), options)
+        options = {"bias": bias, "col_scale": col_scale, "norm": norm, "q_weight": q_weight, "k_weight": k_weight}
+        self._run_product("qkv", x, weight, (q, k, v), options | {"eps": eps, "cos": cos, "sin": sin}, k.shape[-1])
+
+    def _run_product(
+        self, kind: str, x: Tensor, weight: Weight, outs: tuple[Tensor | None, ...], options: dict[str, Any], *dim: int
+    ) -> None:
+        shape = (x.shape[0] * x.shape[1], *weight.data.shape, *dim)
+        self.run(kind, shape, weight.data.dtype, (x, weight, *outs), options)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, *, causal: bool) -> None:
         """As kernels/attention.py: attention."""
@@ -109,20 +150,54 @@ class FusedOps:
         window: int | None,
         context: int,
     ) -> None:
-        """As kernels/attention.py: lambda_attention."""
+        """As kernels/lambda_attention.py: lambda_attention."""
         arguments = (q, k, v, kv_keys, kv_values, begin, end, out)
         shape = (*q.shape[:3], *kv_keys.shape[1:])
         self.run("lambda_attention", shape, q.dtype, arguments, {"window": window, "context": context})
 
-    def start_flow(self, *arguments: Tensor) -> None:
+    def start_flow(
+        self,
+        noise: Tensor,
+        prefix: Tensor,
+        prefix_length: Tensor,
+        action_mask: Tensor,
+        in_weight: Tensor,
+        z: Tensor,
+        hidden: Tensor,
+    ) -> None:
         """As kernels/flow.py: start_flow."""
-        self._kernels.start_flow(*arguments)
+        self._kernels.start_flow(noise, prefix, prefix_length, action_mask, in_weight, z, hidden)
 
-    def euler_step(self, *arguments: Any) -> None:
+    def euler_step(
+        self,
+        x: Tensor,
+        sums: Tensor,
+        eps: float,
+        out_weight1: Tensor,
+        out_weight2: Tensor,
+        z: Tensor,
+        z_next: Tensor,
+        prefix_length: Tensor,
+        action_mask: Tensor,
+        dt: float,
+        in_weight: Tensor | None,
+        hidden: Tensor | None,
+    ) -> None:
         """As kernels/flow.py: euler_step."""
-        self._kernels.euler_step(*arguments)
+        self._kernels.euler_step(
+            x, sums, eps, out_weight1, out_weight2, z, z_next, prefix_length, action_mask, dt, in_weight, hidden
+        )
 
-    def flow_loop(self, weights: FlowWeights, inputs: FlowInputs, buffers: FlowBuffers, **options: Any) -> None:
+    def flow_loop(
+        self,
+        weights: FlowWeights,
+        inputs: FlowInputs,
+        buffers: FlowBuffers,
+        *,
+        eps: float,
+        context: int,
+        window: int | None,
+    ) -> None:
         """All steps of the flow. As kernels/persistent.py: flow_loop.
 
         Its stages have the default tiles: those of the table won as kernels of their own. Raises NotImplementedError
@@ -142,15 +217,28 @@ class FusedOps:
             "tokens": ("linear", (action_rows, columns, columns)),
         }
         tactics = {name: self.default(kind, shape) for name, (kind, shape) in shapes.items()}
+        options = {"eps": eps, "context": context, "window": window}
         self._kernels.flow_loop(weights, inputs, buffers, **options, tactics=tactics, workspace=self.workspace)
 
-    def dit_rope_tables(self, *arguments: Tensor, context: int, offset: int) -> None:
+    def dit_rope_tables(
+        self,
+        next_position: Tensor,
+        prefix_length: Tensor,
+        frequencies: Tensor,
+        axes: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        *,
+        context: int,
+        offset: int,
+    ) -> None:
         """As kernels/flow.py: dit_rope_tables."""
+        arguments = (next_position, prefix_length, frequencies, axes, cos, sin)
         self._kernels.dit_rope_tables(*arguments, context=context, offset=offset)
 
-    def rope_tables(self, *arguments: Tensor) -> None:
+    def rope_tables(self, positions: Tensor, frequencies: Tensor, axes: Tensor, cos: Tensor, sin: Tensor) -> None:
         """As kernels/embed.py: rope_tables."""
-        self._kernels.rope_tables(*arguments)
+        self._kernels.rope_tables(positions, frequencies, axes, cos, sin)
 
     def embed(
         self, ids: Tensor, table: Tensor, image_index: Tensor, image_tokens: Tensor, out: Tensor, stats: StatsOut
@@ -261,9 +349,10 @@ def _kernels(backend: str) -> SimpleNamespace:
         from xr0_engine.kernels import fused_reference
 
         return SimpleNamespace(**vars(fused_reference), default_tactic=lambda kind, shape, arch: Tactic())
-    from xr0_engine.kernels.attention import attention, lambda_attention
+    from xr0_engine.kernels.attention import attention
     from xr0_engine.kernels.embed import embed, layer_norm, rope_tables
     from xr0_engine.kernels.flow import dit_rope_tables, euler_step, start_flow
+    from xr0_engine.kernels.lambda_attention import lambda_attention
     from xr0_engine.kernels.linear import linear, swiglu
     from xr0_engine.kernels.persistent import flow_loop
     from xr0_engine.kernels.qkv import qkv
@@ -280,7 +369,8 @@ FEW_PROGRAMS = Tactic(block_m=64, block_n=128, block_k=128, split_k=2)
 def _default_tactic(kind: str, shape: tuple[int, ...], arch: int) -> Tactic:
     if interpreted():
         return FEW_PROGRAMS
-    from xr0_engine.kernels.attention import attention_tactic, lambda_tactic
+    from xr0_engine.kernels.attention import attention_tactic
+    from xr0_engine.kernels.lambda_attention import lambda_tactic
     from xr0_engine.kernels.linear import default_tactic
 
     if kind == "attention":

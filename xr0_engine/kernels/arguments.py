@@ -1,4 +1,4 @@
-"""What the fused ops take besides tensors. No triton here: the oracle (reference.py) takes the same.
+"""What the fused ops take besides tensors. No triton here: the oracle (fused_reference.py) takes the same.
 
 Shape legend: B batch, M rows of each, K columns in, N columns out.
 """
@@ -6,14 +6,13 @@ Shape legend: B batch, M rows of each, K columns in, N columns out.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 STATS_COLUMNS = 64
 """One partial sum of a row covers so many columns: whoever writes a row adds them up alone, in one fixed order."""
-
 
 SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 """Compute capability -> bytes of shared memory that one block may use."""
@@ -90,8 +89,7 @@ class Tactic:
     flash: bool = False
 
 
-@dataclass(frozen=True)
-class HalfBlock:
+class HalfBlock(NamedTuple):
     """Attention or MLP of the layers at the steps: what surrounds its products, (S, L, columns) float32 each.
 
     scale: of the input's columns: the weights of the norms before it, times 1 + scale. bias: of the first product: its
@@ -148,8 +146,7 @@ class FlowInputs:
     action_mask: Tensor
 
 
-@dataclass(frozen=True)
-class FlowBuffers:
+class FlowBuffers(NamedTuple):
     """One batch size and chunk length, Q = context + T tokens. Streams are (B, Q, C) float32, each with its sums.
 
     start: the step's input; middle: after a layer's attention; end: after its MLP. q, k, v: (B, H, Q, D); mixed: (B, Q,

@@ -15,6 +15,30 @@ def prefetch_l2(pointers):
 
 
 @triton.jit
+def tile_of(program, row_tiles, SPLIT_K: tl.constexpr):
+    """(row tile, split, column tile) of a program."""
+    rest = program // row_tiles
+    return program % row_tiles, rest % SPLIT_K, rest // SPLIT_K
+
+
+@triton.jit
+def paired(first, distance, N: tl.constexpr):
+    """N / 2 pairs (first + i, first + i + distance), flattened: tl.split then parts them within each thread."""
+    column = tl.arange(0, N)
+    return first + column // 2 + (column % 2) * distance
+
+
+@triton.jit
+def rows_of(row_tile, rows, batch_rows, BLOCK_M: tl.constexpr):
+    """(batch, row, is it one) of a tile's rows; those behind the last are the last again."""
+    index = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = index < rows
+    index = tl.minimum(index, rows - 1)
+    batch = index // batch_rows
+    return batch.to(tl.int64), index - batch * batch_rows, inside
+
+
+@triton.jit
 def gelu_tanh(x):
     """x float32. The tanh form, as x * sigmoid(2 u): 0.5 (1 + tanh(u)) is sigmoid(2 u)."""
     return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))

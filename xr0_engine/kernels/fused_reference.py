@@ -50,7 +50,7 @@ def lambda_attention(
     tactic: Tactic,
     workspace: Workspace,
 ) -> None:
-    """As kernels/attention.py: lambda_attention."""
+    """As kernels/lambda_attention.py: lambda_attention."""
     cached = torch.arange(kv_keys.shape[2], device=q.device)
     valid = (cached >= begin[:, None]) & (cached < end[:, None])
     token = torch.arange(q.shape[2], device=q.device)

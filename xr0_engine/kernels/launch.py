@@ -172,52 +172,60 @@ def _options(warps: int, stages: int, dependent: bool, cooperative: bool) -> dic
 
 def variants(launches: list[Launch]) -> list[Launch]:
     """Those among them that compile to different code, in the order of their first appearance."""
-    return list({_specialisation(call): call for call in launches}.values())
+    return list({_Signature(call).key: call for call in launches}.values())
 
 
 def compile_for(call: Launch, arch: int) -> Compiled:
     """Compile one call for a chip, at hand or not. Raises what Triton raises if the code cannot be compiled."""
-    signature, constexprs, divisible = _signature(call, arch)
-    names = list(signature)
+    signature = _Signature(call, arch >= DEPENDENT_LAUNCH_FROM and not call.cooperative)
     source = ASTSource(
         call.kernel,
-        signature=signature,
-        constexprs=constexprs,
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in divisible},
+        signature=signature.types,
+        constexprs=signature.constants,
+        attrs={place: [["tt.divisibility", 16]] for place in signature.divisible},
     )
+    constexprs = signature.named_constants
     options = _options(call.warps, call.stages, constexprs["PDL"], call.cooperative)
     binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     registers, spills = _resources(binary.asm["cubin"])
     return Compiled(call.name, arch, binary.metadata.shared, registers, spills, 32 * call.warps, constexprs)
 
 
-def _specialisation(call: Launch) -> tuple[Any, ...]:
-    signature, constexprs, divisible = _signature(call, 0)
-    return (call.name, *signature.items(), *constexprs.items(), *divisible, call.warps, call.stages)
+class _Signature:
+    """A call's arguments, as a launch has them; the fields of a named tuple are arguments of their own.
 
+    types: by parameter's name; of a named tuple, one of types. constants: what is compiled in, None and 1 among it, and
+    divisible: the multiples of 16, both by the parameter's number, and the field's. named_constants: by the name alone.
+    """
 
-def _signature(call: Launch, arch: int) -> tuple[dict[str, str], dict[str, Any], list[str]]:
-    """Parameter -> type, the constexprs' values, and the parameters that are multiples of 16, as a launch has them."""
-    signature: dict[str, str] = {}
-    constexprs: dict[str, Any] = {}
-    divisible = []
-    dependent = arch >= DEPENDENT_LAUNCH_FROM and not call.cooperative
-    for parameter in call.kernel.params:
-        name = parameter.name
-        value = dependent if name == "PDL" else call.arguments[name]
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
-            signature[name], constexprs[name] = "constexpr", value
-        elif isinstance(value, Tensor):
-            signature[name] = "*" + DTYPES[value.dtype]
-            if value.storage_offset() * value.element_size() % 16 == 0:
-                divisible.append(name)
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        else:
-            signature[name] = "i32"
-            if value % 16 == 0:
-                divisible.append(name)
-    return signature, constexprs, divisible
+    def __init__(self, call: Launch, dependent: bool = False) -> None:
+        self.constants: dict[tuple[int, ...], Any] = {}
+        self.named_constants: dict[str, Any] = {}
+        self.divisible: list[tuple[int, ...]] = []
+        self.types: dict[str, Any] = {}
+        for index, parameter in enumerate(call.kernel.params):
+            value = dependent if parameter.name == "PDL" else call.arguments[parameter.name]
+            type_of = self._constant if parameter.is_constexpr else self._type
+            self.types[parameter.name] = type_of((index,), parameter.name, value)
+        self.key = (call.name, *self.types.items(), *self.constants.items(), *self.divisible, call.warps, call.stages)
+
+    def _constant(self, place: tuple[int, ...], name: str, value: Any) -> str:
+        self.constants[place] = value
+        self.named_constants |= value._asdict() if hasattr(value, "_asdict") else {name: value}
+        return "constexpr"
+
+    def _type(self, place: tuple[int, ...], name: str, value: Any) -> Any:
+        if value is None or (type(value) is int and value == 1):
+            return self._constant(place, name, value)
+        if hasattr(value, "_asdict"):
+            fields = enumerate(value._asdict().items())
+            return value._make([self._type((*place, index), *field) for index, field in fields])
+        if isinstance(value, float):
+            return "fp32"
+        aligned = value.storage_offset() * value.element_size() if isinstance(value, Tensor) else value
+        if aligned % 16 == 0:
+            self.divisible.append(place)
+        return "*" + DTYPES[value.dtype] if isinstance(value, Tensor) else "i32"
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:

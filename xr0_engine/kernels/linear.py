@@ -22,22 +22,9 @@ from xr0_engine.kernels.arguments import (
     Weight,
     Workspace,
 )
-from xr0_engine.kernels.device import gdc_begin, gelu_tanh
+from xr0_engine.kernels.device import gelu_tanh, paired
 from xr0_engine.kernels.launch import PROCESSORS
-from xr0_engine.kernels.product import (
-    MIN_DOT,
-    add_slots,
-    check_product,
-    collect,
-    deposit,
-    finish,
-    launch_product,
-    multiply,
-    paired,
-    prefetch_weight,
-    rows_of,
-    tile_of,
-)
+from xr0_engine.kernels.product import MIN_DOT, add_slots, check_product, finish, launch_product, multiply, take_tile
 from xr0_engine.kernels.shapes import expect, strided
 
 SKINNY_ROWS = 64
@@ -92,27 +79,7 @@ def _divisors(number: int) -> list[int]:
 @triton.jit
 def _linear(
     program,
-    x,
-    x_b,
-    x_m,
-    w,
-    w_n,
-    scale,
-    bias,
-    col_scale,
-    sums,
-    sums_s,
-    sums_b,
-    sums_m,
-    column_sums,
-    norm_eps,
-    partials,
-    counters,
-    rows,
-    batch_rows,
-    inputs,
-    slots,
-    row_tiles,
+    product,
     outputs,
     out,
     out_b,
@@ -139,45 +106,18 @@ def _linear(
     ACTIVATION: tl.constexpr,
     OUT_SLOTS: tl.constexpr,
     SLOT_COLUMNS: tl.constexpr,
-    NORM: tl.constexpr,
-    SLOTS: tl.constexpr,
-    LIBRARY: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    STREAM: tl.constexpr,
+    HOW: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    if program is None:
-        program = tl.program_id(0)
-    row_tile, split, column_tile = tile_of(program, row_tiles, SPLIT_K)
-    batch, row, row_inside = rows_of(row_tile, rows, batch_rows, BLOCK_M)
-    column = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    tile = take_tile(program, product, HOW)
+    batch, row = tile.batch, tile.row
+    column = tile.column_tile * HOW.BLOCK_N + tl.arange(0, HOW.BLOCK_N)
     column_inside = column < outputs
-    mask = row_inside[:, None] & column_inside[None, :]
+    mask = tile.inside[:, None] & column_inside[None, :]
     n = tl.minimum(column, outputs - 1)
-    if PDL and not LIBRARY and row_tile == 0:
-        prefetch_weight(w, w_n, n, split, inputs, SPLIT_K, BLOCK_K)
-    gdc_begin(PDL)
-
-    x_offset = batch * x_b + row * x_m
-    if LIBRARY:
-        y = tl.load(x + x_offset[:, None] + n[None, :]).to(tl.float32)
-    else:
-        y = multiply(
-            x, x_offset, w, w_n, n, col_scale, split, inputs, SPLIT_K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, STREAM
-        )
-    complete = SPLIT_K == 1
-    if SPLIT_K > 1:
-        tile = column_tile * row_tiles + row_tile
-        complete = deposit(y, partials, counters, tile, split, SPLIT_K, BLOCK_M, BLOCK_N) == SPLIT_K - 1
+    y, complete = multiply(product, tile, n, HOW, PDL)
     if complete:
-        if SPLIT_K > 1:
-            y = collect(partials, counters, tile, SPLIT_K, BLOCK_M, BLOCK_N)
-        place = batch * sums_b + row * sums_m
-        y = finish(y, n, scale, bias, sums, sums_s, place, column_sums, norm_eps, slots, inputs, NORM, SLOTS)
+        y = finish(y, product, tile, n, HOW)
         if ACTIVATION == "gelu":
             y = 0.5 * y * (1.0 + tl.erf(y * 0.7071067811865476))
         elif ACTIVATION == "gelu_tanh":
@@ -205,10 +145,10 @@ def _linear(
             if stats_weight is not None:
                 second = y * tl.load(stats_weight + column, column_inside, 0.0)[None, :]
                 second *= second
-            parts: tl.constexpr = (BLOCK_M, BLOCK_N // SLOT_COLUMNS, SLOT_COLUMNS)
-            slot = column_tile * (BLOCK_N // SLOT_COLUMNS) + tl.arange(0, BLOCK_N // SLOT_COLUMNS)
+            parts: tl.constexpr = (HOW.BLOCK_M, HOW.BLOCK_N // SLOT_COLUMNS, SLOT_COLUMNS)
+            slot = tile.column_tile * (HOW.BLOCK_N // SLOT_COLUMNS) + tl.arange(0, HOW.BLOCK_N // SLOT_COLUMNS)
             target = stats + (batch * stats_b + row * stats_m)[:, None] + slot[None, :] * stats_s
-            slot_mask = row_inside[:, None] & (slot * SLOT_COLUMNS < outputs)[None, :]
+            slot_mask = tile.inside[:, None] & (slot * SLOT_COLUMNS < outputs)[None, :]
             tl.store(target, tl.sum(tl.reshape(y * y, parts), 2), slot_mask)
             tl.store(target + 1, tl.sum(tl.reshape(second, parts), 2), slot_mask)
 
@@ -305,74 +245,26 @@ def _check_stats(stats: StatsOut | None, batch: int, rows: int, outputs: int, ta
 @triton.jit
 def _swiglu(
     program,
-    x,
-    x_b,
-    x_m,
-    w,
-    w_n,
-    scale,
-    bias,
-    col_scale,
-    sums,
-    sums_s,
-    sums_b,
-    sums_m,
-    column_sums,
-    norm_eps,
-    partials,
-    counters,
-    rows,
-    batch_rows,
-    inputs,
-    slots,
-    row_tiles,
+    product,
     outputs,
     out,
     out_b,
     out_m,
-    NORM: tl.constexpr,
-    SLOTS: tl.constexpr,
-    LIBRARY: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    STREAM: tl.constexpr,
+    HOW: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    if program is None:
-        program = tl.program_id(0)
-    row_tile, split, column_tile = tile_of(program, row_tiles, SPLIT_K)
-    batch, row, row_inside = rows_of(row_tile, rows, batch_rows, BLOCK_M)
-    first_column = column_tile * (BLOCK_N // 2)
+    tile = take_tile(program, product, HOW)
+    first_column = tile.column_tile * (HOW.BLOCK_N // 2)
     # Behind the last column the pairs run on, within the weight but for the last rows.
-    n = tl.minimum(paired(first_column, outputs, BLOCK_N), 2 * outputs - 1)
-    if PDL and not LIBRARY and row_tile == 0:
-        prefetch_weight(w, w_n, n, split, inputs, SPLIT_K, BLOCK_K)
-    gdc_begin(PDL)
-
-    x_offset = batch * x_b + row * x_m
-    if LIBRARY:
-        y = tl.load(x + x_offset[:, None] + n[None, :]).to(tl.float32)
-    else:
-        y = multiply(
-            x, x_offset, w, w_n, n, col_scale, split, inputs, SPLIT_K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, STREAM
-        )
-    complete = SPLIT_K == 1
-    if SPLIT_K > 1:
-        tile = column_tile * row_tiles + row_tile
-        complete = deposit(y, partials, counters, tile, split, SPLIT_K, BLOCK_M, BLOCK_N) == SPLIT_K - 1
+    n = tl.minimum(paired(first_column, outputs, HOW.BLOCK_N), 2 * outputs - 1)
+    y, complete = multiply(product, tile, n, HOW, PDL)
     if complete:
-        if SPLIT_K > 1:
-            y = collect(partials, counters, tile, SPLIT_K, BLOCK_M, BLOCK_N)
-        place = batch * sums_b + row * sums_m
-        y = finish(y, n, scale, bias, sums, sums_s, place, column_sums, norm_eps, slots, inputs, NORM, SLOTS)
-        gate, up = tl.split(tl.reshape(y, (BLOCK_M, BLOCK_N // 2, 2)))
-        column = first_column + tl.arange(0, BLOCK_N // 2)
-        target = out + (batch * out_b + row * out_m)[:, None] + column[None, :]
+        y = finish(y, product, tile, n, HOW)
+        gate, up = tl.split(tl.reshape(y, (HOW.BLOCK_M, HOW.BLOCK_N // 2, 2)))
+        column = first_column + tl.arange(0, HOW.BLOCK_N // 2)
+        target = out + (tile.batch * out_b + tile.row * out_m)[:, None] + column[None, :]
         value = gate * tl.sigmoid(gate) * up
-        tl.store(target, value.to(out.dtype.element_ty), row_inside[:, None] & (column < outputs)[None, :])
+        tl.store(target, value.to(out.dtype.element_ty), tile.inside[:, None] & (column < outputs)[None, :])
 
 
 def swiglu(

@@ -1,10 +1,8 @@
 """All steps of the flow as one kernel: no launch between its 82 stages a step, a barrier of the whole grid instead.
 
 There is at most one program per processor, and all of them run at once (a cooperative launch). Every program takes
-its share of a stage's tiles, with the bodies of the kernels that are otherwise launched one after the other, and asks
-for its first weight blocks of the next stage before it waits for the others. The barrier is a counter that only grows
-during a launch: stage n begins when n times the number of programs have arrived. The last program to leave sets it back
-to zero.
+its share of a stage's tiles, with the bodies of the kernels that are otherwise launched one after the other. stages.py
+has the barrier and the products.
 
 The layers' weights stay where they are; a table holds their addresses. What depends on step and layer lies stacked.
 
@@ -20,23 +18,18 @@ import triton
 import triton.language as tl
 
 from xr0_engine.kernels.arguments import STATS_COLUMNS, FlowBuffers, FlowInputs, FlowWeights, Tactic, Workspace
-from xr0_engine.kernels.attention import LOG2_E, OWN_BLOCK, _lambda_attention
+from xr0_engine.kernels.attention import LOG2_E
 from xr0_engine.kernels.flow import OUTPUT_BLOCK, _euler_step, flow_tiles
+from xr0_engine.kernels.lambda_attention import OWN_BLOCK, _lambda_attention
 from xr0_engine.kernels.launch import INTERPRETED, launch, processors
-from xr0_engine.kernels.linear import _linear, _swiglu
-from xr0_engine.kernels.product import STREAM_ROW_TILES, paired, prefetch_weight, tile_of
-from xr0_engine.kernels.qkv import _qkv
+from xr0_engine.kernels.product import STREAM_ROW_TILES
 from xr0_engine.kernels.shapes import expect, expect_head_dim, expect_tiles, strided
+from xr0_engine.kernels.stages import SLOT, Shared, arrive, leave, linear_stage, qkv_stage, swiglu_stage, wait
 
 STAGES = ("qkv", "attention", "out", "gate_up", "down", "tokens")
 """What the tactic of each stage is called; the Euler step has none."""
-BUFFERS = (
-    *("start", "start_sums", "middle", "middle_sums", "end", "end_sums", "q", "k", "v", "mixed", "hidden", "embedded"),
-    *("cos", "sin", "z"),
-)
 WARPS = 8
 """One program has a processor to itself; with fewer warps the stage that needs most registers spills some."""
-SLOT = tl.constexpr(STATS_COLUMNS)
 
 
 @triton.jit
@@ -46,156 +39,10 @@ def _weight(addresses, index, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _arrive(barrier):
-    """All that this program wrote before is there for those who have waited."""
-    # The counter is touched by one thread: every thread's stores must be there before.
-    tl.debug_barrier()
-    tl.atomic_add(barrier, 1, sem="release", scope="gpu")
-
-
-@triton.jit
-def _wait(barrier, stage):
-    """Until all programs have arrived at the stage."""
-    while tl.atomic_add(barrier, 0, sem="acquire", scope="gpu") < stage * tl.num_programs(0):
-        pass
-
-
-@triton.jit
-def _leave(barrier, stages):
-    """Sets the counter back, once nobody waits for it any more."""
-    if tl.atomic_add(barrier, 1, sem="acq_rel", scope="gpu") == (stages + 1) * tl.num_programs(0) - 1:
-        tl.store(barrier, 0)
-
-
-@triton.jit
-def _begin_product(
-    barrier,
-    stage,
-    w,
-    row_tiles,
-    OUTPUTS: tl.constexpr,
-    INPUTS: tl.constexpr,
-    GATED: tl.constexpr,
-    TILE: tl.constexpr,
-    PREFETCH: tl.constexpr,
-):
-    """A stage's barrier; meanwhile its weight, (OUTPUTS, INPUTS), is on its way. Returns the number of its tiles."""
-    tiles = row_tiles * triton.cdiv(OUTPUTS, TILE[1]) * TILE[3]
-    _arrive(barrier)
-    if PREFETCH and tl.program_id(0) < tiles:
-        _, split, column_tile = tile_of(tl.program_id(0), row_tiles, TILE[3])
-        if GATED:
-            n = paired(column_tile * (TILE[1] // 2), OUTPUTS // 2, TILE[1])
-        else:
-            n = column_tile * TILE[1] + tl.arange(0, TILE[1])
-        prefetch_weight(w, INPUTS, tl.minimum(n, OUTPUTS - 1), split, INPUTS, TILE[3], TILE[2])
-    _wait(barrier, stage)
-    return tiles
-
-
-@triton.jit
-def _qkv_stage(
-    barrier,
-    stage,
-    stream,
-    sums,
-    w,
-    bias,
-    col_scale,
-    q,
-    k,
-    v,
-    q_norm,
-    k_norm,
-    cos,
-    sin,
-    batch,
-    tokens,
-    eps,
-    partials,
-    counters,
-    NORM: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    HEADS: tl.constexpr,
-    DIM: tl.constexpr,
-    STREAM: tl.constexpr,
-    TILE: tl.constexpr,
-    PREFETCH: tl.constexpr,
-):
-    SLOTS: tl.constexpr = triton.cdiv(COLUMNS, SLOT)
-    rows = batch * tokens
-    row_tiles = tl.cdiv(rows, TILE[0])
-    tiles = _begin_product(barrier, stage, w, row_tiles, 3 * HEADS * DIM, COLUMNS, False, TILE, PREFETCH)
-    head_b, head_h = HEADS * tokens * DIM, tokens * DIM
-    for program in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        _qkv(
-            program=program, x=stream, x_b=tokens * COLUMNS, x_m=COLUMNS, w=w, w_n=COLUMNS, scale=None, bias=bias,
-            col_scale=col_scale, sums=sums, sums_s=2 * rows, sums_b=2 * tokens, sums_m=2, column_sums=None,
-            norm_eps=eps, partials=partials, counters=counters, rows=rows, batch_rows=tokens, inputs=COLUMNS,
-            slots=SLOTS, row_tiles=row_tiles, query_heads=HEADS, kv_heads=HEADS, q=q, q_b=head_b, q_h=head_h, q_m=DIM,
-            k=k, k_b=head_b, k_h=head_h, k_m=DIM, v=v, v_b=head_b, v_h=head_h, v_m=DIM, q_weight=q_norm,
-            k_weight=k_norm, eps=eps, cos=cos, cos_b=tokens * (DIM // 2), cos_m=DIM // 2, sin=sin,
-            sin_b=tokens * (DIM // 2), sin_m=DIM // 2, NORM=NORM, SLOTS=triton.next_power_of_2(SLOTS), LIBRARY=False,
-            SPLIT_K=TILE[3], BLOCK_M=TILE[0], BLOCK_N=DIM, BLOCK_K=TILE[2], EVEN_K=COLUMNS % TILE[2] == 0,
-            STREAM=STREAM, PDL=False,
-        )  # fmt: skip
-
-
-@triton.jit
-def _linear_stage(
-    barrier,
-    stage,
-    x,
-    w,
-    out,
-    residual,
-    gate,
-    residual_sums,
-    residual_weight,
-    stats,
-    stats_weight,
-    batch,
-    x_rows,
-    out_rows,
-    eps,
-    partials,
-    counters,
-    INPUTS: tl.constexpr,
-    OUTPUTS: tl.constexpr,
-    STREAM: tl.constexpr,
-    TILE: tl.constexpr,
-    PREFETCH: tl.constexpr,
-):
-    """x_rows, out_rows: of each batch, in x and in the stream of which out is a part."""
-    rows = batch * x_rows
-    row_tiles = tl.cdiv(rows, TILE[0])
-    tiles = _begin_product(barrier, stage, w, row_tiles, OUTPUTS, INPUTS, False, TILE, PREFETCH)
-    out_b, sums_s, sums_b = out_rows * OUTPUTS, 2 * batch * out_rows, 2 * out_rows
-    for program in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        _linear(
-            program=program, x=x, x_b=x_rows * INPUTS, x_m=INPUTS, w=w, w_n=INPUTS, scale=None, bias=None,
-            col_scale=None, sums=None, sums_s=0, sums_b=0, sums_m=0, column_sums=None, norm_eps=0.0,
-            partials=partials, counters=counters, rows=rows, batch_rows=x_rows, inputs=INPUTS, slots=0,
-            row_tiles=row_tiles, outputs=OUTPUTS, out=out, out_b=out_b, out_m=OUTPUTS, residual=residual,
-            residual_b=out_b, residual_m=OUTPUTS, gate=gate, base_sums=residual_sums, base_sums_s=sums_s,
-            base_sums_b=sums_b, base_sums_m=2, base_weight=residual_weight, base_eps=eps, extra=None, extra_r=0,
-            extra_index=None, extra_index_b=0, stats=stats, stats_s=sums_s, stats_b=sums_b, stats_m=2,
-            stats_weight=stats_weight, ACTIVATION=None,
-            OUT_SLOTS=triton.next_power_of_2(triton.cdiv(OUTPUTS, SLOT)), SLOT_COLUMNS=SLOT,
-            NORM=None, SLOTS=1, LIBRARY=False, SPLIT_K=TILE[3], BLOCK_M=TILE[0], BLOCK_N=TILE[1], BLOCK_K=TILE[2],
-            EVEN_K=INPUTS % TILE[2] == 0, STREAM=STREAM, PDL=False,
-        )  # fmt: skip
-
-
-@triton.jit
 def _flow_loop(
     addresses,
-    attention_scale,
-    attention_bias,
-    attention_gate,
-    mlp_scale,
-    mlp_bias,
-    mlp_gate,
+    attention,
+    mlp,
     middle_norms,
     final_norms,
     q_norms,
@@ -214,21 +61,7 @@ def _flow_loop(
     end_valid,
     prefix_length,
     action_mask,
-    start,
-    start_sums,
-    middle,
-    middle_sums,
-    end,
-    end_sums,
-    q,
-    k,
-    v,
-    mixed,
-    hidden,
-    embedded,
-    cos,
-    sin,
-    z,
+    buffers,
     partials,
     counters,
     barrier,
@@ -265,16 +98,11 @@ def _flow_loop(
 ):
     SLOTS: tl.constexpr = triton.cdiv(COLUMNS, SLOT)
     SHARE: tl.constexpr = HEADS // GROUPS
-    DTYPE: tl.constexpr = mixed.dtype.element_ty
+    DTYPE: tl.constexpr = buffers.mixed.dtype.element_ty
+    b, shared = buffers, Shared(barrier, partials, counters, batch, tokens, eps)
     first, count = tl.program_id(0), tl.num_programs(0)
-    rows, actions = batch * tokens, tokens - context
-    stream_b, sums_s, sums_b, head_b, head_h = (
-        tokens * COLUMNS,
-        2 * rows,
-        2 * tokens,
-        HEADS * tokens * DIM,
-        tokens * DIM,
-    )
+    actions = tokens - context
+    stream_b, head_b, head_h = tokens * COLUMNS, HEADS * tokens * DIM, tokens * DIM
     action_rows = batch * actions
     attention_tiles = tl.cdiv(tokens * SHARE, ATTENTION[0])
     stage = 0
@@ -287,31 +115,31 @@ def _flow_loop(
             gate_up_weight = _weight(addresses, 4 * layer + 2, DTYPE)
             down_weight = _weight(addresses, 4 * layer + 3, DTYPE)
             q_norm, k_norm = q_norms + layer * DIM, k_norms + layer * DIM
-            bias, col_scale = attention_bias + place * (3 * HEADS * DIM), attention_scale + place * COLUMNS
-            gate, middle_norm = attention_gate + place * COLUMNS, middle_norms + layer * COLUMNS
+            bias, col_scale = attention.bias + place * (3 * HEADS * DIM), attention.scale + place * COLUMNS
+            gate, middle_norm = attention.gate + place * COLUMNS, middle_norms + layer * COLUMNS
             final_norm = final_norms + layer * COLUMNS
 
             stage += 1
             if layer == 0:
-                _qkv_stage(
-                    barrier, stage, start, start_sums, qkv_weight, bias, col_scale, q, k, v, q_norm, k_norm, cos, sin,
-                    batch, tokens, eps, partials, counters, "rms", COLUMNS, HEADS, DIM, STREAM, QKV, PREFETCH,
+                qkv_stage(
+                    shared, stage, b.start, b.start_sums, qkv_weight, bias, col_scale, b.q, b.k, b.v, q_norm, k_norm,
+                    b.cos, b.sin, "rms", COLUMNS, HEADS, DIM, STREAM, QKV, PREFETCH,
                 )  # fmt: skip
             else:
-                _qkv_stage(
-                    barrier, stage, end, end_sums, qkv_weight, bias, col_scale, q, k, v, q_norm, k_norm, cos, sin,
-                    batch, tokens, eps, partials, counters, "double_rms", COLUMNS, HEADS, DIM, STREAM, QKV, PREFETCH,
+                qkv_stage(
+                    shared, stage, b.end, b.end_sums, qkv_weight, bias, col_scale, b.q, b.k, b.v, q_norm, k_norm,
+                    b.cos, b.sin, "double_rms", COLUMNS, HEADS, DIM, STREAM, QKV, PREFETCH,
                 )  # fmt: skip
 
             stage += 1
-            _arrive(barrier)
-            _wait(barrier, stage)
+            arrive(barrier)
+            wait(barrier, stage)
             for program in range(first, attention_tiles * ATTENTION[2] * GROUPS * batch, count):
                 _lambda_attention(
-                    program=program, q=q, q_b=head_b, q_h=head_h, q_m=DIM, k=k, k_b=head_b, k_h=head_h, k_m=DIM, v=v,
-                    v_b=head_b, v_h=head_h, v_m=DIM, kv_keys=keys, kv_keys_b=kv_keys_b, kv_keys_g=kv_keys_g,
+                    program=program, q=b.q, q_b=head_b, q_h=head_h, q_m=DIM, k=b.k, k_b=head_b, k_h=head_h, k_m=DIM,
+                    v=b.v, v_b=head_b, v_h=head_h, v_m=DIM, kv_keys=keys, kv_keys_b=kv_keys_b, kv_keys_g=kv_keys_g,
                     kv_keys_n=kv_keys_n, kv_values=values, kv_values_b=kv_keys_b, kv_values_g=kv_keys_g,
-                    kv_values_n=kv_keys_n, begin=begin, end=end_valid, out=mixed, out_b=stream_b, out_m=COLUMNS,
+                    kv_values_n=kv_keys_n, begin=begin, end=end_valid, out=b.mixed, out_b=stream_b, out_m=COLUMNS,
                     partials=partials, counters=counters, tiles=attention_tiles, groups=GROUPS, queries=tokens,
                     cached=cached, window=window, context=context, scale=scale, SHARE=SHARE, DIM=DIM,
                     SPLITS=ATTENTION[2], BLOCK_M=ATTENTION[0], BLOCK_N=ATTENTION[1], OWN=OWN, PDL=False,
@@ -319,58 +147,45 @@ def _flow_loop(
 
             stage += 1
             if layer == 0:
-                _linear_stage(
-                    barrier, stage, mixed, out_weight, middle, start, gate, None, None, middle_sums, middle_norm,
-                    batch, tokens, tokens, eps, partials, counters, COLUMNS, COLUMNS, STREAM, OUT, PREFETCH,
+                linear_stage(
+                    shared, stage, b.mixed, tokens, out_weight, b.middle, b.start, gate, None, None, b.middle_sums,
+                    middle_norm, COLUMNS, COLUMNS, STREAM, OUT, PREFETCH,
                 )  # fmt: skip
             else:
-                _linear_stage(
-                    barrier, stage, mixed, out_weight, middle, end, gate, end_sums, final_norm - COLUMNS, middle_sums,
-                    middle_norm, batch, tokens, tokens, eps, partials, counters, COLUMNS, COLUMNS, STREAM, OUT,
-                    PREFETCH,
+                linear_stage(
+                    shared, stage, b.mixed, tokens, out_weight, b.middle, b.end, gate, b.end_sums,
+                    final_norm - COLUMNS, b.middle_sums, middle_norm, COLUMNS, COLUMNS, STREAM, OUT, PREFETCH,
                 )  # fmt: skip
 
             stage += 1
-            row_tiles = tl.cdiv(rows, GATE_UP[0])
-            tiles = _begin_product(
-                barrier, stage, gate_up_weight, row_tiles, 2 * INNER, COLUMNS, True, GATE_UP, PREFETCH
-            )
-            for program in range(first, tiles, count):
-                _swiglu(
-                    program=program, x=middle, x_b=stream_b, x_m=COLUMNS, w=gate_up_weight, w_n=COLUMNS, scale=None,
-                    bias=mlp_bias + place * (2 * INNER), col_scale=mlp_scale + place * COLUMNS, sums=middle_sums,
-                    sums_s=sums_s, sums_b=sums_b, sums_m=2, column_sums=None, norm_eps=eps, partials=partials,
-                    counters=counters, rows=rows, batch_rows=tokens, inputs=COLUMNS, slots=SLOTS, row_tiles=row_tiles,
-                    outputs=INNER, out=hidden, out_b=tokens * INNER, out_m=INNER, NORM="double_rms",
-                    SLOTS=triton.next_power_of_2(SLOTS), LIBRARY=False, SPLIT_K=GATE_UP[3], BLOCK_M=GATE_UP[0],
-                    BLOCK_N=GATE_UP[1], BLOCK_K=GATE_UP[2], EVEN_K=COLUMNS % GATE_UP[2] == 0, STREAM=STREAM,
-                    PDL=False,
-                )  # fmt: skip
+            swiglu_stage(
+                shared, stage, b.middle, b.middle_sums, gate_up_weight, mlp.bias + place * (2 * INNER),
+                mlp.scale + place * COLUMNS, b.hidden, "double_rms", COLUMNS, INNER, STREAM, GATE_UP, PREFETCH,
+            )  # fmt: skip
 
             stage += 1
-            _linear_stage(
-                barrier, stage, hidden, down_weight, end, middle, mlp_gate + place * COLUMNS, middle_sums, middle_norm,
-                end_sums, final_norm, batch, tokens, tokens, eps, partials, counters, INNER, COLUMNS, STREAM, DOWN,
-                PREFETCH,
+            linear_stage(
+                shared, stage, b.hidden, tokens, down_weight, b.end, b.middle, mlp.gate + place * COLUMNS,
+                b.middle_sums, middle_norm, b.end_sums, final_norm, INNER, COLUMNS, STREAM, DOWN, PREFETCH,
             )  # fmt: skip
             keys += kv_keys_l
             values += kv_keys_l
 
         stage += 1
-        _arrive(barrier)
-        _wait(barrier, stage)
+        arrive(barrier)
+        wait(barrier, stage)
         turn = step % 2
         column_tiles: tl.constexpr = triton.cdiv(COLUMNS, HIDDEN)
         z_b, z_size = actions * ACTION_COLUMNS, action_rows * ACTION_COLUMNS
         for program in range(first, tl.cdiv(action_rows, ROWS) * column_tiles, count):
             _euler_step(
-                program=program, x=end + context * COLUMNS, x_b=stream_b, x_t=COLUMNS, sums=end_sums + 2 * context,
-                sums_s=sums_s, sums_b=sums_b, sums_t=2, eps=eps, out_weight1=out_weight1, out_weight1_a=COLUMNS,
-                out_weight2=out_weight2, out_weight2_a=ACTION_COLUMNS, z=z + turn * z_size, z_b=z_b,
-                z_t=ACTION_COLUMNS, z_next=z + (1 - turn) * z_size, z_next_b=z_b, z_next_t=ACTION_COLUMNS,
+                program=program, x=b.end + context * COLUMNS, x_b=stream_b, x_t=COLUMNS, sums=b.end_sums + 2 * context,
+                sums_s=2 * batch * tokens, sums_b=2 * tokens, sums_t=2, eps=eps, out_weight1=out_weight1,
+                out_weight1_a=COLUMNS, out_weight2=out_weight2, out_weight2_a=ACTION_COLUMNS, z=b.z + turn * z_size,
+                z_b=z_b, z_t=ACTION_COLUMNS, z_next=b.z + (1 - turn) * z_size, z_next_b=z_b, z_next_t=ACTION_COLUMNS,
                 prefix_length=prefix_length, action_mask=action_mask, action_mask_b=z_b,
                 action_mask_t=ACTION_COLUMNS, dt=dt, in_weight=in_weight, in_weight_c=ACTION_COLUMNS,
-                hidden=embedded, hidden_b=actions * COLUMNS, hidden_t=COLUMNS, rows=action_rows, tokens=actions,
+                hidden=b.embedded, hidden_b=actions * COLUMNS, hidden_t=COLUMNS, rows=action_rows, tokens=actions,
                 actions=ACTION_COLUMNS, columns=COLUMNS, slots=SLOTS, hidden_columns=COLUMNS,
                 column_tiles=column_tiles, ROWS=ROWS, ACTIONS=ACTIONS, HIDDEN=HIDDEN, OUTPUT=OUTPUT,
                 SLOTS=triton.next_power_of_2(SLOTS), PDL=False,
@@ -378,12 +193,11 @@ def _flow_loop(
 
         if step + 1 < steps:
             stage += 1
-            _linear_stage(
-                barrier, stage, embedded, tokens_weight, start + context * COLUMNS, None, None, None, None,
-                start_sums + 2 * context, None, batch, actions, tokens, eps, partials, counters, COLUMNS, COLUMNS,
-                STREAM, TOKENS, PREFETCH,
+            linear_stage(
+                shared, stage, b.embedded, actions, tokens_weight, b.start + context * COLUMNS, None, None, None, None,
+                b.start_sums + 2 * context, None, COLUMNS, COLUMNS, STREAM, TOKENS, PREFETCH,
             )  # fmt: skip
-    _leave(barrier, stage)
+    leave(barrier, stage)
 
 
 def flow_loop(
@@ -438,12 +252,8 @@ def flow_loop(
         (min(programs, processors(buffers.q.device)),),
         {
             "addresses": weights.addresses,
-            "attention_scale": weights.attention.scale,
-            "attention_bias": weights.attention.bias,
-            "attention_gate": weights.attention.gate,
-            "mlp_scale": weights.mlp.scale,
-            "mlp_bias": weights.mlp.bias,
-            "mlp_gate": weights.mlp.gate,
+            "attention": weights.attention,
+            "mlp": weights.mlp,
             **{name: getattr(weights, name) for name in ("middle_norms", "final_norms", "q_norms", "k_norms")},
             "in_weight": weights.in_weights[0],
             "tokens_weight": weights.in_weights[1],
@@ -455,7 +265,7 @@ def flow_loop(
             "end_valid": inputs.end,
             "prefix_length": inputs.prefix_length,
             "action_mask": inputs.action_mask,
-            **{name: getattr(buffers, name) for name in BUFFERS},
+            "buffers": buffers,
             "partials": workspace.partials(max(count * split * size for count, split, size in work)),
             "counters": counters[1:],
             "barrier": counters[:1],

@@ -13,7 +13,7 @@ Where a tactic names the library, torch computes the product, and the same kerne
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from xr0_engine.kernels.arguments import STATS_COLUMNS, InputNorm, Tactic, Weight, Workspace
-from xr0_engine.kernels.device import gdc_begin, prefetch_l2
+from xr0_engine.kernels.device import gdc_begin, prefetch_l2, rows_of, tile_of
 from xr0_engine.kernels.launch import launch
 from xr0_engine.kernels.shapes import expect, strided
 
@@ -35,6 +35,65 @@ MIN_DOT = 16
 """Smallest side of a tile that tl.dot takes."""
 
 
+class Product(NamedTuple):
+    """What a product's kernel reads, as one argument: tensors, each with the strides of its dimensions, and sizes.
+
+    x: (B, M, K); w: (N, K); scale, bias, column_sums: (N,); col_scale: (K,); sums: (slots, B, M, 2). norm_eps, slots:
+    of sums. partials, counters: None where K is whole. rows: of all batches, in row_tiles tiles; batch_rows: M;
+    inputs: K.
+    """
+
+    x: Tensor
+    x_b: int
+    x_m: int
+    w: Tensor
+    w_n: int
+    scale: Tensor | None
+    bias: Tensor | None
+    col_scale: Tensor | None
+    sums: Tensor | None
+    sums_s: int
+    sums_b: int
+    sums_m: int
+    column_sums: Tensor | None
+    norm_eps: float
+    partials: Tensor | None
+    counters: Tensor | None
+    rows: int
+    batch_rows: int
+    inputs: int
+    slots: int
+    row_tiles: int
+
+
+class How(NamedTuple):
+    """What a product's kernel is compiled for, as one argument.
+
+    SLOTS: a power of two. EVEN_K: K is a multiple of BLOCK_K. STREAM: weight blocks need not stay in the cache.
+    """
+
+    NORM: str | None
+    SLOTS: int
+    LIBRARY: bool
+    SPLIT_K: int
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    EVEN_K: bool
+    STREAM: bool
+
+
+class Tile(NamedTuple):
+    """A program's share of a product, on the device. batch, row, inside: (BLOCK_M,), as rows_of has them."""
+
+    row_tile: Any
+    split: Any
+    column_tile: Any
+    batch: Any
+    row: Any
+    inside: Any
+
+
 @triton.constexpr_function
 def compute_type(x, w):
     """What factors are rounded to: the weight's dtype, for 8-bit weights the input's, at most 16 bits."""
@@ -44,27 +103,13 @@ def compute_type(x, w):
 
 
 @triton.jit
-def tile_of(program, row_tiles, SPLIT_K: tl.constexpr):
-    """(row tile, split, column tile) of a program."""
-    rest = program // row_tiles
-    return program % row_tiles, rest % SPLIT_K, rest // SPLIT_K
-
-
-@triton.jit
-def paired(first, distance, N: tl.constexpr):
-    """N / 2 pairs (first + i, first + i + distance), flattened: tl.split then parts them within each thread."""
-    column = tl.arange(0, N)
-    return first + column // 2 + (column % 2) * distance
-
-
-@triton.jit
-def rows_of(row_tile, rows, batch_rows, BLOCK_M: tl.constexpr):
-    """(batch, row, is it one) of a tile's rows; those behind the last are the last again."""
-    index = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    inside = index < rows
-    index = tl.minimum(index, rows - 1)
-    batch = index // batch_rows
-    return batch.to(tl.int64), index - batch * batch_rows, inside
+def take_tile(program, product, HOW: tl.constexpr):
+    """The Tile of a program; None is the one that runs."""
+    if program is None:
+        program = tl.program_id(0)
+    row_tile, split, column_tile = tile_of(program, product.row_tiles, HOW.SPLIT_K)
+    batch, row, inside = rows_of(row_tile, product.rows, product.batch_rows, HOW.BLOCK_M)
+    return Tile(row_tile, split, column_tile, batch, row, inside)
 
 
 @triton.jit
@@ -80,81 +125,74 @@ def prefetch_weight(w, w_n, n, split, inputs, SPLIT_K: tl.constexpr, BLOCK_K: tl
 
 
 @triton.jit
-def multiply(
-    x,
-    x_offset,
-    w,
-    w_n,
-    n,
-    col_scale,
-    split,
-    inputs,
-    SPLIT_K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    STREAM: tl.constexpr,
-):
+def _multiply(product, x_offset, n, split, HOW: tl.constexpr):
     """(BLOCK_M, BLOCK_N) float32: rows at x_offset times weight rows n, over one split's part of K."""
-    compute: tl.constexpr = compute_type(x.dtype.element_ty, w.dtype.element_ty)
-    policy: tl.constexpr = "evict_first" if STREAM else ""
-    step = tl.arange(0, BLOCK_K)
-    x_tile = x + x_offset[:, None] + step[None, :]
-    w_tile = w + n[None, :].to(tl.int64) * w_n + step[:, None]
-    part = tl.cdiv(tl.cdiv(inputs, BLOCK_K), SPLIT_K) * BLOCK_K
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(split * part, tl.minimum(split * part + part, inputs), BLOCK_K):
-        if EVEN_K:
+    compute: tl.constexpr = compute_type(product.x.dtype.element_ty, product.w.dtype.element_ty)
+    policy: tl.constexpr = "evict_first" if HOW.STREAM else ""
+    step, inputs = tl.arange(0, HOW.BLOCK_K), product.inputs
+    x_tile = product.x + x_offset[:, None] + step[None, :]
+    w_tile = product.w + n[None, :].to(tl.int64) * product.w_n + step[:, None]
+    part = tl.cdiv(tl.cdiv(inputs, HOW.BLOCK_K), HOW.SPLIT_K) * HOW.BLOCK_K
+    # Not tl.zeros, which in Triton 3.6 takes no numbers of a named tuple.
+    total = tl.full((HOW.BLOCK_M, HOW.BLOCK_N), 0.0, tl.float32)
+    for start in range(split * part, tl.minimum(split * part + part, inputs), HOW.BLOCK_K):
+        if HOW.EVEN_K:
             a = tl.load(x_tile + start)
             b = tl.load(w_tile + start, eviction_policy=policy)
         else:
             inside = start + step < inputs
             a = tl.load(x_tile + start, inside[None, :], 0.0)
             b = tl.load(w_tile + start, inside[:, None], 0.0, eviction_policy=policy)
-        if col_scale is not None:
-            scale = tl.load(col_scale + start + step, start + step < inputs, 0.0)
+        if product.col_scale is not None:
+            scale = tl.load(product.col_scale + start + step, start + step < inputs, 0.0)
             a = a.to(tl.float32) * scale.to(tl.float32)[None, :]
         total = tl.dot(a.to(compute), b.to(compute), total, input_precision="ieee")
     return total
 
 
 @triton.jit
-def deposit(
-    total,
-    partials,
-    counters,
-    tile,
-    split,
-    SPLIT_K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Leave one split's part of a tile in memory. Returns how many of the tile's splits had done so before."""
-    place = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    tl.store(partials + (tile * SPLIT_K + split).to(tl.int64) * (BLOCK_M * BLOCK_N) + place, total)
-    # The counter is touched by one thread: every thread's part must be there before.
-    tl.debug_barrier()
-    return tl.atomic_add(counters + tile, 1, sem="acq_rel", scope="gpu")
+def multiply(product, tile, n, HOW: tl.constexpr, PDL: tl.constexpr):
+    """(BLOCK_M, BLOCK_N) float32, a tile's rows times weight rows n, and whether this program is to finish it.
+
+    Where K is split these are one split's; the last of a tile's programs to come by finishes it.
+    """
+    if PDL and not HOW.LIBRARY and tile.row_tile == 0:
+        prefetch_weight(product.w, product.w_n, n, tile.split, product.inputs, HOW.SPLIT_K, HOW.BLOCK_K)
+    gdc_begin(PDL)
+    x_offset = tile.batch * product.x_b + tile.row * product.x_m
+    if HOW.LIBRARY:
+        y = tl.load(product.x + x_offset[:, None] + n[None, :]).to(tl.float32)
+    else:
+        y = _multiply(product, x_offset, n, tile.split, HOW)
+    complete = HOW.SPLIT_K == 1
+    if HOW.SPLIT_K > 1:
+        complete = _deposit(y, product, tile, HOW) == HOW.SPLIT_K - 1
+    return y, complete
 
 
 @triton.jit
-def collect(
-    partials,
-    counters,
-    tile,
-    SPLIT_K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+def _deposit(total, product, tile, HOW: tl.constexpr):
+    """Leave one split's part of a tile in memory. Returns how many of the tile's splits had done so before."""
+    index = tile.column_tile * product.row_tiles + tile.row_tile
+    place = tl.arange(0, HOW.BLOCK_M)[:, None] * HOW.BLOCK_N + tl.arange(0, HOW.BLOCK_N)[None, :]
+    part = (index * HOW.SPLIT_K + tile.split).to(tl.int64) * (HOW.BLOCK_M * HOW.BLOCK_N)
+    tl.store(product.partials + part + place, total)
+    # The counter is touched by one thread: every thread's part must be there before.
+    tl.debug_barrier()
+    return tl.atomic_add(product.counters + index, 1, sem="acq_rel", scope="gpu")
+
+
+@triton.jit
+def _collect(product, tile, HOW: tl.constexpr):
     """A tile's parts, added up in the order of K. Puts the counter back."""
-    place = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    part = partials + tile.to(tl.int64) * (SPLIT_K * BLOCK_M * BLOCK_N) + place
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for _ in range(SPLIT_K):
+    index = tile.column_tile * product.row_tiles + tile.row_tile
+    place = tl.arange(0, HOW.BLOCK_M)[:, None] * HOW.BLOCK_N + tl.arange(0, HOW.BLOCK_N)[None, :]
+    part = product.partials + index.to(tl.int64) * (HOW.SPLIT_K * HOW.BLOCK_M * HOW.BLOCK_N) + place
+    total = tl.full((HOW.BLOCK_M, HOW.BLOCK_N), 0.0, tl.float32)
+    for _ in range(HOW.SPLIT_K):
         total += tl.load(part, cache_modifier=".cg")
-        part += BLOCK_M * BLOCK_N
-    tl.store(counters + tile, 0)
+        part += HOW.BLOCK_M * HOW.BLOCK_N
+    tl.store(product.counters + index, 0)
     return total
 
 
@@ -166,41 +204,30 @@ def add_slots(sums, slots_stride, place, slots, SLOTS: tl.constexpr):
 
 
 @triton.jit
-def finish(
-    total,
-    n,
-    scale,
-    bias,
-    sums,
-    sums_s,
-    place,
-    column_sums,
-    eps,
-    slots,
-    inputs,
-    NORM: tl.constexpr,
-    SLOTS: tl.constexpr,
-):
-    """What follows every product: the weight's scale, the norm of the input's rows (sums at place), the bias."""
-    if scale is not None:
-        total *= tl.load(scale + n)[None, :]
-    if NORM is not None:
-        inverse = 1.0 / inputs
-        first = add_slots(sums, sums_s, place, slots, SLOTS) * inverse
-        if NORM == "rms":
-            row_scale = tl.rsqrt(first + eps)
+def finish(y, product, tile, n, HOW: tl.constexpr):
+    """What follows multiply: all splits' sum, the weight's scale, the norm of the input's rows, the bias."""
+    if HOW.SPLIT_K > 1:
+        y = _collect(product, tile, HOW)
+    if product.scale is not None:
+        y *= tl.load(product.scale + n)[None, :]
+    if HOW.NORM is not None:
+        place = tile.batch * product.sums_b + tile.row * product.sums_m
+        inverse = 1.0 / product.inputs
+        first = add_slots(product.sums, product.sums_s, place, product.slots, HOW.SLOTS) * inverse
+        if HOW.NORM == "rms":
+            row_scale = tl.rsqrt(first + product.norm_eps)
         else:
-            second = add_slots(sums + 1, sums_s, place, slots, SLOTS) * inverse
-            if NORM == "layer":
-                total -= second[:, None] * tl.load(column_sums + n)[None, :]
-                row_scale = tl.rsqrt(first - second * second + eps)
+            second = add_slots(product.sums + 1, product.sums_s, place, product.slots, HOW.SLOTS) * inverse
+            if HOW.NORM == "layer":
+                y -= second[:, None] * tl.load(product.column_sums + n)[None, :]
+                row_scale = tl.rsqrt(first - second * second + product.norm_eps)
             else:
-                row_scale = tl.rsqrt(first + eps)
-                row_scale *= tl.rsqrt(row_scale * row_scale * second + eps)
-        total *= row_scale[:, None]
-    if bias is not None:
-        total += tl.load(bias + n).to(tl.float32)[None, :]
-    return total
+                row_scale = tl.rsqrt(first + product.norm_eps)
+                row_scale *= tl.rsqrt(row_scale * row_scale * second + product.norm_eps)
+        y *= row_scale[:, None]
+    if product.bias is not None:
+        y += tl.load(product.bias + n).to(tl.float32)[None, :]
+    return y
 
 
 @triton.jit
@@ -291,31 +318,35 @@ def launch_product(
         (tiles * split_k,),
         {
             "program": None,
-            **strided("x", x, "bm"),
-            **strided("w", weight.data, "n"),
-            "scale": weight.scale,
-            "bias": bias,
-            "col_scale": col_scale,
-            **strided("sums", None if norm is None else norm.sums, "sbm"),
-            "column_sums": None if norm is None else norm.column_sums,
-            "norm_eps": 0.0 if norm is None else norm.eps,
-            "partials": workspace.partials(tiles * split_k * tactic.block_m * tile_weights) if split else None,
-            "counters": workspace.counters(tiles) if split else None,
-            "rows": rows,
-            "batch_rows": batch_rows,
-            "inputs": inputs,
-            "slots": triton.cdiv(inputs, STATS_COLUMNS),
-            "row_tiles": row_tiles,
+            "product": Product(
+                **strided("x", x, "bm"),
+                **strided("w", weight.data, "n"),
+                scale=weight.scale,
+                bias=bias,
+                col_scale=col_scale,
+                **strided("sums", None if norm is None else norm.sums, "sbm"),
+                column_sums=None if norm is None else norm.column_sums,
+                norm_eps=0.0 if norm is None else norm.eps,
+                partials=workspace.partials(tiles * split_k * tactic.block_m * tile_weights) if split else None,
+                counters=workspace.counters(tiles) if split else None,
+                rows=rows,
+                batch_rows=batch_rows,
+                inputs=inputs,
+                slots=triton.cdiv(inputs, STATS_COLUMNS),
+                row_tiles=row_tiles,
+            ),
             **epilogue,
-            "NORM": None if norm is None else norm.kind,
-            "SLOTS": triton.next_power_of_2(triton.cdiv(inputs, STATS_COLUMNS)),
-            "LIBRARY": tactic.library,
-            "SPLIT_K": split_k,
-            "BLOCK_M": tactic.block_m,
-            "BLOCK_N": tile_weights,
-            "BLOCK_K": tactic.block_k,
-            "EVEN_K": inputs % tactic.block_k == 0,
-            "STREAM": row_tiles <= STREAM_ROW_TILES,
+            "HOW": How(
+                NORM=None if norm is None else norm.kind,
+                SLOTS=triton.next_power_of_2(triton.cdiv(inputs, STATS_COLUMNS)),
+                LIBRARY=tactic.library,
+                SPLIT_K=split_k,
+                BLOCK_M=tactic.block_m,
+                BLOCK_N=tile_weights,
+                BLOCK_K=tactic.block_k,
+                EVEN_K=inputs % tactic.block_k == 0,
+                STREAM=row_tiles <= STREAM_ROW_TILES,
+            ),
         },
         tactic.warps,
         tactic.stages,

@@ -13,19 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from xr0_engine.kernels.arguments import InputNorm, Tactic, Weight, Workspace
-from xr0_engine.kernels.device import gdc_begin
-from xr0_engine.kernels.product import (
-    check_product,
-    collect,
-    deposit,
-    finish,
-    launch_product,
-    multiply,
-    paired,
-    prefetch_weight,
-    rows_of,
-    tile_of,
-)
+from xr0_engine.kernels.device import paired
+from xr0_engine.kernels.product import check_product, finish, launch_product, multiply, take_tile
 from xr0_engine.kernels.shapes import expect, expect_head_dim, strided
 
 
@@ -53,27 +42,7 @@ def _store_rotated(first, second, norm_weight, eps, cos, sin, angles, out, place
 @triton.jit
 def _qkv(
     program,
-    x,
-    x_b,
-    x_m,
-    w,
-    w_n,
-    scale,
-    bias,
-    col_scale,
-    sums,
-    sums_s,
-    sums_b,
-    sums_m,
-    column_sums,
-    norm_eps,
-    partials,
-    counters,
-    rows,
-    batch_rows,
-    inputs,
-    slots,
-    row_tiles,
+    product,
     query_heads,
     kv_heads,
     q,
@@ -97,45 +66,18 @@ def _qkv(
     sin,
     sin_b,
     sin_m,
-    NORM: tl.constexpr,
-    SLOTS: tl.constexpr,
-    LIBRARY: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    STREAM: tl.constexpr,
+    HOW: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    if program is None:
-        program = tl.program_id(0)
-    HALF: tl.constexpr = BLOCK_N // 2
-    row_tile, split, head = tile_of(program, row_tiles, SPLIT_K)
-    batch, row, row_inside = rows_of(row_tile, rows, batch_rows, BLOCK_M)
-    n = paired(head * BLOCK_N, HALF, BLOCK_N)
-    if PDL and not LIBRARY and row_tile == 0:
-        prefetch_weight(w, w_n, n, split, inputs, SPLIT_K, BLOCK_K)
-    gdc_begin(PDL)
-
-    x_offset = batch * x_b + row * x_m
-    if LIBRARY:
-        y = tl.load(x + x_offset[:, None] + n[None, :]).to(tl.float32)
-    else:
-        y = multiply(
-            x, x_offset, w, w_n, n, col_scale, split, inputs, SPLIT_K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, STREAM
-        )
-    complete = SPLIT_K == 1
-    if SPLIT_K > 1:
-        tile = head * row_tiles + row_tile
-        complete = deposit(y, partials, counters, tile, split, SPLIT_K, BLOCK_M, BLOCK_N) == SPLIT_K - 1
+    HALF: tl.constexpr = HOW.BLOCK_N // 2
+    tile = take_tile(program, product, HOW)
+    batch, row, head = tile.batch, tile.row, tile.column_tile
+    n = paired(head * HOW.BLOCK_N, HALF, HOW.BLOCK_N)
+    y, complete = multiply(product, tile, n, HOW, PDL)
     if complete:
-        if SPLIT_K > 1:
-            y = collect(partials, counters, tile, SPLIT_K, BLOCK_M, BLOCK_N)
-        place = batch * sums_b + row * sums_m
-        y = finish(y, n, scale, bias, sums, sums_s, place, column_sums, norm_eps, slots, inputs, NORM, SLOTS)
-        first, second = tl.split(tl.reshape(y, (BLOCK_M, HALF, 2)))
-        mask = row_inside[:, None]
+        y = finish(y, product, tile, n, HOW)
+        first, second = tl.split(tl.reshape(y, (HOW.BLOCK_M, HALF, 2)))
+        mask = tile.inside[:, None]
         angles = (batch * cos_b + row * cos_m, batch * sin_b + row * sin_m)
         if head >= query_heads + kv_heads:
             value_place = batch * v_b + (head - query_heads - kv_heads) * v_h + row * v_m

@@ -1,0 +1,64 @@
+"""What the compiler is told of a launch's arguments: their types, what is compiled in, what is a multiple of 16."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.kernels.products import meta, meta_float
+from xr0_engine.kernels.launch import Launch, _Signature, variants
+
+
+class Pair(NamedTuple):
+    x: Tensor | None
+    rows: int
+    eps: float = 1.0
+
+
+class How(NamedTuple):
+    BLOCK: int
+
+
+PARAMETERS = {"program": False, "pair": False, "out": False, "HOW": True, "PDL": True}
+KERNEL = SimpleNamespace(
+    __name__="kernel", params=[SimpleNamespace(name=name, is_constexpr=is_it) for name, is_it in PARAMETERS.items()]
+)
+
+
+def call(pair: Pair, block: int = 16) -> Launch:
+    arguments = {"program": None, "pair": pair, "out": meta_float(8)[1:], "HOW": How(block)}
+    return Launch(KERNEL, (1,), arguments, warps=4, stages=3)
+
+
+def test_fields_are_arguments_of_their_own():
+    signature = _Signature(call(Pair(meta(4, 4), 32)), dependent=True)
+    pair = Pair("*bf16", "i32", "fp32")
+    constant = dict.fromkeys(("program", "HOW", "PDL"), "constexpr")
+    assert signature.types == {"pair": pair, "out": "*fp32", **constant}
+    assert type(signature.types["pair"]) is Pair
+    assert signature.constants == {(0,): None, (3,): How(16), (4,): True}
+    assert signature.divisible == [(1, 0), (1, 1)]
+
+
+def test_none_and_one_are_compiled_in():
+    signature = _Signature(call(Pair(None, 1)))
+    assert signature.types["pair"] == Pair("constexpr", "constexpr", "fp32")
+    assert signature.constants == {(0,): None, (1, 0): None, (1, 1): 1, (3,): How(16), (4,): False}
+    assert signature.named_constants == {"program": None, "x": None, "rows": 1, "BLOCK": 16, "PDL": False}
+
+
+@pytest.mark.parametrize(
+    ("other", "count"),
+    [
+        pytest.param(call(Pair(meta(8, 8), 64, 2.0)), 1, id="values"),
+        pytest.param(call(Pair(meta(4, 4), 33)), 2, id="alignment"),
+        pytest.param(call(Pair(meta_float(4, 4), 32)), 2, id="dtype"),
+        pytest.param(call(Pair(torch.empty(0, dtype=torch.bfloat16, device="meta"), 32), 32), 2, id="constant"),
+    ],
+)
+def test_variants(other, count):
+    assert len(variants([call(Pair(meta(4, 4), 32)), other])) == count
