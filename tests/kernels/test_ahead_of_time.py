@@ -1,4 +1,4 @@
-"""Kernels compiled for chips that are not here. Those of a step in bfloat16 are tests/bench/test_compile.py's; here is
+"""Kernels compiled for chips that are not here. Those of a step in bfloat16: tests/bench/step/test_compile.py; here is
 what else a table of tactics, 8-bit weights or another number of rows makes of them.
 
 They are compiled in a process of its own, since this one may have Triton's interpreter in the compiler's place.

@@ -208,7 +208,8 @@ class Executor:
         self._told = command, last if is_new else before
         if is_new:
             self._timeline.executed(step, command)
-            self._record("step", time_s=sent_s, row=command.tolist(), clipped=clipped, **self._note)
+            if self._recorder is not None:
+                self._record("step", time_s=sent_s, row=command.tolist(), clipped=clipped, **self._note)
 
     def _request(self, step: int, now: float) -> None:
         """Start an inference, if it is time for one."""

@@ -23,6 +23,7 @@ from xr0_engine.exported.manifest import (
 )
 from xr0_engine.exported.onnx_stage import OnnxStage
 from xr0_engine.exported.tensorrt_stage import TensorRTStage
+from xr0_engine.model.flow import Trace
 from xr0_engine.model.network import Mark, step_by_stages, unmarked
 from xr0_engine.types import KVBlock, ModelInputs, VisionTokens
 
@@ -111,20 +112,23 @@ class ExportedModel:
         )
 
     def sample(
-        self,
-        kv: KVBlock,
-        state: Tensor,
-        noise: Tensor,
-        prefix: Tensor,
-        prefix_length: Tensor,
-        trace: list[Tensor] | None = None,
+        self, kv: KVBlock, state: Tensor, noise: Tensor, prefix: Tensor, prefix_length: Tensor, trace: Trace = None
     ) -> Tensor:
         """As Network.sample. Raises NotImplementedError for a trace: a graph shows its end alone."""
         if trace is not None:
             raise NotImplementedError("trace: an export does not show its steps; the reference backend does")
-        return self._run(stage_key("flow", kv.keys.shape[3]), flow_inputs(kv, state, noise, prefix, prefix_length))[
-            "actions"
-        ]
+        given = {
+            "keys": kv.keys,
+            "values": kv.values,
+            "attention_mask": kv.mask,
+            "next_position": kv.next_position,
+            "state": state,
+            "noise": noise,
+            "prefix": prefix,
+            "prefix_length": prefix_length,
+            "action_mask": kv.action_mask,
+        }
+        return self._run(stage_key("flow", kv.keys.shape[3]), given)["actions"]
 
     def step(
         self, inputs: ModelInputs, noise: Tensor, prefix: Tensor, prefix_length: Tensor, mark: Mark = unmarked
@@ -183,20 +187,6 @@ def prompt(inputs: ModelInputs, tokens: int) -> dict[str, Tensor]:
         "input_ids": pad(inputs.input_ids),
         "attention_mask": pad(inputs.attention_mask),
         "position_ids": pad(inputs.position_ids),
-    }
-
-
-def flow_inputs(kv: KVBlock, state: Tensor, noise: Tensor, prefix: Tensor, prefix_length: Tensor) -> dict[str, Tensor]:
-    return {
-        "keys": kv.keys,
-        "values": kv.values,
-        "attention_mask": kv.mask,
-        "next_position": kv.next_position,
-        "state": state,
-        "noise": noise,
-        "prefix": prefix,
-        "prefix_length": prefix_length,
-        "action_mask": kv.action_mask,
     }
 
 

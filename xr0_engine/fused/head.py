@@ -26,7 +26,7 @@ from xr0_engine.fused.ops import (
 )
 from xr0_engine.fused.vlm import new_sums, packed
 from xr0_engine.model.dit import DIT_RMS_EPS, ActionHead, DiTLayer, Projector
-from xr0_engine.model.flow import flow_times
+from xr0_engine.model.flow import Trace, flow_times
 from xr0_engine.model.layers import inverse_frequencies, mrope_axes, parts_of
 
 
@@ -99,7 +99,7 @@ class FusedHead:
         ops: FusedOps,
         inputs: FlowInputs,
         b: FlowBuffers,
-        trace: list[Tensor] | None = None,
+        trace: Trace = None,
         *,
         persistent: bool = False,
     ) -> Tensor:
@@ -117,9 +117,7 @@ class FusedHead:
             return b.z[self.steps % 2]
         return self.finish(ops, inputs, b, 0, trace)
 
-    def finish(
-        self, ops: FusedOps, inputs: FlowInputs, b: FlowBuffers, first: int, trace: list[Tensor] | None = None
-    ) -> Tensor:
+    def finish(self, ops: FusedOps, inputs: FlowInputs, b: FlowBuffers, first: int, trace: Trace = None) -> Tensor:
         """The steps from `first` on. As run."""
         for step in range(first, self.steps):
             if trace is not None:

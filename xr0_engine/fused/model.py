@@ -13,6 +13,7 @@ from xr0_engine.fused.parts import FusedParts
 from xr0_engine.fused.prompts import SessionKey, bucket, left_padded, session_key
 from xr0_engine.fused.session import FlowSession, Session
 from xr0_engine.fused.tactics import TacticTable
+from xr0_engine.model.flow import Trace
 from xr0_engine.model.kept import Kept
 from xr0_engine.model.network import Mark, unmarked
 from xr0_engine.model.xr0 import XR0Model
@@ -47,13 +48,7 @@ class FusedModel(FusedParts):
 
     @torch.inference_mode()
     def sample(
-        self,
-        kv: KVBlock,
-        state: Tensor,
-        noise: Tensor,
-        prefix: Tensor,
-        prefix_length: Tensor,
-        trace: list[Tensor] | None = None,
+        self, kv: KVBlock, state: Tensor, noise: Tensor, prefix: Tensor, prefix_length: Tensor, trace: Trace = None
     ) -> Tensor:
         """As Network.sample. Raises ValueError if a row's tokens have a gap between them."""
         batch, tokens = kv.mask.shape

@@ -1,5 +1,4 @@
-"""The fused ops that the GPU backend's stages are made of: which kernel runs, with which tactic. Beside ops.py the only
-importer of kernels.
+"""The fused ops that the GPU backend's stages are made of: which kernel runs, with which tactic. Alone imports kernels.
 
 Every op writes into buffers that it is given. `triton` runs kernels, on a CUDA GPU or, under TRITON_INTERPRET=1, in
 Triton's interpreter; `reference` is their oracle, which runs everywhere and shows what a stage is to compute.
@@ -10,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -44,6 +43,7 @@ __all__ = [
     "HalfBlock",
     "InputNorm",
     "Residual",
+    "Shape",
     "StatsOut",
     "Tactic",
     "Weight",
@@ -54,6 +54,9 @@ __all__ = [
     "without_dependent_launch",
 ]
 
+Shape: TypeAlias = tuple[int, ...]
+"""As tactic_key has it."""
+
 
 class FusedOps:
     """The fused ops of one backend, in the order of one stream.
@@ -63,11 +66,7 @@ class FusedOps:
     """
 
     def __init__(
-        self,
-        backend: str,
-        device: torch.device,
-        tactics: Mapping[str, Tactic] | None = None,
-        arch: int | None = None,
+        self, backend: str, device: torch.device, tactics: Mapping[str, Tactic] | None = None, arch: int | None = None
     ) -> None:
         self.backend, self.tactics = backend, dict(tactics or {})
         self.workspace = Workspace(device)
@@ -273,12 +272,7 @@ class FusedOps:
         return self._kernels.default_tactic(kind, shape, self._arch)
 
     def run(
-        self,
-        kind: str,
-        shape: tuple[int, ...],
-        dtype: torch.dtype,
-        arguments: tuple[Any, ...],
-        options: Mapping[str, Any],
+        self, kind: str, shape: Shape, dtype: torch.dtype, arguments: tuple[Any, ...], options: Mapping[str, Any]
     ) -> None:
         """Where every op that has tactics comes through: with that of the table for its key, else the default."""
         tactic = self.tactics.get(tactic_key(kind, shape, dtype)) or self.default(kind, shape)

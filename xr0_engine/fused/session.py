@@ -20,6 +20,7 @@ from xr0_engine.fused.parts import FusedParts
 from xr0_engine.fused.prompts import SessionKey, right_padded, visible_range
 from xr0_engine.fused.staging import Staging
 from xr0_engine.fused.tactics import TacticTable
+from xr0_engine.model.flow import Trace
 from xr0_engine.types import KVBlock, ModelInputs, VisionTokens
 
 PARTS = ("step", "vision", "prefill", "flow")
@@ -215,13 +216,7 @@ class FlowSession:
 
     @torch.inference_mode()
     def sample(
-        self,
-        kv: KVBlock,
-        state: Tensor,
-        noise: Tensor,
-        prefix: Tensor,
-        prefix_length: Tensor,
-        trace: list[Tensor] | None = None,
+        self, kv: KVBlock, state: Tensor, noise: Tensor, prefix: Tensor, prefix_length: Tensor, trace: Trace = None
     ) -> Tensor:
         """As Network.sample; with a trace op by op. Raises ValueError if a row's tokens have a gap between them."""
         begin, end = visible_range(kv.mask)

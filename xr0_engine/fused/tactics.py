@@ -26,7 +26,7 @@ Flow = Literal["chained", "persistent"]
 class TacticTable:
     """What was measured on one kind of GPU.
 
-    tactics: key (fused_ops.tactic_key) -> tactic. overlap: the flow's first step runs beside the VLM's last layers; its
+    tactics: key (ops.tactic_key) -> tactic. overlap: the flow's first step runs beside the VLM's last layers; its
     kernels are chained then. flow: how it runs otherwise.
     measured: key -> {candidate: microseconds}, winner first. environment: versions, driver, commit.
     """

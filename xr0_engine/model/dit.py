@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from xr0_engine.config import ActionHeadConfig, ModelConfig
 from xr0_engine.kernels import reference
-from xr0_engine.model.flow import euler_sample, flow_times, prefix_positions
+from xr0_engine.model.flow import Trace, euler_sample, flow_times, prefix_positions
 from xr0_engine.model.layers import GatedMLP, RMSNorm, inverse_frequencies, mrope_tables
 from xr0_engine.types import KVBlock
 
@@ -223,7 +223,7 @@ class ActionHead(nn.Module):
         prefix: Tensor,
         prefix_length: Tensor,
         table: Tensor,
-        trace: list[Tensor] | None = None,
+        trace: Trace = None,
     ) -> Tensor:
         """One chunk per row, (B, T, A) float32, in the model's units (spec section 2.5).
 

@@ -6,9 +6,13 @@ t = 0 is noise and t = 1 is action; trainer and sampler both take it from here. 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
+
+Trace: TypeAlias = list[Tensor] | None
+"""If a list, it receives z before each step and after the last: (B, T, A) float32 each."""
 
 
 def flow_times(steps: int) -> Tensor:
@@ -37,7 +41,7 @@ def euler_sample(
     is_prefix: Tensor,
     action_mask: Tensor,
     steps: int,
-    trace: list[Tensor] | None = None,
+    trace: Trace = None,
 ) -> Tensor:
     """Integrate the flow from noise to actions; prefix positions stay as given.
 

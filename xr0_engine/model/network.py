@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from xr0_engine.config import ModelConfig
+from xr0_engine.model.flow import Trace
 from xr0_engine.types import KVBlock, ModelInputs, VisionTokens
 
 Mark = Callable[[str], None]
@@ -41,13 +42,7 @@ class Network(Protocol):
         """The keys and values that the DiT reads. Raises ValueError if image tokens and images do not match."""
 
     def sample(
-        self,
-        kv: KVBlock,
-        state: Tensor,
-        noise: Tensor,
-        prefix: Tensor,
-        prefix_length: Tensor,
-        trace: list[Tensor] | None = None,
+        self, kv: KVBlock, state: Tensor, noise: Tensor, prefix: Tensor, prefix_length: Tensor, trace: Trace = None
     ) -> Tensor:
         """One chunk per row of a KV block: (B, T, A) float32, in the model's units (spec section 2.5).
 

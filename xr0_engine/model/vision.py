@@ -6,6 +6,7 @@ orders them, so merging is a reshape.
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import groupby
 
 import torch
@@ -124,14 +125,12 @@ class VisionTower(nn.Module):
 
     def tables(self, grids: tuple[tuple[int, int], ...]) -> tuple[Tensor, Tensor, Tensor]:
         """All that depends on the images' sizes alone: position embeddings (P, C), rotary cos and sin (P, 1, D)."""
-        positions, cos, sin = (torch.cat(parts) for parts in zip(*map(self._tables, grids), strict=True))
+        kept = [self._grid_tables.get(grid, partial(self._make_tables, *grid)) for grid in grids]
+        positions, cos, sin = (torch.cat(parts) for parts in zip(*kept, strict=True))
         return positions, cos, sin
 
-    def _tables(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Interpolated position embeddings (patches, C) and rotary cos, sin (patches, 1, D) of one image size, kept."""
-        return self._grid_tables.get(grid, lambda: self._make_tables(*grid))
-
     def _make_tables(self, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Interpolated position embeddings (patches, C) and rotary cos, sin (patches, 1, D) of one image size."""
         device = self.pos_embed.weight.device
         rows, columns = (
             index.flatten()

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from xr0_engine.config import ModelConfig
 from xr0_engine.model.dit import ActionHead
+from xr0_engine.model.flow import Trace
 from xr0_engine.model.kept import Kept
 from xr0_engine.model.layers import pack_linears
 from xr0_engine.model.network import Mark, step_by_stages, unmarked
@@ -74,13 +75,7 @@ class XR0Model(nn.Module):
 
     @torch.inference_mode()
     def sample(
-        self,
-        kv: KVBlock,
-        state: Tensor,
-        noise: Tensor,
-        prefix: Tensor,
-        prefix_length: Tensor,
-        trace: list[Tensor] | None = None,
+        self, kv: KVBlock, state: Tensor, noise: Tensor, prefix: Tensor, prefix_length: Tensor, trace: Trace = None
     ) -> Tensor:
         assert self._modulations is not None, "finish_loading was not called"
         return self.head.sample(kv, state, noise, prefix, prefix_length, self._modulations, trace)

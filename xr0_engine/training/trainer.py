@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from xr0_engine.backend import resolve_dtype
 from xr0_engine.robot.embodiment import load_embodiment
 from xr0_engine.robot.normalize import ActionStatistics
 from xr0_engine.training.base import read_base
@@ -28,7 +29,6 @@ from xr0_engine.training.validation import plot_run, validate
 
 CHECKPOINTS = "checkpoints"
 EXPORTED = "model"
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 class Source(Protocol):
@@ -70,7 +70,7 @@ class Trainer:
             torch.set_num_threads(config.run.threads)
 
         self.policy = build_policy(config, self.xr0)
-        shard(self.policy, world.mesh, DTYPES[config.model.dtype])
+        shard(self.policy, world.mesh, resolve_dtype(config.model.dtype))
         load_policy(self.policy, config, self.xr0, self.base, world.device)
         self.optimizer = make_optimizer(self.policy, config.optim)
         self.checkpointer = Checkpointer(folder / CHECKPOINTS, world, self.policy, self.optimizer, config.run.keep_last)

@@ -32,7 +32,7 @@ EIGHT_WARPS_FROM = 128 * 128
 def tiles(kind: str, shape: tuple[int, ...], default: Tactic, processors: int) -> list[Tactic]:
     """The first round: tiles, splits, and the library where it has such an op. The default comes first.
 
-    shape: as fused_ops.tactic_key has it. processors: of the chip. Raises ValueError for an unknown kind.
+    shape: as tactic_key has it. processors: of the chip. Raises ValueError for an unknown kind.
     """
     if kind == "attention":
         found = [*_attention_tiles(default), replace(default, library=True)]

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from xr0_engine.bench.step.workload import Workload
 from xr0_engine.config import ModelConfig
-from xr0_engine.fused.ops import FlowInputs, FusedOps, Weight, tactic_key
+from xr0_engine.fused.ops import FusedOps, Shape, Weight, tactic_key
 from xr0_engine.fused.parts import FusedParts
+from xr0_engine.fused.session import FlowSession
 from xr0_engine.fused.tactics import TacticTable
 from xr0_engine.model.layers import PackedLinears, pack_linears
 from xr0_engine.model.xr0 import XR0Model
@@ -80,12 +81,7 @@ class RecordingOps(FusedOps):
         self.calls: dict[str, Call] = {}
 
     def run(
-        self,
-        kind: str,
-        shape: tuple[int, ...],
-        dtype: torch.dtype,
-        arguments: tuple[Any, ...],
-        options: Mapping[str, Any],
+        self, kind: str, shape: Shape, dtype: torch.dtype, arguments: tuple[Any, ...], options: Mapping[str, Any]
     ) -> None:
         call = self.calls.setdefault(tactic_key(kind, shape, dtype), Call(kind, shape, arguments, options))
         call.count += 1
@@ -102,12 +98,7 @@ class PaperOps(FusedOps):
         self._owners = _owners(model)
 
     def run(
-        self,
-        kind: str,
-        shape: tuple[int, ...],
-        dtype: torch.dtype,
-        arguments: tuple[Any, ...],
-        options: Mapping[str, Any],
+        self, kind: str, shape: Shape, dtype: torch.dtype, arguments: tuple[Any, ...], options: Mapping[str, Any]
     ) -> None:
         name = self._label(arguments[1].data) if isinstance(arguments[1], Weight) else "attention"
         if kind == "qkv" and arguments[2] is None:
@@ -127,20 +118,16 @@ class PaperOps(FusedOps):
         if in_weight is not None:
             self._product(self._label(in_weight), z, in_weight)
 
-    def embed(self, *arguments: Any, **options: Any) -> None: ...
+    def _nothing(self, *arguments: Any, **options: Any) -> None: ...
 
-    def rope_tables(self, *arguments: Any, **options: Any) -> None: ...
-
-    def dit_rope_tables(self, *arguments: Any, **options: Any) -> None: ...
-
-    def layer_norm(self, *arguments: Any, **options: Any) -> None: ...
+    embed = rope_tables = dit_rope_tables = layer_norm = _nothing
 
     def _product(self, name: str, x: Tensor, weight: Tensor) -> None:
         """x: (B, M, any columns) of rows that are multiplied with weight (N, K)."""
         self._write(name, "linear", (x.shape[0] * x.shape[1], *weight.shape), (x, Weight(weight)), {})
 
     def _write(
-        self, name: str, kind: str, shape: tuple[int, ...], arguments: tuple[Any, ...], options: Mapping[str, Any]
+        self, name: str, kind: str, shape: Shape, arguments: tuple[Any, ...], options: Mapping[str, Any]
     ) -> None:
         call = Call(kind, shape, arguments, options, 0, self.stage, name)
         self.calls.setdefault((self.stage, name, kind, shape), call).count += 1
@@ -194,21 +181,8 @@ def step_on_meta(parts: FusedParts, work: Workload, ops: FusedOps, tokens: int) 
     ids, index, positions = (empty(*shape, dtype=torch.int32) for shape in (own, own, (3, *own)))
     parts.text.run(ops, ids, positions, index, images.tokens[0], tuple(tap[0] for tap in images.deepstack), prompt)
     begin("flow")
-    chunk, rows = (batch, work.chunk_length, config.head.action_dim), empty(batch, dtype=torch.int32)
-    noise, prefix, action_mask = (empty(*chunk, dtype=torch.float32) for _ in range(3))
-    inputs = FlowInputs(
-        keys=prompt.keys[config.first_read_layer :],
-        values=prompt.values[config.first_read_layer :],
-        begin=rows,
-        end=rows,
-        next_position=empty(3, batch, dtype=torch.int32),
-        state=empty(batch, config.head.state_length, config.head.state_dim),
-        noise=noise,
-        prefix=prefix,
-        prefix_length=rows,
-        action_mask=action_mask,
-    )
-    parts.head.run(ops, inputs, parts.head.buffers(batch, work.chunk_length))
+    flow = FlowSession(parts.head, ops, batch, tokens, work.chunk_length)
+    parts.head.run(ops, flow.inputs, parts.head.buffers(batch, work.chunk_length))
 
 
 @lru_cache(maxsize=8)
