@@ -87,6 +87,13 @@ def observation(value: float = 0.5, robot_type: str = "libero_all", size=(64, 48
     )
 
 
+def wait_until(condition) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline, "waited for 10 s"
+        time.sleep(0.005)
+
+
 def make_certificate(folder: Path) -> tuple[Path, Path]:
     """A certificate for localhost that nobody signed but itself, and its key."""
     certificate, key = folder / "cert.pem", folder / "key.pem"

@@ -12,10 +12,12 @@ import tracemalloc
 import numpy as np
 import pytest
 from PIL import Image
+from websockets.sync.client import connect
 
-from tests.serve.support import EchoEngine, backend, observation
+from tests.serve.support import EchoEngine, backend, observation, wait_until
 from xr0_engine import Client
 from xr0_engine.serve.legacy import restricted_loads
+from xr0_engine.serve.protocol import Request, decode_reply, encode_request
 from xr0_engine.serve.server import BackgroundServer
 from xr0_engine.serve.service import ServerConfig
 
@@ -248,6 +250,38 @@ def test_both_protocols_take_turns(server, client):
             results.append(client.receive()[0, 0, 0].item())
         asking.join()
     assert results == [0.25] * 20
+
+
+def test_shutdown_answers_what_was_asked_in_either_protocol():
+    engine = EchoEngine(gate=threading.Semaphore(0))
+    config = ServerConfig(port=0, legacy_port=free_port())
+    server = BackgroundServer(backend(engine), config)
+    server.__enter__()
+    with connect(server.url, compression=None) as modern:
+        modern.recv()
+        modern.send(encode_request(Request(GO, id=1)))
+        wait_until(lambda: engine.seen)
+        released = ReleasedClient(config.legacy_port)
+        released.send(pickle.dumps(REQUEST))
+        wait_until(lambda: len(server.server.busy) == 2)
+        modern.send(encode_request(Request(GO, id=2)))
+        # Answered after what was sent before it, so that has arrived.
+        modern.send(b"")
+        assert modern.recv().startswith("refused: ")
+        leaving = threading.Thread(target=lambda: server.__exit__(None, None, None))
+        leaving.start()
+        wait_until(lambda: server.server.draining)
+        engine.gate.release()
+        assert decode_reply(modern.recv()).id == 1
+        wait_until(lambda: len(engine.seen) == 2)
+        engine.gate.release()
+        assert released.receive().shape == (1, 10, 32)
+        released.socket.close()
+        wait_until(lambda: len(engine.seen) == 3 and len(server.server.monitor.clients) == 1)
+        assert server.server.busy
+        engine.gate.release()
+        assert decode_reply(modern.recv()).id == 2
+        leaving.join()
 
 
 def test_numbered_tasks_mean_the_only_robot_type():

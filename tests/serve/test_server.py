@@ -17,7 +17,7 @@ from openpi_client.websocket_client_policy import WebsocketClientPolicy
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
-from tests.serve.support import EchoEngine, backend, make_certificate, observation
+from tests.serve.support import EchoEngine, backend, make_certificate, observation, wait_until
 from xr0_engine import AsyncClient, Client
 from xr0_engine.serve.access import tls_context
 from xr0_engine.serve.protocol import Busy, PolicyFailed, Refused, Superseded
@@ -161,13 +161,6 @@ def test_device_that_is_lost_shows_in_health():
         assert get(server, "/healthz") == (503, "the last 3 inferences failed")
         client.infer(GO)
         assert get(server, "/healthz") == (200, "ok")
-
-
-def wait_until(condition) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline, "waited for 10 s"
-        time.sleep(0.005)
 
 
 def test_newest_observation_wins():

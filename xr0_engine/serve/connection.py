@@ -44,21 +44,14 @@ class ClientConnection:
         self._number = number
         self._waiting: _Waiting | None = None
         self._arrived = asyncio.Event()
-        self._answering = False
         self._allowance = _Allowance(metadata.max_requests_per_s)
-
-    @property
-    def busy(self) -> bool:
-        return self._answering or self._waiting is not None
 
     async def run(self) -> None:
         """Until the connection is closed. Raises ConnectionClosed unless it was closed in order."""
         tasks = [asyncio.create_task(self._answer()), asyncio.create_task(self._read())]
-        self._service.clients.add(self)
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            self._service.clients.discard(self)
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks)
@@ -87,6 +80,7 @@ class ClientConnection:
                 await self._refuse(Refused(str(error)), number)
             else:
                 old, self._waiting = self._waiting, _Waiting(request, received)
+                self._service.busy.add(self._number)
                 self._arrived.set()
                 if old is not None:
                     await self._refuse(Superseded("a newer observation took its place"), old.request.id)
@@ -110,13 +104,13 @@ class ClientConnection:
                 await self._reply(waiting, *outcome, queue_ms)
             else:
                 await self._refuse(outcome, waiting.request.id)
-            self._answering = False
+            if self._waiting is None:
+                self._service.busy.discard(self._number)
 
     def _take(self) -> _Waiting:
         waiting, self._waiting = self._waiting, None
         assert waiting is not None
         self._arrived.clear()
-        self._answering = True
         return waiting
 
     async def _reply(self, waiting: _Waiting, chunk: ActionChunk, infer_ms: float, queue_ms: float) -> None:

@@ -218,58 +218,49 @@ async def _handle(service: Service, reader: asyncio.StreamReader, writer: asynci
     if number is None:
         writer.close()
         return
-    client = _LegacyClient(service, number)
-    service.clients.add(client)
     try:
-        await client.run(reader, writer)
+        await _serve(service, number, reader, writer)
     except (Refused, Busy, PolicyFailed) as error:
         service.monitor.refused(number, error.kind)
         log.warning("%s: %s", address, error)
     except (ConnectionError, asyncio.IncompleteReadError, asyncio.TimeoutError):
         pass
     finally:
-        service.clients.discard(client)
         service.release(number)
         writer.close()
 
 
-class _LegacyClient:
-    """One released client: request, reply, request, until something is wrong."""
+async def _serve(service: Service, number: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Request, reply, request, until something is wrong. Raises Refused, Busy or PolicyFailed for what the protocol has
+    no words for."""
+    metadata = await service.ready()
+    while True:
+        data = await _receive(reader, service.config.max_message_bytes)
+        received = time.perf_counter()
+        if service.draining:
+            raise Busy("the server is shutting down")
+        service.busy.add(number)
+        try:
+            request = await asyncio.to_thread(_read, data, metadata)
+            async with service.turns:
+                queue_ms = 1e3 * (time.perf_counter() - received)
+                chunk, infer_ms = await service.infer(request)
+            reply = encode_reply(chunk)
+            total_ms = 1e3 * (time.perf_counter() - received)
+            timing = {"infer_ms": infer_ms, "queue_ms": queue_ms, "total_ms": total_ms}
+            writer.write(struct.pack(">I", len(reply)) + reply)
+            await asyncio.wait_for(writer.drain(), IDLE_S)
+            service.monitor.answered(number, request.observation, chunk, timing)
+        finally:
+            service.busy.discard(number)
 
-    def __init__(self, service: Service, number: int) -> None:
-        self.busy = False
-        self._service = service
-        self._number = number
 
-    async def run(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Raises Refused, Busy or PolicyFailed for what the protocol has no words for."""
-        metadata = await self._service.ready()
-        while True:
-            data = await self._receive(reader)
-            received = time.perf_counter()
-            if self._service.draining:
-                raise Busy("the server is shutting down")
-            self.busy = True
-            try:
-                request = await asyncio.to_thread(_read, data, metadata)
-                async with self._service.turns:
-                    queue_ms = 1e3 * (time.perf_counter() - received)
-                    chunk, infer_ms = await self._service.infer(request)
-                reply = encode_reply(chunk)
-                total_ms = 1e3 * (time.perf_counter() - received)
-                timing = {"infer_ms": infer_ms, "queue_ms": queue_ms, "total_ms": total_ms}
-                writer.write(struct.pack(">I", len(reply)) + reply)
-                await asyncio.wait_for(writer.drain(), IDLE_S)
-                self._service.monitor.answered(self._number, request.observation, chunk, timing)
-            finally:
-                self.busy = False
-
-    async def _receive(self, reader: asyncio.StreamReader) -> bytes:
-        (length,) = struct.unpack(">I", await asyncio.wait_for(reader.readexactly(4), IDLE_S))
-        if length > self._service.config.max_message_bytes:
-            raise Refused(f"message: expected at most {self._service.config.max_message_bytes} bytes, got {length}")
-        # What was announced is not allocated: the buffer grows with what comes.
-        return await asyncio.wait_for(reader.readexactly(length), IDLE_S)
+async def _receive(reader: asyncio.StreamReader, max_bytes: int) -> bytes:
+    (length,) = struct.unpack(">I", await asyncio.wait_for(reader.readexactly(4), IDLE_S))
+    if length > max_bytes:
+        raise Refused(f"message: expected at most {max_bytes} bytes, got {length}")
+    # What was announced is not allocated: the buffer grows with what comes.
+    return await asyncio.wait_for(reader.readexactly(length), IDLE_S)
 
 
 def _read(data: bytes, metadata: PolicyMetadata) -> Request:

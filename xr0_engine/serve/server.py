@@ -99,7 +99,7 @@ class Server(Service):
 
     async def _handle(self, connection: ServerConnection) -> None:
         """One client, from handshake to end."""
-        number = self.admit(_address(connection))
+        number = self.admit("{}:{}".format(*connection.remote_address[:2]))
         if number is None:
             await connection.close(1013, f"expected at most {self.config.max_clients} clients")
             return
@@ -145,11 +145,6 @@ class _CountedConnection(ServerConnection):
         self._owner.connections -= 1
         if not self._turned_away:
             super().connection_lost(exc)
-
-
-def _address(connection: ServerConnection) -> str:
-    host, port = connection.remote_address[:2]
-    return f"{host}:{port}"
 
 
 class BackgroundServer:

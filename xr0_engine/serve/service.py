@@ -12,7 +12,6 @@ import ssl
 import time
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Protocol
 
 from xr0_engine.serve.access import check_bind, is_loopback
 from xr0_engine.serve.monitor import Monitor
@@ -53,18 +52,11 @@ class ServerConfig:
         check_bind(self.host, self.keys if self.legacy_port is None else (), self.allow_anyone)
 
 
-class ServedClient(Protocol):
-    """A client of either protocol. busy: while a request of it is unanswered."""
-
-    @property
-    def busy(self) -> bool: ...
-
-
 class Service:
     """One backend among its clients.
 
-    clients: those that shutting down waits for. turns: one is held while the backend works on a request; whoever waits
-    longest gets the next.
+    busy: numbers of the clients with an unanswered request, which shutting down waits for. turns: one is held while the
+    backend works on a request; whoever waits longest gets the next.
     """
 
     def __init__(self, backend: Backend, config: ServerConfig) -> None:
@@ -72,11 +64,10 @@ class Service:
         self.monitor = Monitor()
         self.state = "warming up"
         self.metadata: PolicyMetadata | None = None
-        self.clients: set[ServedClient] = set()
+        self.busy: set[int] = set()
         self.turns = asyncio.Semaphore(backend.slots)
         self._backend = backend
         self._ready = asyncio.Event()
-        self._places = config.max_clients
         self._failures = 0
         # Without keys, its pages must not be reached under a name that some site's DNS gave this machine.
         self.is_for_this_machine = not config.keys and is_loopback(config.host)
@@ -108,11 +99,10 @@ class Service:
         if self.is_full:
             self.monitor.rejected("too_many_clients")
             return None
-        self._places -= 1
         return self.monitor.connected(address)
 
     def release(self, number: int) -> None:
-        self._places += 1
+        self.busy.discard(number)
         self.monitor.disconnected(number)
 
     @property
@@ -122,7 +112,7 @@ class Service:
     @property
     def is_full(self) -> bool:
         """Whether no further client has a place."""
-        return self._places <= 0
+        return len(self.monitor.clients) >= self.config.max_clients
 
     def health(self) -> tuple[HTTPStatus, str]:
         if self.state != "ready":
@@ -130,11 +120,6 @@ class Service:
         if self._failures >= FAILURES_UNTIL_UNHEALTHY:
             return HTTPStatus.SERVICE_UNAVAILABLE, f"the last {self._failures} inferences failed"
         return HTTPStatus.OK, "ok"
-
-    def _failed(self, error: BaseException) -> PolicyFailed:
-        self._failures += 1
-        log.error("inference failed: %s", error)
-        return PolicyFailed(str(error) or type(error).__name__)
 
     async def start(self) -> None:
         """Warm up the backend; from then on there are chunks to be had. Raises what the backend raises."""
@@ -147,14 +132,19 @@ class Service:
     async def drain(self) -> None:
         """Answer what was asked, at most drain_s long, and take no new requests any more."""
         self._shut("draining")
-        log.info("shutting down: %d clients", len(self.clients))
+        log.info("shutting down: %d clients", len(self.monitor.clients))
         deadline = time.monotonic() + self.config.drain_s
-        while any(client.busy for client in self.clients) and time.monotonic() < deadline:
+        while self.busy and time.monotonic() < deadline:
             await asyncio.sleep(0.01)
 
     async def close(self) -> None:
         self._shut("closed")
         await self._backend.close()
+
+    def _failed(self, error: BaseException) -> PolicyFailed:
+        self._failures += 1
+        log.error("inference failed: %s", error)
+        return PolicyFailed(str(error) or type(error).__name__)
 
     def _shut(self, state: str) -> None:
         self.state = state
