@@ -276,21 +276,20 @@ def _read_vision(vision: Mapping[str, Any]) -> VisionConfig:
 
 
 def _read_head(hf: Mapping[str, Any], dit: Mapping[str, Any]) -> ActionHeadConfig:
-    def whole(name: str) -> int | None:
-        value = hf.get(name, dit.get(name))
+    def whole(value: Any) -> int | None:
         return None if value is None else int(value)
 
     return ActionHeadConfig(
         **{name: int(dit[key]) for name, key in DIT_KEYS.items()},
         **{name: int(hf[name]) for name in HEAD_KEYS[:4]},
         flow_steps=int(hf.get("flow_steps", 5)),
-        local_window=whole("local_window"),
+        local_window=whole(hf.get("local_window")),
         position_offset=int(hf.get("position_offset", 0)),
         compat_bf16_time=bool(hf.get("compat_bf16_time", False)),
         max_prefix=int(hf.get("max_prefix", TRAINED_PREFIX)),
         stream_norms=bool(dit.get("stream_norms", VARIANT["stream_norms"])),
-        mlp_width=whole("mlp_width"),
-        output_width=whole("output_width"),
+        mlp_width=whole(dit.get("mlp_width")),
+        output_width=whole(dit.get("output_width")),
     )
 
 

@@ -110,11 +110,11 @@ def compiling(threads: int) -> Iterator[None]:
 def without_dependent_launch() -> Iterator[None]:
     """Within, every kernel starts when the one before it has ended, to measure what the overlap buys."""
     global _dependent
-    _dependent = False
+    before, _dependent = _dependent, False
     try:
         yield
     finally:
-        _dependent = True
+        _dependent = before
 
 
 @lru_cache(maxsize=8)
