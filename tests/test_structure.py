@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 from pathlib import Path
 
@@ -74,3 +75,14 @@ def test_every_part_is_on_the_map():
 def test_the_import_table_is_the_one_that_is_checked():
     drawn = IMPORTS.split("```")[1].strip().splitlines()
     assert [set(line.split()) for line in drawn] == [set(row) for row in LAYERS]
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/*.md", "xr0_engine/*/results/*.md"])
+def test_pages_lead_to_files_and_through_no_link(page):
+    """A page on the web follows no symbolic link."""
+    for path in ROOT.glob(page):
+        for target in re.findall(r"\]\(([^)#:]+)[^):]*\)", path.read_text(encoding="utf-8")):
+            found = path.parent / target
+            assert found.exists(), f"{path.name}: {target}"
+            normal = Path(os.path.normpath(found))
+            assert normal.resolve() == ROOT.resolve() / normal.relative_to(ROOT), f"{path.name}: {target}"

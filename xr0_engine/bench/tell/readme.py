@@ -20,7 +20,7 @@ IN_TABLE = ("latency", "throughput", "coldstart", "jitter")
 INTRODUCTION = """# Measured
 
 Rendered from the JSON files in this folder by `xr0 bench report --table bench/results`; edit nothing here. How to
-measure, and how to read the numbers: [docs/benchmarks.md](../../docs/benchmarks.md).
+measure, and how to read the numbers: [docs/benchmarks.md](../../../docs/benchmarks.md).
 """
 EMPTY = """
 No result has been committed yet. Nothing was measured on a GPU so far.
