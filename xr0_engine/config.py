@@ -15,9 +15,14 @@ TRAINED_PREFIX = 6
 
 # Our fields -> keys of the checkpoint's config.json, in its order.
 TEXT_KEYS = {
-    **{name: name for name in ("vocab_size", "hidden_size")},
-    **{"num_layers": "num_hidden_layers", "num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads"},
-    **{"head_dim": "head_dim", "intermediate_size": "intermediate_size", "rms_eps": "rms_norm_eps"},
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "intermediate_size": "intermediate_size",
+    "rms_eps": "rms_norm_eps",
 }
 VISION_KEYS = (
     *("depth", "hidden_size", "num_heads", "intermediate_size", "out_hidden_size", "patch_size", "spatial_merge_size"),
@@ -29,10 +34,8 @@ DIT_KEYS = {
     "head_dim": "head_dim",
     "num_kv_heads": "num_key_value_heads",
 }
-HEAD_KEYS = (
-    *("action_length", "action_dim", "state_length", "state_dim", "flow_steps", "local_window", "position_offset"),
-    *("compat_bf16_time", "max_prefix"),
-)
+HEAD_SIZES = ("action_length", "action_dim", "state_length", "state_dim")
+HEAD_KEYS = (*HEAD_SIZES, "flow_steps", "local_window", "position_offset", "compat_bf16_time", "max_prefix")
 VARIANT = {"stream_norms": True, "mlp_width": None, "output_width": None}
 """Keys of dit_config that only other families of action heads have, and what XR-0 has in their place."""
 
@@ -279,15 +282,18 @@ def _read_head(hf: Mapping[str, Any], dit: Mapping[str, Any]) -> ActionHeadConfi
     def whole(value: Any) -> int | None:
         return None if value is None else int(value)
 
+    stream_norms = dit.get("stream_norms", True)
+    if not isinstance(stream_norms, bool):
+        raise TypeError(f"stream_norms is {stream_norms!r}, not true or false")
     return ActionHeadConfig(
         **{name: int(dit[key]) for name, key in DIT_KEYS.items()},
-        **{name: int(hf[name]) for name in HEAD_KEYS[:4]},
+        **{name: int(hf[name]) for name in HEAD_SIZES},
         flow_steps=int(hf.get("flow_steps", 5)),
         local_window=whole(hf.get("local_window")),
         position_offset=int(hf.get("position_offset", 0)),
         compat_bf16_time=bool(hf.get("compat_bf16_time", False)),
         max_prefix=int(hf.get("max_prefix", TRAINED_PREFIX)),
-        stream_norms=bool(dit.get("stream_norms", VARIANT["stream_norms"])),
+        stream_norms=stream_norms,
         mlp_width=whole(dit.get("mlp_width")),
         output_width=whole(dit.get("output_width")),
     )

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from xr0_engine.bench.cases import CASES
@@ -148,3 +149,10 @@ def test_interrupted_run_leaves_a_valid_file(monkeypatch, tmp_path, reason, exit
     written = read(file)
     assert not written.complete
     assert len(written.series["engine"]["total"]) == 1
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_says_what_it_is(name):
+    """On Python 3.10, too, where typing.get_type_hints hides what is annotated behind an Optional."""
+    command = typer.main.get_command(bench_app).commands[name.strip("_")]
+    assert [each.name for each in command.params if each.param_type_name == "option" and not each.help] == []

@@ -20,7 +20,7 @@ from xr0_engine.fused.head import FusedHead
 from xr0_engine.golden import golden_config
 from xr0_engine.model.dit import ActionHead
 from xr0_engine.model.weights import head_shapes
-from xr0_engine.types import KVBlock
+from xr0_engine.types import CheckpointError, KVBlock
 
 CASES = sorted(
     path for path in (GOLDEN.parent / "golden_xr1").glob("xr1_*.*.safetensors") if "weights" not in path.name
@@ -64,6 +64,13 @@ def test_a_variant_goes_through_config_json_and_xr_0_s_says_nothing_of_it():
         "mlp_width",
         "output_width",
     }
+
+
+def test_a_word_is_no_truth_value():
+    hf = make_config().to_hf()
+    hf["dit_config"] |= {"stream_norms": "false"}
+    with pytest.raises(CheckpointError, match="value of the wrong kind: stream_norms is 'false'"):
+        ModelConfig.from_hf(hf)
 
 
 ASKED_IN = ("config.py", "model", "fused", "export/stages.py", "golden.py")

@@ -8,7 +8,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
@@ -61,9 +61,9 @@ def _measuring(
     behind = ({} if backend is None else {"backend": (backend, "auto")}) | {"json_file": (JsonFile, None)}
 
     def command(measure: Callable[..., Measured]) -> Callable[..., None]:
-        hints = get_type_hints(measure, localns={"Setup": Any, "Measured": Any}, include_extras=True)
-        _, *own = inspect.signature(measure).parameters.values()
-        options = before | {each.name: (hints[each.name], each.default) for each in own} | behind
+        signature = inspect.signature(measure, locals={"Setup": Any, "Measured": Any}, eval_str=True)
+        _, *own = signature.parameters.values()
+        options = before | {each.name: (each.annotation, each.default) for each in own} | behind
 
         @functools.wraps(measure)
         def run(json_file: Path | None, backend: str = "auto", **given: Any) -> None:

@@ -56,7 +56,7 @@ class FusedModel(FusedParts):
 
         def make() -> FlowSession:
             persistent = self.table.flow == "persistent"
-            return FlowSession(self.head, self.ops(), *key, graph=self.graphs, persistent=persistent)
+            return FlowSession(self.head, self.ops(), *key, graphs=self.graphs, persistent=persistent)
 
         return self._flows.get(key, make).sample(kv, state, noise, prefix, prefix_length, trace)
 

@@ -59,7 +59,11 @@ class Session:
             values=self.text.values[self._first_read :],
             begin=torch.zeros(key.batch, dtype=torch.int32, device=model.device),
             end=on_device["lengths"],
-            **{name: on_device[name] for name in ("next_position", "state", "noise", "prefix", "prefix_length")},
+            next_position=on_device["next_position"],
+            state=on_device["state"],
+            noise=on_device["noise"],
+            prefix=on_device["prefix"],
+            prefix_length=on_device["prefix_length"],
             action_mask=on_device["action_mask"],
         )
         self.chunk = self.flow.z[model.head.steps % 2]
@@ -177,7 +181,7 @@ class Session:
 class FlowSession:
     """The flow alone, on KV blocks that were kept: static buffers for one batch, bucket and chunk length.
 
-    graph: capture and replay (a CUDA GPU), or run op by op. persistent: all steps as one kernel.
+    graphs: capture and replay (a CUDA GPU), or run op by op. persistent: all steps as one kernel.
     """
 
     def __init__(
@@ -188,7 +192,7 @@ class FlowSession:
         tokens: int,
         chunk_length: int,
         *,
-        graph: bool = False,
+        graphs: bool = False,
         persistent: bool = False,
     ) -> None:
         config, sink = head.config, head.head.sink.weight
@@ -211,8 +215,8 @@ class FlowSession:
             action_mask=zeros(*chunk),
         )
         self._buffers, self._ops, self._head = head.buffers(batch, chunk_length), ops, head
-        self._persistent = persistent
-        self._graph = Graph(self._run, sink.device, f"flow {batch}x{tokens}") if graph else None
+        self._persistent, self._graphs = persistent, graphs
+        self._graph: Graph | None = None
 
     @torch.inference_mode()
     def sample(
@@ -234,12 +238,12 @@ class FlowSession:
             (held.action_mask, kv.action_mask),
         ):
             target.copy_(value)
-        if trace is not None:
-            self._head.run(self._ops, held, self._buffers, trace)
-        elif self._graph is not None:
-            self._graph.replay()
+        if trace is not None or not self._graphs:
+            self.run(trace)
         else:
-            self._run()
+            if self._graph is None:
+                self._graph = Graph(self.run, held.keys.device, f"flow {held.keys.shape[1]}x{held.keys.shape[3]}")
+            self._graph.replay()
         return self._buffers.z[self._head.steps % 2].clone()
 
     def close(self) -> None:
@@ -247,8 +251,10 @@ class FlowSession:
             self._graph.close()
 
     @torch.inference_mode()
-    def _run(self) -> None:
-        self._head.run(self._ops, self.inputs, self._buffers, persistent=self._persistent)
+    def run(self, trace: Trace = None) -> None:
+        """Op by op; with a trace, which one kernel leaves none of, as a chain of kernels."""
+        persistent = self._persistent and trace is None
+        self._head.run(self._ops, self.inputs, self._buffers, trace, persistent=persistent)
 
 
 def _fields(config: ModelConfig, key: SessionKey, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

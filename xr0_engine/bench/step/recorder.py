@@ -181,8 +181,7 @@ def step_on_meta(parts: FusedParts, work: Workload, ops: FusedOps, tokens: int) 
     ids, index, positions = (empty(*shape, dtype=torch.int32) for shape in (own, own, (3, *own)))
     parts.text.run(ops, ids, positions, index, images.tokens[0], tuple(tap[0] for tap in images.deepstack), prompt)
     begin("flow")
-    flow = FlowSession(parts.head, ops, batch, tokens, work.chunk_length)
-    parts.head.run(ops, flow.inputs, parts.head.buffers(batch, work.chunk_length))
+    FlowSession(parts.head, ops, batch, tokens, work.chunk_length).run()
 
 
 @lru_cache(maxsize=8)
