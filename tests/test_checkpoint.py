@@ -16,7 +16,7 @@ from tests.support import load
 from xr0_engine import checkpoint
 from xr0_engine.checkpoint import ROBOTS, SIZES, init_checkpoint, published_config, tiny_config
 from xr0_engine.cli import app
-from xr0_engine.config import ModelConfig
+from xr0_engine.config import VARIANT, ModelConfig
 from xr0_engine.model.weights import checkpoint_shapes, read_index
 from xr0_engine.robot.embodiment import builtin_embodiments, load_embodiment
 from xr0_engine.robot.normalize import load_statistics
@@ -145,6 +145,7 @@ def test_init_then_inspect(tmp_path):
     assert report["parameters"]["total"] == sum(n for part, n in report["parameters"].items() if part != "total")
     memory = report["memory_bytes"]
     assert report["stored_bytes"] < memory["bfloat16"] < memory["float32"] < 2.1 * memory["bfloat16"]
+    assert report["sizes"]["head"].keys() & VARIANT.keys() == set()
     assert report["robot_types"]["bimanual"] == {"chunk_length": 30, "active_columns": 26, "embodiment": "bimanual"}
     table = runner.invoke(app, ["inspect", str(tmp_path / "x")])
     assert table.exit_code == 0

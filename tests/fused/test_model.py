@@ -151,6 +151,19 @@ def test_trace_starts_with_the_noise_and_ends_with_the_chunk(plain):
     assert torch.equal(trace[-1], chunk)
 
 
+def test_a_kept_block_is_sampled_as_the_table_says_and_traced_as_a_chain(plain):
+    fused, model = fused_of(plain)
+    fused.table = TacticTable("", flow="persistent")
+    inputs = inputs_of(model.config, 1, 0)
+    kv = model.prefill(inputs, model.encode_images(inputs))
+    chunk = chunk_inputs(inputs, model.config, 2)
+    # The oracles have no such kernel, and say so.
+    with pytest.raises(NotImplementedError, match="flow 'persistent'"):
+        fused.sample(kv, inputs.state, *chunk)
+    expected = model.sample(kv, inputs.state, *chunk)
+    torch.testing.assert_close(fused.sample(kv, inputs.state, *chunk, []), expected, rtol=0, atol=MAX_ERROR)
+
+
 def test_a_kv_block_with_a_gap_is_refused(plain):
     fused, model = fused_of(plain)
     inputs = inputs_of(model.config, 1, 0)

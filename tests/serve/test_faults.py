@@ -14,7 +14,7 @@ import pytest
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
-from tests.serve.support import EchoEngine, backend, observation
+from tests.serve.support import EchoEngine, backend, observation, wait_until
 from xr0_engine import Client
 from xr0_engine.serve.protocol import Refused, Request, decode_reply, encode_request
 from xr0_engine.serve.server import BackgroundServer
@@ -90,6 +90,19 @@ def test_client_that_vanishes_in_mid_message(server):
         connection.socket.shutdown(socket.SHUT_RDWR)
     with Client(server.url) as client:
         client.infer(GO)
+
+
+def test_who_left_before_the_answer_is_not_waited_for():
+    engine = EchoEngine(gate=threading.Semaphore(0))
+    with BackgroundServer(backend(engine), ServerConfig(port=0)) as server:
+        with connect(server.url, compression=None) as connection:
+            connection.recv()
+            connection.send(GOOD)
+            wait_until(lambda: engine.seen)
+            assert server.server.busy
+        wait_until(lambda: not server.server.monitor.clients)
+        assert not server.server.busy
+        engine.gate.release()
 
 
 @pytest.mark.parametrize("sent", [0, 2 * MAX_BYTES], ids=["announced", "sent in part"])

@@ -169,9 +169,8 @@ def kernels(setup: Setup, rounds: Rounds = 20) -> Measured:
     from xr0_engine.bench.step import kernels as module
     from xr0_engine.bench.step import step_kernels
 
-    if setup.backend == "triton":
-        return step_kernels.measure(setup, rounds, _command()), module.show
-    return module.measure(setup, rounds, _command(), setup.backend), module.show
+    measure = step_kernels.measure if setup.backend == "triton" else module.measure
+    return measure(setup, rounds, _command()), module.show
 
 
 @app.command()

@@ -222,13 +222,13 @@ def _exact_rotation(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((turned.real, turned.imag), -1)
 
 
-def measure(setup: Setup, rounds: int, command: str, backend: str = "auto") -> tuple[Result, BaseException | None]:
+def measure(setup: Setup, rounds: int, command: str) -> tuple[Result, BaseException | None]:
     """The result, and what cut it short, if anything did.
 
     Raises ValueError for what is wrong in setup, NotImplementedError for a backend that this machine lacks,
     RuntimeError for a kernel that computes something else.
     """
-    backend = resolve_backend(backend)
+    backend = resolve_backend(setup.backend)
     device = setup.prepare()
     config, work = Workload.of_case(setup)
     specs, counted = kernel_specs(config, work, setup.dtype), operators(config, work, setup.dtype)
