@@ -22,6 +22,14 @@ if _why_no_gpu():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    """What tests remember is not the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XR0_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     needing_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if needing_gpu and (reason := _why_no_gpu()):

@@ -95,6 +95,26 @@ def test_what_it_says_of_prefixes():
         ModelConfig.from_hf({**hf, "max_prefix": -1})
 
 
+def test_what_it_says_of_the_task_text():
+    hf = tiny_config().to_hf()
+    assert ModelConfig.from_hf({**hf, "normalize_instruction": False}).normalize_instruction is False
+    # Released checkpoints do not say it.
+    del hf["normalize_instruction"]
+    assert ModelConfig.from_hf(hf).normalize_instruction is True
+    with pytest.raises(CheckpointError, match="normalize_instruction is 'no', not true or false"):
+        ModelConfig.from_hf({**hf, "normalize_instruction": "no"})
+
+
+def test_inspect_tells_how_the_task_text_enters_the_prompt(tiny, tmp_path):
+    folder = shutil.copytree(tiny, tmp_path / "as-given")
+    hf = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**hf, "normalize_instruction": False}))
+    for path, words, stated in ((tiny, "with a capital and a full stop", True), (folder, "as given", False)):
+        assert f"task text in the prompt: {words}" in CliRunner().invoke(app, ["inspect", str(path)]).output
+        told = CliRunner().invoke(app, ["inspect", str(path), "--json"]).output
+        assert json.loads(told)["normalize_instruction"] is stated
+
+
 def test_shards_are_split_and_indexed(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "SHARD_BYTES", 2**20)
     init_checkpoint(tmp_path / "many")

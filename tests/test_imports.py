@@ -19,13 +19,14 @@ LAYERS = (
     ("__init__", "cli"),
     ("golden", "drive"),
     ("bench",),
-    ("export", "training", "serve", "plot"),
+    ("export", "training", "exchange", "serve", "plot"),
     ("engine", "checkpoint", "sim"),
     ("fused", "exported"),
     ("model", "executor"),
     ("robot",),
     ("kernels", "_C"),
     ("backend", "comparison", "config"),
+    ("files",),
     ("types", "env"),
 )
 

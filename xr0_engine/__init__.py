@@ -43,11 +43,28 @@ _HOMES = {
     "load_embodiment": "robot.embodiment",
 }
 
+# Package, as it is imported -> what installs it. All but torch come with the package itself.
+_INSTALLED_BY = {
+    "torch": "pip install 'xr0-engine[cpu]', or 'xr0-engine[cuda]' for an NVIDIA GPU",
+    **dict.fromkeys(
+        ("msgpack", "numpy", "PIL", "yaml", "rich", "safetensors", "tokenizers", "typer", "websockets"),
+        "pip install xr0-engine",
+    ),
+}
+
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    try:
+        home = import_module(f"{__name__}.{_HOMES[name]}")
+    except ModuleNotFoundError as error:
+        # What a package lacks within itself is its own affair.
+        if error.name not in _INSTALLED_BY:
+            raise
+        message = f"{__name__}.{name} needs {error.name}, which is not installed: {_INSTALLED_BY[error.name]}"
+        raise ModuleNotFoundError(message, name=error.name) from error
+    return getattr(home, name)
 
 
 def __dir__() -> list[str]:

@@ -25,6 +25,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from xr0_engine.config import ActionHeadConfig, ModelConfig, TextConfig, TokenIds, VisionConfig
 from xr0_engine.model.weights import INDEX_FILE, checkpoint_shapes
 from xr0_engine.robot.embodiment import builtin_embodiments, load_embodiment
+from xr0_engine.robot.limits import RELEASED_LIMITS
 from xr0_engine.robot.normalize import STATISTICS_FILE
 from xr0_engine.robot.prompt import build_prompt
 
@@ -189,7 +190,7 @@ def preprocessor_config(config: ModelConfig) -> dict[str, Any]:
         "merge_size": config.vision.spatial_merge_size,
         "image_mean": [0.5, 0.5, 0.5],
         "image_std": [0.5, 0.5, 0.5],
-        "size": {"shortest_edge": 1024, "longest_edge": 90_000},
+        **RELEASED_LIMITS.to_hf(),
     }
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from xr0_engine.files import read_json
 from xr0_engine.types import CheckpointError
 
 TRAINED_PREFIX = 6
@@ -38,6 +38,8 @@ HEAD_SIZES = ("action_length", "action_dim", "state_length", "state_dim")
 HEAD_KEYS = (*HEAD_SIZES, "flow_steps", "local_window", "position_offset", "compat_bf16_time", "max_prefix")
 VARIANT = {"stream_norms": True, "mlp_width": None, "output_width": None}
 """Keys of dit_config that only other families of action heads have, and what XR-0 has in their place."""
+ROPE_KEYS = ("rope_type", "type", "rope_theta", "mrope_section", "mrope_interleaved")
+VISION_ROPE_THETA = 10_000.0
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,8 @@ class ActionHeadConfig:
 
     local_window: how many actions back an action sees (None = all); position_offset: added to the positions of actions
     that are not prefix. None and 0 are the released benchmark checkpoints' mode, 4 and 10 the post-training code's
-    (spec section 2.4). compat_bf16_time: round 1000 t and RoPE's inv_freq to bfloat16 as the released code does.
+    (spec section 2.4). compat_bf16_time: round 1000 t, and the rotary tables of the whole model, to bfloat16 as the
+    released server does, which casts everything to it.
     max_prefix: the longest prefix that it was trained with; what a longer one gives was never learned.
 
     What differs between families of action heads besides sizes. stream_norms: the residual stream itself is normalised
@@ -144,13 +147,18 @@ class TokenIds:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The whole model. std_epsilon is added to std on decode: 0 as the hub code, 1e-6 as the post-training code."""
+    """The whole model. std_epsilon is added to std on decode: 0 as the hub code, 1e-6 as the post-training code.
+
+    normalize_instruction: the task text enters the prompt with a capital and a full stop, as the hub's clients send it;
+    False: as it is given, as in the post-training code (spec section 4.1).
+    """
 
     text: TextConfig
     vision: VisionConfig
     head: ActionHeadConfig
     tokens: TokenIds
     std_epsilon: float = 0.0
+    normalize_instruction: bool = True
     hf: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -180,7 +188,7 @@ class ModelConfig:
             return _read(hf)
         except KeyError as error:
             raise CheckpointError(f"config.json lacks {error.args[0]!r}") from None
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, AttributeError) as error:
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(f"config.json holds a value of the wrong kind: {error}") from None
@@ -221,6 +229,7 @@ class ModelConfig:
             },
             **{name: getattr(head, name) for name in HEAD_KEYS},
             "std_epsilon": self.std_epsilon,
+            "normalize_instruction": self.normalize_instruction,
         }
 
 
@@ -229,10 +238,7 @@ def read_hf_config(folder: Path) -> Any:
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{folder} holds no config.json: not a checkpoint folder")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
+    return read_json(path)
 
 
 def _read(hf: Mapping[str, Any]) -> ModelConfig:
@@ -247,31 +253,68 @@ def _read(hf: Mapping[str, Any]) -> ModelConfig:
             vision_end=int(vlm["vision_end_token_id"]),
         ),
         std_epsilon=float(hf.get("std_epsilon", 0.0)),
+        normalize_instruction=_flag(hf, "normalize_instruction", True),
         hf=dict(hf),
     )
 
 
 def _read_text(text: Mapping[str, Any]) -> TextConfig:
-    # transformers 5 moved rope_theta and rope_scaling into one dictionary, rope_parameters.
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    theta = rope.get("rope_theta", text.get("rope_theta"))
-    if theta is None:
-        raise KeyError("vlm_config.text_config.rope_theta")
+    rope = _read_rope(text)
     _insist("text hidden_act", text.get("hidden_act", "silu"), "silu")
     _insist("text attention_bias", text.get("attention_bias", False), False)
-    _insist("rope_type", rope.get("rope_type", "default"), "default")
-    _insist("mrope_interleaved", rope.get("mrope_interleaved", True), True)
     given = {"head_dim": text["hidden_size"] // text["num_attention_heads"], "rms_norm_eps": 1e-6, **text}
     return TextConfig(
         **{name: int(given[key]) for name, key in TEXT_KEYS.items() if name != "rms_eps"},
         rms_eps=float(given["rms_norm_eps"]),
-        rope_theta=float(theta),
+        rope_theta=float(rope["rope_theta"]),
         mrope_section=tuple(int(part) for part in rope["mrope_section"]),  # type: ignore[arg-type]
     )
 
 
+def _read_rope(text: Mapping[str, Any]) -> dict[str, Any]:
+    """rope_theta and mrope_section, wherever they stand: transformers 5 moved rope_theta and rope_scaling into one
+    dictionary, rope_parameters. Raises CheckpointError for another rotary embedding than XR-0's, under any key."""
+    rope: dict[str, Any] = {}
+    for place in ("rope_scaling", "rope_parameters", "text_config"):
+        part = text if place == "text_config" else dict(text.get(place) or {})
+        if part is not text:
+            _check_rope(place, part)
+        for key in ("mrope_section", "rope_theta"):
+            if part.get(key) is not None and rope.setdefault(key, part[key]) != part[key]:
+                raise CheckpointError(f"config.json: {key} is {part[key]} in {place}, {rope[key]} elsewhere")
+    missing = [key for key in ("rope_theta", "mrope_section") if key not in rope]
+    if missing:
+        raise KeyError(f"vlm_config.text_config.{missing[0]}")
+    return rope
+
+
+def _check_rope(place: str, rope: Mapping[str, Any]) -> None:
+    """Raises CheckpointError for a scaling, or a layout of frequencies, that XR-0 does not have."""
+    kinds = {key: rope[key] for key in ("rope_type", "type") if rope.get(key) is not None}
+    # `type` is the key of transformers before 4.43; `mrope` was Qwen2-VL's word for `default` with three axes.
+    strange = {key: kind for key, kind in kinds.items() if kind not in ("default", "mrope")}
+    if strange:
+        told = ", ".join(f"{key} is {kind!r}" for key, kind in kinds.items())
+        raise CheckpointError(f"config.json: {place}: {told}; XR-0 has 'default': its positions are not scaled")
+    # Qwen2-VL's sections stand one behind the other; only a file of Qwen3-VL, which has no `type`, may leave it out.
+    interleaved = rope.get("mrope_interleaved")
+    if interleaved is None and ("type" in kinds or "mrope" in kinds.values()):
+        raise CheckpointError(
+            f"config.json: {place} has type {kinds.get('type', 'mrope')!r} without mrope_interleaved, as Qwen2-VL, "
+            "whose frequencies are in another order; XR-0's files say mrope_interleaved: true"
+        )
+    _insist(f"{place}: mrope_interleaved", True if interleaved is None else interleaved, True)
+    unknown = {key: value for key, value in rope.items() if key not in ROPE_KEYS and value not in (None, 1)}
+    if unknown:
+        raise CheckpointError(f"config.json: {place} holds {unknown}; XR-0's positions are not scaled")
+
+
 def _read_vision(vision: Mapping[str, Any]) -> VisionConfig:
     _insist("vision hidden_act", vision.get("hidden_act", "gelu_pytorch_tanh"), "gelu_pytorch_tanh")
+    rope = vision.get("rope_parameters") or {}
+    if rope.get("rope_type") not in (None, "axial", "default"):
+        raise CheckpointError(f"config.json: vision rope_type is {rope['rope_type']!r}; XR-0 has 'axial'")
+    _insist("vision rope_theta", rope.get("rope_theta") or VISION_ROPE_THETA, VISION_ROPE_THETA)
     return VisionConfig(
         **{name: int({"in_channels": 3, **vision}[name]) for name in VISION_KEYS},
         deepstack_layers=tuple(int(layer) for layer in vision["deepstack_visual_indexes"]),
@@ -282,21 +325,25 @@ def _read_head(hf: Mapping[str, Any], dit: Mapping[str, Any]) -> ActionHeadConfi
     def whole(value: Any) -> int | None:
         return None if value is None else int(value)
 
-    stream_norms = dit.get("stream_norms", True)
-    if not isinstance(stream_norms, bool):
-        raise TypeError(f"stream_norms is {stream_norms!r}, not true or false")
     return ActionHeadConfig(
         **{name: int(dit[key]) for name, key in DIT_KEYS.items()},
         **{name: int(hf[name]) for name in HEAD_SIZES},
         flow_steps=int(hf.get("flow_steps", 5)),
         local_window=whole(hf.get("local_window")),
         position_offset=int(hf.get("position_offset", 0)),
-        compat_bf16_time=bool(hf.get("compat_bf16_time", False)),
+        compat_bf16_time=_flag(hf, "compat_bf16_time", False),
         max_prefix=int(hf.get("max_prefix", TRAINED_PREFIX)),
-        stream_norms=stream_norms,
+        stream_norms=_flag(dit, "stream_norms", True),
         mlp_width=whole(dit.get("mlp_width")),
         output_width=whole(dit.get("output_width")),
     )
+
+
+def _flag(values: Mapping[str, Any], name: str, default: bool) -> bool:
+    value = values.get(name, default)
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}, not true or false")
+    return value
 
 
 def _insist(name: str, value: object, supported: object) -> None:

@@ -22,7 +22,8 @@ from xr0_engine.robot.decode import decode, encode_prefix
 from xr0_engine.robot.embodiment import Embodiment, load_embodiment
 from xr0_engine.robot.normalize import select_robot_type
 from xr0_engine.robot.preprocess import Preprocessor
-from xr0_engine.types import ActionChunk, KVBlock, ModelInputs, Observation
+from xr0_engine.robot.tokenized import tokenized_inputs
+from xr0_engine.types import ActionChunk, KVBlock, ModelInputs, Observation, RobotInfo, TokenizedObservation
 
 
 class Engine:
@@ -106,6 +107,15 @@ class Engine:
         """The profile used for a robot type (None: the checkpoint's only one)."""
         return self._preprocess.resolve(robot_type)[1]
 
+    def robot_info(self, robot_type: str | None = None) -> RobotInfo:
+        """How a robot type is driven (None: the checkpoint's only one), as a server tells it of the same checkpoint.
+
+        Raises ValueError for a robot type without statistics or profile.
+        """
+        robot_type, profile = self._preprocess.resolve(robot_type)
+        chunk_length, action_width = self.statistics[robot_type].mean.shape
+        return profile.robot_info(chunk_length, action_width, self.max_prefix)
+
     def example(self, robot_type: str | None = None, image_size: tuple[int, int] = (480, 640)) -> Observation:
         """A random but valid observation, always the same, to warm up and to measure with."""
         robot_type = select_robot_type(self.statistics, robot_type)
@@ -160,6 +170,21 @@ class Engine:
             raise ValueError(f"prefix: expected one per observation ({len(observations)}), got {len(prefixes)}")
         return self._infer(observations, prefixes, noise, seed)
 
+    def infer_tokenized(
+        self,
+        observation: TokenizedObservation,
+        prefix: np.ndarray | None = None,
+        noise: np.ndarray | None = None,
+        seed: int | None = None,
+    ) -> ActionChunk:
+        """The next action chunk of an observation that came as tokens and patches; all else as in infer."""
+        clock = _StageClock(self.model.device)
+        robot_type, profile = self._preprocess.resolve(observation.robot_type)
+        views = [view.key for view in profile.views]
+        statistics, limits = self.statistics[robot_type], self._preprocess.limits
+        inputs = tokenized_inputs(observation, views, self.config, statistics, limits)
+        return self._run(clock, inputs, [observation], [prefix], noise, seed)[0]
+
     def prefill(self, observation: Observation | Sequence[Observation]) -> KVBlock:
         """What the DiT reads of an observation (or batch), kept so that several chunks can be sampled from it."""
         inputs = self._preprocess([observation] if isinstance(observation, Observation) else list(observation))
@@ -198,7 +223,17 @@ class Engine:
         seed: int | Sequence[int | None] | None,
     ) -> list[ActionChunk]:
         clock = _StageClock(self.model.device)
-        inputs = self._preprocess(observations)
+        return self._run(clock, self._preprocess(observations), observations, prefixes, noise, seed)
+
+    def _run(
+        self,
+        clock: _StageClock,
+        inputs: ModelInputs,
+        observations: Sequence[Observation | TokenizedObservation],
+        prefixes: Sequence[np.ndarray | None],
+        noise: np.ndarray | None,
+        seed: int | Sequence[int | None] | None,
+    ) -> list[ActionChunk]:
         robot_types = [self._preprocess.resolve(observation.robot_type)[0] for observation in observations]
         start = _noise(noise, seed, tuple(inputs.action_mask.shape))
         prefix, prefix_length = self._normalized_prefixes(inputs, prefixes, robot_types)

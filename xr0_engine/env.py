@@ -7,7 +7,8 @@ from pathlib import Path
 
 
 def cache_dir() -> Path:
-    """XR0_CACHE: where `xr0 demo` and `xr0 bench` keep the checkpoints that they make; default ~/.cache/xr0-engine."""
+    """XR0_CACHE: where `xr0 demo` and `xr0 bench` keep the checkpoints that they make, and exports the sums of their
+    files; default ~/.cache/xr0-engine."""
     return Path(os.environ.get("XR0_CACHE", "~/.cache/xr0-engine")).expanduser()
 
 

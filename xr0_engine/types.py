@@ -29,10 +29,30 @@ class Observation:
     state: (S,) or (state_length, S) float32, proprio state, in the robot's own units, never normalised.
     robot_type: key of the checkpoint's action statistics; None if the checkpoint holds exactly one.
     timestamp_s: when the images were taken, on the caller's clock; copied to the chunk.
+    prepared: the images are what the model saw in training, already turned, resized and cropped; False: they are as the
+    camera or simulator gives them, and the embodiment profile says what is done to them.
     """
 
     images: Mapping[str, np.ndarray]
     instruction: str
+    state: np.ndarray
+    robot_type: str | None = None
+    timestamp_s: float | None = None
+    prepared: bool = False
+
+
+@dataclass(frozen=True)
+class TokenizedObservation:
+    """An Observation whose sender has made the model's inputs of it, as the released bimanual client does.
+
+    input_ids: (N,) int64, the whole prompt, run as it is. pixel_values: (P, 3 * temporal_patch * patch * patch) float32
+    in [-1, 1], patches of all images in the prompt's order, those of one merge block together. image_grids: per image
+    (height, width) in patches. state, robot_type, timestamp_s: as in Observation.
+    """
+
+    input_ids: np.ndarray
+    pixel_values: np.ndarray
+    image_grids: tuple[tuple[int, int], ...]
     state: np.ndarray
     robot_type: str | None = None
     timestamp_s: float | None = None
@@ -57,6 +77,45 @@ class ActionChunk:
     prefix_length: int = 0
     timestamp_s: float | None = None
     timing_ms: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ViewInfo:
+    """What the policy makes of a view's raw frame, in this order; nothing of it where the images come prepared.
+
+    title: the view's name in the prompt. rotate_180: turned by half a turn. resize: brought to (height, width), None as
+    it is. center_crop: the fraction of each side that is kept, and enlarged back.
+    """
+
+    title: str
+    rotate_180: bool = False
+    resize: tuple[int, int] | None = None
+    center_crop: float = 1.0
+
+
+@dataclass(frozen=True)
+class RobotInfo:
+    """How one robot type is driven, as an engine, a server and its clients tell it.
+
+    chunk_length: T, actions in a chunk. control_rate_hz: actions executed per second. replan_every: actions executed
+    before the next inference starts, None where inference runs beside execution. views: image keys, in the prompt's
+    order. layout: `plain` or `bimanual`, columns and anchoring of the actions. action_width: A. max_prefix: the longest
+    prefix that the policy takes. step_columns: action columns that say how far to move, not where to.
+    two_valued_columns: those with nothing between their values. preparation: what is made of a raw frame, per view in
+    the order of views. embodiment: the profile's name. None: not known.
+    """
+
+    chunk_length: int
+    control_rate_hz: float
+    replan_every: int | None
+    views: tuple[str, ...]
+    layout: str
+    action_width: int | None = None
+    max_prefix: int | None = None
+    step_columns: tuple[int, ...] | None = None
+    two_valued_columns: tuple[int, ...] | None = None
+    preparation: tuple[ViewInfo, ...] | None = None
+    embodiment: str | None = None
 
 
 @dataclass(frozen=True)

@@ -95,13 +95,17 @@ def test_picture_is_written(checkpoint, cameras, tmp_path):
         assert image.format == "PNG"
 
 
-def test_every_image_mode_is_read_as_rgb(checkpoint, cameras, tmp_path):
-    for mode in ("L", "RGBA", "P"):
+def test_image_files_are_read_as_arrays_are(checkpoint, cameras, tmp_path):
+    refused = {"P": None, "L": "is a grey image", "RGBA": "has an alpha channel"}
+    for mode, reason in refused.items():
         with Image.open(cameras["base"]) as image:
             image.convert(mode).save(tmp_path / f"{mode}.png")
         given = ["-i", f"base={tmp_path / mode}.png", *views(cameras, "left_wrist")]
         result = run(checkpoint, *given, *TASK, *LIBERO, "--json")
-        assert result.exit_code == 0, result.stderr
+        assert (result.exit_code == 0) == (reason is None), result.stderr
+        if reason:
+            assert f"{mode}.png {reason}" in result.stderr.replace("\n", " ")
+            assert "--image base" in result.stderr
 
 
 BASE, WRIST = "base={base}", "left_wrist={left_wrist}"

@@ -57,7 +57,8 @@ def test_openpi_and_released_clients_get_the_engine_s_chunks(checkpoint):
 
         openpi = WebsocketClientPolicy(url)
         images = {"observation/image": asked.images["base"], "observation/wrist_image": asked.images["left_wrist"]}
-        reply = openpi.infer({**images, "observation/state": asked.state, "prompt": asked.instruction, "seed": 3})
+        said = {"prompt": asked.instruction, "seed": 3, "prepared": False}
+        reply = openpi.infer({**images, "observation/state": asked.state, **said})
         np.testing.assert_array_equal(reply["actions"], expected)
         openpi._ws.close()
 
@@ -79,6 +80,11 @@ def test_openpi_and_released_clients_get_the_engine_s_chunks(checkpoint):
         pytest.param(["--tls-cert", "cert.pem"], "TLS: expected a certificate and its key", id="half of TLS"),
         pytest.param(["--api-keys", "/nowhere/keys"], "/nowhere/keys", id="no key file"),
         pytest.param(["--robot-type", "r2d2"], "robot_type: expected one of", id="robot type"),
+        pytest.param(
+            ["--legacy-pickle", "--legacy-port", "65535", "--legacy-ranks", "2"],
+            "legacy_ranks: expected at least 1, and ports up to 65535, got 2 from 65535 on",
+            id="ranks without ports",
+        ),
         pytest.param(["--ray", "--device", "cuda:1"], "device: expected auto, cpu or cuda beside --ray", id="ray"),
     ],
 )

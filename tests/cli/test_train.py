@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from typer.testing import CliRunner
 
@@ -62,6 +64,9 @@ def test_from_episodes_to_a_checkpoint_that_the_engine_loads(tmp_path, monkeypat
     engine = Engine.from_pretrained(tmp_path / "run" / "model")
     assert engine.robot_types == ("bimanual",)
     assert engine.statistics["bimanual"].chunk_length == 5
+    assert engine.statistics["bimanual"].active_columns == (*range(13), *range(14, 27))
+    kept = json.loads((tmp_path / "run" / "statistics.json").read_text())["action_config"]["bimanual"]
+    assert kept["active_columns"] == [*range(13), *range(14, 27)]
 
     again = run("finetune_head", "--tiny", "--out", "run", *paths, *short)
     assert again.exit_code == 2

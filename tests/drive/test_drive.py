@@ -20,9 +20,20 @@ from xr0_engine.drive.picture import plot_recording
 from xr0_engine.drive.policies import from_checkpoint, scripted
 from xr0_engine.drive.run import run
 from xr0_engine.drive.wander import CHUNK_LENGTH, JOINTS, WanderPolicy
-from xr0_engine.executor import Recorder, SensorsNotReady, Settings, SystemClock, VirtualClock, read_recording
+from xr0_engine.engine import Engine
+from xr0_engine.executor import (
+    Executor,
+    PlainFrame,
+    Recorder,
+    SensorsNotReady,
+    Settings,
+    SystemClock,
+    VirtualClock,
+    read_recording,
+)
 from xr0_engine.robot.decode import BIMANUAL_COLUMNS, LEFT, RIGHT
 from xr0_engine.robot.layouts import BIMANUAL, LAYOUTS
+from xr0_engine.serve.worker import describe
 from xr0_engine.sim import CONTROL_RATE_HZ, AlohaEnv, columns_to_joints, joints_to_columns
 
 # Servos with friction stop this close to their target, and follow this fast.
@@ -167,6 +178,48 @@ def test_simulation_refuses_another_robot(tiny_checkpoint):
         run(source, Settings(20.0), 1.0, True, 1, 0, None)
 
 
+def test_what_an_engine_tells_of_itself_is_what_a_server_tells_of_it(tiny_checkpoint):
+    engine = Engine.from_pretrained(tiny_checkpoint, "cpu", "float32")
+    served = describe(engine, (64, 64))
+    assert served.robots == {name: engine.robot_info(name) for name in served.robots}
+    assert {"libero_all", "bimanual"} <= served.robots.keys()
+    with pytest.raises(ValueError, match="robot_type: expected one of"):
+        engine.robot_info("r2d2")
+
+
+def test_steps_and_two_values_of_the_profile_are_in_the_frame(tiny_checkpoint):
+    source = from_checkpoint(tiny_checkpoint, "libero_all", 0, "cpu", "float32", "reference")
+    assert np.flatnonzero(source.frame.delta).tolist() == [0, 1, 2, 3, 4, 5]
+    assert np.flatnonzero(source.frame.held).tolist() == [6]
+    robot = NullRobot(source.views, source.layout, source.robot_type, source.state_width)
+    frames = [(PlainFrame(32, ()), "are steps"), (source.frame, "for 20 Hz, Settings have 10")]
+    for frame, complaint in frames:
+        executor = Executor(source.policy, robot, frame, Settings(10.0), clock=VirtualClock(), delay_s=lambda _: 0.1)
+        with pytest.raises(ValueError, match=complaint):
+            executor.run(1.0)
+
+
+def test_drive_takes_a_profile_and_a_size_like_serve(tiny_checkpoint, tmp_path, monkeypatch):
+    profile = {"name": "mine", "robot_types": [], "layout": "plain", "control_rate_hz": 12, "replan_every": None}
+    views = [{"key": "top", "title": "Base View"}]
+    (tmp_path / "mine.yaml").write_text(json.dumps({**profile, "views": views}))
+    seen = []
+    observe = NullRobot.observe
+
+    def watched(robot, now_s):
+        seen.append(observe(robot, now_s))
+        return seen[-1]
+
+    monkeypatch.setattr(NullRobot, "observe", watched)
+    command = ["drive", "--env", "null", "--checkpoint", tiny_checkpoint, "--robot-type", "libero_all", "--json"]
+    command += ["--embodiment", tmp_path / "mine.yaml", "--image-size", "96x64", "--seconds", 1, "--delay-steps", 1]
+    result = xr0(*command)
+    assert result.exit_code == 0, result.output
+    assert {view: image.shape for view, image in seen[0].observation.images.items()} == {"top": (64, 96, 3)}
+    counts = json.loads(result.stdout)["counts"]
+    assert counts["executed"] + counts["waited"] == 12
+
+
 def test_real_time_warms_up_first_and_raises_its_errors(tiny_checkpoint):
     source = from_checkpoint(tiny_checkpoint, "libero_all", 0, "cpu", "float32", "reference")
     report = run(source, Settings(20.0, hang_s=20.0), 0.5, False, None, 0, None)
@@ -221,11 +274,23 @@ def test_drive_tells_what_it_counted():
         (["--server", "ws://x", "--checkpoint", "y"], "at most one"),
         (["--robot-type", "libero_all"], "--env null"),
         (["--trigger", "soon"], "--trigger"),
+        (["--embodiment", "libero"], "--embodiment: expected only with --checkpoint"),
+        (["--image-size", "640"], "--image-size: expected WIDTHxHEIGHT"),
         (["--env", "null", "--mode", "fast"], "mode"),
         (["--env", "null", "--delay-steps", "2", "--starvation", "panic"], "starvation"),
         (["--env", "null", "--checkpoint", "nowhere/at/all"], "nowhere"),
     ],
-    ids=["env", "two policies", "robot type", "trigger", "mode", "starvation", "checkpoint"],
+    ids=[
+        "env",
+        "two policies",
+        "robot type",
+        "trigger",
+        "embodiment",
+        "image size",
+        "mode",
+        "starvation",
+        "checkpoint",
+    ],
 )
 def test_drive_refuses(arguments, complaint):
     result = xr0("drive", *arguments)

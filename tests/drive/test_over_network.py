@@ -22,7 +22,7 @@ from xr0_engine.drive import aloha
 from xr0_engine.drive import run as drive_run
 from xr0_engine.drive.null import NullRobot
 from xr0_engine.drive.policies import from_server
-from xr0_engine.executor import Executor, Settings, SystemClock, read_recording
+from xr0_engine.executor import Executor, PlainFrame, Settings, SystemClock, VirtualClock, frame_for, read_recording
 from xr0_engine.robot.layouts import BIMANUAL
 from xr0_engine.serve import client
 from xr0_engine.serve.access import tls_context
@@ -111,6 +111,31 @@ def test_drive_over_tls_with_a_key(tmp_path, monkeypatch, until_chunks):
         result = CliRunner().invoke(app, [*command, "--ca-file", str(certificate[0]), "--api-key", "another-key"])
         assert result.exit_code == 2
         assert "HTTP 401" in result.stderr
+
+
+def test_what_a_server_says_of_a_robot_is_what_the_executor_is_held_against():
+    config = ServerConfig(port=0, max_prefix=4)
+    with BackgroundServer(backend(EchoEngine()), config) as server, from_server(server.url, None, "bimanual") as source:
+        info = source.policy.robot_info("bimanual")
+        assert (info.control_rate_hz, info.layout, info.chunk_length, info.action_width) == (30, "bimanual", 30, 32)
+        assert (info.max_prefix, source.max_prefix) == (4, 4)
+        libero = source.policy.robot_info("libero_all")
+        assert (libero.step_columns, libero.two_valued_columns) == ((0, 1, 2, 3, 4, 5), (6,))
+        robot = KeepingRobot(source.views, source.layout, source.robot_type, 32, (32, 32))
+
+        def executor(frame, **settings):
+            settings = Settings(**{"rate_hz": 30, "max_prefix": 4, **settings})
+            return Executor(source.policy, robot, frame, settings, clock=VirtualClock(), delay_s=lambda _: 0.1)
+
+        for frame, settings, complaint in (
+            (source.frame, {"rate_hz": 60}, "for 30 Hz, Settings have 60"),
+            (source.frame, {"max_prefix": 6}, "prefixes of up to 4 actions"),
+            (PlainFrame(32), {}, "layout bimanual, the frame is of plain"),
+        ):
+            with pytest.raises(ValueError, match=complaint):
+                executor(frame, **settings).run(1.0)
+        assert robot.rows == ()
+        assert executor(frame_for(info)).run(1.0).counts["executed"] > 20
 
 
 def start_server(port=0):

@@ -10,7 +10,8 @@ from xr0_engine.executor import Executor, PlainFrame, SensorsNotReady, Settings,
 from xr0_engine.types import ActionChunk, Observation
 
 RATE_HZ = 30.0
-STEP, CALL = 0, 1
+# Column GRIP, which the policies here leave at 0, has nothing between its values.
+STEP, CALL, GRIP = 0, 1, 2
 WIDTH = 3
 
 
@@ -91,7 +92,7 @@ def execute(
     executor = Executor(
         policy,
         robot,
-        PlainFrame(WIDTH, ()),
+        PlainFrame(WIDTH, (), [GRIP]),
         Settings(**{"rate_hz": RATE_HZ, "mode": mode, **settings}),
         limits,
         clock,

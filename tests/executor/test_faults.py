@@ -277,3 +277,76 @@ def test_no_action_is_repeated_or_skipped_without_being_counted(mode, length, tr
         np.testing.assert_array_equal(np.diff(robot.steps), 1)
     assert report.seams.count + report.inner.count <= c["executed"]
     assert np.isfinite(np.reshape(robot.rows, (-1, WIDTH))).all()
+
+
+class StampedRobot(MarkedRobot):
+    """Its clock shows `scale * time + offset_s` from the begin_s-th second of the executor's on."""
+
+    def __init__(self, clock, offset_s=0.0, scale=1.0, begin_s=0.0):
+        super().__init__(clock)
+        self.offset_s, self.scale, self.begin_s = offset_s, scale, begin_s
+
+    def observe(self, now_s):
+        snapshot = super().observe(now_s)
+        if now_s < self.begin_s:
+            return snapshot
+        time_s = self.scale * now_s + self.offset_s
+        return Snapshot(replace(snapshot.observation, timestamp_s=time_s), snapshot.origin)
+
+
+@pytest.mark.parametrize(
+    ("start_s", "wrong", "complaint"),
+    [
+        pytest.param(1000.0, {"offset_s": 1.7e9}, "1700000000.000 s ahead of", id="time of day, loop monotonic"),
+        pytest.param(1.7e9, {"offset_s": -1.7e9 + 50}, "behind the executor's clock", id="monotonic, loop time of day"),
+        pytest.param(1000.0, {"scale": 1e3}, "ahead of", id="milliseconds"),
+        pytest.param(1000.0, {"scale": 1 / 60}, "behind", id="minutes"),
+        pytest.param(1000.0, {"offset_s": 0.1}, "0.100 s ahead of", id="a little ahead"),
+        pytest.param(1000.0, {"offset_s": -3600.0}, "3600.000 s behind", id="another time zone"),
+    ],
+)
+def test_observations_of_another_clock_are_told_at_the_first_one(start_s, wrong, complaint):
+    clock = VirtualClock(start_s)
+    robot = StampedRobot(clock, **wrong)
+    report, robot, policy = execute(clock=clock, robot=robot, seconds=1 / RATE_HZ)
+    assert report.counts["mistimed"] == 1
+    assert report.last_error.startswith("mistimed: observation.timestamp_s")
+    assert complaint in report.last_error
+    assert "time.monotonic()" in report.last_error
+    report, robot, policy = execute(clock=clock, robot=robot, seconds=2)
+    assert (report.counts["mistimed"], report.counts["inferences"]) == (60, 0)
+    assert (robot.rows, policy.calls) == ([], [])
+
+
+def test_a_robot_whose_clock_is_set_meanwhile():
+    """It holds, is told why, and goes on when the clocks agree again."""
+    clock = VirtualClock(100.0)
+    robot = StampedRobot(clock, offset_s=30.0, begin_s=102.0)
+    report, robot, _ = execute(clock=clock, robot=robot, seconds=6)
+    assert report.counts["mistimed"] > 30
+    assert report.counts["held"] > 30
+    assert "30.000 s ahead" in report.last_error
+    robot.begin_s = float("inf")
+    report, robot, _ = execute(clock=clock, robot=robot, seconds=2)
+    assert of_chunks(report, robot)[-20:].all()
+
+
+def test_slow_cameras_are_of_the_right_clock():
+    clock = VirtualClock(100.0)
+    report, _, _ = execute("sync", clock=clock, robot=StampedRobot(clock, offset_s=-5.0))
+    assert (report.counts["mistimed"], report.last_error) == (0, None)
+
+
+def test_chunks_that_come_too_late_for_any_action_are_told():
+    """Older than a chunk lasts, but not too old for a slow camera."""
+    clock = VirtualClock(100.0)
+    report, _, _ = execute(clock=clock, robot=StampedRobot(clock, offset_s=-3.0), seconds=4)
+    assert report.counts["outdated"] > 0
+    assert "after its observation, when all of its 30 actions were past" in report.last_error
+
+
+@pytest.mark.parametrize("time_s", [float("nan"), float("inf")], ids=str)
+def test_a_time_that_is_no_number_is_refused(time_s):
+    clock = VirtualClock(100.0)
+    with pytest.raises(ValueError, match=f"timestamp_s: expected a time on the executor's clock, got {time_s}"):
+        execute(clock=clock, robot=StampedRobot(clock, offset_s=time_s))

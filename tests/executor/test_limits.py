@@ -76,6 +76,15 @@ class TestLimits:
         with pytest.raises(ValueError, match="2 columns, got 3"):
             Limiter(Limits.none(3), PlainFrame(2, ()))
 
+    @pytest.mark.parametrize("bound", ["velocity", "jump"])
+    def test_what_has_two_values_moves_at_once_or_not(self, bound):
+        frame = PlainFrame(2, (), [1])
+        with pytest.raises(ValueError, match=f"no {bound} limit on a column of held_columns"):
+            self.limiter(frame, **{bound: np.array([1.0, 1.0])})
+        limiter = self.limiter(frame, **{bound: np.array([1.0, np.inf])})
+        limiter(np.array([0.0, -1.0]), 0.0)
+        assert limiter(np.array([0.0, 1.0]), 0.01)[0].tolist() == [0.0, 1.0]
+
     def test_rotations_have_no_range(self):
         with pytest.raises(ValueError, match="rotation"):
             self.limiter(BimanualFrame(), high=np.ones(32))

@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 
-from xr0_engine.executor import SensorsNotReady, Synchronizer
+from xr0_engine.executor import Mistimed, SensorsNotReady, Synchronizer
 from xr0_engine.robot.decode import ArmPose, BimanualPose
 
 IMAGE = np.zeros((2, 2, 3), np.uint8)
@@ -81,6 +81,27 @@ class TestSynchronizer:
         self.fill(sensors, [1.0, 1.0, 900.0], [1.0], [1.0])
         assert sensors.observe(1.0).observation.timestamp_s == 1.0
         assert sensors.counts == {"duplicate": 1, "future": 1}
+
+    @pytest.mark.parametrize(
+        ("fill", "complaint"),
+        [
+            ({"ego": [1.7e9], "wrist": [50.0], "states": [50.0]}, "ego is stamped 1700000000.000 s, .* ahead of"),
+            ({"ego": [50.0], "wrist": [50.0], "states": [5e4]}, "state is stamped 50000.000 s, .* ahead of"),
+            ({"ego": [50.0], "wrist": [0.05], "states": [50.0]}, "wrist is stamped 0.050 s, 49.9.* s behind"),
+        ],
+        ids=["time of day", "milliseconds", "milliseconds taken for seconds"],
+    )
+    def test_a_sensor_on_another_clock_is_told(self, fill, complaint):
+        sensors = self.make()
+        self.fill(sensors, **fill)
+        for _ in range(2):
+            with pytest.raises(Mistimed, match=complaint):
+                sensors.observe(50.0)
+
+    def test_a_slow_camera_may_be_as_slow_as_allowed(self):
+        sensors = self.make(max_age_s=100.0)
+        self.fill(sensors, [1.0], [1.0], [1.0])
+        assert sensors.observe(50.0).observation.timestamp_s == 1.0
 
     def test_unknown_view(self):
         with pytest.raises(ValueError, match="view: expected one of ego, wrist, got 'left'"):

@@ -15,7 +15,7 @@ from xr0_engine import Engine
 from xr0_engine.checkpoint import write_checkpoint
 from xr0_engine.comparison import FLOAT32_EXPORT_MAX_ERROR
 from xr0_engine.export.folder import export_onnx
-from xr0_engine.exported.manifest import MANIFEST_FILE, ExportCase
+from xr0_engine.exported.manifest import MANIFEST_FILE, ExportCase, Manifest, record_files
 
 LONG = "pick up the red cube" + ", then the blue cube" * 20
 
@@ -171,6 +171,8 @@ def test_graph_that_is_none_is_named(exported, tmp_path, observation):
     copy = changed(exported, tmp_path)
     size = (copy / "vision.onnx").stat().st_size
     (copy / "vision.onnx").write_bytes(b"\xff" * size)
+    manifest = Manifest.read(copy)
+    replace(manifest, files={**manifest.files, **record_files(copy, ["vision.onnx"])}).write(copy)
     with pytest.raises(ValueError, match=r"vision\.onnx cannot be read by ONNX Runtime"):
         Engine.from_export(copy).infer(observation)
 

@@ -119,6 +119,16 @@ def test_whole_step_agrees_call_after_call(plain, mode, prefix_length):
         torch.testing.assert_close(fused.step(inputs, *chunk), expected, rtol=0, atol=MAX_ERROR)
 
 
+def test_rounded_tables_are_the_plain_models(tmp_path):
+    write_checkpoint(tmp_path / "compat", make_config(head={"compat_bf16_time": True}))
+    fused, model = fused_of(load(tmp_path / "compat"))
+    inputs = inputs_of(model.config, 1, 0)
+    vision, expected = fused.encode_images(inputs), model.encode_images(inputs)
+    torch.testing.assert_close(vision.tokens, expected.tokens, rtol=0, atol=MAX_ERROR)
+    keys, expected_keys = (each.prefill(inputs, expected).keys for each in (fused, model))
+    torch.testing.assert_close(keys, expected_keys, rtol=0, atol=MAX_ERROR)
+
+
 def test_folding_leaves_the_plain_model_what_it_was(plain):
     fused, model = fused_of(plain)
     inputs = inputs_of(model.config, 2, 4)

@@ -64,6 +64,7 @@ class Outputs:
 
 
 def reference(config: ModelConfig, folder: Path, inputs: ModelInputs, dtype: torch.dtype = torch.float32) -> Outputs:
+    """With compat_bf16_time the buffers are those of a model that was cast as a whole, as the released server's is."""
     hf_config = Qwen3VLConfig(**config.to_hf()["vlm_config"])
     hf_config._attn_implementation = "eager"
     with torch.device("meta"):
@@ -77,6 +78,8 @@ def reference(config: ModelConfig, folder: Path, inputs: ModelInputs, dtype: tor
     model.to(dtype).eval()
     # Buffers that the checkpoint does not hold were left unset on the meta device.
     fresh = Qwen3VLModel(hf_config)
+    if config.head.compat_bf16_time:
+        fresh.to(torch.bfloat16)
     for name, buffer in fresh.named_buffers():
         model.get_buffer(name).data = buffer.clone()
     grids = torch.tensor([(1, height, width) for height, width in inputs.image_grids])
@@ -138,6 +141,38 @@ def test_float32_equals_transformers(sizes, prompt, preamble_tokens, checkpoint)
         assert kv.keys.shape == expected.keys.shape
         assert largest((kv.keys - expected.keys) * is_token) < FLOAT32_ERROR
         assert largest((kv.values - expected.values) * is_token) < FLOAT32_ERROR
+
+
+def test_rounded_tables_are_those_of_a_model_that_was_cast(checkpoint):
+    config = make_config(head={"compat_bf16_time": True})
+    folder = checkpoint(config)
+    # Large enough that what is rounded adds up.
+    inputs = random_inputs(config, [[(16, 20), (4, 4)]], [[3, 5, 2]])
+    expected, model = reference(config, folder, inputs), load(folder)
+    vision = model.encode_images(inputs)
+    assert largest(vision.tokens - expected.tokens) < FLOAT32_ERROR
+    kv = model.prefill(inputs, vision)
+    is_token = inputs.attention_mask[:, None, :, None]
+    assert largest((kv.keys - expected.keys) * is_token) < FLOAT32_ERROR
+    # Each table makes a difference of its own.
+    plain = load(checkpoint(make_config()))
+    assert largest(plain.encode_images(inputs).tokens - expected.tokens) > 2 * FLOAT32_ERROR
+    assert largest((plain.prefill(inputs, vision).keys - expected.keys) * is_token) > 2 * FLOAT32_ERROR
+
+
+def test_in_bfloat16_the_vision_towers_whole_table_is_rounded(checkpoint):
+    """As transformers 4.57 does, which the released server runs on: positions times frequencies, in their dtype."""
+    model = load(checkpoint(make_config(head={"compat_bf16_time": True})), torch.bfloat16)
+    tower, (height, width) = model.vlm.model.visual, (6, 10)
+    _, cos, sin = tower.tables(((height, width),))
+    quarter = tower.config.hidden_size // tower.config.num_heads // 4
+    frequencies = (10_000.0 ** (-torch.arange(quarter) / quarter)).bfloat16()
+    table = torch.outer(torch.arange(width, dtype=torch.bfloat16), frequencies)
+    # The patch in row 0 and column 3, in order of merge blocks: second block, second of its four.
+    angles = torch.cat((table[0], table[3])).repeat(2)
+    assert torch.equal(cos[5, 0], angles.cos().float())
+    assert torch.equal(sin[5, 0], angles.sin().float())
+    assert cos.dtype == torch.float32
 
 
 def test_bfloat16_is_as_close_as_transformers(checkpoint):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
+import yaml
 
 from xr0_engine.robot.embodiment import Embodiment, View, builtin_embodiments, embodiment_for, load_embodiment
 
@@ -70,14 +73,68 @@ def test_benchmark_protocols():
 
 
 def test_unknown_robot_type_lists_the_known_and_the_remedy():
-    with pytest.raises(ValueError, match=r"droid_pt.*bimanual.*libero_all.*YAML"):
-        embodiment_for("droid_pt")
+    with pytest.raises(ValueError, match=r"r2d2.*bimanual.*libero_all.*YAML") as caught:
+        embodiment_for("r2d2")
+    assert "pre-trained" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("robot_type", "length"),
+    [("agibot_pt_v3", 30), ("midata_mix_ann_pt_v1", 30), ("droid_pt", 15), ("molmoact_pt", 15)],
+)
+def test_robot_type_of_the_pretrained_model_says_what_is_known(robot_type, length):
+    known = rf"{robot_type}.*YAML.*pre-trained model: its chunks have {length} actions.*never published.*of your own"
+    with pytest.raises(ValueError, match=known):
+        embodiment_for(robot_type)
 
 
 def test_own_profile(yaml_file):
     path = yaml_file(OWN_PROFILE)
     expected = Embodiment("my_arm", ("my_arm_v1",), (View("base", "Base View", center_crop=0.9),), "plain", 15, None)
     assert load_embodiment(path) == load_embodiment(str(path)) == expected
+
+
+def test_resize_is_height_and_width(yaml_file):
+    path = yaml_file(OWN_PROFILE.replace("center_crop: 0.9", "resize: [256, 320]", 1))
+    assert load_embodiment(path).views == (View("base", "Base View", resize=(256, 320)),)
+
+
+@pytest.mark.parametrize("size", ["256", "[256]", "[256, 0]", "[256, 320.5]", "[true, 320]", "[256, 5000]", "[[], 1]"])
+def test_wrong_resize(yaml_file, size):
+    path = yaml_file(OWN_PROFILE.replace("center_crop: 0.9", f"resize: {size}", 1))
+    with pytest.raises(ValueError, match=r"views\[0\] resize: expected \[height, width\] in whole pixels up to 4096"):
+        load_embodiment(path)
+
+
+def test_columns_of_a_kind(yaml_file):
+    """Not known unless the file says it; none is another answer."""
+    assert (load_embodiment("calvin").step_columns, load_embodiment("calvin").two_valued_columns) == (None, None)
+    assert load_embodiment("libero").step_columns == (0, 1, 2, 3, 4, 5)
+    assert load_embodiment("libero").two_valued_columns == (6,)
+    profile = load_embodiment(yaml_file(OWN_PROFILE + "step_columns: []\ntwo_valued_columns: [6, 7]\n"))
+    assert (profile.step_columns, profile.two_valued_columns) == ((), (6, 7))
+    info = profile.robot_info(chunk_length=10, action_width=32, max_prefix=20)
+    assert (info.step_columns, info.two_valued_columns) == ((), (6, 7))
+    # All of a chunk but one action: there must be something to infer.
+    assert (info.action_width, info.max_prefix) == (32, 9)
+
+
+@pytest.mark.parametrize(
+    ("lines", "match"),
+    [
+        ("step_columns: 3", "step_columns: expected a list of columns counted from 0"),
+        ("step_columns: [0, -1]", "step_columns: expected a list of columns"),
+        ("two_valued_columns: [6, 6]", "two_valued_columns: expected a list of columns .* none twice"),
+        ("two_valued_columns: [[]]", "two_valued_columns: expected a list of columns"),
+        ("{step_columns: [5, 6], two_valued_columns: [6]}", r"expected none of step_columns, got \[6\]"),
+        ("{layout: bimanual, step_columns: [0]}", "step_columns: expected only with layout plain"),
+    ],
+    ids=["a number", "negative", "twice", "nested", "both", "layout"],
+)
+def test_wrong_columns_of_a_kind(yaml_file, lines, match):
+    path = yaml_file(yaml.safe_dump(yaml.safe_load(OWN_PROFILE) | yaml.safe_load(lines)))
+    with pytest.raises(ValueError, match=rf"{re.escape(str(path))}: .*{match}"):
+        load_embodiment(path)
 
 
 def test_every_fault_of_a_file_in_one_error(yaml_file):

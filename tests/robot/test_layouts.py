@@ -142,9 +142,23 @@ def test_bimanual_needs_a_pose():
 
 
 @pytest.mark.parametrize("columns", [[7], [-1]], ids=str)
-def test_delta_columns_must_exist(columns):
-    with pytest.raises(ValueError, match="delta_columns"):
-        PlainFrame(7, columns)
+@pytest.mark.parametrize("name", ["delta_columns", "held_columns"])
+def test_columns_of_a_kind_must_exist(name, columns):
+    with pytest.raises(ValueError, match=name):
+        PlainFrame(7, **{name: columns})
+
+
+def test_a_step_is_not_held():
+    with pytest.raises(ValueError, match=r"held_columns: expected none of delta_columns.*\[5\]"):
+        PlainFrame(7, range(6), [5, 6])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_frame_of_a_profile_that_names_columns(layout):
+    frame = layout.frame_of(BIMANUAL_COLUMNS, two_valued_columns=(6, 20))
+    assert np.flatnonzero(frame.held).tolist() == [6, 20]
+    assert not frame.delta.any()
+    assert type(frame) is type(layout.frame(BIMANUAL_COLUMNS))
 
 
 def test_bimanual_panels_hold_every_active_column_once():

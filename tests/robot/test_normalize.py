@@ -146,3 +146,78 @@ def test_select_robot_type():
     for unknown in unknown_types:
         with pytest.raises(ValueError, match="expected one of a, b, got"):
             select_robot_type(two, unknown)
+
+
+COLUMNS = (0, 2, 3)
+
+
+def named(epsilon=1e-6, columns=COLUMNS, still=(3,)):
+    """Column 3 is active and does not move; column 1 moves and is not active."""
+    plain = statistics(epsilon=epsilon, still=still)
+    return ActionStatistics(plain.mean, plain.std, plain.epsilon, columns)
+
+
+def test_named_columns_are_active_whatever_their_std():
+    np.testing.assert_array_equal(named().action_mask, [[1, 0, 1, 1, 0]] * 4)
+    assert named().action_mask.dtype == np.float32
+
+
+def test_formulas_of_the_post_training_code():
+    """`(a - mean) / (std + 1e-6)` and back on the named columns, 0 on the others."""
+    stats, epsilon = named(), np.float32(1e-6)
+    values = np.random.default_rng(2).normal(size=(4, WIDTH)).astype(np.float32)
+    normalized, actions = stats.normalize(values), stats.denormalize(values)
+    for column in range(WIDTH):
+        scale, mean = stats.std[:, column] + epsilon, stats.mean[:, column]
+        is_active = column in COLUMNS
+        np.testing.assert_array_equal(normalized[:, column], is_active * ((values[:, column] - mean) / scale))
+        np.testing.assert_array_equal(actions[:, column], is_active * (values[:, column] * scale + mean))
+    # A chunk's first rows, or several chunks at once.
+    np.testing.assert_array_equal(stats.denormalize(values[None, :2]), actions[None, :2])
+
+
+def test_a_still_column_decodes_to_its_value():
+    stats = named()
+    back = stats.denormalize(stats.normalize(stats.mean))
+    np.testing.assert_array_equal(back[:, 3], stats.mean[:, 3])
+
+
+@pytest.mark.parametrize("epsilon", [1e-6, 0.0], ids=["post-training", "hub"])
+def test_named_columns_are_read_and_written(tmp_path, epsilon):
+    stats = named(epsilon, still=())
+    config_file(tmp_path, {"a": {**stats.to_json(), "active_columns": [3, 0, 2]}, "b": statistics().to_json()})
+    loaded = load_statistics(tmp_path, WIDTH, epsilon)
+    assert loaded["a"].active_columns == COLUMNS
+    assert loaded["a"].to_json() == stats.to_json()
+    assert loaded["b"].active_columns is None
+    assert "active_columns" not in loaded["b"].to_json()
+
+
+@pytest.mark.parametrize(
+    ("columns", "fault"),
+    [
+        ([], "expected numbers from 0 to 4, each once, got none"),
+        ([0, 5], r"expected numbers from 0 to 4, each once, got \[0, 5\]"),
+        ([-1], r"expected numbers from 0 to 4, each once, got \[-1\]"),
+        ([1, 1], r"expected numbers from 0 to 4, each once, got \[1, 1\]"),
+        ([1.0], "expected a list of column numbers"),
+        ([True], "expected a list of column numbers"),
+        (["1"], "expected a list of column numbers"),
+        (3, "expected a list of column numbers, got 3"),
+        ({"0": 1}, "expected a list of column numbers"),
+    ],
+    ids=["none", "above", "below", "twice", "float", "bool", "text", "number", "mapping"],
+)
+def test_faulty_columns(tmp_path, columns, fault):
+    config_file(tmp_path, {"bad": {"mean": table(), "std": table(), "active_columns": columns}})
+    with pytest.raises(CheckpointError, match=f"robot type 'bad': active_columns: {fault}"):
+        load_statistics(tmp_path, WIDTH, 0.0)
+
+
+def test_a_named_column_that_nothing_can_be_divided_by_is_refused(tmp_path):
+    std = table()
+    std[1][2] = std[2][4] = 0.0
+    config_file(tmp_path, {"bad": {"mean": table(), "std": std, "active_columns": [0, 2, 4]}})
+    with pytest.raises(CheckpointError, match=r"active columns \[2, 4\] have std 0, and epsilon is 0 too.*std_epsilon"):
+        load_statistics(tmp_path, WIDTH, 0.0)
+    assert load_statistics(tmp_path, WIDTH, 1e-6)["bad"].active_columns == (0, 2, 4)

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from xr0_engine.config import ActionHeadConfig, ModelConfig, TextConfig, TokenIds, VisionConfig
 from xr0_engine.robot.embodiment import View, load_embodiment
 from xr0_engine.robot.normalize import ActionStatistics
-from xr0_engine.robot.preprocess import Preprocessor, images_to_patches
+from xr0_engine.robot.preprocess import Preprocessor, images_to_patches, orient
 from xr0_engine.robot.prompt import PromptTokenizer, build_prompt
 from xr0_engine.types import Observation
 
@@ -51,6 +51,15 @@ def statistics(length=CHUNK, active=ACTION):
 def preprocessor(embodiment=None, config=CONFIG, **robot_types):
     known = robot_types or {"libero_all": statistics(), "bridge_delta": statistics(active=3)}
     return Preprocessor(config, PromptTokenizer(byte_tokenizer(), config.tokens), known, embodiment)
+
+
+@pytest.mark.parametrize("normalize", [True, False], ids=["normalised", "as given"])
+def test_the_checkpoint_says_whether_the_task_text_is_normalised(normalize):
+    made = preprocessor(config=replace(CONFIG, normalize_instruction=normalize))
+    ids = made([observation(instruction="pick it up")]).input_ids[0].numpy()
+    text = bytes(ids[ids < PAD].astype(np.uint8))
+    spelled = byte_tokenizer().encode("Pick it up. /no_cot" if normalize else "pick it up /no_cot").ids
+    assert bytes(spelled) in text
 
 
 def random_image(*size, seed=0):
@@ -171,7 +180,8 @@ MALFORMED = {
     "channels first": ({"images": with_base(random_image(32, 48).transpose(2, 0, 1))}, "channels last expected"),
     "grey image": ({"images": with_base(random_image(32, 32)[..., 0])}, r"shape \(32, 32\), a grey image"),
     "one channel": ({"images": with_base(random_image(32, 32)[..., :1])}, r"shape \(32, 32, 1\), a grey image"),
-    "alpha": ({"images": with_base(np.zeros((32, 32, 4), np.uint8))}, "an image with alpha"),
+    "alpha": ({"images": with_base(np.zeros((32, 32, 4), np.uint8))}, "an image with alpha: lay it on a background"),
+    "16 bits": ({"images": with_base(np.zeros((32, 32, 3), np.uint16))}, "dtype uint16: take the upper byte"),
     "batch of images": ({"images": with_base(random_image(32, 32)[None])}, r"shape \(1, 32, 32, 3\)"),
     "empty image": ({"images": with_base(random_image(0, 32))}, "an empty image"),
     "narrow image": ({"images": with_base(random_image(1, 201))}, "aspect ratio is above 200"),
@@ -194,6 +204,7 @@ MALFORMED = {
     ),
     "no robot type": ({"robot_type": None}, "robot_type: .* holds several"),
     "NaN time": ({"timestamp_s": float("nan")}, "timestamp_s: expected seconds"),
+    "prepared as text": ({"prepared": "yes"}, "prepared: expected true or false, got 'yes'"),
     "time as text": ({"timestamp_s": "now"}, "timestamp_s: expected seconds"),
 }
 
@@ -208,10 +219,28 @@ def test_malformed_observation_is_refused_before_any_work(changed, match, monkey
         PREPROCESS([observation(), observation(**changed)])
 
 
-def test_aspect_ratio_counts_after_the_crop():
+def test_aspect_ratio_counts_as_the_processor_sees_it():
     cropped = replace(LIBERO, views=(View("base", "Base View", center_crop=0.95),))
-    with pytest.raises(ValueError, match="aspect ratio is above 200"):
-        preprocessor(cropped)([observation(images={"base": random_image(11, 2200)})])
+    resized = replace(LIBERO, views=(View("base", "Base View", resize=(64, 64)),))
+    # 10 x 2090 of it are kept, but enlarged to its size.
+    assert preprocessor(cropped)([observation(images={"base": random_image(11, 2200)})]).image_grids
+    assert preprocessor(resized)([observation(images={"base": random_image(2, 800)})]).image_grids == ((4, 4),)
+    for profile, prepared in ((cropped, False), (cropped, True), (resized, True)):
+        with pytest.raises(ValueError, match=r"images\['base'\].*aspect ratio is above 200"):
+            preprocessor(profile)([observation(images={"base": random_image(2, 800)}, prepared=prepared)])
+
+
+def test_prepared_images_pass_by_the_profile():
+    """Beside one that is not prepared: the choice is each observation's own."""
+    views = (View("base", "Base View", rotate_180=True, center_crop=0.5, resize=(96, 128)),)
+    profile = replace(LIBERO, views=views)
+    frame = random_image(64, 48)
+    inputs = preprocessor(profile)(
+        [observation(images={"base": frame}), observation(images={"base": frame}, prepared=True)]
+    )
+    expected, grids = images_to_patches([orient(frame, views[0]), frame], VISION)
+    assert inputs.image_grids == grids == ((6, 8), (4, 4))
+    torch.testing.assert_close(inputs.pixel_values, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -230,6 +259,7 @@ VALID = {
     "state": hnp.arrays(np.float32, st.sampled_from([(STATE,), (1, STATE)]), elements=st.floats(-1e6, 1e6, width=32)),
     "robot_type": st.just("libero_all"),
     "timestamp_s": st.one_of(st.none(), st.floats(0, 1e9)),
+    "prepared": st.booleans(),
 }
 
 scalars = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=9), st.binary(max_size=9))
@@ -250,6 +280,7 @@ ARBITRARY = {
     "state": st.one_of(arrays, anything, hnp.arrays(hnp.floating_dtypes(), st.sampled_from([(STATE,), (1, STATE)]))),
     "robot_type": anything,
     "timestamp_s": anything,
+    "prepared": anything,
 }
 
 

@@ -11,7 +11,16 @@ from transformers import PreTrainedTokenizerFast
 
 from xr0_engine.config import TokenIds
 from xr0_engine.robot.embodiment import builtin_embodiments, load_embodiment
-from xr0_engine.robot.prompt import PromptTokenizer, build_prompt, normalize_instruction, preamble_length
+from xr0_engine.robot.prompt import (
+    PROMPT_TOKENS,
+    PromptTokenizer,
+    build_prompt,
+    normalize_instruction,
+    preamble_length,
+    prompt_task,
+    prompt_text,
+    task_of,
+)
 from xr0_engine.types import CheckpointError
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
@@ -130,9 +139,19 @@ def test_instruction_is_normalised(text, expected):
     ],
     ids=["empty", "blank", "none", "bytes", "end of turn", "image", "lone surrogate"],
 )
-def test_refused_instruction(text, match):
+@pytest.mark.parametrize("normalize", [True, False], ids=["normalised", "as given"])
+def test_refused_instruction(text, match, normalize):
     with pytest.raises(ValueError, match=f"instruction: .*{match}"):
-        normalize_instruction(text)
+        prompt_text(text, normalize)
+
+
+@pytest.mark.parametrize("text", ["pick up the cup", "  put A on B.\n", "Fold it!"])
+def test_an_instruction_as_given_is_not_touched(text, tokenizer):
+    assert prompt_text(text, normalize=False) == text
+    as_given = tokenizer.encode(["Base View"], [2], text, normalize=False)
+    prompt = build_prompt(["Base View"], [2], text)
+    assert as_given.tolist() == tokenizer._tokenizer.encode(prompt, add_special_tokens=False).ids
+    assert tokenizer.encode(["Base View"], [2], text).tolist() != as_given.tolist()
 
 
 def test_pad_id(folder, tokenizer, tokens):
@@ -166,3 +185,110 @@ def test_tokenizer_of_another_checkpoint(folder, tokens):
     assert f"<|image_pad|> has id {tokens.image}, config.json says {tokens.image + 7}" in str(caught.value)
     assert "<|vision_end|> has id" in str(caught.value)
     assert "<|vision_start|>" not in str(caught.value)
+
+
+def edited(folder, target, change):
+    """A copy of the tokenizer with its file's content changed."""
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    change(content)
+    (target / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    return target
+
+
+def without(token):
+    def change(content):
+        content["added_tokens"] = [entry for entry in content["added_tokens"] if entry["content"] != token]
+        content["model"]["vocab"].pop(token, None)
+
+    return change
+
+
+@pytest.mark.parametrize("token", PROMPT_TOKENS)
+def test_every_token_of_the_prompt_is_needed(folder, tokens, tmp_path, token):
+    with pytest.raises(CheckpointError) as caught:
+        PromptTokenizer.load(edited(folder, tmp_path, without(token)), tokens)
+    # The library renumbers the others, which is told too.
+    assert f"it lacks {token}" in str(caught.value)
+
+
+def test_a_token_of_the_vocabulary_that_is_not_added_is_cut(folder, tokens, tmp_path):
+    def change(content):
+        (entry,) = (entry for entry in content["added_tokens"] if entry["content"] == "<|im_end|>")
+        content["added_tokens"].remove(entry)
+        content["model"]["vocab"]["<|im_end|>"] = entry["id"]
+
+    with pytest.raises(CheckpointError, match=r"cuts <\|im_end\|> into \d+ tokens"):
+        PromptTokenizer.load(edited(folder, tmp_path, change), tokens)
+
+
+def test_ids_beyond_the_embeddings_are_refused(folder, tokens):
+    largest = max(Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab().values())
+    with pytest.raises(CheckpointError, match=f"has the id {largest}, config.json a vocab_size of {largest}"):
+        PromptTokenizer.load(folder, tokens, largest)
+    PromptTokenizer.load(folder, tokens, largest + 1)
+
+
+def test_a_tokenizer_that_eats_line_ends_is_refused(folder, tokens, tmp_path):
+    def change(content):
+        for entry in content["added_tokens"]:
+            entry["rstrip"] = True
+
+    with pytest.raises(CheckpointError, match="loses parts of a prompt"):
+        PromptTokenizer.load(edited(folder, tmp_path, change), tokens)
+
+
+def test_a_tokenizer_that_drops_characters_is_refused(folder, tokens, tmp_path):
+    def change(content):
+        # The bytes of other letters than English ones.
+        for symbol in ("Ã", "æ"):
+            content["model"]["vocab"].pop(symbol)
+
+    with pytest.raises(CheckpointError, match="loses parts of a prompt"):
+        PromptTokenizer.load(edited(folder, tmp_path, change), tokens)
+
+
+def test_words_that_the_tokenizer_does_not_know_are_refused(tokens):
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "go": 1}, unk_token="[UNK]"))
+    words.add_special_tokens(["<|image_pad|>"])
+    own = TokenIds(words.token_to_id("<|image_pad|>"), tokens.vision_start, tokens.vision_end)
+    with pytest.raises(ValueError, match=r"instruction: the checkpoint's tokenizer does not know some of 'Go\.'"):
+        PromptTokenizer(words, own).encode(["Base View"], [1], "Go.")
+
+
+TITLES = ("Base View", "Left-Wrist View")
+WHOLE = build_prompt(TITLES, [1, 1], "Pick up the bowl.")
+
+
+@pytest.mark.parametrize(
+    ("text", "task"),
+    [
+        pytest.param("Pick up the bowl.", "Pick up the bowl.", id="task alone"),
+        pytest.param(" outer spaces ", " outer spaces ", id="as it is"),
+        pytest.param(WHOLE, "Pick up the bowl.", id="whole prompt"),
+    ],
+)
+def test_task_is_taken_out_of_a_released_prompt(text, task):
+    assert task_of(text, TITLES) == prompt_task(text) == task
+
+
+def test_task_of_a_user_s_turn():
+    turn = "# Ego View\n<image>\nGenerate robot actions for the task:\nPick up the bowl. /no_cot"
+    assert prompt_task(turn) == "Pick up the bowl."
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param(build_prompt(TITLES[:1], [1], "Go."), id="a view too few"),
+        pytest.param(build_prompt(TITLES[::-1], [1, 1], "Go."), id="views in another order"),
+        pytest.param(build_prompt(TITLES, [64, 64], "Go."), id="expanded images"),
+        pytest.param(WHOLE.replace(" /no_cot", ""), id="another ending"),
+        pytest.param(WHOLE.replace("<cot></cot>", "<cot>Think.</cot>"), id="an answer"),
+        pytest.param("Be careful. " + WHOLE, id="more before it"),
+        pytest.param("Generate robot actions for the task:\nGo. /no_cot", id="half of it"),
+        pytest.param(build_prompt(TITLES, [1, 1], WHOLE), id="a prompt in a prompt"),
+    ],
+)
+def test_another_prompt_is_refused(text):
+    with pytest.raises(ValueError, match=r"expected the task alone or the prompt .*{task}"):
+        task_of(text, TITLES)

@@ -14,27 +14,28 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 
 import numpy as np
+import torch
 from PIL import Image
 
 from tests.serve.support import observation
-from xr0_engine.serve import legacy
+from xr0_engine.robot.embodiment import embodiment_for
 from xr0_engine.serve.images import encode_jpeg
 from xr0_engine.serve.protocol import (
     PolicyMetadata,
     Refused,
     Request,
-    RobotInfo,
     decode_metadata,
     decode_reply,
     encode_chunk,
     encode_error,
     encode_metadata,
-    encode_request,
-    read_fields,
-    read_request,
 )
+from xr0_engine.serve.released import read_request as read_released
+from xr0_engine.serve.requests import encode_request, read_fields, read_request
+from xr0_engine.serve.unpickle import restricted_loads
 from xr0_engine.serve.wire import pack
 from xr0_engine.types import ActionChunk
 
@@ -45,7 +46,7 @@ SLOWEST_S = 5.0
 GROWTH_BYTES = 64 << 20
 """Memory that may come after a quarter of the time: the allocator's own ups and downs."""
 
-ROBOT = RobotInfo(10, 20.0, 10, ("base", "left_wrist"), "plain")
+ROBOT = embodiment_for("libero_all").robot_info(10, 32, 6)
 METADATA = PolicyMetadata({"libero_all": ROBOT}, 32, 32, (0, 6), 1 << 20, MAX_PIXELS, 100.0)
 TIMING = {"infer_ms": 1.0, "queue_ms": 1.0, "total_ms": 2.0}
 
@@ -70,16 +71,38 @@ def targets() -> dict[str, Target]:
         "language": "Go.",
         "seed": np.int64(1),
     }
+    ids = torch.tensor([[1, 2, 3, 3, 4, 5]])
+    tensors = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": torch.zeros(16, 24).bfloat16(),
+        "image_grid_thw": torch.tensor([[1, 2, 4], [1, 4, 2]]),
+        "state": torch.from_numpy(asked.state)[None, None],
+        "action": torch.from_numpy(np.ones((1, 10, 32), np.float32)),
+        "prefix_length": 3,
+    }
     files = {view: encode_jpeg(image, 90) for view, image in asked.images.items()}
     with_files = pack({"images": files, "prompt": "Go.", "state": asked.state})
     return {
         "request": (
             lambda data: read_request(read_fields(data), METADATA),
-            [encode_request(Request(asked, prefix, 3, 7)), encode_request(Request(asked)), with_files],
+            [
+                encode_request(Request(asked, prefix, 3, 7)),
+                encode_request(Request(replace(asked, prepared=True))),
+                pack(
+                    {
+                        "observation/image": asked.images["base"],
+                        "observation/wrist_image": asked.images["base"],
+                        "observation/state": np.zeros(8),
+                        "prompt": "Go.",
+                    }
+                ),
+                with_files,
+            ],
         ),
         "legacy request": (
-            lambda data: legacy.read_request(legacy.restricted_loads(data, MAX_PIXELS), METADATA),
-            [pickle.dumps(released, protocol) for protocol in (3, 4, 5)],
+            lambda data: read_released(restricted_loads(data, MAX_PIXELS), METADATA),
+            [pickle.dumps(request, protocol) for request in (released, tensors) for protocol in (3, 4, 5)],
         ),
         "reply": (
             decode_reply,

@@ -16,7 +16,8 @@ from websockets.sync.client import connect
 
 from tests.serve.support import EchoEngine, backend, observation, wait_until
 from xr0_engine import Client
-from xr0_engine.serve.protocol import Refused, Request, decode_reply, encode_request
+from xr0_engine.serve.protocol import Refused, Request, decode_reply
+from xr0_engine.serve.requests import encode_request
 from xr0_engine.serve.server import BackgroundServer
 from xr0_engine.serve.service import ServerConfig
 from xr0_engine.serve.wire import pack

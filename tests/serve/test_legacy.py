@@ -16,10 +16,11 @@ from websockets.sync.client import connect
 
 from tests.serve.support import EchoEngine, backend, observation, wait_until
 from xr0_engine import Client
-from xr0_engine.serve.legacy import restricted_loads
-from xr0_engine.serve.protocol import Request, decode_reply, encode_request
+from xr0_engine.serve.protocol import Request, decode_reply
+from xr0_engine.serve.requests import encode_request
 from xr0_engine.serve.server import BackgroundServer
 from xr0_engine.serve.service import ServerConfig
+from xr0_engine.serve.unpickle import restricted_loads
 
 MAX_PIXELS = 1 << 20
 GO = observation(0.25, instruction="Go.")
@@ -190,7 +191,7 @@ def test_plain_values_survive(protocol):
     read = restricted_loads(pickle.dumps(value, protocol), MAX_PIXELS)
     for name in ("list", "same text", "same shape"):
         assert read[name] == value[name]
-    np.testing.assert_array_equal(read["grey"], np.asarray(IMAGE.convert("L").convert("RGB")))
+    np.testing.assert_array_equal(read["grey"], np.asarray(IMAGE.convert("L")))
     for name in ("state", "columns first", "big-endian", "empty", "number"):
         np.testing.assert_array_equal(read[name], value[name])
         assert read[name].dtype == value[name].dtype
@@ -284,17 +285,22 @@ def test_shutdown_answers_what_was_asked_in_either_protocol():
         leaving.join()
 
 
-def test_numbered_tasks_mean_the_only_robot_type():
-    from xr0_engine.serve.legacy import read_request
-    from xr0_engine.serve.protocol import PolicyMetadata, RobotInfo
+def test_each_rank_has_a_port_of_its_own():
+    first = free_port()
+    config = ServerConfig(port=0, legacy_port=first, legacy_ranks=3)
+    with BackgroundServer(backend(EchoEngine()), config):
+        ranks = [ReleasedClient(first + rank) for rank in range(3)]
+        for rank, client in enumerate(ranks):
+            client.send(pickle.dumps({**REQUEST, "seed": rank}))
+        assert [client.receive()[0, 0, -1].item() for client in ranks] == [0, 1, 2]
+        for client in ranks:
+            client.socket.close()
 
-    robot = RobotInfo(10, 20.0, 10, ("base", "left_wrist"), "plain")
-    one = PolicyMetadata({"libero_all": robot}, 32, 32, (0, 6), 1 << 20, MAX_PIXELS, 100.0)
-    fields = restricted_loads(pickle.dumps({**REQUEST, "task_id": 4}), MAX_PIXELS)
-    assert read_request(fields, one).observation.robot_type == "libero_all"
-    two = PolicyMetadata({"libero_all": robot, "other": robot}, 32, 32, (0, 6), 1 << 20, MAX_PIXELS, 100.0)
-    with pytest.raises(ValueError, match="robot_type: expected one of libero_all, other; got None"):
-        read_request(fields, two)
+
+@pytest.mark.parametrize(("port", "ranks"), [(10086, 0), (65535, 2)])
+def test_ports_that_are_none(port, ranks):
+    with pytest.raises(ValueError, match=f"legacy_ranks: expected at least 1, and ports up to 65535, got {ranks}"):
+        ServerConfig(legacy_port=port, legacy_ranks=ranks)
 
 
 def test_port_without_keys_stays_on_this_machine():

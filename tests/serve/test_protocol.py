@@ -6,6 +6,7 @@ import io
 import struct
 import tracemalloc
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -25,12 +26,10 @@ from xr0_engine.serve.protocol import (
     encode_chunk,
     encode_error,
     encode_metadata,
-    encode_request,
-    read_fields,
-    read_request,
 )
+from xr0_engine.serve.requests import encode_request, read_fields, read_request
 from xr0_engine.serve.wire import pack
-from xr0_engine.types import ActionChunk
+from xr0_engine.types import ActionChunk, ViewInfo
 
 MAX_PIXELS = 10_000
 LIBERO = RobotInfo(10, 20.0, 10, ("base", "left_wrist"), "plain")
@@ -63,16 +62,43 @@ def test_metadata_survives():
     assert decode_metadata(encode_metadata(METADATA)) == METADATA
 
 
+def test_metadata_tell_what_is_done_to_a_frame():
+    views = (ViewInfo("Base View", rotate_180=True), ViewInfo("Ego View", resize=(256, 320), center_crop=0.95))
+    told = replace(METADATA, robots={"libero_all": replace(LIBERO, preparation=views, embodiment="own")})
+    read = decode_metadata(encode_metadata(told))
+    assert read == told
+    assert read.robot().preparation[1].resize == (256, 320)
+
+
+def test_metadata_of_an_older_server_are_read():
+    def older(robot: RobotInfo) -> dict:
+        names = ("chunk_length", "control_rate_hz", "replan_every", "views", "layout")
+        return {name: getattr(robot, name) for name in names}
+
+    rest = {"action_width": 32, "state_width": 32, "prefix_range": [0, 6], "max_message_bytes": 1 << 20}
+    limits = {"max_image_pixels": MAX_PIXELS, "max_requests_per_s": 100.0}
+    robots = {name: older(robot) for name, robot in METADATA.robots.items()}
+    assert decode_metadata(pack({"protocol": 1, "robots": robots, **rest, **limits})) == METADATA
+
+
+@pytest.mark.parametrize("views", [3, [3], [{"title": "Base View", "tilt": 1}]], ids=["number", "numbers", "unknown"])
+def test_preparation_that_is_none_is_refused(views):
+    message = pack({"protocol": 1, "robots": {"libero_all": {**vars(LIBERO), "preparation": views}}})
+    with pytest.raises(ValueError, match="server: expected metadata of xr0-engine"):
+        decode_metadata(message)
+
+
 def test_metadata_of_another_server_is_refused():
     with pytest.raises(ValueError, match="expected xr0-engine's protocol 1"):
         decode_metadata(pack({"policy": "pi0"}))
 
 
+@pytest.mark.parametrize("prepared", [False, True], ids=["raw", "prepared"])
 @pytest.mark.parametrize("prefix", [None, np.ones((3, 32), np.float32)], ids=["no prefix", "prefix"])
-def test_request_survives(prefix):
-    request = Request(observation(timestamp_s=3.5), prefix, 7, 12)
+def test_request_survives(prefix, prepared):
+    request = Request(observation(timestamp_s=3.5, prepared=prepared), prefix, 7, 12)
     read = read_request(read_fields(encode_request(request)), METADATA)
-    assert (read.id, read.seed) == (12, 7)
+    assert (read.id, read.seed, read.observation.prepared) == (12, 7, prepared)
     assert (read.observation.instruction, read.observation.timestamp_s) == ("Warm up.", 3.5)
     np.testing.assert_array_equal(read.observation.state, request.observation.state)
     for view, image in request.observation.images.items():
@@ -129,12 +155,6 @@ def test_every_spelling_of_an_observation_is_the_same(fields):
     assert (read.instruction, read.robot_type) == ("Go.", "libero_all")
 
 
-def test_openpi_names_of_the_aloha_example():
-    cameras = dict.fromkeys(("cam_high", "cam_left_wrist", "cam_right_wrist"), IMAGE)
-    fields = {"images": cameras, "state": STATE, "prompt": "Go.", "robot_type": "bimanual"}
-    assert sorted(read_request(fields, METADATA).observation.images) == ["ego", "left_wrist", "right_wrist"]
-
-
 def test_jpeg_comes_close():
     smooth = np.linspace(0, 255, 64 * 64 * 3).reshape(64, 64, 3).astype(np.uint8)
     request = Request(observation())
@@ -143,6 +163,53 @@ def test_jpeg_comes_close():
     assert len(message) < smooth.nbytes
     read = read_request(read_fields(message), METADATA).observation.images["base"]
     assert np.abs(read.astype(int) - smooth).mean() < 3
+
+
+FRAMES = {
+    "float": IMAGE.astype(np.float32),
+    "16 bits": IMAGE.astype(np.uint16),
+    "grey": IMAGE[..., 0],
+    "one channel": IMAGE[..., :1],
+    "alpha": np.concatenate([IMAGE, IMAGE[..., :1]], 2),
+    "alpha first": np.concatenate([IMAGE, IMAGE[..., :1]], 2).transpose(2, 0, 1),
+    "empty": IMAGE[:0],
+    "flat": IMAGE.ravel(),
+    "a batch": IMAGE[None],
+    "too many pixels": np.zeros((101, 100, 3), np.uint8),
+    "list": IMAGE.tolist(),
+    "picture": Image.fromarray(IMAGE),
+    "nothing": None,
+}
+
+
+@pytest.mark.parametrize("image", FRAMES.values(), ids=FRAMES)
+def test_frame_is_refused_alike_raw_and_as_jpeg(image):
+    request = Request(replace(observation(), images={"base": image, "left_wrist": OTHER}))
+    complaints = []
+    for quality in (None, 90):
+        with pytest.raises(Refused, match="image 'base': expected") as refused:
+            encode_request(request, quality, MAX_PIXELS)
+        complaints.append(str(refused.value))
+    assert complaints[0] == complaints[1]
+    if isinstance(image, np.ndarray):
+        # And as the server itself says it.
+        with pytest.raises(ValueError, match="image 'base': expected") as told:
+            read_request({**PLAIN, "base": image}, METADATA)
+        assert str(told.value) == complaints[0]
+
+
+@pytest.mark.parametrize("quality", [None, 90], ids=["raw", "JPEG"])
+def test_frame_with_colours_first_is_taken_alike(quality):
+    smooth = np.linspace(0, 255, 64 * 64 * 3).reshape(64, 64, 3).astype(np.uint8)
+    images = {"base": smooth.transpose(2, 0, 1), "left_wrist": file(smooth, "PNG")}
+    message = encode_request(Request(replace(observation(), images=images)), quality)
+    for image in read_request(read_fields(message), METADATA).observation.images.values():
+        assert np.abs(image.astype(int) - smooth).mean() < 3
+
+
+def test_images_that_are_no_map_are_refused():
+    with pytest.raises(Refused, match="images: expected an Observation that maps views to images"):
+        encode_request(Request(replace(observation(), images=[IMAGE, OTHER])))
 
 
 def test_robot_type_may_be_left_out_where_there_is_one():
@@ -160,9 +227,18 @@ def test_robot_type_may_be_left_out_where_there_is_one():
         pytest.param(
             {"base": IMAGE.astype(np.float32)}, "image 'base': expected a JPEG or PNG file or a uint8", id="float"
         ),
-        pytest.param({"base": IMAGE[..., 0]}, r"uint8 array \(H, W, 3\), got uint8 \(8, 16\)", id="grey"),
+        pytest.param({"base": IMAGE[..., 0]}, r"array \(H, W, 3\), got shape \(8, 16\), a grey image", id="grey"),
+        pytest.param({"base": np.zeros((8, 16, 4), np.uint8)}, "image 'base': .*with alpha: lay it on a", id="alpha"),
+        pytest.param({"base": file(IMAGE[..., 0], "PNG")}, "image 'base': .*is a grey image", id="grey PNG"),
         pytest.param(
-            {"base": np.zeros((0, 4, 3), np.uint8)}, "expected at most 10000 pixels, got 4 x 0", id="no pixels"
+            {"base": file(np.zeros((8, 16, 4), np.uint8), "PNG")},
+            "image 'base': .*alpha channel: lay it",
+            id="RGBA PNG",
+        ),
+        pytest.param(
+            {"base": np.zeros((0, 4, 3), np.uint8)},
+            r"image 'base': .*shape \(0, 4, 3\), an empty image",
+            id="no pixels",
         ),
         pytest.param({"base": np.zeros((101, 100, 3), np.uint8)}, "got 100 x 101", id="large array"),
         pytest.param({"base": png(5000, 5000)}, "got 5000 x 5000", id="PNG bomb"),
@@ -173,6 +249,12 @@ def test_robot_type_may_be_left_out_where_there_is_one():
         pytest.param({"middle": IMAGE}, "images: expected base, left_wrist; got 'middle'", id="unknown view"),
         pytest.param({"image": IMAGE}, "images: expected 'base' once, got it twice", id="view twice"),
         pytest.param({"images": 3}, "'images': unknown field", id="images no map"),
+        pytest.param({"prepared": 1}, "prepared: expected true or false, got 1", id="prepared by a number"),
+        pytest.param({"prepared": None}, "prepared: expected true or false, got None", id="prepared by nothing"),
+        pytest.param({"observation/base": IMAGE}, "'base': expected it once, got it under two", id="image twice"),
+        pytest.param({"images": {"base": IMAGE}}, "'base': expected it once, got it under two", id="flat and in a map"),
+        pytest.param({"observation/state": STATE}, "'state': expected it once, got it under two", id="state twice"),
+        pytest.param({"instruction": "Stop."}, "'prompt': expected it once, got it under two", id="prompt twice"),
         pytest.param({"prefx": [1.0]}, "'prefx': unknown field", id="unknown field"),
         pytest.param({"prompt": 3}, "prompt: expected text, got int", id="prompt"),
         pytest.param({"prompt": None}, "prompt: expected text, got nothing", id="no prompt"),

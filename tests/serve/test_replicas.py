@@ -16,7 +16,7 @@ from xr0_engine.serve.protocol import PolicyFailed, Refused, Request
 from xr0_engine.serve.replicas import RayOptions, RayReplicas, infer_together
 from xr0_engine.serve.server import BackgroundServer
 from xr0_engine.serve.service import ServerConfig
-from xr0_engine.types import ActionChunk
+from xr0_engine.types import ActionChunk, TokenizedObservation
 
 GO = observation(0.25, size=(32, 32), instruction="Go.")
 BIMANUAL = observation(0.5, "bimanual", size=(32, 32), instruction="Go.")
@@ -57,6 +57,30 @@ def test_outcomes_keep_their_order_and_their_faults():
 def test_what_can_be_is_one_batch():
     outcomes = infer_together(BatchEngine(), [Request(GO, seed=seed) for seed in range(3)] + [Request(BIMANUAL)])
     assert [outcome.timing_ms["batch"] for outcome in outcomes] == [3, 3, 3, 1]
+
+
+def test_prepared_and_raw_images_stay_what_they_are():
+    engine = BatchEngine()
+    infer_together(engine, [Request(GO), Request(replace(GO, prepared=True))])
+    assert [seen.prepared for seen in engine.seen] == [False, True]
+
+
+def test_tokens_are_inferred_alone():
+    class TokenEngine(BatchEngine):
+        def infer_tokenized(self, observation, prefix=None, *, seed=None):
+            return self.infer(GO, prefix, seed=seed)
+
+    tokens = TokenizedObservation(
+        np.zeros(3, np.int64), np.zeros((4, 6), np.float32), ((2, 2),), GO.state, "libero_all"
+    )
+    requests = [Request(GO, seed=1), Request(tokens, seed=2), Request(GO, seed=3)]
+    outcomes = infer_together(TokenEngine(), requests)
+    assert [(outcome.actions[0, -1], outcome.timing_ms["batch"]) for outcome in outcomes] == [(1, 2), (2, 1), (3, 2)]
+    (refused,) = infer_together(BatchEngine(), [Request(tokens)])
+    assert (type(refused), str(refused)) == (
+        Refused,
+        "input_ids: this policy takes images and text, not tokens; send an Observation",
+    )
 
 
 def test_failure_of_one_alone_is_told():

@@ -111,6 +111,41 @@ def test_openpi_client_connects_unchanged():
     assert reply["server_timing"]["infer_ms"] > 0
 
 
+def test_prepared_images_stay_so_on_the_way():
+    engine = EchoEngine()
+
+    async def infer(url: str):
+        async with AsyncClient(url) as client:
+            await client.infer(replace(GO, prepared=True))
+
+    with serving(engine) as server:
+        with Client(server.url) as client:
+            client.infer(GO)
+            client.infer(replace(GO, prepared=True))
+        asyncio.run(infer(server.url))
+    assert [seen.prepared for seen in engine.seen] == [False, True, True]
+
+
+def test_either_client_refuses_a_frame_before_it_is_sent():
+    grey = replace(GO, images={view: image[..., 0] for view, image in GO.images.items()})
+
+    async def infer(url: str):
+        async with AsyncClient(url, jpeg_quality=90) as client:
+            with pytest.raises(Refused, match=r"image 'base': .*a grey image"):
+                await client.infer(grey)
+            return await client.infer(GO)
+
+    engine = EchoEngine()
+    with serving(engine) as server:
+        assert asyncio.run(infer(server.url)).actions[0, 0] == 0.25
+        with (
+            Client(server.url, jpeg_quality=90) as client,
+            pytest.raises(Refused, match=r"image 'base': .*a grey image"),
+        ):
+            client.infer(grey)
+    assert len(engine.seen) == 1
+
+
 def test_jpeg_client_sends_less():
     smooth = np.linspace(0, 255, 256 * 256 * 3).reshape(256, 256, 3).astype(np.uint8)
     engine = EchoEngine()

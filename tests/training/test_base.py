@@ -13,12 +13,22 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from tests.support import make_config
-from tests.training.support import ROBOT_TYPE, SIZES, config_for, train, values
+from tests.training.support import (
+    ROBOT_TYPE,
+    SIZES,
+    config_for,
+    language_sample,
+    robot_sample,
+    statistics,
+    train,
+    values,
+)
 from xr0_engine import Engine
 from xr0_engine.checkpoint import published_config
 from xr0_engine.config import read_hf_config
 from xr0_engine.model.weights import checkpoint_shapes
 from xr0_engine.training.base import fresh_head, read_base, read_tensor
+from xr0_engine.training.batch import Collator
 from xr0_engine.types import CheckpointError
 
 WEIGHTS = "model.safetensors"
@@ -88,13 +98,35 @@ def test_pretraining_starts_from_the_vlm_and_ends_in_an_xr0_folder(vlm, tmp_path
         assert torch.equal(read_tensor(trained.stored[name]), value.bfloat16())
     engine = Engine.from_pretrained(made)
     assert engine.robot_types == (ROBOT_TYPE,)
-    assert json.loads((made / "preprocessor_config.json").read_text())["size"] == {
-        "shortest_edge": 1024,
-        "longest_edge": 90_000,
-    }
+    settings = json.loads((made / "preprocessor_config.json").read_text())
+    assert settings["size"] == {"shortest_edge": 1024, "longest_edge": 90_000}
+    assert (settings["min_pixels"], settings["max_pixels"]) == (1024, 90_000)
     # Step 2 goes on from there.
     second = train(config_for("pretrain_dit", made, "optim.steps=1"), tmp_path / "second")
     assert values(second, "loss")
+
+
+def test_the_bases_limits_of_images_are_trained_with_and_kept(base, vlm, tmp_path):
+    folder = shutil.copytree(base, tmp_path / "base")
+    file = folder / "preprocessor_config.json"
+    settings = {key: value for key, value in json.loads(file.read_text()).items() if key != "size"}
+    file.write_text(json.dumps({**settings, "min_pixels": 4096, "max_pixels": 200_000}))
+    read = read_base(folder)
+    kept = {key: read.preprocessor()[key] for key in ("size", "min_pixels", "max_pixels")}
+    assert kept == {"size": {"shortest_edge": 4096, "longest_edge": 200_000}, "min_pixels": 4096, "max_pixels": 200_000}
+    # 32x32 is too small for them, not for the released ones. Those of the VLM alone are none of XR-0's.
+    for place, config, tokens in ((folder, read.config, 4), (base, read.config, 1), (vlm, read_base(vlm).config, 1)):
+        collate = Collator(place, config, statistics())
+        for batch in (collate.robot([robot_sample(0)]), collate.language([language_sample(0)])):
+            assert (batch.inputs.input_ids == config.tokens.image).sum() == tokens
+
+
+def test_image_settings_that_cannot_be_trained_with_are_refused_before_training(base, tmp_path):
+    folder = shutil.copytree(base, tmp_path / "base")
+    file = folder / "preprocessor_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "image_std": [0.2, 0.2, 0.2]}))
+    with pytest.raises(CheckpointError, match="image_std is"):
+        train(config_for("finetune_head", folder, "optim.steps=1"), tmp_path / "run")
 
 
 def test_a_stored_lm_head_may_only_repeat_the_embeddings(copy):

@@ -28,6 +28,20 @@ def test_async_is_sync_with_the_released_additions():
     assert plain == post_train_sync()
 
 
+def test_released_recipes_are_what_the_released_code_runs():
+    with_prefixes, without = RECIPES["released_async"](), RECIPES["released_sync"]()
+    for run in (with_prefixes, without):
+        assert (run.model.train, run.model.local_window, run.model.position_offset) == ("all", 4, 10)
+        assert (run.model.train_text_embeddings, run.model.checkpoint_activations) == (False, True)
+        assert (run.model.dtype, run.data.batch_size, run.data.augment) == ("bfloat16", 16, True)
+        assert (run.flow.frequency_weight, run.flow.frequency_masked, run.flow.mse_weight) == (1, False, 0.5)
+        assert (run.flow.column_dropout, run.flow.reweight_errors, run.flow.max_prefix) == (0.5, True, 6)
+        assert (run.flow.time, run.flow.repeat) == ("beta", 4)
+        assert not run.data.normalize_instruction
+        assert run.optim == post_train_sync().optim
+    assert (with_prefixes.flow.prefix, without.flow.prefix) == ("code", "none")
+
+
 def test_published_schedule():
     optim = post_train_sync().optim
     assert (optim.peak_lr, optim.min_lr, optim.warmup_steps, optim.steps) == (1e-4, 5e-7, 2_000, 30_000)

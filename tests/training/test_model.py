@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.support import CPU, GOLDEN, load, random_inputs
-from tests.training.support import config_for, language_sample, robot_sample, statistics
+from tests.support import CPU, GOLDEN, load, make_config, random_inputs
+from tests.training.support import SIZES, config_for, language_sample, robot_sample, statistics
+from xr0_engine.checkpoint import write_checkpoint
 from xr0_engine.golden import golden_config, golden_inputs
 from xr0_engine.model.weights import read_headers
 from xr0_engine.training.base import read_base, read_tensor
@@ -103,8 +104,20 @@ def test_kv_block_equals_the_engines(base):
     assert kv.keys.requires_grad
 
 
+def test_tables_rounded_as_in_the_released_server_are_the_engines(tmp_path):
+    folder = tmp_path / "compat"
+    write_checkpoint(folder, make_config(**{**SIZES, "head": {**SIZES["head"], "compat_bf16_time": True}}))
+    policy, xr0 = loaded(config_for("finetune_head", folder), folder)
+    inputs = random_inputs(xr0, [[(16, 20)]], [[2, 3]])
+    with torch.no_grad():
+        kv = policy.prefill(inputs)
+    model = load(folder)
+    expected = model.prefill(inputs, model.encode_images(inputs))
+    assert (kv.keys - expected.keys).abs().max() < FLOAT32_MAX_ERROR
+
+
 @pytest.mark.parametrize(
-    "recipe", ["post_train_sync", "post_train_async", "training_rtc", "pretrain_dit", "finetune_head"]
+    "recipe", ["post_train_sync", "post_train_async", "released_async", "training_rtc", "pretrain_dit", "finetune_head"]
 )
 def test_gradients_reach_what_learns_and_nothing_else(recipe, base):
     policy, xr0 = loaded(config_for(recipe, base), base)

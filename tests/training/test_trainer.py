@@ -69,23 +69,27 @@ def test_a_run_learns_and_the_engine_loads_what_it_made(base, tmp_path):
     assert engine.config.std_epsilon == 1e-6
     errors, baselines = [], []
     for sample in held_out:
-        chunk = engine.infer(Observation(sample.images, sample.instruction, sample.state), seed=0)
+        chunk = engine.infer(Observation(sample.images, sample.instruction, sample.state, prepared=True), seed=0)
         errors.append(np.abs(chunk.actions - sample.actions)[sample.mask].mean())
         baselines.append(np.abs(sample.actions)[sample.mask].mean())
     assert sum(errors) < 0.75 * sum(baselines)
 
 
-@pytest.mark.parametrize("recipe", ["post_train_sync", "post_train_async", "training_rtc", "finetune_head"])
+@pytest.mark.parametrize(
+    "recipe",
+    ["post_train_sync", "post_train_async", "released_async", "released_sync", "training_rtc", "finetune_head"],
+)
 def test_recipe_runs_and_says_what_it_is_in_the_export(recipe, base, tmp_path):
     config = config_for(recipe, base, "optim.steps=2", "optim.warmup_steps=1", "flow.frequency_weight=1")
     lines = train(config, tmp_path)
     assert math.isfinite(lines[-1]["loss"])
     assert lines[-1]["frequency"] > 0
-    head = Engine.from_pretrained(tmp_path / "model").config.head
-    expected = (4, 10) if recipe == "post_train_async" else (None, 0)
-    assert (head.local_window, head.position_offset) == expected
+    trained = Engine.from_pretrained(tmp_path / "model").config
+    expected = (4, 10) if recipe in ("post_train_async", "released_async", "released_sync") else (None, 0)
+    assert (trained.head.local_window, trained.head.position_offset) == expected
     # Of 6 actions, one is left to learn.
-    assert head.max_prefix == (5 if recipe in ("post_train_async", "training_rtc") else 0)
+    assert trained.head.max_prefix == (5 if recipe in ("post_train_async", "released_async", "training_rtc") else 0)
+    assert trained.normalize_instruction == (not recipe.startswith("released"))
 
 
 def test_bfloat16_keeps_float32_masters(base, tmp_path):

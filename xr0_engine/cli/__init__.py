@@ -36,6 +36,7 @@ COMMANDS = (
     "replay",
     "train",
     "export",
+    "convert",
 )
 
 EXTRAS = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -39,21 +40,25 @@ def record(
 def check(
     datasets: Annotated[list[Path], typer.Argument(help="Folders, YAML descriptions, or .jsonl of vision-language.")],
     fast: Annotated[bool, typer.Option("--fast", help="Only the first and last frame of each view.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
     processes: Processes = 1,
 ) -> None:
-    """Decode every frame that training could ask for, and list the episodes that would stop it. Exit code 1 if any."""
-    from xr0_engine.training.data.check import check as run
+    """Decode every frame that training could ask for; list what it would stop at or take wrongly. Exit code 1 if any.
 
-    broken = 0
-    for path in datasets:
-        findings = run(path, fast, processes)
-        for fault in (fault for finding in findings for fault in finding.faults):
-            print(fault)
-        faulty = sum(bool(finding.faults) for finding in findings)
-        invalid = sum(finding.status == "invalid" for finding in findings)
-        print(f"{path}: {len(findings)} checked, {faulty} broken, {invalid} marked invalid (never supervised)")
-        broken += faulty
-    if broken:
+    Pictures of datasets of one robot type are compared with each other: give all that one run trains on.
+    """
+    from xr0_engine.training.data.check import Checker, report
+
+    checker = Checker(fast, processes)
+    result = report([(path, checker.check(path)) for path in datasets])
+    if as_json:
+        typer.echo(json.dumps(result, indent=2))
+    else:
+        for dataset in result["datasets"]:
+            for fault in (fault for finding in dataset["findings"] for fault in finding["faults"]):
+                print(fault)
+            print(dataset["verdict"])
+    if not result["usable"]:
         raise typer.Exit(1)
 
 
@@ -64,16 +69,18 @@ def stats(
     chunk_length: Annotated[int, typer.Option(min=1, help="Actions in a chunk, T.")] = 30,
     validation_fraction: Annotated[float, typer.Option(help="Of the episodes, held out; as in training.")] = 0.1,
     replace: Annotated[bool, typer.Option("--replace", help="Replace statistics of this robot type.")] = False,
+    skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Leave out episodes that cannot be read.")] = False,
     processes: Processes = 1,
 ) -> None:
     """Mean and std of the actions, per timestep and column, over all training windows."""
     from xr0_engine.training.data.stats import compute, merge
 
-    statistics = compute(datasets, chunk_length, validation_fraction, processes)
+    statistics = compute(datasets, chunk_length, validation_fraction, processes, skip_broken)
     merge(out, statistics, replace)
     print(
         f"{out}: {statistics.robot_type}, {chunk_length} steps, "
         f"{statistics.windows} windows of {statistics.episodes} episodes"
+        + ("" if statistics.active_columns is None else f", {len(statistics.active_columns)} active columns")
     )
 
 

@@ -27,6 +27,13 @@ def drive(
         str | None, typer.Option(help="Infer on this machine. Without it or a server: scripted motions, no model.")
     ] = None,
     robot_type: Annotated[str | None, typer.Option(help="With env null: which of the policy's robots to be.")] = None,
+    embodiment: Annotated[
+        str | None,
+        typer.Option(help="With a checkpoint: a built-in profile or your own YAML file. Follows from the robot type."),
+    ] = None,
+    image_size: Annotated[
+        str | None, typer.Option(metavar="WIDTHxHEIGHT", help="Of the robot's images; 320x240, env null 256x256.")
+    ] = None,
     mode: Annotated[str, typer.Option(help="async, naive_async (without prefix) or sync.")] = "async",
     seconds: Annotated[float, typer.Option(min=0.1, help="How long.")] = 10.0,
     delay_steps: Annotated[
@@ -55,23 +62,27 @@ def drive(
         raise ValueError(f"--env: expected demo or null, got {env!r}")
     if server is not None and checkpoint is not None:
         raise ValueError("--server, --checkpoint: expected at most one of them, got both")
+    if embodiment is not None and checkpoint is None:
+        raise ValueError("--embodiment: expected only with --checkpoint: a server and a script know their own")
     if env == "demo" and (robot_type is not None or commands_per_action != 1):
         raise ValueError("--robot-type, --commands-per-action: expected only with --env null")
     if trigger != "deadline" and not trigger.isdecimal():
         raise ValueError(f"--trigger: expected a whole number or deadline, got {trigger!r}")
 
     from xr0_engine import env as env_vars
+    from xr0_engine.cli.serve import read_size
     from xr0_engine.drive.policies import from_checkpoint, from_server, scripted
     from xr0_engine.drive.run import run
     from xr0_engine.executor import Recorder, Settings
     from xr0_engine.sim import ROBOT_TYPE
 
+    size = None if image_size is None else read_size(image_size)
     wanted = ROBOT_TYPE if env == "demo" else robot_type
     with ExitStack() as stack:
         if server is not None:
             source = stack.enter_context(from_server(server, api_key or env_vars.api_key(), wanted, ca_file))
         elif checkpoint is not None:
-            source = from_checkpoint(checkpoint, wanted, seed, device, dtype, backend)
+            source = from_checkpoint(checkpoint, wanted, seed, device, dtype, backend, embodiment)
         else:
             source = scripted(seed)
         settings = Settings(
@@ -84,7 +95,7 @@ def drive(
             commands_per_action=commands_per_action,
         )
         recorder = None if record is None else stack.enter_context(Recorder(record, source.title))
-        report = run(source, settings, seconds, env == "demo", delay_steps, seed, recorder)
+        report = run(source, settings, seconds, env == "demo", delay_steps, seed, recorder, size)
     if as_json:
         print(json.dumps(report.to_json()))
     else:

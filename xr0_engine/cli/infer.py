@@ -92,17 +92,15 @@ def infer(
 
 
 def _read_image(argument: str) -> tuple[str, np.ndarray]:
-    from PIL import Image
+    from xr0_engine.robot.images import PictureError, read_picture
 
     view, separator, file = argument.partition("=")
     if not (view and separator and file):
         raise ValueError(f"--image: expected VIEW=FILE, such as base=front.png, got {argument!r}")
     try:
-        with Image.open(file) as picture:
-            return view, np.asarray(picture.convert("RGB"))
-    # Pillow reports some broken PNG files as SyntaxError.
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"--image {view}: expected an image file (PNG, JPEG, ...), got {file}: {error}") from None
+        return view, read_picture(Path(file))
+    except PictureError as error:
+        raise ValueError(f"--image {view}: {error}") from None
 
 
 def _read_numbers(option: str, text: str) -> np.ndarray:

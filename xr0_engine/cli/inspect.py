@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
     from xr0_engine.model.weights import StoredTensor
+    from xr0_engine.robot.embodiment import Embodiment
+    from xr0_engine.robot.normalize import ActionStatistics
 
 PARTS = {
     "vlm.model.visual.": "vision tower",
@@ -18,6 +20,9 @@ PARTS = {
     "": "action head",
 }
 """Start of a tensor's name -> part of the model; the first that fits."""
+
+PROMPT_TEXT_TOKENS = 75
+"""Of a prompt with three views, beside those of the images."""
 
 
 def inspect(
@@ -29,23 +34,27 @@ def inspect(
     Exit code 0: the checkpoint is complete; 2: it cannot be used, and the message says why.
     """
     from xr0_engine.bench.step.memory import memory_need
-    from xr0_engine.bench.step.workload import Workload
+    from xr0_engine.bench.step.workload import Workload, image_grid
     from xr0_engine.config import ModelConfig
     from xr0_engine.model.weights import check_tensors, checkpoint_shapes, read_index, resolve_checkpoint
     from xr0_engine.robot.embodiment import builtin_embodiments, load_embodiment
+    from xr0_engine.robot.limits import load_limits
     from xr0_engine.robot.normalize import load_statistics
     from xr0_engine.robot.prompt import PromptTokenizer
 
     folder = resolve_checkpoint(checkpoint)
     config = ModelConfig.load(folder)
     statistics = load_statistics(folder, config.head.action_dim, config.std_epsilon)
-    PromptTokenizer.load(folder, config.tokens)
+    PromptTokenizer.load(folder, config.tokens, config.text.vocab_size)
+    limits = load_limits(folder, config.vision)
     stored = read_index(folder)
     check_tensors(stored, checkpoint_shapes(config))
     profiles = [load_embodiment(name) for name in builtin_embodiments()]
     windowed = config.head.local_window is not None
     # Three views of 640x480, as long a prompt as they make, 30 actions.
-    typical = Workload(((16, 20),) * 3, tokens=315, chunk_length=30, batch=1)
+    grid = image_grid((480, 640), config.vision, limits)
+    image_tokens = 3 * grid[0] * grid[1] // config.vision.spatial_merge_size**2
+    typical = Workload((grid,) * 3, PROMPT_TEXT_TOKENS + image_tokens, chunk_length=30, batch=1)
     report = {
         "checkpoint": str(folder),
         "tensors": len(stored),
@@ -53,9 +62,11 @@ def inspect(
         "parameters": _parameters(stored),
         "memory_bytes": {dtype: memory_need(config, typical, dtype).peak for dtype in ("bfloat16", "float32")},
         "mask": f"windowed, {config.head.local_window} actions back" if windowed else "full_causal",
+        "image_pixels": [limits.min_pixels, limits.max_pixels],
         "position_offset": config.head.position_offset,
         "flow_steps": config.head.flow_steps,
         "max_prefix": config.head.max_prefix,
+        "normalize_instruction": config.normalize_instruction,
         "sizes": {name: _sizes(part) for name, part in vars(config).items() if name in ("text", "vision", "head")},
         "robot_types": {
             name: {
@@ -65,6 +76,7 @@ def inspect(
             }
             for name, statistic in statistics.items()
         },
+        "notes": [note for name, statistic in statistics.items() for note in _notes(name, statistic, profiles)],
     }
     if as_json:
         print(json.dumps(report, indent=1))
@@ -78,6 +90,20 @@ def _parameters(stored: Mapping[str, StoredTensor]) -> dict[str, int]:
         part = next(label for start, label in PARTS.items() if name.startswith(start))
         counts[part] = counts.get(part, 0) + place.num_elements
     return counts | {"total": sum(counts.values())}
+
+
+def _notes(robot_type: str, statistics: ActionStatistics, profiles: Sequence[Embodiment]) -> Iterator[str]:
+    """What to tell of statistics without a list of active columns, in a layout that has one."""
+    layout = next((profile.action_layout for profile in profiles if robot_type in profile.robot_types), None)
+    if layout is None or layout.active_columns is None or statistics.active_columns is not None:
+        return
+    moving = statistics.action_mask.any(0).nonzero()[0].tolist()
+    if moving != list(layout.active_columns):
+        yield (
+            f"{robot_type}: its statistics name no active_columns, so those that move are used: {moving}. The "
+            f"post-training code uses {len(layout.active_columns)} whatever the statistics: if the model was trained "
+            f"so, add active_columns {list(layout.active_columns)} to its entry in action_config"
+        )
 
 
 def _sizes(part: Any) -> dict[str, Any]:
@@ -105,10 +131,15 @@ def _print_tables(report: dict[str, Any]) -> None:
         profile = robot["embodiment"] or "none built in: pass --embodiment"
         robots.add_row(name, str(robot["chunk_length"]), str(robot["active_columns"]), profile)
     console.print(robots)
+    for note in report["notes"]:
+        console.print(note)
     console.print(
         f"mask: {report['mask']}, position offset {report['position_offset']}, {report['flow_steps']} flow steps, "
         f"prefixes of up to {report['max_prefix']} actions"
     )
+    console.print("images: {:,} to {:,} pixels".format(*report["image_pixels"]))
+    text = "with a capital and a full stop" if report["normalize_instruction"] else "as given"
+    console.print(f"task text in the prompt: {text}")
     memory = ", ".join(f"{_size(count)} in {dtype}" for dtype, count in report["memory_bytes"].items())
     console.print(f"{report['tensors']} tensors, {_size(report['stored_bytes'])} on disk")
     console.print(f"memory of one inference, weights included (three 640x480 views, 30 actions): {memory}")

@@ -52,6 +52,9 @@ def serve(
         bool, typer.Option("--legacy-pickle", help="Also speak the released TCP protocol, through a safe unpickler.")
     ] = False,
     legacy_port: Annotated[int, typer.Option(min=1, max=65535, help="Its port.")] = 10086,
+    legacy_ranks: Annotated[
+        int, typer.Option(min=1, help="Its ports, one after the other: CALVIN's rank r takes --legacy-port + r.")
+    ] = 1,
     ray: Annotated[
         bool, typer.Option("--ray", help="Replicas of the engine on Ray Serve, one per GPU (extra `ray`).")
     ] = False,
@@ -74,7 +77,7 @@ def serve(
 
     if (checkpoint is None) == (export is None):
         raise ValueError("CHECKPOINT, --export: expected one of them")
-    size = _read_size(image_size)
+    size = read_size(image_size)
     config = ServerConfig(
         host=host,
         port=port,
@@ -86,6 +89,7 @@ def serve(
         max_requests_per_s=max_rate,
         max_prefix=max_prefix,
         legacy_port=legacy_port if legacy_pickle else None,
+        legacy_ranks=legacy_ranks,
     )
 
     def load() -> Engine:
@@ -143,8 +147,8 @@ def _announce(server: Server, port: int) -> None:
     )
 
 
-def _read_size(text: str) -> tuple[int, int]:
-    """WIDTHxHEIGHT as (height, width)."""
+def read_size(text: str) -> tuple[int, int]:
+    """What --image-size says, WIDTHxHEIGHT, as (height, width). Raises ValueError."""
     width, _, height = text.partition("x")
     if not (width.isdecimal() and height.isdecimal() and int(width) > 0 and int(height) > 0):
         raise ValueError(f"--image-size: expected WIDTHxHEIGHT such as 640x480, got {text!r}")

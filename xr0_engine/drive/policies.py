@@ -9,7 +9,8 @@ from pathlib import Path
 
 from xr0_engine.config import TRAINED_PREFIX
 from xr0_engine.executor import Policy
-from xr0_engine.robot.layouts import BIMANUAL, Layout, find_layout
+from xr0_engine.robot.layouts import BIMANUAL, Frame, Layout, find_layout
+from xr0_engine.types import RobotInfo
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,8 @@ class Source:
     """A policy for one robot type, and how it wants to be executed.
 
     title: for people. control_rate_hz: actions per second. views: as in the embodiment profile. action_width,
-    state_width: columns. max_prefix: the longest prefix that it takes.
+    state_width: columns. max_prefix: the longest prefix that it takes. step_columns, two_valued_columns: as in the
+    embodiment profile, empty where it does not say.
     """
 
     policy: Policy
@@ -29,6 +31,31 @@ class Source:
     action_width: int
     state_width: int
     max_prefix: int
+    step_columns: tuple[int, ...] = ()
+    two_valued_columns: tuple[int, ...] = ()
+
+    @property
+    def frame(self) -> Frame:
+        """How its actions compare."""
+        return self.layout.frame_of(self.action_width, self.step_columns, self.two_valued_columns)
+
+
+def _source(
+    policy: Policy, title: str, robot_type: str, robot: RobotInfo, action_width: int, state_width: int, max_prefix: int
+) -> Source:
+    return Source(
+        policy=policy,
+        title=title,
+        robot_type=robot_type,
+        control_rate_hz=robot.control_rate_hz,
+        views=robot.views,
+        layout=find_layout(robot.layout),
+        action_width=action_width,
+        state_width=state_width,
+        max_prefix=max_prefix if robot.max_prefix is None else robot.max_prefix,
+        step_columns=robot.step_columns or (),
+        two_valued_columns=robot.two_valued_columns or (),
+    )
 
 
 @contextmanager
@@ -42,44 +69,31 @@ def from_server(url: str, api_key: str | None, robot_type: str | None, ca_file: 
     with Client(url, api_key, ca_file=ca_file) as client:
         metadata = client.metadata
         name = metadata.resolve(robot_type)
-        robot = metadata.robot(name)
-        yield Source(
-            policy=client,
-            title=f"{name} from {url}",
-            robot_type=name,
-            control_rate_hz=robot.control_rate_hz,
-            views=tuple(robot.views),
-            layout=find_layout(robot.layout),
-            action_width=metadata.action_width,
-            state_width=metadata.state_width,
-            max_prefix=metadata.prefix_range[1],
-        )
+        title, most = f"{name} from {url}", metadata.prefix_range[1]
+        yield _source(client, title, name, metadata.robot(name), metadata.action_width, metadata.state_width, most)
 
 
 def from_checkpoint(
-    checkpoint: str | Path, robot_type: str | None, seed: int, device: str, dtype: str, backend: str
+    checkpoint: str | Path,
+    robot_type: str | None,
+    seed: int,
+    device: str,
+    dtype: str,
+    backend: str,
+    embodiment: str | Path | None = None,
 ) -> Source:
-    """A checkpoint's policy, on this machine. seed: of the noise that the chunks grow from."""
+    """A checkpoint's policy, on this machine. seed: of the noise that the chunks grow from. embodiment: as in
+    Engine.from_pretrained."""
     import torch
 
     from xr0_engine.engine import Engine
     from xr0_engine.robot.normalize import select_robot_type
 
-    engine = Engine.from_pretrained(checkpoint, device, dtype, backend)
+    engine = Engine.from_pretrained(checkpoint, device, dtype, backend, embodiment)
     torch.manual_seed(seed)
     name = select_robot_type(engine.statistics, robot_type)
-    profile, head = engine.embodiment(name), engine.config.head
-    return Source(
-        policy=engine,
-        title=f"{name} from {checkpoint}",
-        robot_type=name,
-        control_rate_hz=profile.control_rate_hz,
-        views=tuple(view.key for view in profile.views),
-        layout=profile.action_layout,
-        action_width=head.action_dim,
-        state_width=head.state_dim,
-        max_prefix=min(engine.max_prefix, engine.statistics[name].chunk_length - 1),
-    )
+    robot, head = engine.robot_info(name), engine.config.head
+    return _source(engine, f"{name} from {checkpoint}", name, robot, head.action_dim, head.state_dim, engine.max_prefix)
 
 
 def scripted(seed: int) -> Source:

@@ -22,6 +22,8 @@ from xr0_engine.executor import (
 )
 from xr0_engine.robot.layouts import BIMANUAL
 
+# (height, width) of frames, unless asked otherwise.
+SIMULATION_SIZE, NULL_SIZE = (240, 320), (256, 256)
 # A simulated camera has to build its scene first.
 SENSORS_S = 30.0
 
@@ -34,13 +36,14 @@ def run(
     delay_steps: float | None,
     seed: int,
     recorder: Recorder | None,
-    image_size: tuple[int, int] = (240, 320),
+    image_size: tuple[int, int] | None = None,
 ) -> Report:
     """Execute source's policy for so long, on the ALOHA simulation or on no robot at all.
 
     delay_steps: simulated time, in which every inference takes so many steps; None: real time, after one inference to
-    warm up, whose errors are raised. seed: where the cube lies. image_size: (height, width) of the simulation's frames.
-    Raises ValueError for a policy whose layout or control rate is not the simulation's.
+    warm up, whose errors are raised. seed: where the cube lies. image_size: (height, width) of the robot's frames;
+    None: SIMULATION_SIZE, or NULL_SIZE without a robot. Raises ValueError for a policy whose layout or control rate is
+    not the simulation's.
     """
     clock: Clock = SystemClock() if delay_steps is None else VirtualClock()
     delay_s: Callable[[int], float] | None = None
@@ -48,14 +51,16 @@ def run(
         delay_s = lambda number: delay_steps / settings.rate_hz  # noqa: E731
     with ExitStack() as stack:
         robot: Robot
+        limits: Limits | None
         if in_simulator:
-            robot, limits = _simulation(source, clock, delay_steps is None, seed, image_size, stack)
+            robot, limits = _simulation(source, clock, delay_steps is None, seed, image_size or SIMULATION_SIZE, stack)
         else:
-            robot, limits = NullRobot(source.views, source.layout, source.robot_type, source.state_width), None
+            size = image_size or NULL_SIZE
+            robot = NullRobot(source.views, source.layout, source.robot_type, source.state_width, size)
+            limits = None
         if delay_s is None:
             _warm_up(source, robot, clock)
-        frame = source.layout.frame(source.action_width)
-        return Executor(source.policy, robot, frame, settings, limits, clock, delay_s, recorder).run(seconds)
+        return Executor(source.policy, robot, source.frame, settings, limits, clock, delay_s, recorder).run(seconds)
 
 
 def _warm_up(source: Source, robot: Robot, clock: Clock) -> None:

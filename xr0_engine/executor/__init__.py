@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from xr0_engine.executor.clock import Clock, SystemClock, VirtualClock
 from xr0_engine.executor.executor import Executor
-from xr0_engine.executor.interfaces import Policy, Robot, SensorsNotReady, Snapshot
+from xr0_engine.executor.fit import frame_for
+from xr0_engine.executor.interfaces import Mistimed, Policy, Robot, SensorsNotReady, Snapshot
 from xr0_engine.executor.limits import Limits
 from xr0_engine.executor.recording import Recorder, Recording, read_recording
 from xr0_engine.executor.report import Report
@@ -23,6 +24,7 @@ __all__ = [
     "Executor",
     "Frame",
     "Limits",
+    "Mistimed",
     "PlainFrame",
     "Policy",
     "Recorder",
@@ -37,5 +39,6 @@ __all__ = [
     "ThreadWorker",
     "VirtualClock",
     "Worker",
+    "frame_for",
     "read_recording",
 ]

@@ -12,8 +12,9 @@ import numpy as np
 
 from xr0_engine.executor.clock import Clock, SystemClock, short_collections
 from xr0_engine.executor.delay import DelayEstimator
-from xr0_engine.executor.interfaces import Policy, Robot, SensorsNotReady, Snapshot
+from xr0_engine.executor.interfaces import Policy, Robot, Snapshot
 from xr0_engine.executor.limits import Limiter, Limits
+from xr0_engine.executor.observer import Observer
 from xr0_engine.executor.recording import VERSION, Recorder
 from xr0_engine.executor.report import Report
 from xr0_engine.executor.settings import Settings
@@ -35,7 +36,8 @@ STILL = 1e-4
 class Executor:
     """Executes a policy's chunks on a robot. Make a new one for each run.
 
-    policy: called from one thread, one call at a time. robot: called from the thread that calls run. frame: how the
+    policy: called from one thread, one call at a time; if it has a robot_info, as Engine and Client do, run refuses
+    settings and a frame that differ from it (ValueError). robot: called from the thread that calls run. frame: how the
     robot's actions compare. limits: applied to every command. clock: the one that observations are stamped
     with. delay_s: for simulated time: request number -> seconds that its inference shall take on the clock; inference
     then runs inside the loop. recorder: where the run is recorded.
@@ -64,6 +66,7 @@ class Executor:
         self._worker: Worker = (
             ThreadWorker(policy, self._clock) if delay_s is None else DelayedWorker(policy, self._clock, delay_s)
         )
+        self._observer = Observer(robot, policy, settings, frame, self._clock, self.report)
         self._timeline = Timeline()
         self._delay = DelayEstimator(settings.expected_delay_s)
         self._ended = threading.Event()
@@ -88,7 +91,8 @@ class Executor:
     def run(self, seconds: float) -> Report:
         """Run the loop for so long, or until end() is called; then stop the robot, also after an error or Ctrl-C.
 
-        Raises ValueError for a time that is not above 0, and whatever the robot's methods raise.
+        Raises ValueError for a time that is not above 0, or before the first command if the policy is to be driven in
+        another way than settings and frame say, and whatever the robot's methods raise.
         """
         if not 0 < seconds < math.inf:
             raise ValueError(f"seconds: expected a time above 0, got {seconds}")
@@ -198,6 +202,7 @@ class Executor:
         if phase and following is not None:
             fraction = phase / self._settings.commands_per_action
             target = self._frame.moved(target, fraction * self._frame.difference(following.row, target))
+            target[self._frame.held] = self._row[self._frame.held]
         command, clipped = self._limiter(target, tick / loop_hz)
         self._robot.command(command)
         sent_s = self._clock.now()
@@ -222,15 +227,11 @@ class Executor:
             trigger = prefix_length if settings.trigger == "deadline" else max(settings.trigger, prefix_length)
             if remaining >= max(trigger, 1):
                 return
-        try:
-            snapshot = self._robot.observe(now)
-        except SensorsNotReady as reason:
-            counts["sensors"] += 1
-            self.report.last_error = f"sensors: {reason}"
+        seen = self._observer.observe(now)
+        if seen is None:
             return
-        if snapshot.observation.timestamp_s is None:
-            raise ValueError("observation.timestamp_s: expected a time on the executor's clock, got None")
-        first = min(round(snapshot.observation.timestamp_s * settings.rate_hz), step)
+        snapshot, seen_s = seen
+        first = min(round(seen_s * settings.rate_hz), step)
         began = self._timeline.began
         # The robot stood still until its first command: an older observation shows it as it was then.
         first = first if began is None else max(first, began)
@@ -242,7 +243,7 @@ class Executor:
             "inference",
             number=self._pending.number,
             time_s=now,
-            observed_s=snapshot.observation.timestamp_s,
+            observed_s=seen_s,
             first_step=first,
             prefix_length=self._pending.prefix_length,
         )
@@ -337,6 +338,10 @@ class Executor:
         counts["chunks"] += 1
         if placement.takeover is None:
             counts["outdated"] += 1
+            self.report.last_error = (
+                f"inference {request.number} outdated: its chunk came {delay_s:.2f} s after its observation, when all "
+                f"of its {len(rows)} actions were past"
+            )
         self._record(
             "chunk",
             number=request.number,

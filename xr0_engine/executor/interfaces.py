@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from xr0_engine.robot.layouts import Pose
-from xr0_engine.types import ActionChunk, Observation
+from xr0_engine.types import ActionChunk, Observation, RobotInfo
 
 
 class Policy(Protocol):
@@ -17,6 +17,15 @@ class Policy(Protocol):
     def infer(self, observation: Observation, prefix: np.ndarray | None = None) -> ActionChunk:
         """The next chunk. prefix: (P, A) float32, robot units, in the frame of this observation: the actions that are
         executed from the observation's time on while this call runs. They come back as the chunk's first P."""
+
+
+@runtime_checkable
+class TellingPolicy(Policy, Protocol):
+    """A policy that tells how each robot type is driven, as Engine and Client do. What it tells is compared with how it
+    is executed; a policy that has `infer` alone is taken as it comes."""
+
+    def robot_info(self, robot_type: str | None = None) -> RobotInfo:
+        """Raises ValueError for a robot type that it does not know."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +42,10 @@ class Snapshot:
 
 class SensorsNotReady(RuntimeError):
     """No observation can be put together now: the message says which camera or state is missing or too old."""
+
+
+class Mistimed(SensorsNotReady):
+    """What a sensor gave cannot be of the time that it is stamped with: the message gives that time and the clock's."""
 
 
 class Robot(Protocol):

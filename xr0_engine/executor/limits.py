@@ -15,7 +15,8 @@ class Limits:
     """Bounds of a robot's commands: (A,) each, infinite where a column has none.
 
     low, high: where a column may stand. velocity: how much it may change per second. jump: how much it may change from
-    one command to the next, whatever time passed between them. For rotations, change is the turn about each axis.
+    one command to the next, whatever time passed between them. For rotations, change is the turn about each axis; a
+    column with nothing between its values (Frame.held) has neither velocity nor jump.
     Raises ValueError for shapes that differ, NaN, low above high, or a velocity or jump that is not above 0.
     """
 
@@ -46,7 +47,8 @@ class Limits:
 class Limiter:
     """Applies limits one command after the other. clipped: how many commands each kind of limit changed.
 
-    Raises ValueError if the limits do not fit the frame: another width, or a position limit on a rotation.
+    Raises ValueError if the limits do not fit the frame: another width, a position limit on a rotation, or a limit of
+    velocity or jump on a column that has nothing between its values.
     """
 
     def __init__(self, limits: Limits, frame: Frame) -> None:
@@ -54,6 +56,9 @@ class Limiter:
             raise ValueError(f"limits: expected {frame.width} columns, got {limits.low.shape[0]}")
         if np.isfinite(limits.low[frame.angular]).any() or np.isfinite(limits.high[frame.angular]).any():
             raise ValueError("limits: expected no position limit on a rotation column (an axis-angle has no range)")
+        for name in ("velocity", "jump"):
+            if np.isfinite(getattr(limits, name)[frame.held]).any():
+                raise ValueError(f"limits: expected no {name} limit on a column of held_columns, which has two values")
         self.clipped: Counter[str] = Counter()
         self._limits = limits
         self._frame = frame

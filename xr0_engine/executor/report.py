@@ -33,6 +33,7 @@ COUNTS = {
     "outdated": "chunks that were no use: too late for any action, or from before the clock jumped",
     "prefix_short": "inferences whose prefix could not cover the delay: it would exceed max_prefix",
     "sensors": "observations that could not be made: sensors missing or stale",
+    "mistimed": "observations stamped by another clock: from the future, or impossibly old",
     "deadline_misses": "commands not sent before the next one was due",
     "clock_jumps": "times the clock went backwards",
 }

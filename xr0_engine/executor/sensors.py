@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from bisect import bisect_left, insort
 from collections import Counter
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from xr0_engine.executor.interfaces import SensorsNotReady, Snapshot
+from xr0_engine.executor.interfaces import Mistimed, SensorsNotReady, Snapshot
 from xr0_engine.robot.layouts import Pose
 from xr0_engine.types import Observation
 
@@ -20,6 +21,21 @@ KEPT_FRAMES = 30
 KEPT_STATES = 400
 # Two clocks on one machine agree this well; a sample from further ahead has a wrong time stamp.
 FUTURE_TOLERANCE_S = 0.02
+# Slower than any camera and the way from it: what is older is stamped by another clock, or its sensor has stopped.
+OLDEST_S = 10.0
+
+
+def check_time(what: str, time_s: float, now_s: float, oldest_s: float = OLDEST_S) -> None:
+    """Raises Mistimed, with both times, if at now_s nothing can be stamped time_s."""
+    ahead_s = time_s - now_s
+    if -oldest_s <= ahead_s <= FUTURE_TOLERANCE_S:
+        return
+    way = f"{ahead_s:.3f} s ahead of" if ahead_s > 0 else f"{-ahead_s:.3f} s behind"
+    raise Mistimed(
+        f"{what} is stamped {time_s:.3f} s, {way} the executor's clock, which says {now_s:.3f} s: stamp it, in "
+        "seconds, with the clock that the executor is given; SystemClock is time.monotonic()"
+        + ("" if ahead_s > 0 else ", and see that the sensor has not stopped")
+    )
 
 
 @dataclass(order=True)
@@ -50,6 +66,8 @@ class Synchronizer:
         self._max_age_s, self._max_skew_s = max_age_s, max_skew_s
         self._frames: dict[str, list[_Sample]] = {view: [] for view in views}
         self._states: list[_Sample] = []
+        # Sensor -> the time of its last sample that was refused for being from the future.
+        self._refused_s: dict[str, float] = {}
         self._lock = threading.Lock()
 
     def add_frame(self, view: str, time_s: float, image: np.ndarray) -> None:
@@ -66,17 +84,21 @@ class Synchronizer:
     def observe(self, now_s: float) -> Snapshot:
         """The observation at the newest time that every camera has reached; of each, the sample nearest to that time.
 
-        Raises SensorsNotReady that names what is missing, too old or too far apart.
+        Raises SensorsNotReady that names what is missing, too old or too far apart, Mistimed (which is one) where that
+        comes of another clock.
         """
         with self._lock:
             self._drop_future(now_s)
             samples = {**self._frames, "state": self._states}
             missing = [name for name, kept in samples.items() if not kept]
+            for name in missing:
+                check_time(name, self._refused_s.get(name, now_s), now_s, math.inf)
             if missing:
                 raise SensorsNotReady(f"nothing yet from {', '.join(missing)}")
             slowest = min(self._frames, key=lambda view: self._frames[view][-1].time_s)
             time_s = self._frames[slowest][-1].time_s
             nearest = {name: _nearest(kept, time_s) for name, kept in samples.items()}
+        check_time(slowest, time_s, now_s, max(OLDEST_S, self._max_age_s))
         if now_s - time_s > self._max_age_s:
             raise SensorsNotReady(f"{slowest} is {now_s - time_s:.3f} s old, more than {self._max_age_s:g}")
         for name, sample in nearest.items():
@@ -107,9 +129,9 @@ class Synchronizer:
 
     def _drop_future(self, now_s: float) -> None:
         # After a clock went backwards, samples from before would be the newest for ever.
-        for kept in (*self._frames.values(), self._states):
+        for name, kept in {**self._frames, "state": self._states}.items():
             while kept and kept[-1].time_s > now_s + FUTURE_TOLERANCE_S:
-                kept.pop()
+                self._refused_s[name] = kept.pop().time_s
                 self.counts["future"] += 1
 
 

@@ -115,4 +115,5 @@ def coast(frame: Frame, row: np.ndarray, before: np.ndarray, keep: float) -> np.
     """
     after = frame.moved(row, keep * frame.difference(row, before)) if keep else row.copy()
     after[frame.delta] = keep * row[frame.delta]
+    after[frame.held] = row[frame.held]
     return after

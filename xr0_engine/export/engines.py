@@ -15,6 +15,7 @@ import onnx
 
 from xr0_engine.checkpoint import all_or_nothing
 from xr0_engine.export.layers import parse_layers, summarise
+from xr0_engine.exported.integrity import remember
 from xr0_engine.exported.manifest import MANIFEST_FILE, EngineManifest, Manifest, changed_files, record_files, sha256
 from xr0_engine.exported.tensorrt_stage import load_library, make_logger
 
@@ -80,6 +81,7 @@ def build_engines(
             files=record_files(partial, [path.name for path in partial.iterdir()]),
         )
         engines.write(partial)
+    remember(engines.located(out))
     return engines
 
 

@@ -17,6 +17,7 @@ from xr0_engine.config import ModelConfig
 from xr0_engine.export.graph import OPSET, WEIGHTS_FILE, Graph, WeightFile
 from xr0_engine.export.inputs import INSTRUCTION, observations
 from xr0_engine.export.stages import Plan, add_flow, add_prefill, add_step, add_vision
+from xr0_engine.exported.integrity import remember
 from xr0_engine.exported.manifest import (
     PRECISIONS,
     ExportCase,
@@ -99,6 +100,7 @@ def export_onnx(
             files=record_files(partial, [path.name for path in partial.iterdir()]),
         )
         manifest.write(partial)
+    remember(manifest.located(out))
     return manifest
 
 
@@ -152,7 +154,7 @@ def _save(model: onnx.ModelProto, path: Path) -> None:
 def _network(config: ModelConfig, stored: Mapping[str, StoredTensor], shapes: StaticShapes, dtype: torch.dtype) -> Plan:
     """What is computed from weights: by the model's own modules, in the precision in which the engine would."""
     with torch.device("meta"):
-        head, tower = ActionHead(config), VisionTower(config.vision)
+        head, tower = ActionHead(config), VisionTower(config.vision, config.head.compat_bf16_time)
     head.to(dtype).to_empty(device="cpu")
     head.requires_grad_(False)
     fill_parameters(head, stored)
@@ -195,6 +197,6 @@ def _views(preprocess: Preprocessor, robot_type: str) -> int | None:
 
 
 def _statistics(statistics: ActionStatistics) -> str:
-    """For those who run the graph by itself: actions * (std + epsilon) + mean are in the robot's units."""
-    tables = {"mean": statistics.mean.tolist(), "std": statistics.std.tolist()}
-    return json.dumps({**tables, "epsilon": statistics.epsilon})
+    """For those who run the graph by itself: actions * (std + epsilon) + mean are in the robot's units; where
+    active_columns are named, the others are 0."""
+    return json.dumps({**statistics.to_json(), "epsilon": statistics.epsilon})

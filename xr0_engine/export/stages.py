@@ -211,7 +211,8 @@ def _prefill(g: Graph, plan: Plan, prompt: _Prompt, vision: str, taps: list[str]
         x = g.op("Where", is_image, g.take(vision, index), g.take(g.weight("embed_tokens.weight"), ids))
         zero = g.constant(torch.zeros((), dtype=g.dtype))
 
-        frequencies = inverse_frequencies(text.head_dim, text.rope_theta)
+        compat_bf16 = plan.config.head.compat_bf16_time
+        frequencies = inverse_frequencies(text.head_dim, text.rope_theta, compat_bf16=compat_bf16)
         cos, sin = _mrope(g, prompt.positions, frequencies, text.mrope_section)
         # Padding sees itself: a row that may attend to nothing has no softmax.
         causal = torch.ones(tokens, tokens, dtype=torch.bool).tril()
@@ -307,9 +308,7 @@ def _dit_geometry(
         is_suffix = g.op("GreaterOrEqual", g.constant(token[None] - context), prefix_length)
         offset = g.constant(torch.tensor(config.position_offset))
         positions = g.op("Add", positions, g.op("Mul", g.cast(is_suffix, torch.int64), offset))
-    frequencies = inverse_frequencies(config.head_dim, text.rope_theta)
-    if config.compat_bf16_time:
-        frequencies = frequencies.bfloat16().float()
+    frequencies = inverse_frequencies(config.head_dim, text.rope_theta, compat_bf16=config.compat_bf16_time)
     rope = _mrope(g, positions, frequencies, text.mrope_section)
 
     # Among the DiT's own tokens the mask is a constant.

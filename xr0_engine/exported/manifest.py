@@ -19,6 +19,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from xr0_engine.files import pointer_fault, read_json
+
 MANIFEST_FILE = "manifest.json"
 SCHEMA = 1
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -84,10 +86,7 @@ class _Json:
         path = folder / MANIFEST_FILE
         if not path.is_file():
             raise ValueError(f"{folder} holds no {MANIFEST_FILE}: not a folder that `xr0 export` wrote")
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not valid JSON: {error}") from None
+        content = read_json(path)
         if not isinstance(content, dict) or content.pop("format", None) != cls.FORMAT:
             raise ValueError(f"{path} is foreign: its format is not {cls.FORMAT!r}")
         schema = content.pop("schema", None)
@@ -195,11 +194,13 @@ def record_files(folder: Path, names: Iterable[str]) -> dict[str, FileRecord]:
 
 
 def check_sizes(files: Mapping[Path, FileRecord]) -> None:
-    """Raises ValueError that names every file that is missing or has another size."""
+    """Raises ValueError that names every file that is missing, not fetched by git-lfs, or has another size."""
     faults = []
     for path, record in files.items():
         if not path.is_file():
             faults.append(f"{path} is missing")
+        elif pointer := pointer_fault(path):
+            faults.append(pointer)
         elif path.stat().st_size != record.bytes:
             faults.append(f"{path} has {path.stat().st_size} bytes, not {record.bytes}")
     if faults:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from xr0_engine.backend import resolve_device
 from xr0_engine.config import ModelConfig
+from xr0_engine.exported.integrity import check_files
 from xr0_engine.exported.manifest import (
     MANIFEST_FILE,
     PRECISIONS,
@@ -62,8 +63,9 @@ class ExportedModel:
         self._stages: dict[str, Stage] = {}
 
     @classmethod
-    def load(cls, folder: Path, device: str, backend: str) -> ExportedModel:
+    def load(cls, folder: Path, device: str, backend: str, check: bool = True) -> ExportedModel:
         """device: auto, cpu, cuda or cuda:N. backend: of BACKENDS, or auto: engines for this GPU if there are any.
+        check: the files' SHA-256 sums too, unless they are remembered (integrity.py); False: their sizes alone.
 
         Raises ValueError for a folder that cannot be used or a device that is not there; opening a stage raises
         NotImplementedError for a precision that the device does not run, RuntimeError for a library that is missing.
@@ -71,10 +73,11 @@ class ExportedModel:
         if backend not in ("auto", *BACKENDS):
             raise ValueError(f"backend: an export has auto, {', '.join(BACKENDS)}; got {backend!r}")
         manifest, config, chosen = Manifest.read(folder), ModelConfig.load(folder), resolve_device(device)
+        check_them = check_files if check else check_sizes
         engines = _engines(folder)
         fitting = [] if chosen.type != "cuda" else [place for place in engines if _fits(engines[place], chosen)]
         if backend == "onnx" or (backend == "auto" and not fitting):
-            check_sizes(manifest.located(folder))
+            check_them(manifest.located(folder))
             open_onnx = partial(_open_onnx, folder, manifest, chosen)
             return cls(config, manifest, chosen, "onnx", manifest.stages, open_onnx, manifest.located(folder))
         if not fitting:
@@ -86,7 +89,7 @@ class ExportedModel:
         # The graphs may be elsewhere.
         needed = {path: record for path, record in manifest.located(folder).items() if path.suffix == ".json"}
         files = needed | engines[place].located(place)
-        check_sizes(files)
+        check_them(files)
         open_engine = partial(_open_tensorrt, place, engines[place], chosen)
         return cls(config, manifest, chosen, "tensorrt", engines[place].stages, open_engine, files)
 

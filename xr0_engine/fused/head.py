@@ -43,9 +43,9 @@ class FusedHead:
             )
         weight = head.sink.weight
         self.context = self.config.context
-        self.frequencies = inverse_frequencies(self.config.head_dim, head.rope_theta, weight.device)
-        if self.config.compat_bf16_time:
-            self.frequencies = self.frequencies.bfloat16().float()
+        self.frequencies = inverse_frequencies(
+            self.config.head_dim, head.rope_theta, weight.device, self.config.compat_bf16_time
+        )
         self.axes = mrope_axes(len(self.frequencies), head.mrope_section, weight.device).int()
         self._layers = parts_of(head.dit.layers, DiTLayer)
         self._state_weights = _weights(head.state_projector)

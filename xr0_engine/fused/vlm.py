@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from xr0_engine.fused.ops import STATS_COLUMNS, FusedOps, InputNorm, Residual, StatsOut, Weight
-from xr0_engine.model.layers import PackedLinears, RMSNorm, inverse_frequencies, mrope_axes, parts_of
+from xr0_engine.model.layers import PackedLinears, RMSNorm, mrope_axes, parts_of
 from xr0_engine.model.vision import LAYER_NORM_EPS, PatchMerger, VisionBlock, VisionTower
 from xr0_engine.model.vlm import LanguageModel, TextLayer
 
@@ -189,7 +189,7 @@ class FusedText:
             if not layer.kv_only:
                 fold_rms_norm(layer.post_attention_layernorm, [packed(layer.mlp)])
         device = language.embed_tokens.weight.device
-        self.frequencies = inverse_frequencies(self.config.head_dim, self.config.rope_theta, device)
+        self.frequencies = language.frequencies(device)
         self.axes = mrope_axes(len(self.frequencies), self.config.mrope_section, device).int()
 
     def buffers(self, batch: int, tokens: int, preamble: int) -> TextBuffers:

@@ -194,9 +194,8 @@ class ActionHead(nn.Module):
 
     def rope(self, geometry: DiTGeometry) -> tuple[Tensor, Tensor]:
         """cos, sin: (B, 1, Q, D) float32."""
-        frequencies = inverse_frequencies(self.config.head_dim, self.rope_theta, geometry.positions.device)
-        if self.config.compat_bf16_time:
-            frequencies = frequencies.bfloat16().float()
+        config, device = self.config, geometry.positions.device
+        frequencies = inverse_frequencies(config.head_dim, self.rope_theta, device, config.compat_bf16_time)
         return mrope_tables(geometry.positions, frequencies, self.mrope_section)
 
     def forward(
@@ -224,20 +223,23 @@ class ActionHead(nn.Module):
         prefix_length: Tensor,
         table: Tensor,
         trace: Trace = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """One chunk per row, (B, T, A) float32, in the model's units (spec section 2.5).
 
         state: (B, state_length, S); noise, prefix: (B, T, A), prefix read where the row's prefix_length (B,) covers it;
-        table: from modulation_table; trace, if given, receives z before each step and after the last.
+        table: from modulation_table; trace, if given, receives z before each step and after the last; mask: as
+        DiTGeometry's, where not everything that the geometry shows may be seen.
         """
         device, dtype = self.sink.weight.device, self.sink.weight.dtype
         prefix_length = prefix_length.to(device)
         geometry = dit_geometry(self.config, kv.next_position, kv.mask, prefix_length, noise.shape[1])
         rope = self.rope(geometry)
         context = self.context(state.to(device, dtype))
+        attends = geometry.mask if mask is None else mask
 
         def velocity(z: Tensor, step: int) -> Tensor:
-            return self(z.to(dtype), context, table[:, step : step + 1], rope, geometry.mask, kv.keys, kv.values)
+            return self(z.to(dtype), context, table[:, step : step + 1], rope, attends, kv.keys, kv.values)
 
         is_prefix = prefix_positions(prefix_length, noise.shape[1])
         steps = self.config.flow_steps

@@ -80,9 +80,12 @@ def pack_linears(module: nn.Module) -> None:
             part.pack()
 
 
-def inverse_frequencies(dim: int, theta: float, device: torch.device | None = None) -> Tensor:
-    """(dim / 2,) float32 rotary frequencies theta ** (-2j / dim)."""
-    return 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim))
+def inverse_frequencies(
+    dim: int, theta: float, device: torch.device | None = None, compat_bf16: bool = False
+) -> Tensor:
+    """(dim / 2,) float32 rotary frequencies theta ** (-2j / dim). compat_bf16: rounded to bfloat16."""
+    frequencies = 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim))
+    return frequencies.bfloat16().float() if compat_bf16 else frequencies
 
 
 def mrope_axes(count: int, section: tuple[int, int, int], device: torch.device | None = None) -> Tensor:

@@ -13,14 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xr0_engine.config import VisionConfig
+from xr0_engine.config import VISION_ROPE_THETA, VisionConfig
 from xr0_engine.kernels import reference
 from xr0_engine.model.kept import Kept
 from xr0_engine.model.layers import inverse_frequencies
 from xr0_engine.types import VisionTokens
 
 LAYER_NORM_EPS = 1e-6
-VISION_ROPE_THETA = 10_000.0
 MAX_CACHED_GRIDS = 64
 
 
@@ -99,9 +98,11 @@ class PatchEmbed(nn.Module):
 
 
 class VisionTower(nn.Module):
-    def __init__(self, config: VisionConfig) -> None:
+    """compat_bf16: see ActionHeadConfig.compat_bf16_time."""
+
+    def __init__(self, config: VisionConfig, compat_bf16: bool = False) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.compat_bf16 = config, compat_bf16
         self.patch_embed = PatchEmbed(config)
         self.pos_embed = nn.Embedding(config.num_position_embeddings, config.hidden_size)
         self.blocks = nn.ModuleList([VisionBlock(config) for _ in range(config.depth)])
@@ -162,9 +163,13 @@ class VisionTower(nn.Module):
             + table[bottom * side + right] * (dy * dx)
         )
 
+        dtype = self.pos_embed.weight.dtype
         frequencies = inverse_frequencies(
-            self.config.hidden_size // self.config.num_heads // 2, VISION_ROPE_THETA, device
+            self.config.hidden_size // self.config.num_heads // 2, VISION_ROPE_THETA, device, self.compat_bf16
         )
         angles = torch.cat((rows[:, None] * frequencies, columns[:, None] * frequencies), dim=-1)
         angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)
-        return position.to(self.pos_embed.weight.dtype), angles.cos(), angles.sin()
+        if self.compat_bf16 and dtype == torch.bfloat16:
+            # transformers 4.57, which the released server runs on, computes the whole table in the frequencies' dtype.
+            angles = angles.bfloat16()
+        return position.to(dtype), angles.cos().float(), angles.sin().float()

@@ -77,11 +77,12 @@ class TextLayer(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """complete: hold the whole last layer and the final norm too, to list a checkpoint's tensors; never computed."""
+    """complete: hold the whole last layer and the final norm too, to list a checkpoint's tensors; never computed.
+    compat_bf16: see ActionHeadConfig.compat_bf16_time."""
 
-    def __init__(self, config: TextConfig, complete: bool = False) -> None:
+    def __init__(self, config: TextConfig, complete: bool = False, compat_bf16: bool = False) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.compat_bf16 = config, compat_bf16
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         last = config.num_layers - 1
         self.layers = nn.ModuleList(
@@ -107,8 +108,7 @@ class LanguageModel(nn.Module):
         the flattened (B * M); deepstack: (image tokens, C) each, added there after the first layers.
         """
         config, (batch, tokens), total = self.config, x.shape[:2], mask.shape[1]
-        frequencies = inverse_frequencies(config.head_dim, config.rope_theta, x.device)
-        cos, sin = mrope_tables(positions, frequencies, config.mrope_section)
+        cos, sin = mrope_tables(positions, self.frequencies(x.device), config.mrope_section)
         allowed = _prefill_mask(mask, tokens) if preamble is not None or not bool(mask.all()) else None
 
         # Layers below those kept share one scratch place, the first. Zeroed: padding is masked, but 0 * NaN is NaN.
@@ -127,6 +127,10 @@ class LanguageModel(nn.Module):
                 x.view(-1, x.shape[-1]).index_add_(0, image_index, deepstack[index])
         return keys[1:], values[1:]
 
+    def frequencies(self, device: torch.device) -> Tensor:
+        """(D / 2,) float32, of the rotary embedding."""
+        return inverse_frequencies(self.config.head_dim, self.config.rope_theta, device, self.compat_bf16)
+
 
 def _prefill_mask(mask: Tensor, tokens: int) -> Tensor:
     """(B, 1, tokens, N): the last `tokens` columns see what is before them and not padding; padding sees itself."""
@@ -139,8 +143,9 @@ def _prefill_mask(mask: Tensor, tokens: int) -> Tensor:
 class Towers(nn.Module):
     def __init__(self, config: ModelConfig, complete: bool) -> None:
         super().__init__()
-        self.visual = VisionTower(config.vision)
-        self.language_model = LanguageModel(config.text, complete)
+        compat_bf16 = config.head.compat_bf16_time
+        self.visual = VisionTower(config.vision, compat_bf16)
+        self.language_model = LanguageModel(config.text, complete, compat_bf16)
 
 
 class VLM(nn.Module):

@@ -6,7 +6,6 @@ Training checkpoints put `model.` before every name; both are read.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from xr0_engine.config import ModelConfig
+from xr0_engine.files import pointer_fault, read_json, refuse_pointer
 from xr0_engine.model.dit import ActionHead
 from xr0_engine.model.vlm import VLM
 from xr0_engine.model.xr0 import XR0Model
@@ -93,9 +93,10 @@ def read_index(folder: Path) -> dict[str, StoredTensor]:
     """
     index = folder / INDEX_FILE
     if index.is_file():
+        refuse_pointer(index)
         try:
-            weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError):
+            weight_map = dict(read_json(index)["weight_map"])
+        except (KeyError, TypeError, ValueError):
             raise CheckpointError(f"{index} is corrupt: expected JSON with a `weight_map`") from None
         names = sorted(set(map(str, weight_map.values())))
         outside = [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]
@@ -124,6 +125,10 @@ def read_headers(files: Iterable[Path]) -> tuple[dict[str, StoredTensor], list[s
     for file in files:
         if not file.is_file():
             faults.append(f"file {file.name} is missing")
+            continue
+        pointer = pointer_fault(file)
+        if pointer:
+            faults.append(pointer)
             continue
         try:
             with safe_open(file, framework="pt") as handle:

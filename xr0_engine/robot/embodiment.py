@@ -14,9 +14,16 @@ from typing import Any
 
 import yaml
 
-from xr0_engine.robot.layouts import LAYOUTS, Layout, find_layout
+from xr0_engine.robot.layouts import LAYOUTS, PLAIN, Layout, find_layout
+from xr0_engine.types import RobotInfo, ViewInfo
 
 _BUILTIN_FOLDER = Path(__file__).parent / "embodiments"
+
+PRETRAINED_CHUNKS = {"agibot_pt_v3": 30, "droid_pt": 15, "midata_mix_ann_pt_v1": 30, "molmoact_pt": 15}
+"""Robot type of the pre-trained model -> actions in a chunk: all of these robots that has been published."""
+
+LARGEST_SIDE = 4096
+"""Pixels that a view may be resized to."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +31,8 @@ class View:
     """One camera.
 
     key: its name in Observation.images. title: its name in the prompt, as in training.
-    rotate_180: turn the image by half a turn first. center_crop: fraction of each side that is kept, in (0, 1].
+    rotate_180: turn a frame by half a turn first. resize: then bring it to (height, width), its aspect not kept; None
+    leaves its size. center_crop: then keep this fraction of each side, in (0, 1], and enlarge it to the size before.
     Raises ValueError that lists every wrong field.
     """
 
@@ -32,6 +40,7 @@ class View:
     title: str
     rotate_180: bool = False
     center_crop: float = 1.0
+    resize: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         _refuse(f"view {self.key!r}", _wrong_values(View, vars(self)))
@@ -44,7 +53,9 @@ class Embodiment:
     robot_types: keys of a checkpoint's action statistics for which this profile is chosen when none is named.
     views: in the order of the prompt. layout: the name of action_layout, what the robot's action columns are.
     control_rate_hz: actions executed per second. replan_every: actions executed before the next inference starts,
-    None where inference runs beside execution. Raises ValueError that lists every wrong field.
+    None where inference runs beside execution. step_columns: action columns that say how far to move, not where to;
+    layout plain only, other layouts know theirs. two_valued_columns: those with nothing between their values, such as a
+    gripper that is open or closed. None: not known. Raises ValueError that lists every wrong field.
     """
 
     name: str
@@ -53,6 +64,8 @@ class Embodiment:
     layout: str
     control_rate_hz: float
     replan_every: int | None
+    step_columns: tuple[int, ...] | None = None
+    two_valued_columns: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         _refuse(f"embodiment {self.name!r}", _wrong_values(Embodiment, vars(self)))
@@ -60,6 +73,24 @@ class Embodiment:
     @property
     def action_layout(self) -> Layout:
         return find_layout(self.layout)
+
+    def robot_info(self, chunk_length: int, action_width: int, max_prefix: int) -> RobotInfo:
+        """The profile as a policy tells it, which knows the rest: T, A and the longest prefix it was trained with."""
+        return RobotInfo(
+            chunk_length=chunk_length,
+            control_rate_hz=float(self.control_rate_hz),
+            replan_every=self.replan_every,
+            views=tuple(view.key for view in self.views),
+            layout=self.layout,
+            action_width=action_width,
+            max_prefix=min(max_prefix, chunk_length - 1),
+            step_columns=self.step_columns,
+            two_valued_columns=self.two_valued_columns,
+            preparation=tuple(
+                ViewInfo(view.title, view.rotate_180, view.resize, view.center_crop) for view in self.views
+            ),
+            embodiment=self.name,
+        )
 
 
 def builtin_embodiments() -> tuple[str, ...]:
@@ -82,15 +113,28 @@ def load_embodiment(name_or_path: str | Path) -> Embodiment:
 
 
 def embodiment_for(robot_type: str) -> Embodiment:
-    """The built-in profile that lists the robot type. Raises ValueError that lists the known ones."""
+    """The built-in profile that lists the robot type.
+
+    Raises ValueError that lists the known ones, and says what is known of a robot type of the pre-trained model.
+    """
     profiles = _builtin_by_robot_type()
     if robot_type not in profiles:
         raise ValueError(
             f"robot_type: no built-in embodiment profile lists {robot_type!r}, known are {', '.join(profiles)}; "
             f"name a profile: one of {', '.join(builtin_embodiments())}, or the path of your own YAML file "
-            "(docs/embodiments.md)"
+            f"(docs/embodiments.md){_pretrained_note(robot_type)}"
         )
     return profiles[robot_type]
+
+
+def _pretrained_note(robot_type: str) -> str:
+    if robot_type not in PRETRAINED_CHUNKS:
+        return ""
+    return (
+        f". {robot_type} is of the pre-trained model: its chunks have {PRETRAINED_CHUNKS[robot_type]} actions; which "
+        "views it saw under which titles, what its columns are and at which rate they run was never published, so "
+        "only a profile of your own can say it"
+    )
 
 
 @cache
@@ -107,9 +151,9 @@ def _read(path: Path) -> Embodiment:
     if not isinstance(raw, Mapping):
         raise ValueError(f"{path}: expected a mapping of fields, got {raw!r}")
     # Lists become the tuples that the dataclasses hold. Views that are wrong are reported one by one, not as a field.
-    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in raw.items()}
+    values = _with_tuples(raw)
     views = values.get("views")
-    raw_views = views if isinstance(views, tuple) else ()
+    raw_views = [_with_tuples(view) for view in views] if isinstance(views, tuple) else []
     view_problems = [
         f"views[{index}] {problem}"
         for index, view in enumerate(raw_views)
@@ -121,6 +165,12 @@ def _read(path: Path) -> Embodiment:
         values["views"] = tuple(View(**view) for view in raw_views)
     _refuse(str(path), _wrong_names(Embodiment, raw) + _wrong_values(Embodiment, values) + view_problems)
     return Embodiment(**values)
+
+
+def _with_tuples(raw: Any) -> Any:
+    if not isinstance(raw, Mapping):
+        return raw
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in raw.items()}
 
 
 def _refuse(owner: str, problems: list[str]) -> None:
@@ -144,7 +194,19 @@ def _wrong_values(kind: type, values: Any) -> list[str]:
         f"{name}: expected {expected}, got {values[name]!r}"
         for name, (is_right, expected) in _RULES[kind].items()
         if name in values and not is_right(values[name])
-    ]
+    ] + (_contradictions(values) if kind is Embodiment else [])
+
+
+def _contradictions(values: Mapping[str, Any]) -> list[str]:
+    steps, two_valued = (values.get(name) or () for name in ("step_columns", "two_valued_columns"))
+    if not (_are_columns(steps) and _are_columns(two_valued)):
+        return []
+    found = []
+    if steps and values.get("layout") != PLAIN.name:
+        found.append(f"step_columns: expected only with layout {PLAIN.name}: another layout knows its columns itself")
+    if both := sorted({*steps} & {*two_valued}):
+        found.append(f"two_valued_columns: expected none of step_columns, got {both}")
+    return found
 
 
 def _is_line(value: object) -> bool:
@@ -155,12 +217,30 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and -math.inf < value < math.inf
 
 
+def _is_size(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and all(_is_side(side) for side in value)
+
+
+def _is_side(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= LARGEST_SIDE
+
+
 def _are_views(value: Any) -> bool:
     if not isinstance(value, tuple) or not value or not all(isinstance(view, View) for view in value):
         return False
     return len({view.key for view in value}) == len({view.title for view in value}) == len(value)
 
 
+def _are_columns(value: Any) -> bool:
+    """Also None."""
+    return value is None or (
+        isinstance(value, tuple)
+        and all(isinstance(column, int) and not isinstance(column, bool) and column >= 0 for column in value)
+        and len(set(value)) == len(value)
+    )
+
+
+_COLUMNS = "a list of columns counted from 0, none twice, or null"
 _LINE = "text on one line, without <| and outer spaces"
 _RULES: dict[type, dict[str, tuple[Callable[[Any], bool], str]]] = {
     View: {
@@ -168,6 +248,10 @@ _RULES: dict[type, dict[str, tuple[Callable[[Any], bool], str]]] = {
         "title": (_is_line, _LINE),
         "rotate_180": (lambda value: isinstance(value, bool), "true or false"),
         "center_crop": (lambda value: _is_number(value) and 0 < value <= 1, "a number above 0, up to 1"),
+        "resize": (
+            lambda value: value is None or _is_size(value),
+            f"[height, width] in whole pixels up to {LARGEST_SIDE}, or null",
+        ),
     },
     Embodiment: {
         "name": (_is_line, _LINE),
@@ -182,5 +266,7 @@ _RULES: dict[type, dict[str, tuple[Callable[[Any], bool], str]]] = {
             lambda value: value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0),
             "a whole number above 0, or null",
         ),
+        "step_columns": (_are_columns, _COLUMNS),
+        "two_valued_columns": (_are_columns, _COLUMNS),
     },
 }

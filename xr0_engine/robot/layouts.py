@@ -10,7 +10,7 @@ absolute rotation. Layout `plain` keeps its actions as they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Protocol, runtime_checkable
@@ -44,12 +44,31 @@ class Frame:
     """How the actions of a layout compare: as they are, unless a layout's own frame says otherwise.
 
     layout: its name. width: A. angular: (A,) bool, columns of axis-angle rotations. delta: (A,) bool, columns that say
-    how far to move in one step instead of where to: at rest they are 0.
+    how far to move in one step instead of where to: at rest they are 0. held: (A,) bool, columns with nothing between
+    their values, such as a gripper that is open or closed: each is held until the next action, never interpolated.
+
+    Raises ValueError for columns outside the width, or that are both delta and held.
     """
 
-    def __init__(self, layout: str, width: int, angular: Sequence[int] = (), delta: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        layout: str,
+        width: int,
+        angular: Iterable[int] = (),
+        delta: Iterable[int] = (),
+        held: Iterable[int] = (),
+    ) -> None:
         self.layout, self.width = layout, width
-        self.angular, self.delta = (np.isin(np.arange(width), columns) for columns in (angular, delta))
+        self.angular = _mask("angular", angular, width)
+        self.delta = self.held = np.zeros(width, bool)
+        self.mark(delta, held)
+
+    def mark(self, delta: Iterable[int] = (), held: Iterable[int] = ()) -> None:
+        """Make these columns delta and held too. Errors as in the constructor."""
+        self.delta = self.delta | _mask("delta_columns", delta, self.width)
+        self.held = self.held | _mask("held_columns", held, self.width)
+        if both := np.flatnonzero(self.delta & self.held).tolist():
+            raise ValueError(f"held_columns: expected none of delta_columns, which become 0 at rest, got {both}")
 
     def absolute(self, actions: np.ndarray, origin: Pose | None) -> np.ndarray:
         """A chunk (T, A) as rows (T, A) float64. Raises ValueError for another shape or values that are not finite."""
@@ -78,16 +97,18 @@ class Frame:
 
 
 class PlainFrame(Frame):
-    """Actions that are not anchored. delta_columns: those that say how far to move, not where to; see Frame.
+    """Actions that are not anchored. delta_columns: those that say how far to move, not where to; held_columns: those
+    with nothing between their values. See Frame, also for the errors."""
 
-    Raises ValueError for columns outside the width.
-    """
+    def __init__(self, width: int, delta_columns: Iterable[int] = (), held_columns: Iterable[int] = ()) -> None:
+        super().__init__("plain", width, delta=delta_columns, held=held_columns)
 
-    def __init__(self, width: int, delta_columns: Iterable[int] = ()) -> None:
-        columns = list(delta_columns)
-        if any(not 0 <= column < width for column in columns):
-            raise ValueError(f"delta_columns: expected 0 to {width - 1}, got {columns}")
-        super().__init__("plain", width, delta=columns)
+
+def _mask(name: str, columns: Iterable[int], width: int) -> np.ndarray:
+    chosen = list(columns)
+    if any(not 0 <= column < width for column in chosen):
+        raise ValueError(f"{name}: expected 0 to {width - 1}, got {chosen}")
+    return np.isin(np.arange(width), chosen)
 
 
 _AT_ORIGIN = ArmPose(np.zeros(3), np.eye(3), np.zeros(6), np.zeros(1))
@@ -96,10 +117,10 @@ _ROTATIONS = [column for arm in (LEFT, RIGHT) for column in range(BIMANUAL_COLUM
 
 
 class BimanualFrame(Frame):
-    """Layout `bimanual`: rows are actions anchored at the world's origin."""
+    """Layout `bimanual`: rows are actions anchored at the world's origin. held_columns: see Frame."""
 
-    def __init__(self) -> None:
-        super().__init__("bimanual", BIMANUAL_COLUMNS, angular=_ROTATIONS)
+    def __init__(self, held_columns: Iterable[int] = ()) -> None:
+        super().__init__("bimanual", BIMANUAL_COLUMNS, angular=_ROTATIONS, held=held_columns)
 
     def absolute(self, actions: np.ndarray, origin: Pose | None) -> np.ndarray:
         return anchor(recover(super().absolute(actions, origin), _required(origin)), _WORLD)
@@ -146,6 +167,7 @@ class Column:
 @dataclass(frozen=True, eq=False)
 class Layout:
     """frame: action width -> how actions compare. columns: those with a name, as they are shown; none: known by number.
+    active_columns: those that a model sees and sets whatever its statistics say; None: it is for the statistics to say.
 
     rest: a pose to stand at, of the kind that chunks are anchored at; None: chunks are not anchored. described_by: the
     fields that map columns in a dataset's description (training/data/description.py).
@@ -156,6 +178,13 @@ class Layout:
     described_by: tuple[str, ...]
     columns: tuple[Column, ...] = ()
     rest: Pose | None = None
+    active_columns: tuple[int, ...] | None = None
+
+    def frame_of(self, width: int, step_columns: Iterable[int] = (), two_valued_columns: Iterable[int] = ()) -> Frame:
+        """The frame for a robot whose profile names such columns. Raises ValueError for columns outside the width."""
+        frame = self.frame(width)
+        frame.mark(step_columns, two_valued_columns)
+        return frame
 
     def label(self, column: int) -> str:
         return next((known.label for known in self.columns if known.index == column), f"column {column}")
@@ -188,6 +217,7 @@ BIMANUAL = Layout(
     described_by=("arms",),
     columns=tuple(_bimanual_columns()),
     rest=_WORLD,
+    active_columns=tuple(sorted(column.index for column in _bimanual_columns())),
 )
 LAYOUTS = {layout.name: layout for layout in (PLAIN, BIMANUAL)}
 """Name -> layout. A new one needs its entry here, and nothing elsewhere."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,9 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from xr0_engine.files import read_json
 from xr0_engine.types import CheckpointError
 
-# A column whose std is not above this does not move in the training data: the model neither sees nor sets it.
+# Where statistics name no active columns, one whose std is not above this does not move in the training data: the model
+# neither sees nor sets it.
 ACTIVE_STD = 1e-5
 
 STATISTICS_FILE = "preprocessor_config.json"
@@ -24,11 +25,34 @@ class ActionStatistics:
     """Mean and standard deviation of one robot type's actions, per timestep of the chunk and column.
 
     mean, std: (T, A) float32, robot units. epsilon: added to std; 0 as the hub code, 1e-6 as the post-training code.
+    active_columns: those that the model sees and sets whatever their std, at every timestep, as the post-training code
+    has them; the others decode to 0. None: the hub's rule, std above ACTIVE_STD.
+
+    Raises ValueError for active columns that are none, twice the same or outside the width, or that cannot be
+    normalised since std and epsilon are 0.
     """
 
     mean: np.ndarray
     std: np.ndarray
     epsilon: float
+    active_columns: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        columns, width = self.active_columns, self.mean.shape[-1]
+        if columns is None:
+            return
+        strange = [column for column in columns if not 0 <= column < width]
+        if not columns or strange or len(set(columns)) != len(columns):
+            raise ValueError(
+                f"active_columns: expected numbers from 0 to {width - 1}, each once, got {list(columns) or 'none'}"
+            )
+        still = [column for column in columns if (self._scale(len(self.std))[:, column] <= 0).any()]
+        if still:
+            raise ValueError(
+                f"active columns {still} have std 0, and epsilon is 0 too, so nothing can be divided by it: "
+                "set std_epsilon in config.json to what the model was trained with (1e-6 in the post-training code), "
+                "or take them out of active_columns"
+            )
 
     @property
     def chunk_length(self) -> int:
@@ -38,7 +62,11 @@ class ActionStatistics:
     @cached_property
     def action_mask(self) -> np.ndarray:
         """(T, A) float32, 1 = column used at this timestep, 0 = column that does not move."""
-        return (self.std > ACTIVE_STD).astype(np.float32)
+        if self.active_columns is None:
+            return (self.std > ACTIVE_STD).astype(np.float32)
+        mask = np.zeros_like(self.std, dtype=np.float32)
+        mask[:, list(self.active_columns)] = 1
+        return mask
 
     def normalize(self, actions: np.ndarray) -> np.ndarray:
         """Robot units to the model's: `(a - mean) / (std + epsilon)`, and 0 where action_mask is 0.
@@ -48,19 +76,29 @@ class ActionStatistics:
         """
         rows = self._rows(actions)
         active = self.action_mask[:rows] > 0
-        scale = np.where(active, self.std[:rows] + np.float32(self.epsilon), np.float32(1))
+        scale = np.where(active, self._scale(rows), np.float32(1))
         return np.where(active, (actions - self.mean[:rows]) / scale, 0).astype(np.float32)
 
     def denormalize(self, normalized: np.ndarray) -> np.ndarray:
         """The model's units to the robot's, the inverse of normalize on active columns: `a * (std + epsilon) + mean`.
 
-        normalized: (..., P, A), P <= T; they are the chunk's rows 0 .. P-1. Returns the same shape, float32.
-        Raises ValueError for another shape.
+        Where active_columns are named, the others are 0. normalized: (..., P, A), P <= T; they are the chunk's rows 0
+        .. P-1. Returns the same shape, float32. Raises ValueError for another shape.
         """
         rows = self._rows(normalized)
-        scale = self.std[:rows] + np.float32(self.epsilon)
-        actions: np.ndarray = normalized * scale + self.mean[:rows]
+        actions: np.ndarray = normalized * self._scale(rows) + self.mean[:rows]
+        if self.active_columns is not None:
+            actions = np.where(self.action_mask[:rows] > 0, actions, 0)
         return actions.astype(np.float32)
+
+    def to_json(self) -> dict[str, Any]:
+        """As a robot type's entry in `action_config`."""
+        tables = {"mean": self.mean.tolist(), "std": self.std.tolist()}
+        return tables if self.active_columns is None else {**tables, "active_columns": list(self.active_columns)}
+
+    def _scale(self, rows: int) -> np.ndarray:
+        scale: np.ndarray = self.std[:rows] + np.float32(self.epsilon)
+        return scale
 
     def _rows(self, actions: np.ndarray) -> int:
         length, width = self.mean.shape
@@ -82,10 +120,7 @@ def load_statistics(folder: Path, action_dim: int, epsilon: float) -> dict[str, 
 
 def read_statistics(path: Path, action_dim: int, epsilon: float) -> dict[str, ActionStatistics]:
     """As load_statistics, from any JSON file with an `action_config`."""
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
+    config = read_json(path)
     robot_types = config.get("action_config") if isinstance(config, dict) else None
     if not isinstance(robot_types, dict) or not robot_types:
         raise CheckpointError(f"{path} lacks `action_config`: {{robot type: {{mean, std}}}}")
@@ -123,7 +158,12 @@ def _read(raw: Any, action_dim: int, epsilon: float) -> ActionStatistics:
         raise ValueError(f"mean has {len(mean)} timesteps, std has {len(std)}")
     if (std < 0).any():
         raise ValueError("std holds a negative value")
-    return ActionStatistics(mean, std, epsilon)
+    columns = raw.get("active_columns")
+    if columns is None:
+        return ActionStatistics(mean, std, epsilon)
+    if not isinstance(columns, list) or not all(type(column) is int for column in columns):
+        raise ValueError(f"active_columns: expected a list of column numbers, got {columns!r:.80}")
+    return ActionStatistics(mean, std, epsilon, tuple(sorted(columns)))
 
 
 def _table(name: str, raw: Any, action_dim: int) -> np.ndarray:

@@ -15,61 +15,50 @@ import torch
 from xr0_engine.config import ModelConfig, VisionConfig
 from xr0_engine.robot import patches
 from xr0_engine.robot.embodiment import Embodiment, View, embodiment_for
+from xr0_engine.robot.images import array_fault, aspect_fault
+from xr0_engine.robot.limits import RELEASED_LIMITS, ImageLimits, load_limits
 from xr0_engine.robot.normalize import ActionStatistics, load_statistics, select_robot_type
-from xr0_engine.robot.prompt import PromptTokenizer, normalize_instruction, preamble_length
+from xr0_engine.robot.prompt import PromptTokenizer, checked_instruction, preamble_length
+from xr0_engine.robot.views import orient as orient
 from xr0_engine.types import ModelInputs, Observation
 
-MIN_PIXELS = 1024
-MAX_PIXELS = 90_000
-MAX_ASPECT = 200
+MIN_PIXELS, MAX_PIXELS = RELEASED_LIMITS.min_pixels, RELEASED_LIMITS.max_pixels
 
 
-def smart_resize(height: int, width: int, factor: int = 32) -> tuple[int, int]:
+def smart_resize(height: int, width: int, factor: int = 32, limits: ImageLimits = RELEASED_LIMITS) -> tuple[int, int]:
     """The (height, width) that an image is resized to: multiples of factor, pixels within limits, aspect roughly kept.
 
     factor: patch size times spatial merge size. Raises ValueError if one side is more than 200 times the other.
     """
-    if max(height, width) > MAX_ASPECT * min(height, width):
-        raise ValueError(f"image: expected an aspect ratio of at most {MAX_ASPECT}, got height {height}, width {width}")
+    if fault := aspect_fault(height, width):
+        raise ValueError(f"image: got {fault}")
     # Python's round, to the even neighbour on a tie, is part of the reference.
     new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
-    if new_height * new_width > MAX_PIXELS:
-        shrink = math.sqrt(height * width / MAX_PIXELS)
+    if new_height * new_width > limits.max_pixels:
+        shrink = math.sqrt(height * width / limits.max_pixels)
         new_height = max(factor, math.floor(height / shrink / factor) * factor)
         new_width = max(factor, math.floor(width / shrink / factor) * factor)
-    elif new_height * new_width < MIN_PIXELS:
-        grow = math.sqrt(MIN_PIXELS / (height * width))
+    elif new_height * new_width < limits.min_pixels:
+        grow = math.sqrt(limits.min_pixels / (height * width))
         new_height = math.ceil(height * grow / factor) * factor
         new_width = math.ceil(width * grow / factor) * factor
     return new_height, new_width
 
 
 def images_to_patches(
-    images: Sequence[np.ndarray], vision: VisionConfig, threads: int = 1
+    images: Sequence[np.ndarray], vision: VisionConfig, threads: int = 1, limits: ImageLimits = RELEASED_LIMITS
 ) -> tuple[torch.Tensor, tuple[tuple[int, int], ...]]:
     """Resize images and cut them into normalised patches (spec section 3.1).
 
-    images: (H, W, 3) uint8 RGB each, any strides. threads: how many to use at most. Returns the patches of all images
-    in sequence, (grid_h * grid_w + ..., patch_dim) float32 in [-1, 1], those of one merge block together, and (grid_h,
-    grid_w) of each image. Raises ValueError for an aspect ratio above 200.
+    images: (H, W, 3) uint8 RGB each, any strides. threads: how many to use at most. limits: the checkpoint's. Returns
+    the patches of all images in sequence, (grid_h * grid_w + ..., patch_dim) float32 in [-1, 1], those of one merge
+    block together, and (grid_h, grid_w) of each image. Raises ValueError for an aspect ratio above 200.
     """
     patch, merge = vision.patch_size, vision.spatial_merge_size
-    sizes = [smart_resize(image.shape[0], image.shape[1], patch * merge) for image in images]
+    sizes = [smart_resize(image.shape[0], image.shape[1], patch * merge, limits) for image in images]
     grids = tuple((height // patch, width // patch) for height, width in sizes)
     out = torch.empty(sum(height * width for height, width in grids), vision.patch_dim)
     return patches.images_to_patches(images, sizes, patch, vision.temporal_patch_size, merge, out, threads), grids
-
-
-def orient(image: np.ndarray, view: View) -> np.ndarray:
-    """The image as the view's profile wants it: turned by 180 degrees first, then cropped.
-
-    (H, W, 3) uint8; the result is a view of it."""
-    if view.rotate_180:
-        image = image[::-1, ::-1]
-    height, width = image.shape[:2]
-    kept_height, kept_width = _kept(height, view.center_crop), _kept(width, view.center_crop)
-    top, left = (height - kept_height) // 2, (width - kept_width) // 2
-    return image[top : top + kept_height, left : left + kept_width]
 
 
 def position_ids(
@@ -119,8 +108,10 @@ def validate_observation(observation: Observation, embodiment: Embodiment, confi
     Raises ValueError that names the field, what was expected and what came. The robot type is checked where it is
     resolved.
     """
-    _validate_images(observation.images, embodiment)
-    normalize_instruction(observation.instruction)
+    if not isinstance(observation.prepared, bool):
+        raise ValueError(f"prepared: expected true or false, got {observation.prepared!r:.80}")
+    _validate_images(observation, embodiment)
+    checked_instruction(observation.instruction)
     _state(observation.state, config)
     stamp = observation.timestamp_s
     if stamp is not None and not (_is_real(stamp) and -math.inf < stamp < math.inf):
@@ -131,6 +122,7 @@ class Preprocessor:
     """Turns batches of observations into ModelInputs for one checkpoint.
 
     embodiment: used for every robot type; None chooses the built-in profile that lists the observation's robot type.
+    limits: of images, the checkpoint's.
     """
 
     def __init__(
@@ -139,8 +131,10 @@ class Preprocessor:
         tokenizer: PromptTokenizer,
         statistics: Mapping[str, ActionStatistics],
         embodiment: Embodiment | None = None,
+        limits: ImageLimits = RELEASED_LIMITS,
     ) -> None:
         self.config = config
+        self.limits = limits
         self.tokenizer = tokenizer
         self.statistics = statistics
         self.embodiment = embodiment
@@ -150,7 +144,8 @@ class Preprocessor:
         """Read all but the weights of a checkpoint folder. Raises CheckpointError for a file that cannot be used."""
         config = ModelConfig.load(folder)
         statistics = load_statistics(folder, config.head.action_dim, config.std_epsilon)
-        return cls(config, PromptTokenizer.load(folder, config.tokens), statistics, embodiment)
+        tokenizer = PromptTokenizer.load(folder, config.tokens, config.text.vocab_size)
+        return cls(config, tokenizer, statistics, embodiment, load_limits(folder, config.vision))
 
     def resolve(self, robot_type: str | None) -> tuple[str, Embodiment]:
         """The robot type and the embodiment profile that an observation's robot type means; None is the only one.
@@ -175,11 +170,11 @@ class Preprocessor:
             raise ValueError(f"observations: expected one chunk length in a batch, got {lengths}")
 
         images = [
-            orient(observation.images[view.key], view)
+            observation.images[view.key] if observation.prepared else orient(observation.images[view.key], view)
             for observation, (_, embodiment) in zip(observations, resolved, strict=True)
             for view in embodiment.views
         ]
-        pixel_values, grids = images_to_patches(images, self.config.vision, torch.get_num_threads())
+        pixel_values, grids = images_to_patches(images, self.config.vision, torch.get_num_threads(), self.limits)
         remaining = iter(grids)
         grids_of_row = [[next(remaining) for _ in embodiment.views] for _, embodiment in resolved]
 
@@ -189,6 +184,7 @@ class Preprocessor:
                 [view.title for view in embodiment.views],
                 [height * width // merge**2 for height, width in row_grids],
                 observation.instruction,
+                self.config.normalize_instruction,
             )
             for observation, (_, embodiment), row_grids in zip(observations, resolved, grids_of_row, strict=True)
         ]
@@ -221,11 +217,8 @@ def _is_real(value: object) -> bool:
     return isinstance(value, int | float | np.integer | np.floating)
 
 
-def _kept(side: int, fraction: float) -> int:
-    return max(1, round(side * fraction))
-
-
-def _validate_images(images: Mapping[str, np.ndarray], embodiment: Embodiment) -> None:
+def _validate_images(observation: Observation, embodiment: Embodiment) -> None:
+    images = observation.images
     keys = [view.key for view in embodiment.views]
     expected = f"expected the views {', '.join(keys)} of embodiment {embodiment.name!r}"
     if not isinstance(images, Mapping):
@@ -235,29 +228,18 @@ def _validate_images(images: Mapping[str, np.ndarray], embodiment: Embodiment) -
     if faults:
         raise ValueError(f"images: {expected}: {', '.join(faults)}")
     for view in embodiment.views:
-        fault = _image_fault(images[view.key], view)
+        fault = _image_fault(images[view.key], view, observation.prepared)
         if fault:
             raise ValueError(f"images[{view.key!r}]: expected uint8 RGB of shape (height, width, 3), got {fault}")
 
 
-def _image_fault(image: object, view: View) -> str | None:
-    if not isinstance(image, np.ndarray):
-        return f"{type(image).__name__}; only NumPy arrays are taken"
-    if image.dtype != np.uint8:
-        return f"dtype {image.dtype}"
-    if image.ndim != 3:
-        return f"shape {image.shape}" + (", a grey image" if image.ndim == 2 else "")
-    height, width, channels = image.shape
-    if image.size == 0:
-        return f"shape {image.shape}, an empty image"
-    if channels != 3:
-        if height in (1, 3, 4):
-            return f"shape {image.shape}: channels last expected, these look like channels first"
-        return f"shape {image.shape}" + {1: ", a grey image", 4: ", an image with alpha"}.get(channels, "")
-    sides = _kept(height, view.center_crop), _kept(width, view.center_crop)
-    if max(sides) > MAX_ASPECT * min(sides):
-        return f"shape {image.shape}: the aspect ratio is above {MAX_ASPECT}"
-    return None
+def _image_fault(image: np.ndarray, view: View, prepared: bool) -> str | None:
+    fault = array_fault(image)
+    if fault is None:
+        # A crop is enlarged to the size before it, so it changes no aspect.
+        height, width = image.shape[:2] if prepared or view.resize is None else view.resize
+        fault = aspect_fault(height, width)
+    return fault
 
 
 def _state(state: np.ndarray, config: ModelConfig) -> np.ndarray:

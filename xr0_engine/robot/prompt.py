@@ -11,9 +11,18 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from xr0_engine.config import TokenIds
+from xr0_engine.files import refuse_pointer
 from xr0_engine.types import CheckpointError
 
 TOKENIZER_FILE = "tokenizer.json"
+
+PROMPT_TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
+"""The special tokens of build_prompt."""
+
+# What stands before and behind the task; the tail is missing where only the user's turn is recorded.
+_TASK_HEAD = "Generate robot actions for the task:\n"
+_TASK_END = " /no_cot"
+_TAIL = "<|im_end|>\n<|im_start|>assistant\n<cot></cot><|im_end|>\n"
 
 _SPECIAL_TOKEN = re.compile(r"<\|.*?\|>", re.DOTALL)
 
@@ -25,7 +34,7 @@ def build_prompt(titles: Sequence[str], image_tokens: Sequence[int], instruction
     """The prompt for one observation.
 
     titles: one per view, as the embodiment orders them. image_tokens: tokens of each view after the merge.
-    instruction: as normalize_instruction returns it.
+    instruction: as prompt_text returns it.
     """
     views = "".join(
         f"# {title}\n<|vision_start|>{'<|image_pad|>' * count}<|vision_end|>\n"
@@ -33,20 +42,61 @@ def build_prompt(titles: Sequence[str], image_tokens: Sequence[int], instruction
     )
     return (
         f"<|im_start|>user\nThe following observations are captured from multiple views.\n{views}"
-        f"Generate robot actions for the task:\n{instruction} /no_cot<|im_end|>\n"
-        "<|im_start|>assistant\n<cot></cot><|im_end|>\n"
+        f"{_TASK_HEAD}{instruction}{_TASK_END}{_TAIL}"
     )
 
 
-def normalize_instruction(text: str) -> str:
-    """The instruction as in training: no outer spaces, first letter upper case, a full stop at the end.
+def is_prompt(text: str) -> bool:
+    """Whether a text is more than a task: a prompt, or a part of one."""
+    return _TASK_HEAD in text or "<|im_start|>" in text
 
-    Raises ValueError if it is no text, empty, or holds a special token such as <|im_end|>, which would end the prompt.
+
+def prompt_task(text: str) -> str:
+    """The task in a whole prompt, or in a user's turn of one; a text that is neither, as it is."""
+    return text.rpartition(_TASK_HEAD)[2].removesuffix(_TAIL).removesuffix(_TASK_END)
+
+
+def task_of(text: str, titles: Sequence[str]) -> str:
+    """The task in a text that is either the task alone or the whole prompt as a released client writes it.
+
+    titles: of the views, in the prompt's order; the prompt holds one <|image_pad|> for each. Raises ValueError for any
+    other prompt: what else it says would be lost.
+    """
+    if not is_prompt(text):
+        return text
+    task = prompt_task(text)
+    if text != build_prompt(titles, [1] * len(titles), task):
+        expected = build_prompt(titles, [1] * len(titles), "{task}")
+        raise ValueError(f"expected the task alone or the prompt {expected!r}, got {text!r:.600}")
+    return task
+
+
+def prompt_text(instruction: str, normalize: bool) -> str:
+    """The instruction as it stands in the prompt: as normalize_instruction returns it, or byte for byte as recorded.
+
+    normalize: the checkpoint's normalize_instruction (config.json). Raises ValueError as normalize_instruction does.
+    """
+    return normalize_instruction(instruction) if normalize else checked_instruction(instruction)
+
+
+def normalize_instruction(text: str) -> str:
+    """The instruction as the benchmarks' clients send it: no outer spaces, a capital first, a full stop at the end.
+
+    Raises ValueError as checked_instruction does.
+    """
+    text = checked_instruction(text).strip()
+    return text[0].upper() + text[1:] + ("" if text.endswith(".") else ".")
+
+
+def checked_instruction(text: str) -> str:
+    """The instruction itself, outer spaces included.
+
+    Raises ValueError if it is no text, empty or blank, or holds a special token such as <|im_end|>, which would end the
+    prompt.
     """
     if not isinstance(text, str):
         raise ValueError(f"instruction: expected text, got {type(text).__name__}")
-    text = text.strip()
-    if not text:
+    if not text.strip():
         raise ValueError("instruction: expected a task in words, got empty text")
     special = _SPECIAL_TOKEN.search(text)
     if special:
@@ -55,7 +105,7 @@ def normalize_instruction(text: str) -> str:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"instruction: expected text that UTF-8 can hold: {error}") from None
-    return text[0].upper() + text[1:] + ("" if text.endswith(".") else ".")
+    return text
 
 
 def preamble_length(input_ids: np.ndarray, vision_start: int) -> int:
@@ -78,19 +128,23 @@ class PromptTokenizer:
         tokenizer.no_truncation()
         self._tokenizer = tokenizer
         self._image = tokens.image
+        self._unknown = _unknown_id(tokenizer)
         self._cached_encode = lru_cache(maxsize=_CACHED_PROMPTS)(self._encode)
         pad = tokenizer.token_to_id("<|endoftext|>")
         self.pad_id: int = 0 if pad is None else pad
 
     @staticmethod
-    def load(folder: Path, tokens: TokenIds) -> PromptTokenizer:
-        """Read folder/tokenizer.json.
+    def load(folder: Path, tokens: TokenIds, vocab_size: int | None = None) -> PromptTokenizer:
+        """Read folder/tokenizer.json. vocab_size: of config.json.
 
-        Raises CheckpointError if it is missing, corrupt, or its special tokens have other ids than config.json says.
+        Raises CheckpointError if it is missing or corrupt, if it lacks a token of the prompt, cuts one into pieces or
+        does not give a prompt back, if its special tokens have other ids than config.json says, or ids that the model
+        has no embedding for.
         """
         path = folder / TOKENIZER_FILE
         if not path.is_file():
             raise CheckpointError(f"{folder} holds no {TOKENIZER_FILE}: the tokenizer is missing")
+        refuse_pointer(path)
         try:
             tokenizer = Tokenizer.from_buffer(path.read_bytes())
         except ValueError as error:
@@ -103,18 +157,22 @@ class PromptTokenizer:
         faults = [
             f"{token} has id {tokenizer.token_to_id(token)}, config.json says {token_id}"
             for token, token_id in expected.items()
-            if tokenizer.token_to_id(token) != token_id
+            if tokenizer.token_to_id(token) not in (token_id, None)
         ]
+        own = PromptTokenizer(tokenizer, tokens)
+        faults += _faults(tokenizer, vocab_size)
         if faults:
-            raise CheckpointError(f"{path}: " + "; ".join(faults))
-        return PromptTokenizer(tokenizer, tokens)
+            raise CheckpointError(f"{path}: {'; '.join(faults)}: put the {TOKENIZER_FILE} of the training there")
+        return own
 
-    def encode(self, titles: Sequence[str], image_tokens: Sequence[int], instruction: str) -> np.ndarray:
-        """Token ids of one observation's prompt, (N,) int64, read-only. The instruction is normalised first.
+    def encode(
+        self, titles: Sequence[str], image_tokens: Sequence[int], instruction: str, normalize: bool = True
+    ) -> np.ndarray:
+        """Token ids of one observation's prompt, (N,) int64, read-only. normalize: as in prompt_text.
 
-        Raises ValueError as normalize_instruction does.
+        Raises ValueError as prompt_text does.
         """
-        return self._cached_encode(tuple(titles), tuple(image_tokens), normalize_instruction(instruction))
+        return self._cached_encode(tuple(titles), tuple(image_tokens), prompt_text(instruction, normalize))
 
     def _encode(self, titles: tuple[str, ...], image_tokens: tuple[int, ...], instruction: str) -> np.ndarray:
         prompt = build_prompt(titles, image_tokens, instruction)
@@ -122,6 +180,39 @@ class PromptTokenizer:
         found = np.count_nonzero(input_ids == self._image)
         if found != sum(image_tokens):
             raise ValueError(f"prompt: expected {sum(image_tokens)} image tokens, got {found}")
+        if self._unknown is not None and self._unknown in input_ids:
+            raise ValueError(f"instruction: the checkpoint's tokenizer does not know some of {instruction!r}")
         # It is shared between calls.
         input_ids.flags.writeable = False
         return input_ids
+
+
+# A tokenizer must be able to give it back.
+_PROBE = build_prompt(["Base View"], [2], "Öffne die Schublade, 打开抽屉 🤖.")
+
+
+def _faults(tokenizer: Tokenizer, vocab_size: int | None) -> list[str]:
+    """What is wrong with a tokenizer for prompts; it neither pads nor truncates."""
+    faults = []
+    for token in PROMPT_TOKENS:
+        ids = tokenizer.encode(token, add_special_tokens=False).ids
+        if tokenizer.token_to_id(token) is None:
+            faults.append(f"it lacks {token}")
+        elif ids != [tokenizer.token_to_id(token)]:
+            faults.append(f"it cuts {token} into {len(ids)} tokens: it is not among added_tokens")
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if vocab_size is not None and largest >= vocab_size:
+        faults.append(f"it has the id {largest}, config.json a vocab_size of {vocab_size}")
+    if not faults:
+        ids = tokenizer.encode(_PROBE, add_special_tokens=False).ids
+        # Without a decoder there is nothing to compare with.
+        lossy = tokenizer.decoder is not None and tokenizer.decode(ids, skip_special_tokens=False) != _PROBE
+        if lossy or _unknown_id(tokenizer) in ids:
+            faults.append("it loses parts of a prompt, as no tokenizer of Qwen does")
+    return faults
+
+
+def _unknown_id(tokenizer: Tokenizer) -> int | None:
+    """The id of what the tokenizer does not know; None if it knows everything."""
+    unknown = getattr(tokenizer.model, "unk_token", None)
+    return None if unknown is None else tokenizer.token_to_id(unknown)

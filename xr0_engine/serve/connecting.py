@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from websockets.exceptions import InvalidStatus, InvalidURI
 
-from xr0_engine.serve.protocol import PolicyMetadata, Refused, Reply, Request, decode_metadata, encode_request
-from xr0_engine.types import ActionChunk, Observation
+from xr0_engine.serve.protocol import PolicyMetadata, Refused, Reply, Request, decode_metadata
+from xr0_engine.serve.requests import encode_request
+from xr0_engine.types import ActionChunk, Observation, RobotInfo
 
 FIRST_PAUSE_S = 0.05
 LONGEST_PAUSE_S = 5.0
@@ -52,6 +53,11 @@ class Connecting:
         if self._metadata is None:
             raise ConnectionError(f"{self.url}: not connected yet")
         return self._metadata
+
+    def robot_info(self, robot_type: str | None = None) -> RobotInfo:
+        """How a robot type is driven; None: the only one. Raises ValueError for one that is not served, ConnectionError
+        before the first connection."""
+        return self.metadata.robot(robot_type)
 
     def _settings(self, timeout_s: float) -> dict[str, Any]:
         return {
@@ -93,9 +99,10 @@ class Connecting:
     def _request(self, observation: Observation, prefix: np.ndarray | None, seed: int | None) -> tuple[int, bytes]:
         """The number of the next request, and the request."""
         self._numbers += 1
-        message = encode_request(Request(observation, prefix, seed, self._numbers), self._jpeg_quality)
-        if len(message) > self.metadata.max_message_bytes:
-            raise Refused(f"message: expected at most {self.metadata.max_message_bytes} bytes, got {len(message)}")
+        request, metadata = Request(observation, prefix, seed, self._numbers), self.metadata
+        message = encode_request(request, self._jpeg_quality, metadata.max_image_pixels)
+        if len(message) > metadata.max_message_bytes:
+            raise Refused(f"message: expected at most {metadata.max_message_bytes} bytes, got {len(message)}")
         return self._numbers, message
 
 

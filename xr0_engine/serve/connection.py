@@ -19,11 +19,9 @@ from xr0_engine.serve.protocol import (
     Superseded,
     encode_chunk,
     encode_error,
-    has_files,
-    read_fields,
-    read_request,
     request_id,
 )
+from xr0_engine.serve.requests import has_files, read_fields, read_request
 from xr0_engine.serve.service import Service
 from xr0_engine.types import ActionChunk
 
@@ -116,7 +114,7 @@ class ClientConnection:
     async def _reply(self, waiting: _Waiting, chunk: ActionChunk, infer_ms: float, queue_ms: float) -> None:
         total_ms = 1e3 * (time.perf_counter() - waiting.received)
         timing = {"infer_ms": infer_ms, "queue_ms": queue_ms, "total_ms": total_ms}
-        await self._connection.send(encode_chunk(chunk, waiting.request.id, timing))
+        await self._connection.send(encode_chunk(chunk, waiting.request.id, timing, waiting.request.columns))
         # The robot waits for the chunk, nobody for the metrics.
         self._service.monitor.answered(self._number, waiting.request.observation, chunk, timing)
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from xr0_engine.robot.layouts import find_layout
-from xr0_engine.serve.protocol import RobotInfo
-from xr0_engine.types import ActionChunk, Observation
+from xr0_engine.types import ActionChunk, Observation, RobotInfo, TokenizedObservation
 
 BUCKETS_MS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096, 8192)
 """Upper edges of the latency histogram, on the page and in the metrics."""
@@ -36,7 +35,7 @@ class ClientRecord:
     last_answer_at: float | None = None
     last_total_ms: float | None = None
     rate_hz: float = 0.0
-    last_observation: Observation | None = None
+    last_observation: Observation | TokenizedObservation | None = None
     last_chunk: ActionChunk | None = None
 
 
@@ -81,7 +80,11 @@ class Monitor:
         self._clients.set(len(self.clients))
 
     def answered(
-        self, number: int, observation: Observation, chunk: ActionChunk, timing_ms: Mapping[str, float]
+        self,
+        number: int,
+        observation: Observation | TokenizedObservation,
+        chunk: ActionChunk,
+        timing_ms: Mapping[str, float],
     ) -> None:
         """timing_ms: queue_ms, infer_ms, total_ms."""
         total, infer, queue = timing_ms["total_ms"], timing_ms["infer_ms"], timing_ms["queue_ms"]
@@ -129,7 +132,7 @@ class Monitor:
             "latency": {"total": _histogram(totals), "inference": _histogram(inferences)},
             "percentiles_ms": {"total": _percentiles(totals), "inference": _percentiles(inferences)},
             "clients": [_client(number, record) for number, record in self.clients.items()],
-            "robots": {name: vars(robot) for name, robot in robots.items()},
+            "robots": {name: asdict(robot) for name, robot in robots.items()},
             "latest": self._latest(robots),
         }
 
@@ -145,14 +148,17 @@ class Monitor:
         chunk, observation = record.last_chunk, record.last_observation
         assert chunk is not None
         assert observation is not None
+        images, instruction = {}, "(sent as tokens)"
+        if isinstance(observation, Observation):
+            images, instruction = dict(observation.images), observation.instruction
         columns = np.flatnonzero(chunk.active_columns)
         robot = robots[chunk.robot_type]
         layout = find_layout(robot.layout)
         return {
             "client": number,
-            "instruction": observation.instruction,
+            "instruction": instruction,
             "robot_type": chunk.robot_type,
-            "views": {view: list(image.shape[1::-1]) for view, image in observation.images.items()},
+            "views": {view: list(image.shape[1::-1]) for view, image in images.items()},
             "names": [layout.label(column) for column in columns.tolist()],
             "control_rate_hz": robot.control_rate_hz,
             "actions": [[round(float(value), 5) for value in row] for row in chunk.actions[:, columns]],

@@ -13,6 +13,7 @@ from websockets.http11 import Request, Response
 from xr0_engine.serve.access import is_allowed, is_local_name
 from xr0_engine.serve.images import encode_jpeg
 from xr0_engine.serve.service import Service
+from xr0_engine.types import Observation
 
 FRAME_QUALITY = 80
 
@@ -66,7 +67,7 @@ async def _frame(service: Service, path: str) -> Response:
     _, _, number, view = (*path.split("/", 3), "")[:4]
     record = {str(one): record for one, record in service.monitor.clients.items()}.get(number)
     observation = record.last_observation if record is not None else None
-    if observation is None or view not in observation.images:
+    if not isinstance(observation, Observation) or view not in observation.images:
         return _response(HTTPStatus.NOT_FOUND, b"no such frame")
     data = await asyncio.to_thread(encode_jpeg, observation.images[view], FRAME_QUALITY)
     return _response(HTTPStatus.OK, data, "image/jpeg")

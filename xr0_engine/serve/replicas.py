@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from xr0_engine.serve.protocol import PolicyFailed, Refused, Request
-from xr0_engine.serve.worker import Served, ServedEngine, describe
-from xr0_engine.types import ActionChunk
+from xr0_engine.serve.worker import Served, ServedEngine, describe, infer_one
+from xr0_engine.types import ActionChunk, Observation
 
 APPLICATION = "xr0"
 
@@ -118,9 +118,11 @@ class RayReplicas:
 def infer_together(engine: Any, requests: list[Request]) -> list[Outcome]:
     """One outcome per request. Those that can be are inferred as one batch; one that is refused harms no other."""
     outcomes: dict[int, Outcome] = {}
-    groups: dict[str | None, list[int]] = defaultdict(list)
+    groups: dict[object, list[int]] = defaultdict(list)
     for index, request in enumerate(requests):
-        groups[request.observation.robot_type].append(index)
+        observation = request.observation
+        # What came as tokens is inferred alone.
+        groups[observation.robot_type if isinstance(observation, Observation) else index].append(index)
     for group in groups.values():
         outcomes |= zip(group, _infer_group(engine, [requests[index] for index in group]), strict=True)
     return [outcomes[index] for index in range(len(requests))]
@@ -131,7 +133,7 @@ def _infer_group(engine: Any, requests: list[Request]) -> list[Outcome]:
     if len(requests) == 1:
         (request,) = requests
         try:
-            return [engine.infer(request.observation, request.prefix, seed=request.seed)]
+            return [infer_one(engine, request)]
         except ValueError as error:
             return [Refused(str(error))]
         except (RuntimeError, MemoryError) as error:

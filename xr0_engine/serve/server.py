@@ -72,17 +72,17 @@ class Server(Service):
             logger=_websockets_log,
         ) as websocket_server:
             listening(next(iter(websocket_server.sockets)).getsockname()[1])
-            legacy = None
-            if self.config.legacy_port is not None:
-                legacy = await serve_legacy(self, self.config.host, self.config.legacy_port)
+            released: list[asyncio.Server] = []
             try:
+                for port in self.config.legacy_ports:
+                    released.append(await serve_legacy(self, self.config.host, port))
                 if await self._start_before(stop):
                     await stop.wait()
                     await self.drain()
                     websocket_server.close(reason="the server is shutting down")
             finally:
-                if legacy is not None:
-                    legacy.close()
+                for listener in released:
+                    listener.close()
                 await self.close()
 
     async def _start_before(self, stop: asyncio.Event) -> bool:

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import ssl
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http import HTTPStatus
 
 from xr0_engine.serve.access import check_bind, is_loopback
@@ -21,6 +21,7 @@ from xr0_engine.types import ActionChunk
 
 log = logging.getLogger("xr0_engine.serve")
 
+LAST_PORT = 65535
 FAILURES_UNTIL_UNHEALTHY = 3
 """Inferences that fail in a row until /healthz says so: a device that is lost does not come back by itself."""
 
@@ -29,9 +30,10 @@ FAILURES_UNTIL_UNHEALTHY = 3
 class ServerConfig:
     """port: 0 takes a free one. keys: API keys, none = everyone who can reach the port. max_requests_per_s: of one
     client. max_prefix: longest prefix taken; None: what the engine was trained with. drain_s: how long a shutdown waits
-    for requests that are being answered. legacy_port: of the released TCP protocol, None for none.
+    for requests that are being answered. legacy_port: of the released TCP protocol, None for none. legacy_ranks: how
+    many ports it is spoken on from legacy_port on: rank r of a released evaluation connects to legacy_port + r.
 
-    Raises ValueError for an address beyond this machine without keys, unless allow_anyone.
+    Raises ValueError for an address beyond this machine without keys, unless allow_anyone, and for ports that are none.
     """
 
     host: str = "127.0.0.1"
@@ -46,10 +48,21 @@ class ServerConfig:
     max_prefix: int | None = None
     drain_s: float = 10.0
     legacy_port: int | None = None
+    legacy_ranks: int = 1
 
     def __post_init__(self) -> None:
         # Released clients bring no keys.
         check_bind(self.host, self.keys if self.legacy_port is None else (), self.allow_anyone)
+        if self.legacy_ranks < 1 or (self.legacy_ports and self.legacy_ports[-1] > LAST_PORT):
+            raise ValueError(
+                f"legacy_ranks: expected at least 1, and ports up to {LAST_PORT}, got {self.legacy_ranks} from "
+                f"{self.legacy_port} on"
+            )
+
+    @property
+    def legacy_ports(self) -> range:
+        first = self.legacy_port
+        return range(0) if first is None else range(first, first + self.legacy_ranks)
 
 
 class Service:
@@ -153,12 +166,15 @@ class Service:
 
 def _metadata(served: Served, config: ServerConfig) -> PolicyMetadata:
     shortest = min(robot.chunk_length for robot in served.robots.values())
-    longest = served.max_prefix if config.max_prefix is None else config.max_prefix
+    longest = min(served.max_prefix if config.max_prefix is None else config.max_prefix, shortest)
     return PolicyMetadata(
-        robots=served.robots,
+        robots={
+            name: replace(robot, max_prefix=min(longest, robot.chunk_length - 1))
+            for name, robot in served.robots.items()
+        },
         action_width=served.action_width,
         state_width=served.state_width,
-        prefix_range=(0, min(longest, shortest)),
+        prefix_range=(0, longest),
         max_message_bytes=config.max_message_bytes,
         max_image_pixels=config.max_image_pixels,
         max_requests_per_s=config.max_requests_per_s,

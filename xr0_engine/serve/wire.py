@@ -52,6 +52,18 @@ def unpack(data: bytes | bytearray | memoryview) -> Any:
         raise ValueError(f"message: expected msgpack, got {len(data)} bytes that are not: {reason}") from None
 
 
+def unpack_map(data: bytes | bytearray | memoryview) -> dict[Any, Any]:
+    """As unpack. Also raises ValueError for what is no map."""
+    return as_map(unpack(data))
+
+
+def as_map(value: object) -> dict[Any, Any]:
+    """The value itself. Raises ValueError if it is no map."""
+    if not isinstance(value, dict):
+        raise ValueError(f"message: expected a map, got {type(value).__name__}")
+    return value
+
+
 class _Reader:
     """The hooks of one message: what was read so far is counted, arrays are made and checked."""
 

@@ -9,13 +9,13 @@ import asyncio
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from xr0_engine.robot.embodiment import Embodiment
-from xr0_engine.serve.protocol import Request, RobotInfo
-from xr0_engine.types import ActionChunk, Observation
+from xr0_engine.serve.protocol import Request
+from xr0_engine.types import ActionChunk, Observation, RobotInfo, TokenizedObservation
 
 
 class ServedEngine(Protocol):
@@ -36,6 +36,15 @@ class ServedEngine(Protocol):
     ) -> ActionChunk:
         """Raises ValueError for a wrong input, RuntimeError if the model or its device fails; serves on after both."""
         ...
+
+
+@runtime_checkable
+class TakesTokens(Protocol):
+    """An engine that also takes observations as tokens; errors as in ServedEngine.infer."""
+
+    def infer_tokenized(
+        self, observation: TokenizedObservation, prefix: np.ndarray | None = None, *, seed: int | None = None
+    ) -> ActionChunk: ...
 
 
 @dataclass(frozen=True)
@@ -84,16 +93,20 @@ def describe(engine: ServedEngine, image_size: tuple[int, int], only: str | None
         chunk = engine.infer(example, seed=0)
         length, action_width = chunk.actions.shape
         state_width = int(example.state.shape[-1])
-        robots[robot_type] = RobotInfo(
-            chunk_length=length,
-            control_rate_hz=float(profile.control_rate_hz),
-            replan_every=profile.replan_every,
-            views=tuple(view.key for view in profile.views),
-            layout=profile.layout,
-        )
+        robots[robot_type] = profile.robot_info(length, action_width, engine.max_prefix)
     if not robots:
         raise ValueError("; ".join(missing) or "engine: expected at least one robot type, got none")
     return Served(robots, action_width, state_width, engine.max_prefix)
+
+
+def infer_one(engine: ServedEngine, request: Request) -> ActionChunk:
+    """The engine's chunk for a request. Raises what the engine raises."""
+    observation = request.observation
+    if isinstance(observation, Observation):
+        return engine.infer(observation, request.prefix, seed=request.seed)
+    if not isinstance(engine, TakesTokens):
+        raise ValueError("input_ids: this policy takes images and text, not tokens; send an Observation")
+    return engine.infer_tokenized(observation, request.prefix, seed=request.seed)
 
 
 class EngineThread:
@@ -133,4 +146,4 @@ class EngineThread:
 
     def _infer(self, request: Request) -> ActionChunk:
         assert self._engine is not None
-        return self._engine.infer(request.observation, request.prefix, seed=request.seed)
+        return infer_one(self._engine, request)

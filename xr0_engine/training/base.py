@@ -6,7 +6,6 @@ size, no more than the VLM's, and new weights.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,8 @@ from torch import Tensor, nn
 from transformers import Qwen3VLConfig
 
 from xr0_engine.checkpoint import preprocessor_config, published_config
-from xr0_engine.config import ModelConfig, read_hf_config
+from xr0_engine.config import ModelConfig, VisionConfig, read_hf_config
+from xr0_engine.files import read_json
 from xr0_engine.model.dit import ActionHead
 from xr0_engine.model.weights import (
     TIED_LM_HEAD,
@@ -29,6 +29,7 @@ from xr0_engine.model.weights import (
     read_index,
     resolve_checkpoint,
 )
+from xr0_engine.robot.limits import RELEASED_LIMITS, ImageLimits, load_limits, read_limits
 from xr0_engine.robot.normalize import STATISTICS_FILE
 from xr0_engine.types import CheckpointError
 
@@ -47,11 +48,15 @@ class Base:
     has_head: bool
 
     def preprocessor(self) -> dict[str, Any]:
-        """What preprocessor_config.json says besides the action statistics; a VLM's own has other image sizes."""
-        if not self.has_head:
+        """What preprocessor_config.json says besides the action statistics; a VLM's own has other image sizes.
+
+        Raises CheckpointError as load_limits does.
+        """
+        path = self.folder / STATISTICS_FILE
+        if not self.has_head or not path.is_file():
             return preprocessor_config(self.config)
-        content: dict[str, Any] = json.loads((self.folder / STATISTICS_FILE).read_text(encoding="utf-8"))
-        return content
+        content: dict[str, Any] = read_json(path)
+        return {**content, **read_limits(path, content, self.config.vision).to_hf()}
 
 
 def read_base(checkpoint: str | Path) -> Base:
@@ -62,7 +67,7 @@ def read_base(checkpoint: str | Path) -> Base:
     """
     folder = resolve_checkpoint(checkpoint)
     raw = read_hf_config(folder)
-    has_head = not (isinstance(raw, dict) and raw.get("model_type") == VLM_TYPE)
+    has_head = not _is_vlm(raw)
     config = ModelConfig.from_hf(raw if has_head else _with_head(raw))
     stored, shapes = read_index(folder), checkpoint_shapes(config)
     if not has_head:
@@ -74,6 +79,14 @@ def read_base(checkpoint: str | Path) -> Base:
         if not torch.equal(head, embeddings):
             raise CheckpointError(f"{folder}: lm_head.weight differs from the text embeddings; XR-0 ties them")
     return Base(folder, config, stored, has_head)
+
+
+def base_limits(folder: Path, vision: VisionConfig) -> ImageLimits:
+    """The limits of images that a base is trained on with; those of a VLM alone are not XR-0's.
+
+    Raises CheckpointError as load_limits does.
+    """
+    return RELEASED_LIMITS if _is_vlm(read_hf_config(folder)) else load_limits(folder, vision)
 
 
 def read_tensor(place: StoredTensor) -> Tensor:
@@ -91,6 +104,11 @@ def fresh_head(config: ModelConfig, seed: int) -> dict[str, Tensor]:
             if name.endswith("adaln_table"):
                 nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
     return {name: parameter.detach() for name, parameter in head.named_parameters()}
+
+
+def _is_vlm(raw: Any) -> bool:
+    """raw: a config.json's content. Whether it describes the VLM alone."""
+    return isinstance(raw, dict) and raw.get("model_type") == VLM_TYPE
 
 
 def _with_head(raw: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from xr0_engine.config import ModelConfig
 from xr0_engine.robot.embodiment import Embodiment
 from xr0_engine.robot.normalize import ActionStatistics
 from xr0_engine.robot.preprocess import Preprocessor, images_to_patches, position_ids
-from xr0_engine.robot.prompt import TOKENIZER_FILE, PromptTokenizer
+from xr0_engine.robot.prompt import PROMPT_TOKENS, TOKENIZER_FILE, PromptTokenizer
+from xr0_engine.training.base import base_limits
 from xr0_engine.training.data.samples import LanguageSample, RobotSample
 from xr0_engine.types import ModelInputs, Observation
 
@@ -66,17 +68,22 @@ class Collator:
         embodiment: Embodiment | None = None,
     ) -> None:
         self.config, self.statistics = config, statistics
-        self._preprocess = Preprocessor(config, PromptTokenizer.load(folder, config.tokens), statistics, embodiment)
-        self._tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
-        self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()
+        tokenizer = PromptTokenizer.load(folder, config.tokens, config.text.vocab_size)
+        self._preprocess = Preprocessor(config, tokenizer, statistics, embodiment, base_limits(folder, config.vision))
+        self._markup, self._plain = (_whole_text_tokenizer(folder) for _ in range(2))
+        self._plain.encode_special_tokens = True
+        added = self._markup.get_added_tokens_decoder().items()
+        self._markup_ids = {number for number, token in added if token.special or token.content in PROMPT_TOKENS}
 
     def robot(self, samples: Sequence[RobotSample]) -> RobotBatch:
         """Raises ValueError that names the sample: unknown robot type, another chunk length, a wrong observation."""
         for sample in samples:
             self._check(sample)
         inputs = self._preprocess(
-            [Observation(sample.images, sample.instruction, sample.state, sample.robot_type) for sample in samples]
+            [
+                Observation(sample.images, sample.instruction, sample.state, sample.robot_type, prepared=True)
+                for sample in samples
+            ]
         )
         actions = np.stack([self.statistics[sample.robot_type].normalize(sample.actions) for sample in samples])
         mask = torch.from_numpy(np.stack([sample.mask for sample in samples])).float()
@@ -87,7 +94,9 @@ class Collator:
         """Conversations in Qwen's chat format; what the assistant says, its end marker included, is to be predicted."""
         rows, row_grids, patches = [], [], []
         for sample in samples:
-            values, grids = images_to_patches(list(sample.images), self.config.vision, torch.get_num_threads())
+            values, grids = images_to_patches(
+                list(sample.images), self.config.vision, torch.get_num_threads(), self._preprocess.limits
+            )
             rows.append(self._conversation(sample, grids))
             row_grids.append(grids)
             patches.append(values)
@@ -134,7 +143,8 @@ class Collator:
         """(N,) token ids and (N,) labels. Images stand where the text says <image>, or else open the first turn."""
         merge = self.config.vision.spatial_merge_size
         visions = [
-            f"<|vision_start|>{'<|image_pad|>' * (height * width // merge**2)}<|vision_end|>" for height, width in grids
+            self._encode(f"<|vision_start|>{'<|image_pad|>' * (height * width // merge**2)}<|vision_end|>")
+            for height, width in grids
         ]
         tags = sum(text.count(IMAGE_TAG) for _, text in sample.conversations)
         if tags not in (0, len(visions)):
@@ -143,20 +153,39 @@ class Collator:
         ids: list[int] = []
         labels: list[int] = []
         for turn, (role, text) in enumerate(sample.conversations):
-            parts = text.split(IMAGE_TAG)
-            body = parts[0] + "".join(next(remaining) + part for part in parts[1:])
-            if turn == 0 and not tags:
-                body = "".join(visions) + body
-            opening = self._encode(f"<|im_start|>{role}\n")
-            said = self._encode(f"{body}<|im_end|>")
-            closing = self._encode("\n")
+            said = [] if tags or turn else list(chain.from_iterable(visions))
+            for place, part in enumerate(text.split(IMAGE_TAG)):
+                said += (next(remaining) if place else []) + self._encode_plain(part, sample.source)
+            said += self._encode("<|im_end|>")
+            opening, closing = self._encode(f"<|im_start|>{role}\n"), self._encode("\n")
             ids += opening + said + closing
             target = said if role == "assistant" else [IGNORED] * len(said)
             labels += [IGNORED] * len(opening) + target + [IGNORED] * len(closing)
         return np.array(ids, dtype=np.int64), np.array(labels, dtype=np.int64)
 
     def _encode(self, text: str) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        """Of our own text, in which markup is markup."""
+        return list(self._markup.encode(text, add_special_tokens=False).ids)
+
+    def _encode_plain(self, text: str, source: str) -> list[int]:
+        """Of the data's text, in which markup such as <|im_end|> is text: letters and signs like any other."""
+        ids = list(self._plain.encode(text, add_special_tokens=False).ids)
+        markup = self._markup_ids.intersection(ids)
+        if markup:
+            token = self._plain.id_to_token(min(markup))
+            raise ValueError(
+                f"{source}: the text holds {token}, which the checkpoint's tokenizer takes for markup: its "
+                f"{TOKENIZER_FILE} must call it special; or write it otherwise in the text"
+            )
+        return ids
+
+
+def _whole_text_tokenizer(folder: Path) -> Tokenizer:
+    """The checkpoint's, without the padding and truncation that its file may ask for."""
+    tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
 
 
 def _to(inputs: ModelInputs, device: torch.device) -> ModelInputs:

@@ -195,9 +195,7 @@ def export_checkpoint(
         return {name: value.to(EXPORT_DTYPE).contiguous() for name, value in values.items()}
 
     preprocessor = base.preprocessor()
-    preprocessor["action_config"] = {
-        robot_type: {"mean": item.mean.tolist(), "std": item.std.tolist()} for robot_type, item in statistics.items()
-    }
+    preprocessor["action_config"] = {robot_type: item.to_json() for robot_type, item in statistics.items()}
     num_bytes = sum(torch.Size(shape).numel() for shape in shapes.values()) * EXPORT_DTYPE.itemsize
     with all_or_nothing(out, num_bytes) as target:
         (target / "config.json").write_text(json.dumps(xr0.to_hf(), indent=2), encoding="utf-8")

@@ -50,7 +50,8 @@ class DataConfig:
     validation_samples: about how many. statistics: JSON of `xr0 data stats`. embodiment: profile name or YAML file, for
     all data; if not set, the built-in profile of each robot type. chunk_length: T. batch_size: samples per process and
     micro-batch. workers: processes that read, per process that trains. augment: colour and crop of the training images.
-    skip_broken: replace samples that cannot be read, and count them, instead of stopping.
+    normalize_instruction: the task text gets a capital and a full stop in the prompt, or stays as recorded; saved with
+    the checkpoint. skip_broken: replace samples that cannot be read, and count them, instead of stopping.
     """
 
     robot: tuple[str, ...] = ()
@@ -65,6 +66,7 @@ class DataConfig:
     batch_size: int = 16
     workers: int = 4
     augment: bool = True
+    normalize_instruction: bool = True
     skip_broken: bool = False
 
 

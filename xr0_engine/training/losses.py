@@ -1,12 +1,14 @@
 """Losses, in float32: post-training (spec section 4.1) and Choice Policies (section 4.2).
 
 mask: 1 = supervised. In the post-training losses all tensors are (B, T - P, A): batch, the steps behind the prefix,
-action columns. A batch without anything supervised has loss 0.
+action columns. A batch without anything supervised has loss 0. count: what a mean divides by, that of the whole step
+where the batch is a part of one (counts.py); None = of this batch.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 WEIGHT_RANGE = (0.5, 5.0)
@@ -22,23 +24,33 @@ def error_weights(l1_error: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask > 0, l1_error / mean, l1_error).clamp(*WEIGHT_RANGE)
 
 
-def mse_loss(velocity: Tensor, target: Tensor, mask: Tensor, weights: Tensor) -> Tensor:
-    """Weighted squared error, mean over the mask. Returns a scalar."""
-    return (weights * (velocity.float() - target.float()) ** 2 * mask).sum() / _count(mask)
+def mse_loss(velocity: Tensor, target: Tensor, mask: Tensor, weights: Tensor, count: float | None = None) -> Tensor:
+    """Weighted squared error, mean over the mask. count: supervised elements. Returns a scalar."""
+    total = (weights * (velocity.float() - target.float()) ** 2 * mask).sum()
+    return total / (_count(mask) if count is None else count)
 
 
-def frequency_loss(velocity: Tensor, target: Tensor, mask: Tensor, weights: Tensor, masked: bool = True) -> Tensor:
-    """Mean magnitude of the error's spectrum over time, each sample times its mean weight. Returns a scalar.
+def frequency_loss(
+    velocity: Tensor,
+    target: Tensor,
+    mask: Tensor,
+    weights: Tensor,
+    masked: bool = True,
+    count: float | None = None,
+) -> Tensor:
+    """Mean magnitude of the error's spectrum over time, each row times its mean weight. Returns a scalar.
 
-    masked: leave unsupervised elements out; False is the released code's reading, over all columns.
+    masked: leave unsupervised elements out; False is the released code's reading, over all columns. count: rows, which
+    weigh alike.
     """
     error = velocity.float() - target.float()
+    rows = len(error) if count is None else count
     if not masked:
-        return (torch.fft.rfft(error, dim=1).abs().mean((1, 2)) * weights.mean((1, 2))).mean()
+        return (torch.fft.rfft(error, dim=1).abs().mean((1, 2)) * weights.mean((1, 2))).sum() / rows
     spectrum = torch.fft.rfft(error * mask, dim=1).abs()
     active = mask.amax(1, keepdim=True)
-    per_sample = (spectrum * active).sum((1, 2)) / (_count(active, (1, 2)) * spectrum.shape[1])
-    return (per_sample * (weights * mask).sum((1, 2)) / _count(mask, (1, 2))).mean()
+    per_row = (spectrum * active).sum((1, 2)) / (_count(active, (1, 2)) * spectrum.shape[1])
+    return (per_row * (weights * mask).sum((1, 2)) / _count(mask, (1, 2))).sum() / rows
 
 
 def candidate_errors(candidates: Tensor, action: Tensor, mask: Tensor) -> Tensor:
@@ -47,17 +59,26 @@ def candidate_errors(candidates: Tensor, action: Tensor, mask: Tensor) -> Tensor
     return error.sum((2, 3)) / _count(mask, (1, 2))[:, None]
 
 
-def choice_losses(candidates: Tensor, scores: Tensor, action: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def choice_losses(
+    candidates: Tensor, scores: Tensor, action: Tensor, mask: Tensor, count: float | None = None
+) -> tuple[Tensor, Tensor]:
     """Winner-takes-all L1, and the scores' regression to the candidates' L1 (spec section 4.2). Returns two scalars.
 
     candidates: (B, N, T, A); scores: (B, N), the predicted L1 of each. The first has a gradient in the candidate
-    closest to the action alone, the second in the scores alone. Samples without anything supervised do not count.
+    closest to the action alone, the second in the scores alone. Samples without anything supervised do not count;
+    count: those that do.
     """
     errors = candidate_errors(candidates, action, mask)
     counts = (mask.sum((1, 2)) > 0).float()
-    winner = (errors.amin(1) * counts).sum() / _count(counts)
-    regression = (((scores.float() - errors.detach()) ** 2).mean(1) * counts).sum() / _count(counts)
+    samples = _count(counts) if count is None else count
+    winner = (errors.amin(1) * counts).sum() / samples
+    regression = (((scores.float() - errors.detach()) ** 2).mean(1) * counts).sum() / samples
     return winner, regression
+
+
+def next_token_loss(logits: Tensor, labels: Tensor, count: float | None = None) -> Tensor:
+    """Cross entropy, mean over the tokens: (N, vocabulary), (N,) int64. count: tokens. Returns a scalar."""
+    return F.cross_entropy(logits.float(), labels, reduction="sum") / (max(1, len(labels)) if count is None else count)
 
 
 def _count(mask: Tensor, dim: tuple[int, ...] | None = None) -> Tensor:

@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -21,8 +20,15 @@ from xr0_engine.model.flow import prefix_positions, training_pair
 from xr0_engine.training.base import Base, fresh_head, read_tensor
 from xr0_engine.training.batch import IGNORED, LanguageBatch, RobotBatch
 from xr0_engine.training.config import ChoiceConfig, FlowConfig, TrainConfig
+from xr0_engine.training.counts import Counts
 from xr0_engine.training.draws import FlowDraw, hide_columns, longest_prefix
-from xr0_engine.training.losses import choice_losses, error_weights, frequency_loss, mse_loss
+from xr0_engine.training.losses import (
+    choice_losses,
+    error_weights,
+    frequency_loss,
+    mse_loss,
+    next_token_loss,
+)
 from xr0_engine.training.vlm import TrainableVLM, next_position
 from xr0_engine.types import KVBlock, ModelInputs
 
@@ -55,13 +61,13 @@ class FlowPolicy(nn.Module):
         self.head = ActionHead(config)
         self.flow = flow
 
-    def forward(self, batch: RobotBatch, draw: FlowDraw) -> StepOutput:
-        """The post-training loss of one micro-batch (spec section 4.1)."""
+    def forward(self, batch: RobotBatch, draw: FlowDraw, counts: Counts | None = None) -> StepOutput:
+        """The post-training loss of one micro-batch (spec section 4.1); counts: of the step that it is a part of."""
         rows = len(draw.t) // len(batch.actions)
         kv = repeat_kv(self.prefill(batch.inputs), rows)
         state = batch.inputs.state.repeat(rows, 1, 1)
         action, supervised = (part.repeat(rows, 1, 1) for part in (batch.actions, batch.mask))
-        return self.losses(kv, state, action, supervised, draw)
+        return self.losses(kv, state, action, supervised, draw, counts)
 
     def prefill(self, inputs: ModelInputs) -> KVBlock:
         """As the engine's, with gradients where the VLM is trained."""
@@ -73,7 +79,15 @@ class FlowPolicy(nn.Module):
             out.keys.to(dtype), out.values.to(dtype), inputs.attention_mask, next_position(inputs), inputs.action_mask
         )
 
-    def losses(self, kv: KVBlock, state: Tensor, action: Tensor, supervised: Tensor, draw: FlowDraw) -> StepOutput:
+    def losses(
+        self,
+        kv: KVBlock,
+        state: Tensor,
+        action: Tensor,
+        supervised: Tensor,
+        draw: FlowDraw,
+        counts: Counts | None = None,
+    ) -> StepOutput:
         """kv of M rows; state: (M, state_length, S); action, supervised: (M, T, A)."""
         config, head, prefix = self.flow, self.head, draw.prefix_length
         rows, length, _ = action.shape
@@ -81,13 +95,14 @@ class FlowPolicy(nn.Module):
         lengths = torch.full((rows,), prefix, device=action.device)
         z, target = training_pair(noise, action, t[:, None, None], prefix_positions(lengths, length))
         geometry = dit_geometry(head.config, kv.next_position, kv.mask, lengths, length)
+        attends = hide_columns(geometry.mask, draw.hidden, prefix, length)
         dtype = head.sink.weight.dtype
         velocity = head(
             (z * kv.action_mask).to(dtype),
             head.context(state.to(dtype)),
             head.modulations(t),
             head.rope(geometry),
-            hide_columns(geometry.mask, draw.hidden, prefix, length),
+            attends,
             kv.keys,
             kv.values,
         ).float()
@@ -96,14 +111,16 @@ class FlowPolicy(nn.Module):
         weights = torch.ones_like(action[:, behind])
         mask = supervised[:, behind]
         if prefix and config.reweight_errors:
-            generated = self.generate(kv, state, noise, action, lengths)
+            # The errors are those of the model that the step trains: it sees no more of the prefix here than there.
+            generated = self.generate(kv, state, noise, action, lengths, attends)
             weights = error_weights((generated - action)[:, behind].abs(), mask)
-        mse = mse_loss(velocity[:, behind], target[:, behind], mask, weights)
+        elements, drawn = (counts.elements, counts.rows) if counts else (None, None)
+        mse = mse_loss(velocity[:, behind], target[:, behind], mask, weights, elements)
         loss = config.mse_weight * mse
         parts = {"mse": mse.detach()}
         if config.frequency_weight:
             frequency = frequency_loss(
-                velocity[:, behind], target[:, behind], mask, weights, masked=config.frequency_masked
+                velocity[:, behind], target[:, behind], mask, weights, config.frequency_masked, drawn
             )
             loss = loss + config.frequency_weight * frequency
             parts["frequency"] = frequency.detach()
@@ -113,11 +130,20 @@ class FlowPolicy(nn.Module):
         return StepOutput(loss, parts | {"loss": loss.detach()}, velocity.detach(), square_error, counted)
 
     @torch.no_grad()
-    def generate(self, kv: KVBlock, state: Tensor, noise: Tensor, prefix: Tensor, prefix_length: Tensor) -> Tensor:
-        """Sampling as the engine does it. Returns (M, T, A) float32."""
+    def generate(
+        self,
+        kv: KVBlock,
+        state: Tensor,
+        noise: Tensor,
+        prefix: Tensor,
+        prefix_length: Tensor,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Sampling as the engine does it; mask: as ActionHead.sample's. Returns (M, T, A) float32."""
         # Without gradients the KV block is read as it is: nothing of it may be recorded.
         plain = replace(kv, keys=kv.keys.detach(), values=kv.values.detach())
-        return self.head.sample(plain, state, noise, prefix, prefix_length, self.head.modulation_table())
+        table = self.head.modulation_table()
+        return self.head.sample(plain, state, noise, prefix, prefix_length, table, mask=mask)
 
     @torch.no_grad()
     def predict(self, batch: RobotBatch, noise: Tensor) -> Tensor:
@@ -158,25 +184,30 @@ class ChoicePolicy(nn.Module):
         self.choice = ChoiceHeads(config, choice.candidates, length)
         self.config, self.length = choice, length
 
-    def forward(self, batch: RobotBatch | LanguageBatch) -> StepOutput:
-        return self._language(batch) if isinstance(batch, LanguageBatch) else self._robot(batch)
+    def forward(self, batch: RobotBatch | LanguageBatch, counts: Counts | None = None) -> StepOutput:
+        """The loss of one micro-batch; counts: of the step that it is a part of."""
+        if isinstance(batch, LanguageBatch):
+            return self._language(batch, counts)
+        return self._robot(batch, counts)
 
     def candidates(self, batch: RobotBatch) -> tuple[Tensor, Tensor]:
         """(B, N, T, A) chunks in the model's units and (B, N) scores, the L1 that each expects of itself."""
         out = self.vlm(batch.inputs, extra=self.choice.embed(batch.inputs.state))
         return self.choice.read(out.hidden[:, -(self.length + 1) :])
 
-    def _robot(self, batch: RobotBatch) -> StepOutput:
-        winner, regression = choice_losses(*self.candidates(batch), batch.actions, batch.mask)
+    def _robot(self, batch: RobotBatch, counts: Counts | None) -> StepOutput:
+        samples = counts.samples if counts else None
+        winner, regression = choice_losses(*self.candidates(batch), batch.actions, batch.mask, samples)
         loss = winner + self.config.score_weight * regression
         return StepOutput(loss, {"winner_l1": winner.detach(), "score": regression.detach(), "loss": loss.detach()})
 
-    def _language(self, batch: LanguageBatch) -> StepOutput:
+    def _language(self, batch: LanguageBatch, counts: Counts | None) -> StepOutput:
         hidden = self.vlm(batch.inputs).hidden[:, :-1]
         labels = batch.labels[:, 1:]
         # The vocabulary is wide: only positions that count reach it.
-        counts = labels != IGNORED
-        next_token = F.cross_entropy(self.vlm.logits(hidden[counts]).float(), labels[counts])
+        spoken = labels != IGNORED
+        tokens = counts.tokens if counts else None
+        next_token = next_token_loss(self.vlm.logits(hidden[spoken]), labels[spoken], tokens)
         return StepOutput(self.config.language_weight * next_token, {"next_token": next_token.detach()})
 
     @torch.no_grad()
@@ -201,7 +232,7 @@ def repeat_kv(kv: KVBlock, times: int) -> KVBlock:
 
 
 def model_config(base: ModelConfig, config: TrainConfig) -> ModelConfig:
-    """The checkpoint's config with what the recipe says about the action head: trained so, and saved so."""
+    """The checkpoint's config with what the recipe says about action head and prompt: trained so, and saved so."""
     head = replace(
         base.head,
         local_window=config.model.local_window,
@@ -209,7 +240,7 @@ def model_config(base: ModelConfig, config: TrainConfig) -> ModelConfig:
         max_prefix=longest_prefix(config.flow, config.data.chunk_length),
         action_length=config.data.chunk_length,
     )
-    return replace(base, head=head, std_epsilon=STD_EPSILON)
+    return replace(base, head=head, std_epsilon=STD_EPSILON, normalize_instruction=config.data.normalize_instruction)
 
 
 def build_policy(config: TrainConfig, xr0: ModelConfig) -> Policy:

@@ -35,6 +35,28 @@ def post_train_async() -> TrainConfig:
     )
 
 
+def released_async() -> TrainConfig:
+    """The released post-training as it is run: prefixes, an unmasked frequency loss, task text as recorded."""
+    return TrainConfig(
+        "released_async",
+        model=ModelConfig(local_window=LOCAL_WINDOW, position_offset=POSITION_OFFSET),
+        data=DataConfig(normalize_instruction=False),
+        flow=FlowConfig(
+            prefix="code",
+            column_dropout=COLUMN_DROPOUT,
+            reweight_errors=True,
+            frequency_weight=1.0,
+            frequency_masked=False,
+        ),
+    )
+
+
+def released_sync() -> TrainConfig:
+    """The same with `async_train: false`: no prefixes; window, offset and frequency loss stay."""
+    run = released_async()
+    return replace(run, recipe="released_sync", flow=replace(run.flow, prefix="none"))
+
+
 def training_rtc() -> TrainConfig:
     """Whole model, prefixes alone: training-time real-time chunking, to compare post_train_async with."""
     return TrainConfig("training_rtc", flow=FlowConfig(prefix="code"))
@@ -70,7 +92,16 @@ def finetune_head() -> TrainConfig:
 
 RECIPES = {
     recipe.__name__: recipe
-    for recipe in (post_train_sync, post_train_async, training_rtc, pretrain_vlm, pretrain_dit, finetune_head)
+    for recipe in (
+        post_train_sync,
+        post_train_async,
+        released_async,
+        released_sync,
+        training_rtc,
+        pretrain_vlm,
+        pretrain_dit,
+        finetune_head,
+    )
 }
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
+from xr0_engine.robot.embodiment import builtin_embodiments
 from xr0_engine.robot.normalize import ActionStatistics, read_statistics
 from xr0_engine.training.base import Base, read_base
 from xr0_engine.training.checkpoint import checkpoints, export_checkpoint
@@ -16,6 +19,7 @@ from xr0_engine.training.config import TrainConfig
 from xr0_engine.training.data.stream import Mixture, Stream, validation_samples
 from xr0_engine.training.distributed import world
 from xr0_engine.training.model import model_config
+from xr0_engine.training.profiles import check_profiles, check_robot_types, run_profile
 from xr0_engine.training.trainer import CHECKPOINTS, Trainer
 
 CONFIG_FILE = "config.json"
@@ -26,7 +30,8 @@ PATHS = ("robot", "language", "validation")
 def start_run(config: TrainConfig, folder: Path) -> None:
     """Train a new run in a folder that is absent or empty, to its end.
 
-    Raises ValueError and CheckpointError for what is missing or wrong, before anything is written.
+    Raises ValueError and CheckpointError for what is missing or wrong, before anything is written; for what the
+    datasets' descriptions tell, before anything is loaded.
     """
     needed = {
         "model.checkpoint": config.model.checkpoint,
@@ -40,20 +45,24 @@ def start_run(config: TrainConfig, folder: Path) -> None:
     is_first = os.environ.get("RANK", "0") == "0"
     if is_first and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists and is not empty: xr0 train resume {folder}, or choose another folder")
+    views = check_profiles(config.data)
     base = read_base(config.model.checkpoint)
-    statistics = _statistics(Path(config.data.statistics), base)
+    statistics = _statistics(Path(config.data.statistics), base, config)
     # A run is resumed from any folder, so its paths are absolute.
     model = replace(config.model, checkpoint=str(base.folder.resolve()))
-    datasets: dict[str, Any] = {name: tuple(_absolute(text) for text in getattr(config.data, name)) for name in PATHS}
-    config = replace(config, model=model, data=replace(config.data, **datasets))
-    _train(config, folder, statistics)
+    paths: dict[str, Any] = {name: tuple(_absolute(text) for text in getattr(config.data, name)) for name in PATHS}
+    if config.data.embodiment and config.data.embodiment not in builtin_embodiments():
+        paths["embodiment"] = str(Path(config.data.embodiment).resolve())
+    config = replace(config, model=model, data=replace(config.data, **paths))
+    _train(config, folder, statistics, views)
 
 
 def resume_run(folder: Path) -> None:
     """Go on with a run after its last checkpoint. Raises ValueError if the folder holds no run."""
     config = _read_config(folder)
+    views = check_profiles(config.data)
     base = read_base(config.model.checkpoint)
-    _train(config, folder, _statistics(folder / STATISTICS_FILE, base))
+    _train(config, folder, _statistics(folder / STATISTICS_FILE, base, config), views)
 
 
 def export_run(folder: Path, out: Path, step: int | None) -> None:
@@ -66,16 +75,28 @@ def export_run(folder: Path, out: Path, step: int | None) -> None:
         raise ValueError(f"--step: expected one of {', '.join(map(str, saved))}, got {step}")
     base = read_base(config.model.checkpoint)
     chosen = saved[max(saved) if step is None else step]
-    statistics = _statistics(folder / STATISTICS_FILE, base)
+    statistics = _statistics(folder / STATISTICS_FILE, base, config)
     export_checkpoint(chosen, out, model_config(base.config, config), base, statistics, config.run.seed)
 
 
-def _train(config: TrainConfig, folder: Path, statistics: Mapping[str, ActionStatistics]) -> None:
+def _train(config: TrainConfig, folder: Path, statistics: Mapping[str, ActionStatistics], views: Sequence[str]) -> None:
+    """views: what each dataset is seen through, told once."""
     data = config.data
+    check_robot_types(data, statistics)
     fraction = 0.0 if data.validation else data.validation_fraction
-    mixture = Mixture(data.robot, data.language, data.language_every, data.validation, fraction)
+    mixture = Mixture(
+        data.robot,
+        data.language,
+        data.language_every,
+        data.validation,
+        fraction,
+        data.skip_broken,
+        run_profile(data),
+    )
     has_validation = bool(data.validation) or fraction > 0
     with world() as here:
+        if here.is_main:
+            Console().print("\n".join(views), highlight=False, markup=False, soft_wrap=True)
         stream = Stream(
             mixture,
             batch_size=data.batch_size,
@@ -85,7 +106,6 @@ def _train(config: TrainConfig, folder: Path, statistics: Mapping[str, ActionSta
             workers=data.workers,
             chunk_length=data.chunk_length,
             augment=data.augment,
-            skip_broken=data.skip_broken,
         )
         try:
             trainer = Trainer(
@@ -106,7 +126,7 @@ def _train(config: TrainConfig, folder: Path, statistics: Mapping[str, ActionSta
 
 
 def _save(folder: Path, config: TrainConfig, statistics: Mapping[str, ActionStatistics]) -> None:
-    tables = {name: {"mean": item.mean.tolist(), "std": item.std.tolist()} for name, item in statistics.items()}
+    tables = {name: item.to_json() for name, item in statistics.items()}
     for name, text in ((STATISTICS_FILE, json.dumps({"action_config": tables})), (CONFIG_FILE, config.to_json())):
         partial = folder / f"{name}.partial"
         partial.write_text(text, encoding="utf-8")
@@ -120,8 +140,8 @@ def _read_config(folder: Path) -> TrainConfig:
     return TrainConfig.from_json(path.read_text(encoding="utf-8"))
 
 
-def _statistics(path: Path, base: Base) -> dict[str, ActionStatistics]:
-    return read_statistics(path, base.config.head.action_dim, base.config.std_epsilon)
+def _statistics(path: Path, base: Base, config: TrainConfig) -> dict[str, ActionStatistics]:
+    return read_statistics(path, base.config.head.action_dim, model_config(base.config, config).std_epsilon)
 
 
 def _absolute(text: str) -> str:

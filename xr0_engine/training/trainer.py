@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import nn
@@ -19,13 +20,16 @@ from xr0_engine.training.base import read_base
 from xr0_engine.training.batch import Collator, LanguageBatch, RobotBatch
 from xr0_engine.training.checkpoint import Checkpointer, checkpoints, export_checkpoint
 from xr0_engine.training.config import TrainConfig
+from xr0_engine.training.counts import Counts, step_counts
 from xr0_engine.training.data.samples import LanguageSample, RobotSample
 from xr0_engine.training.distributed import World, shard
-from xr0_engine.training.draws import draw_flow, micro_batch_generator
+from xr0_engine.training.draws import FlowDraw, draw_flow, micro_batch_generator
 from xr0_engine.training.metrics import Averages, Log, Speed, model_flops, peak_tflops
 from xr0_engine.training.model import FlowPolicy, StepOutput, build_policy, load_policy, model_config
 from xr0_engine.training.optim import learning_rate, make_optimizer, set_learning_rate
 from xr0_engine.training.validation import plot_run, validate
+
+Batch: TypeAlias = RobotBatch | LanguageBatch
 
 CHECKPOINTS = "checkpoints"
 EXPORTED = "model"
@@ -61,9 +65,7 @@ class Trainer:
         self.base = read_base(config.model.checkpoint)
         self.xr0 = model_config(self.base.config, config)
         _check_statistics(statistics, config.data.chunk_length, self.xr0.head.action_dim)
-        self.statistics = {
-            name: ActionStatistics(item.mean, item.std, self.xr0.std_epsilon) for name, item in statistics.items()
-        }
+        self.statistics = {name: replace(item, epsilon=self.xr0.std_epsilon) for name, item in statistics.items()}
         profile = load_embodiment(config.data.embodiment) if config.data.embodiment else None
         self.collate = Collator(self.base.folder, self.xr0, self.statistics, profile)
         if world.device.type == "cpu" and config.run.threads:
@@ -93,9 +95,9 @@ class Trainer:
                 if log:
                     log.write(0, metrics)
             averages, speed = Averages(), Speed()
-            with self._batches() as batches:
+            with self._steps() as steps:
                 while self.step < self.config.optim.steps:
-                    progress = self._train_step(batches, averages, speed)
+                    progress = self._train_step(*next(steps), averages, speed)
                     self.checkpointer.poll()
                     is_last = self.step == self.config.optim.steps
                     metrics = {}
@@ -129,28 +131,25 @@ class Trainer:
         world.barrier()
 
     def _train_step(
-        self, batches: Iterator[tuple[RobotBatch | LanguageBatch, dict[str, Any]]], averages: Averages, speed: Speed
+        self, batches: Sequence[Batch], position: Mapping[str, Any], averages: Averages, speed: Speed
     ) -> dict[str, Any]:
-        """One optimiser step. Returns the progress to save with it."""
-        accumulate = self.config.optim.accumulate
+        """One optimiser step on its micro-batches. position: behind them. Returns the progress to save with it."""
         rate = learning_rate(self.config.optim, self.step)
         set_learning_rate(self.optimizer, rate)
-        sources: list[str] = []
-        position: dict[str, Any] = {}
+        draws = [self._draw(batch, self.step * len(batches) + micro) for micro, batch in enumerate(batches)]
+        counts = step_counts(batches, draws, self.world.sum)
         samples, flops = 0, 0.0
-        for micro in range(accumulate):
-            batch, position = next(batches)
-            sources += batch.sources
-            batch = batch.to(self.world.device)
-            output = self._forward(batch, self.step * accumulate + micro, averages)
-            (output.loss / accumulate).backward()
+        for batch, draw in zip(batches, draws, strict=True):
+            output = self._forward(batch.to(self.world.device), draw, counts)
+            output.loss.backward()
+            self._report(output, draw, 1 / len(batches), averages)
             samples += len(batch.sources)
             flops += self._flops(batch)
         norm = nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.optim.clip_norm)
         # Its sum runs over all processes: they all see the same number, and a loss of NaN in any of them.
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         if not bool(norm.isfinite()):
-            self._stop_on_nan(output, sources, position)
+            self._stop_on_nan(output, [source for batch in batches for source in batch.sources], position)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
@@ -160,44 +159,52 @@ class Trainer:
         speed.count(samples, flops)
         return {"step": self.step, "data": position}
 
-    def _forward(self, batch: RobotBatch | LanguageBatch, number: int, averages: Averages) -> StepOutput:
-        """number: of the micro-batch in this process."""
-        output: StepOutput
-        if isinstance(batch, RobotBatch) and isinstance(self.policy, FlowPolicy):
-            generator = micro_batch_generator(self.config.run.seed, number * self.world.size + self.world.rank)
-            draw = draw_flow(self.config.flow, generator, *batch.actions.shape)
-            output = self.policy(batch, draw)
+    def _draw(self, batch: Batch, number: int) -> FlowDraw | None:
+        """Of a micro-batch, None where nothing is drawn; number: of the micro-batch in this process."""
+        if not (isinstance(batch, RobotBatch) and isinstance(self.policy, FlowPolicy)):
+            return None
+        generator = micro_batch_generator(self.config.run.seed, number * self.world.size + self.world.rank)
+        return draw_flow(self.config.flow, generator, *batch.actions.shape)
+
+    def _forward(self, batch: Batch, draw: FlowDraw | None, counts: Counts) -> StepOutput:
+        output: StepOutput = self.policy(batch, counts) if draw is None else self.policy(batch, draw, counts)
+        return output
+
+    def _report(self, output: StepOutput, draw: FlowDraw | None, share: float, averages: Averages) -> None:
+        """share: of the step that this micro-batch is; its sums are divided so that the step's shares give the mean."""
+        for name, value in output.parts.items():
+            averages.add(name, value, torch.full_like(value, share))
+        if draw is not None:
             assert output.square_error is not None
             assert output.supervised is not None
             averages.add_flow(draw.t, output.square_error, output.supervised)
-        else:
-            output = self.policy(batch)
-        for name, value in output.parts.items():
-            averages.add(name, value, torch.ones_like(value))
-        return output
 
     @contextmanager
-    def _batches(self) -> Iterator[Iterator[tuple[RobotBatch | LanguageBatch, dict[str, Any]]]]:
-        """Micro-batches from here on, each with the source's state behind it; the next is made while one is used."""
+    def _steps(self) -> Iterator[Iterator[tuple[list[Batch], dict[str, Any]]]]:
+        """The micro-batches of one step after the other; those of the next are made while one is used."""
 
-        def batches() -> Iterator[tuple[RobotBatch | LanguageBatch, dict[str, Any]]]:
-            ready = executor.submit(self._make_batch)
+        def steps() -> Iterator[tuple[list[Batch], dict[str, Any]]]:
+            ready = executor.submit(self._make_step)
             while True:
                 made = ready.result()
-                ready = executor.submit(self._make_batch)
+                ready = executor.submit(self._make_step)
                 yield made
 
         executor = ThreadPoolExecutor(1, "batches")
         try:
-            yield batches()
+            yield steps()
         finally:
             executor.shutdown(cancel_futures=True)
 
-    def _make_batch(self) -> tuple[RobotBatch | LanguageBatch, dict[str, Any]]:
+    def _make_step(self) -> tuple[list[Batch], dict[str, Any]]:
+        """Its micro-batches, and the source's state behind them."""
+        batches = [self._make_batch() for _ in range(self.config.optim.accumulate)]
+        return batches, dict(self.source.state_dict())
+
+    def _make_batch(self) -> Batch:
         samples = next(self.source)
         is_language = isinstance(samples[0], LanguageSample)
-        batch = self.collate.language(samples) if is_language else self.collate.robot(samples)
-        return batch, dict(self.source.state_dict())
+        return self.collate.language(samples) if is_language else self.collate.robot(samples)
 
     def _validate(self) -> dict[str, Any]:
         assert self.validation is not None
@@ -218,7 +225,7 @@ class Trainer:
             f"samples (batch.json) are in {folder}; this process had {', '.join(sources[:8])}"
         )
 
-    def _flops(self, batch: RobotBatch | LanguageBatch) -> float:
+    def _flops(self, batch: Batch) -> float:
         is_flow = isinstance(self.policy, FlowPolicy)
         draws = self.config.flow.repeat if is_flow else 0
         trains_vlm = self.config.model.train != "head"

@@ -35,6 +35,7 @@ class TrainableVLM(nn.Module):
         self.model.visual.patch_embed = PatchEmbed(config.vision)
         self.keep_layers = config.head.num_layers
         self.image_token = config.tokens.image
+        self.compat_bf16 = config.head.compat_bf16_time
 
     def forward(self, inputs: ModelInputs, extra: Tensor | None = None) -> VLMOutput:
         """extra: (B, M, C), embeddings of further tokens behind the prompt, at the positions that follow it."""
@@ -78,6 +79,10 @@ class TrainableVLM(nn.Module):
         text, vision = self.model.language_model, self.model.visual
         text.rotary_emb = type(text.rotary_emb)(text.config).to(device)
         vision.rotary_pos_emb = type(vision.rotary_pos_emb)(vision.config).to(device)
+        if self.compat_bf16:
+            # What the engine will run with.
+            text.rotary_emb.to(torch.bfloat16)
+            vision.rotary_pos_emb.to(torch.bfloat16)
 
     def behind_the_last_keys(self) -> list[nn.Module]:
         """What only the hidden states need: of no effect on actions, so of no gradient in flow matching."""

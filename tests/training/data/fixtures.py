@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 
 from xr0_engine.robot.decode import rotation_exp
@@ -14,6 +16,7 @@ from xr0_engine.training.data.video import Clip, video_writer
 HEIGHT, WIDTH, BITS = 32, 80, 10
 ALL_PARTS = {(arm, part): True for arm in ("left", "right") for part in PARTS}
 INSTRUCTION = "Fold the towel."
+TIME_BASE = Fraction(1, 15360)
 
 
 def numbered_frame(number: int) -> np.ndarray:
@@ -33,6 +36,23 @@ def write_video(path: Path, numbers: range, fps: float = 30) -> Path:
     with video_writer(path, WIDTH, HEIGHT, fps) as write:
         for number in numbers:
             write(numbered_frame(number))
+    return path
+
+
+def encode_video(path, frames, codec="libx264", pix_fmt="yuv420p", options=None, times_s=None, fps=30) -> Path:
+    """As other programs write videos. frames: (height, width, 3) each. times_s: when each is shown, n / fps if None."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=options or {})
+        stream.height, stream.width = frames[0].shape[:2]
+        stream.pix_fmt = pix_fmt
+        if times_s is not None:
+            stream.codec_context.time_base = TIME_BASE
+        for number, frame in enumerate(frames):
+            encoded = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            if times_s is not None:
+                encoded.pts, encoded.time_base = round(times_s[number] / TIME_BASE), TIME_BASE
+            container.mux(stream.encode(encoded))
+        container.mux(stream.encode(None))
     return path
 
 

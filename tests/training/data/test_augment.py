@@ -65,3 +65,27 @@ def test_crop_keeps_95_percent_of_each_side():
         spans.append((cropped[50, 0, 0], cropped[50, -1, 0]))
     assert {round((last - first) / 255 * 99) + 1 for first, last in spans} <= {94, 95, 96}
     assert len({first for first, _ in spans}) > 3
+
+
+def test_centre_crop_becomes_a_crop_of_its_size_at_a_random_place(monkeypatch):
+    """0.9 of 84 is 75.6: 75 are kept, at one of 10 x 10 places, and enlarged as a centre crop is."""
+    monkeypatch.setattr(module, "PROBABILITY", 0.0)
+    frame = np.random.default_rng(0).integers(0, 256, (84, 84, 3), dtype=np.uint8)
+    picture = Image.fromarray(frame)
+    parts = {
+        np.asarray(picture.crop((left, top, left + 75, top + 75)).resize((84, 84), Image.BILINEAR)).tobytes()
+        for left in range(10)
+        for top in range(10)
+    }
+    seen = {
+        augment({"base": frame}, np.random.default_rng(seed), {"base": 0.9})["base"].tobytes() for seed in range(30)
+    }
+    assert seen <= parts
+    assert len(seen) > 10
+
+
+def test_view_without_a_centre_crop_is_cropped_as_ever(image):
+    """One view's crop does not change what another draws."""
+    images = {"ego": image, "wrist": image}
+    first, second = (augment(images, np.random.default_rng(1), crops) for crops in (None, {"wrist": 0.95}))
+    np.testing.assert_array_equal(first["ego"], second["ego"])

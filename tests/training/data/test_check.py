@@ -33,7 +33,7 @@ def test_every_broken_episode_is_found(folder):
     assert "1.left_wrist.mp4: frame " in messages[1]
     assert messages[2].count("frame 6 of the clip: ends before") == 3
     assert "not valid JSON" in messages[3]
-    assert "5.ego.mp4: frame 0" in messages[5]
+    assert "5.ego.mp4" in messages[5]
 
 
 def test_fast_finds_what_is_missing_and_too_short(folder):

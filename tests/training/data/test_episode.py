@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.training.data.fixtures import frame_number, write_episode, write_video
+from xr0_engine.training.data.check import check
 from xr0_engine.training.data.episode import DIGITS, arm_parts, load_episode, save_episode
 from xr0_engine.training.data.samples import DataError
 
@@ -139,3 +140,34 @@ def test_no_episode(tmp_path, content):
     (tmp_path / "e.json").write_text(content)
     with pytest.raises(DataError, match=r"e\.json: "):
         load_episode(tmp_path / "e.json")
+
+
+def test_video_from_the_working_directory(path, tmp_path, monkeypatch):
+    """As the released code takes a path; one beside the JSON comes first."""
+    write_video(tmp_path / "elsewhere" / "run" / "v.mp4", range(100, 108))
+    edit(path, lambda raw: raw["observations"]["ego"][0].update(path="run/v.mp4"))
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert frame_number(load_episode(path).image("ego", 0)) == 100
+    write_video(tmp_path / "run" / "v.mp4", range(200, 208))
+    assert frame_number(load_episode(path).image("ego", 0)) == 200
+
+
+def test_video_that_is_in_neither_place(path, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    edit(path, lambda raw: raw["observations"]["ego"][0].update(path="run/v.mp4"))
+    both = rf"observations\.ego: path: expected a video at {tmp_path}/run/v\.mp4 or at {tmp_path}/elsewhere/run/v\.mp4"
+    with pytest.raises(DataError, match=both):
+        load_episode(path)
+    (finding,) = check(tmp_path, True, 1)
+    assert str(tmp_path / "run/v.mp4") in finding.faults[0]
+    assert str(tmp_path / "elsewhere/run/v.mp4") in finding.faults[0]
+
+
+def test_absolute_path_of_a_video(path, tmp_path):
+    elsewhere = write_video(tmp_path / "elsewhere" / "v.mp4", range(100, 108))
+    edit(path, lambda raw: raw["observations"]["ego"][0].update(path=str(elsewhere)))
+    assert frame_number(load_episode(path).image("ego", 3)) == 103
+    elsewhere.unlink()
+    with pytest.raises(DataError, match=f"path: expected a video at {elsewhere}: there is none"):
+        load_episode(path)

@@ -18,6 +18,7 @@ ANSWER = {"from": "gpt", "value": "A dot."}
 def write(folder, *lines):
     Image.new("RGB", (9, 7), (1, 2, 3)).save(folder / "a.png")
     Image.new("L", (4, 4), 9).save(folder / "grey.png")
+    Image.new("RGBA", (4, 4)).save(folder / "alpha.png")
     text = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
     (folder / "vl.jsonl").write_text(text, encoding="utf-8")
     return LanguageLines(folder / "vl.jsonl")
@@ -41,6 +42,16 @@ def test_lines_in_either_spelling(tmp_path):
     assert (len(third.conversations), third.images) == (4, ())
 
 
+def test_pictures_stand_upright_and_keep_their_range(tmp_path):
+    lines = write(tmp_path, {"image": "deep.png", "conversations": [QUESTION, ANSWER]})
+    ramp = np.arange(0, 65536, 1024, dtype=np.uint16).reshape(4, 16)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(ramp).save(tmp_path / "deep.png", exif=exif)
+    expected = np.repeat(np.rot90(ramp >> 8, -1)[..., None], 3, axis=2)
+    np.testing.assert_array_equal(lines.sample(0).images[0], expected)
+
+
 @pytest.mark.parametrize(
     ("line", "complaint"),
     [
@@ -50,8 +61,11 @@ def test_lines_in_either_spelling(tmp_path):
         pytest.param({"conversations": [ANSWER, QUESTION]}, "the user's first", id="order"),
         pytest.param({"conversations": [QUESTION, {"from": "dog", "value": "w"}]}, "expected a role", id="role"),
         pytest.param({"images": ["a.png", "a.png"], "conversations": [QUESTION, ANSWER]}, "2 images", id="count"),
+        pytest.param({"images": "a.png", "conversations": [QUESTION, ANSWER]}, "list of file names", id="no list"),
+        pytest.param({"conversations": [QUESTION, ANSWER | {"value": "\ud83d"}]}, "UTF-8 can hold", id="half a sign"),
         pytest.param({"images": ["b.png"], "conversations": [QUESTION, ANSWER]}, "b.png cannot be read", id="image"),
         pytest.param({"images": ["vl.jsonl"], "conversations": [QUESTION, ANSWER]}, "cannot be read", id="no image"),
+        pytest.param({"images": ["alpha.png"], "conversations": [QUESTION, ANSWER]}, "alpha.png has an", id="alpha"),
     ],
 )
 def test_wrong_line_names_file_and_line(tmp_path, line, complaint):

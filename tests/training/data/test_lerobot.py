@@ -1,4 +1,4 @@
-"""LeRobot datasets of both layouts, the mapping of their columns, and conversion there and back."""
+"""LeRobot datasets of both layouts, the mapping of their columns, and whose words their rows have."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from tests.training.data.fixtures import damage, frame_number, write_dataset, write_episode, write_video
+from tests.training.data.fixtures import frame_number, write_video
 from xr0_engine.robot.decode import rotation_exp
-from xr0_engine.training.data.convert import from_lerobot, to_lerobot
 from xr0_engine.training.data.description import Selector
-from xr0_engine.training.data.episode import arm_parts
 from xr0_engine.training.data.samples import DataError
 from xr0_engine.training.data.sources import open_source
 from xr0_engine.training.data.windows import Windows
@@ -175,6 +173,86 @@ def test_task_that_changes_within_an_episode(tmp_path):
     assert [windows.sample(tick).instruction for tick in range(8)] == ["Task 0."] * 4 + ["Task 1."] * 4
 
 
+def test_task_is_the_rows_whatever_the_meta_data_say_of_the_episode(tmp_path):
+    write_v3(tmp_path, lambda episode, length: [1] * length)
+    describe(tmp_path, PLAIN)
+    assert open_source(tmp_path).load(0).instructions == ("Task 1.",)
+
+
+def test_meta_data_without_the_column_tasks(tmp_path):
+    write_v3(tmp_path)
+    describe(tmp_path, PLAIN)
+    path = tmp_path / "meta/episodes/chunk-000/file-000.parquet"
+    pq.write_table(pq.read_table(path).drop_columns(["tasks"]), path)
+    assert [open_source(tmp_path).load(number).instructions for number in (0, 1)] == [("Task 0.",), ("Task 1.",)]
+
+
+def as_pandas(index, **columns):
+    """A table whose schema says, as pandas writes it, which column is the index."""
+    return pa.table(columns).replace_schema_metadata({"pandas": json.dumps({"index_columns": [index], "columns": []})})
+
+
+@pytest.mark.parametrize(
+    ("tasks", "answer"),
+    [
+        pytest.param(pa.table({"task_index": [0, 1], "task": ["a", "b"]}), "b", id="task"),
+        pytest.param(pa.table({"task": ["b", "a"], "task_index": [1, 0]}), "b", id="another order"),
+        pytest.param(pa.table({"words": ["a", "b"], "task_index": [0, 1]}), "b", id="the only text"),
+        pytest.param(as_pandas("words", task_index=[0, 1], kind=["x", "y"], words=["a", "b"]), "b", id="named index"),
+        pytest.param(as_pandas({"kind": "range"}, task_index=[0, 1], task=["a", "b"]), "b", id="numbered index"),
+        pytest.param(
+            as_pandas("__index_level_0__", task_index=[0, 1], task=["a", "b"], __index_level_0__=["c", "d"]),
+            DataError(r"tasks\.parquet: task and __index_level_0__ both hold text"),
+            id="two of them",
+        ),
+        pytest.param(
+            pa.table({"task_index": [0, 1], "words": ["a", "b"], "note": ["x", "y"]}),
+            DataError("words and note both hold text"),
+            id="two texts",
+        ),
+        pytest.param(pa.table({"task_index": [0, 1]}), DataError("expected the tasks' words in a column"), id="none"),
+        pytest.param(pa.table({"task": ["a", "b"]}), DataError("expected a column task_index"), id="no index"),
+        pytest.param(
+            pa.table({"task_index": [1, 1], "task": ["a", "b"]}), DataError("task_index 1 stands for both"), id="twice"
+        ),
+        pytest.param(
+            pa.table({"task_index": [None, 1], "task": ["a", "b"]}), DataError("row 0: .* got None and 'a'"), id="null"
+        ),
+        pytest.param(
+            pa.table({"task_index": [0, 1], "task": ["a", None]}), DataError("row 1: .* got 1 and None"), id="no words"
+        ),
+        pytest.param(pa.table({"task_index": [0], "task": ["a"]}), DataError("#1: task_index 1: .* 0$"), id="absent"),
+    ],
+)
+def test_words_of_a_task(tmp_path, tasks, answer):
+    write_v3(tmp_path)
+    describe(tmp_path, PLAIN)
+    pq.write_table(tasks, tmp_path / "meta/tasks.parquet")
+    if isinstance(answer, str):
+        assert open_source(tmp_path).load(1).instructions == (answer,)
+    else:
+        with pytest.raises(DataError, match=str(answer)):
+            open_source(tmp_path).load(1)
+
+
+@pytest.mark.parametrize(
+    ("lines", "complaint"),
+    [
+        ('{"task_index": 0, "task": "a"}\n{"task_index": 0, "task": "b"}', "task_index 0 stands for both 'a' and 'b'"),
+        ('{"task_index": 0, "task": null}', "row 0: expected a whole task_index and words, got 0 and None"),
+        ('{"task_index": 0}', "line 1: expected task_index and task, got task_index"),
+        ('["a"]', "expected a JSON object a line"),
+    ],
+    ids=["twice", "no words", "no task", "no object"],
+)
+def test_wrong_tasks_of_v2(tmp_path, lines, complaint):
+    write_v2(tmp_path)
+    describe(tmp_path, PLAIN)
+    (tmp_path / "meta/tasks.jsonl").write_text(lines)
+    with pytest.raises(DataError, match=rf"#0: .*tasks\.jsonl: {complaint}"):
+        open_source(tmp_path).load(0)
+
+
 @pytest.mark.parametrize("kind", ["matrix", "axis_angle", "quaternion_xyzw", "quaternion_wxyz"])
 def test_rotations_as_they_come(tmp_path, kind):
     """The same rotation in every spelling, in a feature of its own that is both state and action."""
@@ -262,67 +340,29 @@ def test_selectors(text, columns):
     assert Selector.parse(text, "x").columns(["a", "b", "c", "d"], 4) == columns
 
 
-@pytest.fixture
-def episodes(tmp_path):
-    folder = write_dataset(tmp_path / "episodes", (12, 7), {1: "invalid"})
-    write_episode(folder, 2, 9, instructions=("Fold the towel.", "Fold it."))
-    return folder
+@pytest.mark.parametrize(
+    ("names", "pick", "complaint"),
+    [
+        (["a", "b", "a", "c"], "f[a]", r"f\[a\]: may be any of the columns 0, 2"),
+        (["3", "1", "0", "2"], "f[3]", "may be any of the columns 0, 3, by position or by name"),
+        (["a", "b", "c"], "f[b]", "4 columns and 3 names: pick by position"),
+    ],
+    ids=["twice", "a number", "too few"],
+)
+def test_ambiguous_names_are_refused(names, pick, complaint):
+    with pytest.raises(DataError, match=complaint):
+        Selector.parse(pick, "x").columns(names, 4)
 
 
-def test_episodes_to_lerobot_and_back(episodes, tmp_path):
-    to_lerobot(open_source(episodes), tmp_path / "lerobot")
-    from_lerobot(open_source(tmp_path / "lerobot"), tmp_path / "back")
-    before = open_source(episodes)
-    for name in ("lerobot", "back"):
-        after = open_source(tmp_path / name)
-        assert list(after.lengths) == [12, 7, 9]
-        assert list(after.statuses) == ["success", "invalid", "success"]
-        for number in range(3):
-            old, new = before.load(number), after.load(number)
-            assert (new.instructions, list(new.clips)) == (old.instructions, list(old.clips))
-            assert [frame_number(new.image("left_wrist", tick)) for tick in range(len(new.motion))] == list(
-                range(len(old.motion))
-            )
-            for which in ("proprios", "targets"):
-                expected = arm_parts(getattr(old.motion, which))
-                for key, rows in arm_parts(getattr(new.motion, which)).items():
-                    np.testing.assert_allclose(rows, expected[key], atol=FLOAT32, err_msg=f"{name} {which} {key}")
+def test_numbers_as_names_of_their_own_columns():
+    assert Selector.parse("f[2, 0]", "x").columns(["0", "1", "2"], 3) == [2, 0]
 
 
-def test_converted_dataset_has_lerobot_s_layout(episodes, tmp_path):
-    to_lerobot(open_source(episodes), tmp_path / "out")
-    info = json.loads((tmp_path / "out/meta/info.json").read_text())
-    assert (info["codebase_version"], info["total_episodes"], info["total_frames"]) == ("v3.0", 3, 28)
-    assert info["features"]["action"]["shape"] == [38]
-    table = pq.read_table(tmp_path / "out" / info["data_path"].format(chunk_index=0, file_index=0))
-    assert table["index"].to_pylist() == list(range(28))
-    assert table["frame_index"].to_pylist() == [*range(12), *range(7), *range(9)]
-    rows = pq.read_table(tmp_path / "out/meta/episodes/chunk-000/file-000.parquet").to_pylist()
-    starts = [row["videos/observation.images.ego/from_timestamp"] for row in rows]
-    assert starts == pytest.approx([0, 12 / 30, 19 / 30])
-    assert [row["dataset_from_index"] for row in rows] == [0, 12, 19]
-
-
-@pytest.mark.parametrize("convert", [to_lerobot, from_lerobot])
-def test_conversion_is_whole_or_absent(episodes, tmp_path, convert):
-    source = open_source(episodes)
-    if convert is from_lerobot:
-        to_lerobot(source, tmp_path / "lerobot")
-        source = open_source(tmp_path / "lerobot")
-        (tmp_path / "lerobot/videos/observation.images.ego/chunk-000/file-000.mp4").unlink()
-    else:
-        damage(episodes / "videos" / "2.ego.mp4")
-    with pytest.raises((DataError, OSError)):
-        convert(source, tmp_path / "out")
-    assert not [path for path in tmp_path.iterdir() if "out" in path.name]
-
-
-def test_existing_folder_is_kept(episodes, tmp_path):
-    (tmp_path / "out").mkdir()
-    with pytest.raises(ValueError, match="out is there already"):
-        to_lerobot(open_source(episodes), tmp_path / "out")
-
-
-def test_one_arm_does_not_fit_episode_files(folder, tmp_path):
-    with pytest.raises(ValueError, match="holds two arms at 30 Hz"):
-        from_lerobot(open_source(folder), tmp_path / "out")
+def test_names_that_repeat_in_groups(tmp_path):
+    write_v3(tmp_path)
+    describe(tmp_path, PLAIN)
+    info = json.loads((tmp_path / "meta/info.json").read_text())
+    info["features"]["action"]["names"] = {"left": ["x", "y", "z", "grip"], "right": ["x", "y", "z", "grip"]}
+    (tmp_path / "meta/info.json").write_text(json.dumps(info))
+    with pytest.raises(DataError, match=r"action\[x\]: may be any of the columns 0, 4"):
+        open_source(tmp_path)

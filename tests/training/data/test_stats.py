@@ -141,3 +141,75 @@ def test_file_that_is_something_else_is_left_alone(tmp_path, statistics, content
     with pytest.raises(ValueError, match=r"p\.json"):
         merge(tmp_path / "p.json", statistics, True)
     assert (tmp_path / "p.json").read_text() == content
+
+
+def test_episodes_whose_motion_cannot_be_read_are_left_out_if_told(tmp_path):
+    write_dataset(tmp_path / "set", (12, 7, 9))
+    whole = compute([write_dataset(tmp_path / "whole", (12, 7))], T, 0.0, 1)
+    broken = tmp_path / "set" / "episode_002.json"
+    broken.write_text(broken.read_text()[:-9])
+    with pytest.raises(DataError, match=r"episode_002\.json"):
+        compute([tmp_path / "set"], T, 0.0, 1)
+    rest = compute([tmp_path / "set"], T, 0.0, 1, skip_broken=True)
+    assert (rest.windows, rest.episodes) == (whole.windows, 2)
+    np.testing.assert_array_equal(rest.mean, whole.mean)
+
+
+BOTH_ARMS = (*range(13), *range(14, 27))
+
+
+def edit_episodes(folder, change):
+    for file in folder.glob("episode_*.json"):
+        raw = json.loads(file.read_text())
+        change(raw)
+        file.write_text(json.dumps(raw))
+    return folder
+
+
+def hold_the_left_arm(raw):
+    for side in ("proprios", "actions"):
+        for name in raw[side]:
+            if name.startswith("left_"):
+                raw[side][name] = [raw["proprios"][name][0]] * len(raw[side][name])
+
+
+def drop_the_right_joints(raw):
+    for side in ("proprios", "actions"):
+        del raw[side]["right_arm_joint"]
+
+
+def test_an_arm_that_stands_still_is_active(tmp_path, folder):
+    """As in the post-training code: the columns are the layout's, whatever their std."""
+    still = compute([edit_episodes(write_dataset(tmp_path / "still"), hold_the_left_arm)], T, 0.0, 1)
+    assert np.flatnonzero((still.std > 1e-5).any(axis=0)).tolist() == [*range(14, 27)]
+    assert still.active_columns == BOTH_ARMS == compute([folder], T, 0.0, 1).active_columns
+    merge(tmp_path / "preprocessor_config.json", still, False)
+    read = load_statistics(tmp_path, 32, 1e-6)["bimanual"]
+    assert np.flatnonzero(read.action_mask.all(0)).tolist() == list(BOTH_ARMS)
+    assert not read.action_mask[:, [13, 27, 28, 29, 30, 31]].any()
+
+
+def test_what_no_episode_reports_is_not_active(tmp_path):
+    without = edit_episodes(write_dataset(tmp_path / "without"), drop_the_right_joints)
+    whole = write_dataset(tmp_path / "whole", (8,))
+    assert compute([without], T, 0.0, 1).active_columns == (*range(13), *range(14, 21))
+    assert compute([without, whole], T, 0.0, 1).active_columns == BOTH_ARMS
+
+
+def test_one_robot_may_stand_still_in_one_set_and_move_in_another(tmp_path, folder):
+    file = tmp_path / "p.json"
+    merge(file, compute([edit_episodes(write_dataset(tmp_path / "still"), hold_the_left_arm)], T, 0.0, 1), False)
+    merge(file, compute([folder], T, 0.0, 1), True)
+    fewer = compute([edit_episodes(write_dataset(tmp_path / "without"), drop_the_right_joints)], T, 0.0, 1)
+    with pytest.raises(ValueError, match=r"another robot there, columns \[21, 22, 23, 24, 25, 26\] move"):
+        merge(file, fewer, True)
+
+
+def test_older_files_name_no_columns(tmp_path, folder, statistics):
+    assert statistics.active_columns is None
+    merge(tmp_path / "plain.json", statistics, False)
+    assert "active_columns" not in json.loads((tmp_path / "plain.json").read_text())["action_config"]["arm"]
+    file, newer = tmp_path / "p.json", compute([folder], T, 0.0, 1)
+    merge(file, replace(newer, active_columns=None), False)
+    merge(file, newer, True)
+    assert json.loads(file.read_text())["action_config"]["bimanual"]["active_columns"] == list(BOTH_ARMS)

@@ -16,6 +16,7 @@ from xr0_engine.training.data.order import CYCLE, shuffled
 from xr0_engine.training.data.samples import DataError, LanguageSample, RobotSample
 from xr0_engine.training.data.sources import open_source, split
 from xr0_engine.training.data.stream import Mixture, Stream, training_windows, validation_samples
+from xr0_engine.training.data.video import video_writer
 from xr0_engine.training.data.windows import Windows
 
 T = 5
@@ -170,14 +171,62 @@ def test_corrupt_frame_stops_the_stream_and_names_itself(broken, workers):
 
 
 def test_corrupt_frames_are_skipped_and_counted_if_told(broken):
-    first, second = (Stream(everything(broken), 20, 0, chunk_length=T, skip_broken=True) for _ in range(2))
+    first, second = (Stream(everything(broken, skip_broken=True), 20, 0, chunk_length=T) for _ in range(2))
     batches = take(first, 2)
     assert first.skipped > 0
     assert [len(batch) for batch in batches] == [20, 20]
     assert take(second, 2) == batches
-    resumed = Stream(everything(broken), 20, 0, chunk_length=T, skip_broken=True)
+    resumed = Stream(everything(broken, skip_broken=True), 20, 0, chunk_length=T)
     resumed.load_state_dict(first.state_dict())
     assert resumed.skipped == first.skipped
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """Whole episodes beside one that is no JSON, one without a task, and one whose video is gone."""
+    write_dataset(tmp_path, (9, 8, 7, 9, 8))
+    (tmp_path / "episode_001.json").write_text("{")
+    no_task = tmp_path / "episode_002.json"
+    no_task.write_text(no_task.read_text().replace(INSTRUCTION, " <image> "))
+    (tmp_path / "videos" / "3.ego.mp4").unlink()
+    return tmp_path
+
+
+def test_whatever_is_broken_in_a_dataset_is_done_without_if_told(mixed, caplog):
+    stream = Stream(everything(mixed, skip_broken=True), 20, 0, chunk_length=T)
+    sources = {sample.source.split(":")[0] for batch in (next(stream) for _ in range(3)) for sample in batch}
+    assert {source.rpartition("/")[2] for source in sources} == {"episode_000.json", "episode_004.json"}
+    assert "episode_001.json" in caplog.text
+
+
+def test_validation_does_without_what_is_broken_if_told(mixed):
+    for_validation = Mixture((str(mixed),), validation=(str(mixed),), skip_broken=True)
+    assert {sample.source.split("episode_")[1][:3] for sample in validation_samples(for_validation, T, 50)} == {
+        "000",
+        "004",
+    }
+    with pytest.raises(DataError, match=r"episode_001\.json"):
+        list(validation_samples(Mixture((str(mixed),), validation=(str(mixed),)), T, 50))
+
+
+@pytest.mark.parametrize("text", ["", "Pick <|object_ref_start|>cup<|object_ref_end|>."])
+def test_an_episode_without_plain_words_stops_the_stream_and_names_itself(tmp_path, text):
+    path = write_episode(tmp_path, 0, 9)
+    path.write_text(path.read_text().replace(INSTRUCTION, text))
+    with pytest.raises(DataError, match=r"episode_000\.json: .*(task|instruction)"):
+        next(Stream(everything(tmp_path), 9, 0, chunk_length=T))
+
+
+def test_a_picture_too_narrow_for_the_model_is_broken(tmp_path):
+    path = write_episode(tmp_path, 0, 9)
+    raw = json.loads(path.read_text())
+    raw["observations"]["ego"][0]["crop_bbox"] = [0, 0, 201, 1]
+    path.write_text(json.dumps(raw))
+    with video_writer(tmp_path / "videos" / "0.ego.mp4", 202, 2, 30) as write:
+        for _ in range(9):
+            write(np.zeros((2, 202, 3), np.uint8))
+    with pytest.raises(DataError, match=r"0.ego.mp4: height 1, width 201: the aspect ratio is above 200"):
+        next(Stream(everything(tmp_path), 9, 0, chunk_length=T))
 
 
 def test_video_shorter_than_its_json(tmp_path):

@@ -29,9 +29,10 @@ from xr0_engine.model.dit import ActionHead, DiTLayer, dit_geometry
 from xr0_engine.model.weights import read_index
 from xr0_engine.robot.decode import decode, encode_prefix
 from xr0_engine.robot.embodiment import Embodiment
+from xr0_engine.robot.limits import load_limits
 from xr0_engine.robot.normalize import ActionStatistics
-from xr0_engine.robot.preprocess import MAX_PIXELS, MIN_PIXELS, orient
-from xr0_engine.robot.prompt import build_prompt, normalize_instruction
+from xr0_engine.robot.preprocess import orient
+from xr0_engine.robot.prompt import build_prompt, prompt_text
 from xr0_engine.types import Observation
 
 VLM_NAMES = "vlm.model."
@@ -156,7 +157,7 @@ class ReleasedModel:
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         vision = config.vision
         self.processor = Qwen2VLImageProcessorPil(
-            size={"shortest_edge": MIN_PIXELS, "longest_edge": MAX_PIXELS},
+            size=load_limits(folder, vision).to_hf()["size"],
             patch_size=vision.patch_size,
             merge_size=vision.spatial_merge_size,
             temporal_patch_size=vision.temporal_patch_size,
@@ -206,7 +207,7 @@ class ReleasedModel:
             build_prompt(
                 [view.title for view in embodiment.views],
                 [int(grid.prod()) // merge for grid in grids[row * views : (row + 1) * views]],
-                normalize_instruction(each.instruction),
+                prompt_text(each.instruction, self.config.normalize_instruction),
             )
             for row, each in enumerate(observations)
         ]
@@ -344,7 +345,8 @@ def _load_vlm(folder: Path, config: ModelConfig, device: torch.device, dtype: to
     # Buffers that no checkpoint holds (rotary frequencies) would stay without data on the meta device.
     for name, module in model.named_modules():
         if any(True for _ in module.buffers(recurse=False)):
-            model.set_submodule(name, type(module)(module.config))
+            fresh = type(module)(module.config)
+            model.set_submodule(name, fresh.to(torch.bfloat16) if config.head.compat_bf16_time else fresh)
     weights = {}
     for name, place in read_index(folder).items():
         if name.startswith(VLM_NAMES):

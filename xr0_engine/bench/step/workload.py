@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,7 @@ from xr0_engine.bench.cases import Setup
 from xr0_engine.checkpoint import ROBOTS, SIZES
 from xr0_engine.config import ModelConfig, VisionConfig
 from xr0_engine.model.weights import resolve_checkpoint
+from xr0_engine.robot.limits import RELEASED_LIMITS, ImageLimits, load_limits
 from xr0_engine.robot.normalize import load_statistics, select_robot_type
 from xr0_engine.robot.preprocess import orient, smart_resize
 from xr0_engine.types import ModelInputs
@@ -44,13 +46,15 @@ class Workload:
         case = setup.case
         if setup.checkpoint is None:
             config, chunk_length = config_of_size(setup.size), ROBOTS[case.robot_type][0]
+            limits = RELEASED_LIMITS
         else:
             folder = resolve_checkpoint(setup.checkpoint)
             config = ModelConfig.load(folder)
+            limits = load_limits(folder, config.vision)
             statistics = load_statistics(folder, config.head.action_dim, config.std_epsilon)
             chunk_length = statistics[select_robot_type(statistics, case.robot_type)].chunk_length
         image = np.empty((*case.image_size, 3), np.uint8)
-        grids = [_grid(orient(image, view), config.vision) for view in case.embodiment.views]
+        grids = [image_grid(orient(image, view).shape, config.vision, limits) for view in case.embodiment.views]
         return config, Workload(tuple(grids) * case.batch, case.tokens, chunk_length, case.batch)
 
 
@@ -61,7 +65,7 @@ def config_of_size(size: str) -> ModelConfig:
     return SIZES[size]()
 
 
-def _grid(image: np.ndarray, vision: VisionConfig) -> tuple[int, int]:
-    height, width = image.shape[:2]
-    height, width = smart_resize(height, width, vision.patch_size * vision.spatial_merge_size)
+def image_grid(shape: Sequence[int], vision: VisionConfig, limits: ImageLimits) -> tuple[int, int]:
+    """(height, width) in patches of an image; shape: (height, width, ...) before it is resized."""
+    height, width = smart_resize(shape[0], shape[1], vision.patch_size * vision.spatial_merge_size, limits)
     return height // vision.patch_size, width // vision.patch_size

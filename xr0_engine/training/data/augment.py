@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-from PIL import Image
+from PIL.Image import Resampling
+
+from xr0_engine.robot.views import cut_out, kept_sides
 
 PROBABILITY = 0.5
 BRIGHTNESS = (1 - 32 / 255, 1 + 32 / 255)
@@ -17,10 +19,17 @@ CROP = 0.95
 LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 
 
-def augment(images: Mapping[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """New images (height, width, 3) uint8 of the same sizes; the draws depend on rng and the views' order alone."""
+def augment(
+    images: Mapping[str, np.ndarray], rng: np.random.Generator, crops: Mapping[str, float] | None = None
+) -> dict[str, np.ndarray]:
+    """New images (height, width, 3) uint8 of the same sizes; the draws depend on rng and the views' order alone.
+
+    images: turned and resized, but not cropped. crops: view -> the fraction of each side that its profile's centre crop
+    keeps; a crop of that size at a random place stands for it. The other views lose what the recipe says.
+    """
+    crops = crops or {}
     factors = [rng.uniform(*span) if rng.random() < PROBABILITY else 1.0 for span in (BRIGHTNESS, CONTRAST, SATURATION)]
-    return {view: recolor(_crop(image, rng), *factors) for view, image in images.items()}
+    return {view: recolor(_crop(image, rng, crops.get(view)), *factors) for view, image in images.items()}
 
 
 def recolor(image: np.ndarray, brightness: float, contrast: float, saturation: float) -> np.ndarray:
@@ -35,9 +44,12 @@ def recolor(image: np.ndarray, brightness: float, contrast: float, saturation: f
     return np.rint(pixels).astype(np.uint8)
 
 
-def _crop(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _crop(image: np.ndarray, rng: np.random.Generator, fraction: float | None = None) -> np.ndarray:
+    """fraction: of the profile's centre crop, whose rounding and filter hold then; None: the recipe's own crop."""
     height, width = image.shape[:2]
-    kept_height, kept_width = max(1, round(CROP * height)), max(1, round(CROP * width))
-    top, left = rng.integers(height - kept_height + 1), rng.integers(width - kept_width + 1)
-    kept = Image.fromarray(image[top : top + kept_height, left : left + kept_width])
-    return np.asarray(kept.resize((width, height), Image.Resampling.BICUBIC))
+    if fraction is None:
+        kept = max(1, round(CROP * height)), max(1, round(CROP * width))
+    else:
+        kept = kept_sides(image, fraction)
+    top, left = (int(rng.integers(side - part + 1)) for side, part in zip((height, width), kept, strict=True))
+    return cut_out(image, top, left, *kept, Resampling.BICUBIC if fraction is None else Resampling.BILINEAR)

@@ -5,16 +5,19 @@ For LeRobot datasets, whose columns are each robot's own, it also says which of 
 
 from __future__ import annotations
 
+import logging
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
 
-from xr0_engine.robot.embodiment import Embodiment, embodiment_for, load_embodiment
+from xr0_engine.robot.embodiment import Embodiment, View, embodiment_for, load_embodiment
 from xr0_engine.training.data.samples import DataError
 
 DESCRIPTION_FILE = "xr0.yaml"
@@ -25,6 +28,16 @@ COLUMNS = 32
 
 ROTATIONS = {"matrix": 9, "axis_angle": 3, "quaternion_xyzw": 4, "quaternion_wxyz": 4}
 PART_WIDTHS = {"position": 3, "joints": 6, "gripper": 1}
+
+KINDS = ("absolute", "step", "two_valued", "periodic")
+"""What an action's columns hold: where to; how far to move until the next row; a value with nothing between it and the
+other one; an angle that wraps."""
+TURN = 2 * math.pi
+
+PICTURES = ("upright", "camera")
+"""How a dataset's pictures lie: turned as the model sees them, or as the camera gives them to the robot."""
+
+log = logging.getLogger("xr0_engine.data")
 
 _FEATURE = re.compile(r"([^\[\]]+)(?:\[([^\[\]]*)\])?")
 _SLICE = re.compile(r"(\d+)?:(\d+)?")
@@ -59,42 +72,62 @@ class Selector:
             if (self.picks.stop or 0) > width:
                 raise DataError(f"{self.feature}[:{self.picks.stop}]: the feature has {width} columns")
             return list(range(width))[self.picks]
-        found = []
-        for name in self.picks:
-            if name.isdigit() and int(name) < width:
-                found.append(int(name))
-            elif name in names:
-                found.append(list(names).index(name))
-            else:
-                raise DataError(
-                    f"{self.feature}[{name}]: the feature has {width} columns, named {', '.join(names) or '-'}"
-                )
-        return found
+        return [self._column(name, names, width) for name in self.picks]
+
+    def _column(self, name: str, names: Sequence[str], width: int) -> int:
+        places = {place for place, other in enumerate(names) if other == name}
+        if places and len(names) != width:
+            raise DataError(
+                f"{self.feature}[{name}]: the feature has {width} columns and {len(names)} names: pick by position"
+            )
+        if name.isdigit() and int(name) < width:
+            places.add(int(name))
+        if len(places) > 1:
+            raise DataError(
+                f"{self.feature}[{name}]: may be any of the columns {', '.join(map(str, sorted(places)))}, by position "
+                f"or by name (named {', '.join(names)}): pick one by position, as {self.feature}[begin:end]"
+            )
+        if not places:
+            raise DataError(f"{self.feature}[{name}]: the feature has {width} columns, named {', '.join(names) or '-'}")
+        return places.pop()
 
 
 @dataclass(frozen=True)
 class PartMapping:
-    """One part of an arm: where it is measured, where commanded, and for rotations how it is written."""
+    """One part of an arm: where it is measured, where commanded, and for rotations how it is written.
+
+    period: of joints whose angles wrap, in their own unit; None: they do not.
+    """
 
     state: Selector
     action: Selector
     rotation: str = "matrix"
+    period: float | None = None
 
 
 @dataclass(frozen=True)
 class ColumnMapping:
-    """Columns of the model from columns of a feature; minus: what is subtracted, as it is at the observation."""
+    """Columns of the model from columns of a feature; minus: what is subtracted, as it is at the observation.
+
+    kind: one of KINDS; None: not said. period: of kind periodic, in the columns' own unit.
+    """
 
     columns: slice
     source: Selector
     minus: Selector | None = None
+    kind: str | None = None
+    period: float = TURN
+
+    @property
+    def numbers(self) -> range:
+        return range(self.columns.start, self.columns.stop)
 
 
 @dataclass(frozen=True)
 class Description:
     """folder: the dataset. views: view key -> video feature. arms, or state and action: as the layout is described by.
 
-    The last four are for LeRobot datasets only, and empty otherwise.
+    These four are for LeRobot datasets only, and empty otherwise. pictures: one of PICTURES.
     """
 
     folder: Path
@@ -104,6 +137,24 @@ class Description:
     arms: Mapping[tuple[str, str], PartMapping] = field(default_factory=dict)
     state: tuple[ColumnMapping, ...] = ()
     action: tuple[ColumnMapping, ...] = ()
+    pictures: str = "upright"
+
+    def kind(self, entry: ColumnMapping, column: int) -> str | None:
+        """One of KINDS: what an action column holds as its entry says, else the profile; None: neither does."""
+        if entry.kind is not None or entry.minus is not None:
+            return entry.kind or "absolute"
+        steps, two_valued = self.embodiment.step_columns, self.embodiment.two_valued_columns
+        if two_valued is not None and column in two_valued:
+            return "two_valued"
+        return None if steps is None else "step" if column in steps else "absolute"
+
+    @property
+    def stored_views(self) -> tuple[View, ...]:
+        """The profile's views as the dataset's pictures are to be prepared: what lies upright is not turned again."""
+        views = self.embodiment.views
+        if self.pictures == "camera":
+            return views
+        return tuple(replace(view, rotate_180=False) for view in views)
 
 
 def describe(path: Path) -> Description:
@@ -135,7 +186,7 @@ def _read(path: Path) -> Description:
 
 
 def _build(path: Path, raw: Mapping[str, Any]) -> Description:
-    _refuse_unknown(raw, ("dataset", "robot_type", "embodiment", "views", "arms", "state", "action"), "")
+    _refuse_unknown(raw, ("dataset", "robot_type", "embodiment", "views", "arms", "state", "action", "pictures"), "")
     robot_type = raw.get("robot_type", DEFAULT_ROBOT_TYPE)
     if "embodiment" in raw:
         beside = path.parent / str(raw["embodiment"])
@@ -148,6 +199,13 @@ def _build(path: Path, raw: Mapping[str, Any]) -> Description:
     found = [name for name in ("arms", "state", "action") if name in raw and name not in described_by]
     if found:
         raise ValueError(f"{found[0]}: not for layout {embodiment.layout!r} of embodiment {embodiment.name!r}")
+    pictures = raw.get("pictures", PICTURES[0])
+    action = _columns(raw.get("action", []), "action", ("columns", "from", "minus", "kind", "period"))
+    _compare_kinds(path, action, embodiment)
+    if pictures not in PICTURES:
+        raise ValueError(f"pictures: expected {' or '.join(PICTURES)}, got {pictures!r}")
+    if "pictures" not in raw and any(view.rotate_180 for view in embodiment.views):
+        _tell_that_upright(path, embodiment.name)
     return Description(
         folder=path.parent / raw.get("dataset", "."),
         robot_type=robot_type,
@@ -155,7 +213,19 @@ def _build(path: Path, raw: Mapping[str, Any]) -> Description:
         views=dict(views),
         arms=_arms(raw.get("arms", {})),
         state=_columns(raw.get("state", []), "state", ("columns", "from")),
-        action=_columns(raw.get("action", []), "action", ("columns", "from", "minus")),
+        action=action,
+        pictures=pictures,
+    )
+
+
+@cache
+def _tell_that_upright(path: Path, profile: str) -> None:
+    """Once for each file, however often the dataset is opened."""
+    log.warning(
+        "%s: pictures: not given, so they are taken as upright and are not turned, though profile %s turns what its "
+        "cameras give; write `pictures: upright` if that is right, `pictures: camera` if they are stored upside down",
+        path,
+        profile,
     )
 
 
@@ -166,13 +236,64 @@ def _arms(raw: Mapping[str, Any]) -> dict[tuple[str, str], PartMapping]:
         _refuse_unknown(parts, (*PART_WIDTHS, "rotation"), f"arms.{arm}")
         for part, fields in parts.items():
             where = f"arms.{arm}.{part}"
-            _refuse_unknown(fields, ("state", "action", *(["as"] if part == "rotation" else [])), where)
-            kind = fields.get("as", "matrix")
-            if kind not in ROTATIONS:
-                raise ValueError(f"{where}.as: expected one of {', '.join(ROTATIONS)}, got {kind!r}")
+            more = {"rotation": ("as",), "joints": ("kind", "period")}.get(part, ())
+            _refuse_unknown(fields, ("state", "action", *more), where)
+            written_as = fields.get("as", "matrix")
+            if written_as not in ROTATIONS:
+                raise ValueError(f"{where}.as: expected one of {', '.join(ROTATIONS)}, got {written_as!r}")
+            kind, period = _kind(fields, where, ("absolute", "periodic"))
             state, action = (Selector.parse(fields.get(name), f"{where}.{name}") for name in ("state", "action"))
-            arms[arm, part] = PartMapping(state, action, kind)
+            arms[arm, part] = PartMapping(state, action, written_as, period if kind == "periodic" else None)
     return arms
+
+
+def _kind(entry: Mapping[str, Any], where: str, known: Sequence[str]) -> tuple[str | None, float]:
+    """An entry's kind, and the period that one of kind periodic has."""
+    kind, period = entry.get("kind"), entry.get("period", TURN)
+    if "kind" in entry and kind not in known:
+        raise ValueError(f"{where}.kind: expected one of {', '.join(known)}, got {kind!r}")
+    if "period" in entry and kind != "periodic":
+        raise ValueError(f"{where}.period: expected only beside `kind: periodic`")
+    if isinstance(period, bool) or not isinstance(period, int | float) or not 0 < period < math.inf:
+        raise ValueError(f"{where}.period: expected a number above 0, got {period!r}")
+    return kind, float(period)
+
+
+def _compare_kinds(path: Path, action: Sequence[ColumnMapping], embodiment: Embodiment) -> None:
+    """What a dataset says of its columns, with what the profile says. Raises ValueError if they differ."""
+    for number, entry in enumerate(action):
+        for column in entry.numbers:
+            # None where the profile does not say.
+            is_step, is_two_valued = (
+                None if columns is None else column in columns
+                for columns in (embodiment.step_columns, embodiment.two_valued_columns)
+            )
+            if entry.kind is None:
+                if entry.minus is not None and (is_step or is_two_valued):
+                    _tell_of_minus(path, f"action[{number}]", column, embodiment.name)
+                continue
+            # A profile that does not say is of no other opinion; two values may as well be called absolute.
+            other_two = is_two_valued is (entry.kind != "two_valued") and entry.kind != "absolute"
+            other_step = is_step is (entry.kind != "step")
+            if other_step or other_two:
+                raise ValueError(
+                    f"action[{number}].kind: {entry.kind} for column {column}, but embodiment {embodiment.name!r} says "
+                    f"step_columns {embodiment.step_columns}, two_valued_columns {embodiment.two_valued_columns}: mend "
+                    "one of them, or give a profile of your own"
+                )
+
+
+@cache
+def _tell_of_minus(path: Path, entry: str, column: int, profile: str) -> None:
+    """Once for each file and entry."""
+    log.warning(
+        "%s: %s: `minus` beside column %d, which profile %s has among its step_columns or two_valued_columns: whoever "
+        "executes the model must not go by that profile; give it one of its own",
+        path,
+        entry,
+        column,
+        profile,
+    )
 
 
 def _columns(raw: Any, where: str, known: Sequence[str]) -> tuple[ColumnMapping, ...]:
@@ -193,7 +314,11 @@ def _columns(raw: Any, where: str, known: Sequence[str]) -> tuple[ColumnMapping,
             raise ValueError(f"{at}.columns: expected columns of 0 to {COLUMNS - 1} not mapped before, got {text!r}")
         taken[begin:end] = True
         minus = Selector.parse(entry["minus"], f"{at}.minus") if "minus" in entry else None
-        mappings.append(ColumnMapping(slice(begin, end), Selector.parse(entry.get("from"), f"{at}.from"), minus))
+        kind, period = _kind(entry, at, KINDS)
+        if minus is not None and kind in ("step", "two_valued"):
+            raise ValueError(f"{at}.minus: expected none beside `kind: {kind}`")
+        source = Selector.parse(entry.get("from"), f"{at}.from")
+        mappings.append(ColumnMapping(slice(begin, end), source, minus, kind, period))
     return tuple(mappings)
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from xr0_engine.robot.decode import BIMANUAL_COLUMNS, LEFT, RIGHT, ArmPose, BimanualPose
+from xr0_engine.robot.prompt import prompt_task
 from xr0_engine.training.data.motion import BimanualMotion, Motion
 from xr0_engine.training.data.samples import DataError
 from xr0_engine.training.data.video import Clip
@@ -31,12 +32,10 @@ PARTS = {
     "joints": ("arm_joint", 6),
     "gripper": ("gripper_pos", 1),
 }
+# Ticks whose times are further apart have others missing between them.
+GAP_TICKS = 1.5
 # Digits after the point of what we write: micrometres and microradians, ten times over.
 DIGITS = 7
-
-# A human turn may be the whole prompt; the task stands between these.
-_PROMPT_TASK = "Generate robot actions for the task:\n"
-_PROMPT_END = " /no_cot"
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +44,7 @@ class Episode:
 
     motion: at rate_hz, the robot's control rate; tick 0 is the clips' first frame.
     instruction_at: (N,) int64, where the task changes within the episode: which of the instructions holds at a tick.
+    times_s: (N,) float64, rising, when each tick was, in an episode that lacks some; None: tick n is at n / rate_hz.
     """
 
     name: str
@@ -54,18 +54,28 @@ class Episode:
     motion: Motion
     rate_hz: float
     instruction_at: np.ndarray | None = None
+    times_s: np.ndarray | None = None
 
     def image(self, view: str, tick: int) -> np.ndarray:
         """(height, width, 3) uint8 RGB: the frame nearest in time to a tick. Raises DataError."""
         clip = self.clips[view]
-        return clip.read(clip.nearest(tick / self.rate_hz))
+        time_s = tick / self.rate_hz if self.times_s is None else float(self.times_s[tick])
+        return clip.read(clip.nearest(time_s))
+
+    def end_after(self, tick: int) -> int:
+        """The end, exclusive, of the ticks that follow a tick without a gap."""
+        if self.times_s is not None:
+            gaps = np.flatnonzero(np.diff(self.times_s[tick:]) * self.rate_hz > GAP_TICKS)
+            if len(gaps):
+                return tick + int(gaps[0]) + 1
+        return len(self.motion)
 
 
 def load_episode(path: Path) -> Episode:
     """Read an episode file. Raises DataError that names the file and what is wrong in it.
 
-    A part of an arm that the file lacks altogether is not supervised. Videos are not opened; their lengths are checked
-    when they are read.
+    A part of an arm that the file lacks altogether is not supervised. Videos must be there, but are not opened; their
+    lengths are checked when they are read.
     """
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
@@ -183,7 +193,8 @@ def _instructions(general: Any) -> tuple[str, ...]:
         human = [turn["value"] for turn in entry["conversations"] if turn["from"] == "human"]
         if not human or not human[0].strip():
             raise ValueError("instruction.general: expected a human turn with the task in every conversation")
-        task = human[0].rpartition(_PROMPT_TASK)[2].removesuffix(_PROMPT_END).replace("<image>", "").strip()
+        # A human turn may be the whole prompt.
+        task = prompt_task(human[0]).replace("<image>", "").strip()
         found.append(task)
     if not found:
         raise ValueError("instruction.general: expected at least one conversation, got none")
@@ -207,7 +218,20 @@ def _clip(raw: Any, view: str, folder: Path, count: int) -> Clip:
         )
     if crop is not None and not (len(crop) == 4 and all(isinstance(edge, int) for edge in crop)):
         raise ValueError(f"{where}: crop_bbox: expected [left, top, right, bottom] in pixels or null, got {crop!r}")
-    return Clip(folder / raw[0]["path"], start / fps, end - start, fps, None if crop is None else tuple(crop))
+    path = _video_path(raw[0]["path"], where, folder)
+    return Clip(path, start / fps, end - start, fps, None if crop is None else tuple(crop))
+
+
+def _video_path(written: Any, where: str, folder: Path) -> Path:
+    """Beside the JSON, or from the working directory, as released episode files of either kind are written."""
+    if not isinstance(written, str) or not written:
+        raise ValueError(f"{where}: path: expected that of a video, got {written!r}")
+    # An absolute path is itself in both.
+    candidates = list(dict.fromkeys((folder / written, Path.cwd() / written)))
+    found = [path for path in candidates if path.is_file()]
+    if not found:
+        raise ValueError(f"{where}: path: expected a video at {' or at '.join(map(str, candidates))}: there is none")
+    return found[0]
 
 
 def _clip_to_json(clip: Clip, folder: Path) -> dict[str, Any]:

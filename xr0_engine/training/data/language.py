@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
+from xr0_engine.robot.images import PictureError, aspect_fault, read_picture
 from xr0_engine.training.data.samples import DataError, LanguageSample
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
@@ -48,6 +48,8 @@ class LanguageLines:
             raw = json.loads(line)
             turns = tuple(_turn(turn) for turn in raw["conversations"])
             names = raw.get("images", [raw["image"]] if "image" in raw else [])
+            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                raise ValueError(f"images: expected a list of file names, got {names!r:.80}")
         except (ValueError, TypeError, AttributeError) as error:
             raise DataError(f"{source}: {error}") from None
         except KeyError as error:
@@ -65,12 +67,18 @@ def _turn(raw: Any) -> tuple[str, str]:
     text = raw["value"] if "value" in raw else raw["content"]
     if role not in ROLES or not isinstance(text, str) or not text.strip():
         raise ValueError(f"conversations: expected a role of {', '.join(ROLES)} with some text, got {raw!r:.80}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"conversations: expected text that UTF-8 can hold: {error}") from None
     return ROLES[role], text
 
 
 def _image(path: Path, source: str) -> np.ndarray:
     try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, UnidentifiedImageError) as error:
-        raise DataError(f"{source}: image {path} cannot be read: {error}") from None
+        image = read_picture(path, grey=True)
+    except PictureError as error:
+        raise DataError(f"{source}: image: {error}") from None
+    if fault := aspect_fault(*image.shape[:2]):
+        raise DataError(f"{source}: image {path}: {fault}")
+    return image

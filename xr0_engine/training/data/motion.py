@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -32,11 +33,13 @@ class BimanualMotion:
     """Two arms, absolute poses; actions come anchored at the measured pose. proprios, targets: N poses each.
 
     columns: (32,) bool. Parts that a robot does not report stand still in the poses, and are not among the columns.
+    periods: action column -> the period of a joint whose angle wraps; in targets it is unwrapped.
     """
 
     proprios: BimanualPose
     targets: BimanualPose
     columns: np.ndarray
+    periods: Mapping[int, float] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.proprios.left.position_m)
@@ -47,6 +50,8 @@ class BimanualMotion:
     def actions(self, tick: int, length: int) -> np.ndarray:
         ticks = np.minimum(np.arange(tick, tick + length), len(self) - 1)
         actions = anchor(take(self.targets, ticks), take(self.proprios, tick))
+        for column, period in self.periods.items():
+            actions[:, column] -= period * np.round(actions[0, column] / period)
         actions[:, ~self.columns] = 0
         return actions
 

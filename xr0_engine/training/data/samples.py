@@ -15,7 +15,8 @@ import numpy as np
 class RobotSample:
     """One observation and the actions that follow it.
 
-    images: view key of the embodiment -> (height, width, 3) uint8 RGB.
+    images: view key of the embodiment -> (height, width, 3) uint8 RGB, as the model's processor is given them: turned,
+    resized and cropped.
     instruction: the task in plain words.
     state: (state_length, S) float32, proprio state, never normalised.
     actions: (T, A) float32, robot units, anchored at the observation where the layout is; not normalised.

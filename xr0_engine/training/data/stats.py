@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,12 +13,15 @@ from typing import Any
 
 import numpy as np
 
+from xr0_engine.files import read_json
 from xr0_engine.robot.normalize import ACTIVE_STD
 from xr0_engine.training.data.description import COLUMNS
 from xr0_engine.training.data.parallel import in_parallel
 from xr0_engine.training.data.samples import DataError
 from xr0_engine.training.data.sources import Source, open_source, split
 from xr0_engine.training.data.windows import chunk_at
+
+log = logging.getLogger("xr0_engine.data")
 
 # Windows held in memory at once.
 BLOCK = 512
@@ -54,22 +58,29 @@ class Moments:
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """mean, std: (T, 32) float64, robot units; 0 for columns that the robot does not have. windows: how many."""
+    """mean, std: (T, 32) float64, robot units; 0 for columns that the robot does not have. windows: how many.
+
+    active_columns: those of the layout that any window has (ActionStatistics); None for a layout that names none.
+    """
 
     robot_type: str
     mean: np.ndarray
     std: np.ndarray
     windows: int
     episodes: int
+    active_columns: tuple[int, ...] | None = None
 
 
-def compute(paths: Sequence[Path], chunk_length: int, validation_fraction: float, processes: int) -> Statistics:
+def compute(
+    paths: Sequence[Path], chunk_length: int, validation_fraction: float, processes: int, skip_broken: bool = False
+) -> Statistics:
     """Statistics of the training windows of one robot's datasets. Exactly the same for any number of processes.
 
-    Raises DataError for a dataset that cannot be read, or none of whose episodes is as long as the chunk, and
-    ValueError for datasets of several robot types.
+    skip_broken: leave out, with a warning, the episodes whose motion cannot be read, as training does. Raises DataError
+    for a dataset that cannot be read, or none of whose episodes is as long as the chunk, and ValueError for datasets of
+    several robot types.
     """
-    sources = [open_source(path) for path in paths]
+    sources = [open_source(path, skip_broken) for path in paths]
     robot_types = sorted({source.description.robot_type for source in sources})
     if len(robot_types) != 1:
         raise ValueError(f"datasets: expected one robot type, got {', '.join(robot_types)}: one call for each")
@@ -80,58 +91,78 @@ def compute(paths: Sequence[Path], chunk_length: int, validation_fraction: float
             raise DataError(f"{path}: nothing to train on: every episode is invalid")
         if max(source.lengths[number] for number in train) < chunk_length:
             raise DataError(f"{path}: no episode has the {chunk_length} steps of a chunk")
-        parts.append(_sum(in_parallel(partial(_episode, source, chunk_length), train, processes, str(path))))
-        windows += sum(source.lengths[number] for number in train)
-        episodes += len(train)
+        read = partial(_episode, source, chunk_length, skip_broken)
+        moments = list(in_parallel(read, train, processes, str(path)))
+        kept = [number for number, one in zip(train, moments, strict=True) if one is not None]
+        if not kept:
+            raise DataError(f"{path}: nothing to train on: every episode is broken; run xr0 data check")
+        parts.append(_sum(one for one in moments if one is not None))
+        windows += sum(source.lengths[number] for number in kept)
+        episodes += len(kept)
     total = _sum(parts)
-    return Statistics(robot_types[0], total.mean, total.std, windows, episodes)
+    columns = sources[0].description.embodiment.action_layout.active_columns
+    if columns is not None:
+        # A part that no episode reports is none of this robot's: left active, it would be noise that nothing teaches.
+        columns = tuple(column for column in columns if total.count[:, column].any())
+    return Statistics(robot_types[0], total.mean, total.std, windows, episodes, columns)
 
 
 def merge(file: Path, statistics: Statistics, replace: bool) -> None:
     """Write the statistics into a preprocessor_config.json, new or there, beside those of other robot types.
 
     A robot type that the file has already is only replaced if asked, and only by the same robot: same chunk length,
-    same moving columns. Raises ValueError otherwise; the file changes whole or not at all.
+    same active columns. Raises ValueError otherwise; the file changes whole or not at all.
     """
     raw: dict[str, Any] = {}
     if file.exists():
-        try:
-            raw = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{file} is not valid JSON: {error}") from None
+        raw = read_json(file)
         known = raw.get("action_config", {}) if isinstance(raw, dict) else None
         if not isinstance(known, dict) or not all(isinstance(it, dict) and "std" in it for it in known.values()):
             raise ValueError(f"{file}: expected a JSON object with action_config: {{robot type: {{mean, std}}}}")
     known = raw.setdefault("action_config", {})
     name = statistics.robot_type
     if name in known:
-        _refuse_another(file, name, np.asarray(known[name]["std"]), statistics.std)
+        _refuse_another(file, name, known[name], statistics)
         if not replace:
             raise ValueError(f"{file} has statistics of {name!r} already: --replace puts these in their place")
     known[name] = {"mean": statistics.mean.tolist(), "std": statistics.std.tolist()}
+    if statistics.active_columns is not None:
+        known[name]["active_columns"] = list(statistics.active_columns)
     partial_file = file.with_name(f".{file.name}.partial")
     file.parent.mkdir(parents=True, exist_ok=True)
     partial_file.write_text(json.dumps(raw), encoding="utf-8")
     os.replace(partial_file, file)
 
 
-def _refuse_another(file: Path, name: str, old: np.ndarray, new: np.ndarray) -> None:
+def _refuse_another(file: Path, name: str, known: dict[str, Any], statistics: Statistics) -> None:
+    old, new = np.asarray(known["std"]), statistics.std
     if old.shape != new.shape:
         raise ValueError(
             f"{file}: {name!r} has chunks of {len(old)} steps there, these have {len(new)}: "
             "give this robot type a name of its own"
         )
-    old_columns, new_columns = ((std > ACTIVE_STD).any(axis=0) for std in (old, new))
-    if (old_columns != new_columns).any():
-        differing = np.flatnonzero(old_columns != new_columns).tolist()
+    listed, own = known.get("active_columns"), statistics.active_columns
+    if listed is None or own is None:
+        # Statistics of older files name none.
+        old_columns, new_columns = (set(np.flatnonzero((std > ACTIVE_STD).any(axis=0)).tolist()) for std in (old, new))
+    else:
+        old_columns, new_columns = set(map(int, listed)), set(own)
+    if old_columns != new_columns:
         raise ValueError(
-            f"{file}: {name!r} is another robot there, columns {differing} move in one of them only: "
-            "give this robot type a name of its own"
+            f"{file}: {name!r} is another robot there, columns {sorted(old_columns ^ new_columns)} move in one of them "
+            "only: give this robot type a name of its own"
         )
 
 
-def _episode(source: Source, chunk_length: int, number: int) -> Moments:
-    episode = source.load(number)
+def _episode(source: Source, chunk_length: int, skip_broken: bool, number: int) -> Moments | None:
+    """None: it is broken, and is left out."""
+    try:
+        episode = source.load(number)
+    except DataError as error:
+        if not skip_broken:
+            raise
+        log.warning("left out: %s", error)
+        return None
     blocks = (range(begin, min(begin + BLOCK, len(episode.motion))) for begin in range(0, len(episode.motion), BLOCK))
     return _sum(_block([chunk_at(episode, tick, chunk_length) for tick in block]) for block in blocks)
 

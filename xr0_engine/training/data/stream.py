@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from xr0_engine.robot.embodiment import Embodiment
 from xr0_engine.training.data.language import LanguageLines
 from xr0_engine.training.data.order import Interleaved
 from xr0_engine.training.data.samples import DataError, LanguageSample, RobotSample
@@ -31,6 +32,8 @@ class Mixture:
     robot: folders of episodes or LeRobot datasets, or YAML files that describe one. language: JSONL files.
     language_every: every n-th batch is of language (7 gives 1 : 6), 0 = none.
     validation: datasets for validation; if there are none, validation_fraction of the episodes of `robot` is held out.
+    skip_broken: do without samples that cannot be read: in training others take their place.
+    embodiment: the profile that all datasets are seen through; None = each through its own.
     """
 
     robot: tuple[str, ...]
@@ -38,6 +41,8 @@ class Mixture:
     language_every: int = 0
     validation: tuple[str, ...] = ()
     validation_fraction: float = 0.1
+    skip_broken: bool = False
+    embodiment: Embodiment | None = None
 
     def __post_init__(self) -> None:
         if not self.robot:
@@ -55,11 +60,14 @@ def training_windows(mixture: Mixture, chunk_length: int) -> list[Windows]:
 
 
 def validation_samples(mixture: Mixture, chunk_length: int, count: int) -> Iterator[RobotSample]:
-    """About count samples, evenly over the datasets for validation or what is held out; always the same ones."""
+    """About count samples, evenly over the datasets for validation or what is held out; always the same ones.
+
+    Raises DataError for one that cannot be read, unless mixture.skip_broken does without it.
+    """
     if mixture.validation:
         parts = []
         for text in mixture.validation:
-            source = open_source(_weighted(text)[0])
+            source = open_source(weighted(text)[0], mixture.skip_broken, mixture.embodiment)
             parts.append(Windows(source, range(len(source.names)), chunk_length))
     else:
         parts = [held_out for _, held_out in _split_windows(mixture, chunk_length, mixture.validation_fraction)]
@@ -68,16 +76,16 @@ def validation_samples(mixture: Mixture, chunk_length: int, count: int) -> Itera
         raise ValueError("validation: expected datasets, or a validation_fraction that holds some episode out")
     for part in parts:
         if len(part):
-            yield from part.spread(max(1, round(count * len(part) / total)))
+            yield from part.spread(max(1, round(count * len(part) / total)), mixture.skip_broken)
 
 
 class Stream:
     """Batches without end: list[RobotSample], or list[LanguageSample] for every mixture.language_every-th.
 
     batch_size: samples of this process. rank, world_size: which share of the run's samples is this process's.
-    workers: processes that read ahead; 0 reads when asked. augment: see augment.py. skip_broken: replace samples that
-    cannot be read by others, counted in `skipped`; otherwise they raise DataError. Raises DataError for datasets that
-    cannot be opened, ValueError for other arguments. close() ends the workers.
+    workers: processes that read ahead; 0 reads when asked. augment: see augment.py. With mixture.skip_broken, samples
+    that cannot be read are replaced by others, counted in `skipped`; otherwise they raise DataError. Raises DataError
+    for datasets that cannot be opened, ValueError for other arguments. close() ends the workers.
     """
 
     def __init__(
@@ -90,7 +98,6 @@ class Stream:
         workers: int = 0,
         chunk_length: int = 30,
         augment: bool = True,
-        skip_broken: bool = False,
     ) -> None:
         if batch_size < 1 or workers < 0 or not 0 <= rank < world_size:
             raise ValueError(
@@ -99,10 +106,10 @@ class Stream:
             )
         windows = training_windows(mixture, chunk_length)
         self._reader = _Reader(
-            robot=Interleaved(windows, [_weighted(text)[1] for text in mixture.robot], mixture.robot, seed),
+            robot=Interleaved(windows, [weighted(text)[1] for text in mixture.robot], mixture.robot, seed),
             language=Interleaved(
-                [LanguageLines(_weighted(text)[0]) for text in mixture.language],
-                [_weighted(text)[1] for text in mixture.language],
+                [LanguageLines(weighted(text)[0]) for text in mixture.language],
+                [weighted(text)[1] for text in mixture.language],
                 mixture.language,
                 seed + 1,
             )
@@ -113,7 +120,7 @@ class Stream:
             rank=rank,
             world_size=world_size,
             augment=augment,
-            skip_broken=skip_broken,
+            skip_broken=mixture.skip_broken,
         )
         self._workers = workers
         self._identity = _identity(self._reader, mixture, seed, chunk_length)
@@ -220,7 +227,8 @@ class _Reader:
         return self.robot, number - languages
 
 
-def _weighted(text: str) -> tuple[Path, float]:
+def weighted(text: str) -> tuple[Path, float]:
+    """`path` or `path=weight` -> both, the weight 1 if not given. Raises ValueError for a weight that is none."""
     path, equals, number = text.rpartition("=")
     if not equals:
         return Path(text), 1.0
@@ -235,7 +243,7 @@ def _weighted(text: str) -> tuple[Path, float]:
 
 def _split_windows(mixture: Mixture, chunk_length: int, fraction: float) -> Iterator[tuple[Windows, Windows]]:
     for text in mixture.robot:
-        source = open_source(_weighted(text)[0])
+        source = open_source(weighted(text)[0], mixture.skip_broken, mixture.embodiment)
         train, held_out = split(source, fraction)
         yield Windows(source, train, chunk_length), Windows(source, held_out, chunk_length)
 
@@ -243,7 +251,7 @@ def _split_windows(mixture: Mixture, chunk_length: int, fraction: float) -> Iter
 def _identity(reader: _Reader, mixture: Mixture, seed: int, chunk_length: int) -> str:
     """What a position in the stream is a position in."""
     sizes = [[len(data) for data in part.datasets] for part in (reader.robot, reader.language) if part is not None]
-    weights = [[_weighted(text)[1] for text in part] for part in (mixture.robot, mixture.language)]
+    weights = [[weighted(text)[1] for text in part] for part in (mixture.robot, mixture.language)]
     facts = [sizes, weights, mixture.language_every, mixture.validation_fraction, seed, chunk_length]
     facts += [reader.batch_size, reader.world_size, reader.augment]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

@@ -1,0 +1,105 @@
+"""Observations that come as tokens and patches: the same model inputs, or refused by the field."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from tests.support import make_config
+from xr0_engine.checkpoint import init_checkpoint
+from xr0_engine.robot.limits import ImageLimits
+from xr0_engine.robot.preprocess import Preprocessor
+from xr0_engine.robot.tokenized import MAX_TEXT_TOKENS, tokenized_inputs
+from xr0_engine.types import ModelInputs, Observation, TokenizedObservation
+
+VIEWS = ("base", "left_wrist")
+
+
+@pytest.fixture(scope="module")
+def preprocess(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenized") / "tiny"
+    init_checkpoint(folder)
+    return Preprocessor.load(folder)
+
+
+@pytest.fixture(scope="module")
+def inputs(preprocess) -> ModelInputs:
+    rng = np.random.default_rng(0)
+    images = {
+        "base": rng.integers(0, 256, (64, 96, 3), np.uint8),
+        "left_wrist": rng.integers(0, 256, (64, 64, 3), np.uint8),
+    }
+    return preprocess([Observation(images, "Go.", rng.standard_normal(32, dtype=np.float32), "libero_all")])
+
+
+@pytest.fixture
+def sent(inputs) -> TokenizedObservation:
+    return TokenizedObservation(
+        inputs.input_ids[0].numpy(), inputs.pixel_values.numpy(), inputs.image_grids, inputs.state[0, 0].numpy()
+    )
+
+
+def test_inputs_are_those_of_the_observation(preprocess, inputs, sent):
+    made = tokenized_inputs(sent, VIEWS, preprocess.config, preprocess.statistics["libero_all"])
+    assert (made.image_grids, made.preamble_length) == (inputs.image_grids, inputs.preamble_length)
+    names = ("input_ids", "attention_mask", "pixel_values", "position_ids", "state", "action_mask")
+    for name in names:
+        own, expected = getattr(made, name), getattr(inputs, name)
+        assert own.dtype == expected.dtype
+        torch.testing.assert_close(own, expected, rtol=0, atol=0)
+
+
+CONFIG = make_config()
+IMAGE = CONFIG.tokens.image
+
+
+def without_opening(ids: np.ndarray) -> np.ndarray:
+    """The second image's own token is missing: it stands behind other text."""
+    ids = ids.copy()
+    ids[np.flatnonzero(ids == CONFIG.tokens.vision_start)[1]] = 5
+    return ids
+
+
+WRONG = {
+    "no ids": ({"input_ids": np.zeros(0, np.int64)}, "input_ids: expected 1 to 4096 tokens of text, got 0"),
+    "ids of a batch": ({"input_ids": np.zeros((1, 4), np.int64)}, r"input_ids: expected whole numbers \(N,\)"),
+    "ids with a point": ({"input_ids": np.zeros(4)}, r"input_ids: expected whole numbers \(N,\), got float64"),
+    "ids of a list": ({"input_ids": [1, 2]}, r"input_ids: expected whole numbers \(N,\), got list"),
+    "negative id": (lambda ids: np.append(ids, -1), "input_ids: expected ids below the model's 1024, got -1"),
+    "id of another model": (lambda ids: np.append(ids, 151643), "were they made with this checkpoint's tokenizer"),
+    "endless text": (lambda ids: np.append(ids, np.zeros(MAX_TEXT_TOKENS, np.int64)), "expected 1 to 4096 tokens"),
+    "image tokens missing": (lambda ids: np.delete(ids, np.flatnonzero(ids == IMAGE)[0]), "input_ids: expected"),
+    "more image tokens": (lambda ids: np.append(ids, IMAGE), "input_ids: expected image tokens for 2 images, got more"),
+    "image without an opening": (without_opening, "input_ids: expected 2 images, one for each grid, got 1"),
+    "an image too few": (
+        {"image_grids": ((4, 6),)},
+        r"image_grids: expected one for each view \(base, left_wrist\), got 1",
+    ),
+    "odd grid": ({"image_grids": ((4, 6), (3, 4))}, r"image_grids: expected multiples of 2 patches, got \(3, 4\)"),
+    "empty grid": ({"image_grids": ((4, 6), (0, 4))}, "image_grids: expected multiples of 2 patches"),
+    "large image": ({"image_grids": ((4, 6), (400, 400))}, "image_grids: expected at most 90000 pixels an image"),
+    "patches missing": ({"pixel_values": np.zeros((30, 1536), np.float32)}, r"pixel_values: .*shape \(40, 1536\), got"),
+    "pixels as they are": (
+        {"pixel_values": np.full((40, 1536), 128.0)},
+        r"pixel_values: expected pixels scaled to \[-1, 1\]",
+    ),
+    "NaN": ({"pixel_values": np.full((40, 1536), np.nan)}, "pixel_values: expected finite numbers"),
+    "short state": ({"state": np.zeros(8)}, r"state: expected numbers of shape \(1, 32\), got float64 \(1, 8\)"),
+    "infinite state": ({"state": np.full(32, 1e300)}, "state: expected finite numbers in float32"),
+}
+
+
+@pytest.mark.parametrize(("change", "complaint"), WRONG.values(), ids=WRONG)
+def test_wrong_field_is_refused(preprocess, sent, change, complaint):
+    wrong = replace(sent, **(change if isinstance(change, dict) else {"input_ids": change(sent.input_ids)}))
+    with pytest.raises(ValueError, match=complaint):
+        tokenized_inputs(wrong, VIEWS, preprocess.config, preprocess.statistics["libero_all"])
+
+
+def test_limits_are_the_checkpoint_s(preprocess, sent):
+    limits = ImageLimits(1024, 4096)
+    with pytest.raises(ValueError, match="image_grids: expected at most 4096 pixels an image"):
+        tokenized_inputs(sent, VIEWS, preprocess.config, preprocess.statistics["libero_all"], limits)

@@ -1,0 +1,104 @@
+"""config.json from outside: rotary embeddings that are not XR-0's are refused under whatever key they are written."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+
+from xr0_engine.checkpoint import tiny_config
+from xr0_engine.config import ModelConfig
+from xr0_engine.types import CheckpointError
+
+SECTION = [6, 5, 5]
+QWEN3 = {"rope_type": "default", "mrope_section": SECTION, "mrope_interleaved": True}
+
+
+def with_rope(scaling=None, parameters=None, theta: float | None = 5e6, vision=None) -> dict:
+    """A config.json whose text config has these, and nothing else, to say about rotary embeddings."""
+    hf = copy.deepcopy(tiny_config().to_hf())
+    text = hf["vlm_config"]["text_config"]
+    for key, value in (("rope_scaling", scaling), ("rope_parameters", parameters), ("rope_theta", theta)):
+        text.pop(key)
+        if value is not None:
+            text[key] = value
+    if vision is not None:
+        hf["vlm_config"]["vision_config"]["rope_parameters"] = vision
+    return json.loads(json.dumps(hf))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"scaling": QWEN3},
+        {"parameters": {**QWEN3, "rope_theta": 5e6}, "theta": None},
+        {"scaling": QWEN3, "parameters": {**QWEN3, "rope_theta": 5e6}},
+        {"scaling": {"mrope_section": SECTION, "mrope_interleaved": True}},
+        {"scaling": {"mrope_section": SECTION, "rope_type": "default"}},
+        {"scaling": {**QWEN3, "type": "default"}},
+        {"scaling": {"type": "mrope", "mrope_section": SECTION, "mrope_interleaved": True}},
+        {"scaling": {**QWEN3, "factor": 1.0, "partial_rotary_factor": None}},
+        {"scaling": QWEN3, "vision": {"rope_type": "axial", "rope_theta": 10000.0}},
+    ],
+    ids=[
+        "transformers 4", "transformers 5", "both", "no type", "interleaved not said", "both keys", "older key",
+        "neutral keys", "vision",
+    ],
+)  # fmt: skip
+def test_xr0s_rotary_embedding_is_read_wherever_it_stands(given):
+    assert ModelConfig.from_hf(with_rope(**given)) == tiny_config()
+
+
+@pytest.mark.parametrize("place", ["scaling", "parameters"])
+@pytest.mark.parametrize("kind", ["yarn", "linear", "dynamic", "longrope", "llama3", "proportional"])
+@pytest.mark.parametrize("key", ["rope_type", "type"])
+def test_a_scaling_is_refused_under_both_keys(place, kind, key):
+    rope = {"mrope_section": SECTION, "mrope_interleaved": True, key: kind, "factor": 4.0}
+    with pytest.raises(CheckpointError, match=rf"rope_{place}: {key} is '{kind}'; XR-0 has 'default'"):
+        ModelConfig.from_hf(with_rope(**{place: rope}))
+
+
+@pytest.mark.parametrize(
+    ("given", "complaint"),
+    [
+        ({"scaling": {**QWEN3, "type": "yarn"}}, "rope_type is 'default', type is 'yarn'"),
+        ({"scaling": QWEN3, "parameters": {**QWEN3, "rope_type": "yarn"}}, "rope_parameters: rope_type is 'yarn'"),
+        ({"scaling": {"type": "mrope", "mrope_section": SECTION}}, "'mrope' without mrope_interleaved, as Qwen2-VL"),
+        ({"scaling": {"rope_type": "mrope", "mrope_section": SECTION}}, "'mrope' without mrope_interleaved"),
+        # As Qwen2.5-VL is saved by later versions.
+        (
+            {"scaling": {"type": "default", "rope_type": "default", "mrope_section": SECTION}},
+            "'default' without mrope_interleaved, as Qwen2-VL",
+        ),
+        ({"scaling": {**QWEN3, "mrope_interleaved": False}}, "rope_scaling: mrope_interleaved is False"),
+        ({"scaling": {**QWEN3, "factor": 4.0}}, r"rope_scaling holds \{'factor': 4.0\}; .* not scaled"),
+        ({"scaling": QWEN3, "parameters": {**QWEN3, "mrope_section": [5, 6, 5]}}, r"mrope_section is \[5, 6, 5\] in"),
+        ({"parameters": {**QWEN3, "rope_theta": 1e4}}, "rope_theta is 5000000.0 in text_config, 10000.0 elsewhere"),
+        ({"scaling": QWEN3, "theta": None}, "lacks 'vlm_config.text_config.rope_theta'"),
+        ({"scaling": {"rope_type": "default"}}, "lacks 'vlm_config.text_config.mrope_section'"),
+        ({"scaling": "yarn"}, "value of the wrong kind"),
+        ({"scaling": QWEN3, "vision": {"rope_type": "yarn"}}, "vision rope_type is 'yarn'"),
+        ({"scaling": QWEN3, "vision": {"rope_theta": 500.0}}, "vision rope_theta is 500.0"),
+    ],
+    ids=[
+        "keys contradict", "places contradict", "mrope", "mrope as rope_type", "Qwen2.5-VL", "in sections", "factor",
+        "sections differ", "thetas differ", "no theta", "no sections", "text", "vision scaled", "vision theta",
+    ],
+)  # fmt: skip
+def test_what_is_not_xr0s_is_named(given, complaint):
+    with pytest.raises(CheckpointError, match=complaint):
+        ModelConfig.from_hf(with_rope(**given))
+
+
+@pytest.mark.parametrize("value", ["false", 0, None])
+def test_a_flag_is_true_or_false(value):
+    with pytest.raises(CheckpointError, match=r"compat_bf16_time is .* not true or false"):
+        ModelConfig.from_hf({**tiny_config().to_hf(), "compat_bf16_time": value})
+
+
+def test_a_part_that_is_no_dictionary_is_refused():
+    hf = tiny_config().to_hf()
+    hf["vlm_config"]["text_config"] = []
+    with pytest.raises(CheckpointError, match="value of the wrong kind"):
+        ModelConfig.from_hf(hf)

@@ -1,0 +1,1 @@
+"""Checkpoints of the released code: theirs to ours, and ours to theirs."""

@@ -1,0 +1,253 @@
+"""A released training run, or a file of its weights -> a checkpoint folder that the engine loads.
+
+Such a file holds tensors alone. Sizes that tensors do not tell, the tokenizer and the image settings come from a
+checkpoint of the same model; mask mode, statistics and robot type from the run's own configuration, or they are asked
+for (spec sections 2.4, 3.3 and 4.1).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xr0_engine.checkpoint import all_or_nothing, write_weights
+from xr0_engine.config import TRAINED_PREFIX, ModelConfig
+from xr0_engine.exchange.pickled import Weights, read_weights
+from xr0_engine.exchange.recipe import Recipe, find_recipe, read_action_config
+from xr0_engine.files import read_json
+from xr0_engine.model.weights import TIED_LM_HEAD, StoredTensor, check_tensors, checkpoint_shapes, resolve_checkpoint
+from xr0_engine.robot.layouts import BIMANUAL
+from xr0_engine.robot.limits import read_limits
+from xr0_engine.robot.normalize import STATISTICS_FILE, load_statistics
+from xr0_engine.types import CheckpointError
+
+EMBEDDINGS = "vlm.model.language_model.embed_tokens.weight"
+TOKENIZER_FILES = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template")
+"""How the names begin of what belongs to the tokenizer."""
+IMPORT_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Mode:
+    """What code the weights were made to run in: mask, offset, decoding and task text (spec sections 2.4, 3.3, 4.1)."""
+
+    local_window: int | None
+    position_offset: int
+    std_epsilon: float
+    normalize_instruction: bool
+
+
+MODES = {"post-training": Mode(4, 10, 1e-6, False), "benchmark": Mode(None, 0, 0.0, True)}
+
+
+@dataclass(frozen=True)
+class ImportOptions:
+    """step: of a run's steps. mode: a key of MODES; None: post-training for a run, refused for anything else.
+
+    local_window, position_offset, max_prefix: instead of the mode's and the run's. statistics: a file of them; None:
+    the run's own. robot_type: the name for statistics without one, or the one that is wanted. dtype: of IMPORT_DTYPES.
+    """
+
+    step: str | None = None
+    mode: str | None = None
+    local_window: int | None = None
+    position_offset: int | None = None
+    max_prefix: int | None = None
+    statistics: Path | None = None
+    robot_type: str | None = None
+    dtype: str = "bfloat16"
+
+
+def import_released(source: Path, out: Path, like: str | Path, options: ImportOptions | None = None) -> list[str]:
+    """Write a folder that the engine loads; it appears whole or not at all. Returns what was taken from where.
+
+    source: as in pickled.read_weights. like: folder or hub id of a checkpoint of the same model. Raises CheckpointError
+    or ValueError that names file, field and remedy, and OSError.
+    """
+    options = options or ImportOptions()
+    if options.dtype not in IMPORT_DTYPES:
+        raise ValueError(f"dtype: expected {' or '.join(IMPORT_DTYPES)}, got {options.dtype!r}")
+    refuse_occupied(out)
+    weights = read_weights(source, options.step)
+    recipe = find_recipe(weights.files[0]) if weights.is_run else None
+    mode = _mode(weights, recipe, options)
+    folder = resolve_checkpoint(like)
+    base = ModelConfig.load(folder)
+    config = _configured(base, weights, mode, recipe, options)
+    shapes = checkpoint_shapes(config)
+    _check(weights, shapes, folder)
+    action_config, told_by = _action_config(weights, recipe, options)
+    settings = read_settings(folder)
+    limits = read_limits(folder / STATISTICS_FILE, settings, config.vision)
+    preprocessor = {**settings, **limits.to_hf(), "action_config": action_config}
+    dtype = IMPORT_DTYPES[options.dtype]
+    num_bytes = sum(torch.Size(shape).numel() for shape in shapes.values()) * dtype.itemsize
+    with all_or_nothing(out, num_bytes) as target:
+        (target / "config.json").write_text(json.dumps(config.to_hf(), indent=2), encoding="utf-8")
+        (target / STATISTICS_FILE).write_text(json.dumps(preprocessor), encoding="utf-8")
+        _check_statistics(target, config, told_by)
+        copy_tokenizer(folder, target)
+        write_weights(target, shapes, dtype, lambda names: _converted(names, weights, dtype))
+    told = [*_told(weights, config, options), f"statistics: {', '.join(action_config)}, from {told_by}"]
+    sizes = _head_sizes(weights.tensors)
+    other = {size: value for size, value in sizes.items() if getattr(base.head, size) != value}
+    return told + ([f"action head: {other} by its tensors; {folder} has another"] if other else [])
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """What a checkpoint's preprocessor_config.json says. Raises CheckpointError if it is missing or no JSON object."""
+    path = folder / STATISTICS_FILE
+    if not path.is_file():
+        raise CheckpointError(f"{folder} holds no {STATISTICS_FILE}: the image settings are missing")
+    settings = read_json(path)
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(settings).__name__}")
+    return settings
+
+
+def refuse_occupied(out: Path) -> None:
+    """Raises ValueError for a folder that holds something, and for a file."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not empty; remove it or choose another folder")
+
+
+def copy_tokenizer(folder: Path, target: Path) -> None:
+    for file in sorted(folder.iterdir()):
+        if file.is_file() and file.name.startswith(TOKENIZER_FILES):
+            shutil.copy(file, target / file.name)
+
+
+def _mode(weights: Weights, recipe: Recipe | None, options: ImportOptions) -> Mode:
+    name = options.mode or ("post-training" if weights.is_run else None)
+    if name is None:
+        raise ValueError(
+            f"mode: {weights.files[0]} is no state of a training run, so nothing says how its weights are to be run: "
+            "--mode post-training (window 4, offset 10: trained by the released post-training code) or "
+            "--mode benchmark (full causal mask: converted from a released checkpoint)"
+        )
+    if name not in MODES:
+        raise ValueError(f"mode: expected {' or '.join(MODES)}, got {name!r}")
+    mode = MODES[name]
+    trained = recipe.model.get("local_window") if recipe and name == "post-training" else None
+    if isinstance(trained, int):
+        mode = replace(mode, local_window=trained)
+    given = {key: getattr(options, key) for key in ("local_window", "position_offset")}
+    return replace(mode, **{key: value for key, value in given.items() if value is not None})
+
+
+def _configured(
+    config: ModelConfig, weights: Weights, mode: Mode, recipe: Recipe | None, options: ImportOptions
+) -> ModelConfig:
+    """The checkpoint's configuration with the sizes that the tensors tell, and the mode."""
+    max_prefix = options.max_prefix
+    if max_prefix is None and mode.local_window is not None:
+        is_async = bool(recipe and recipe.model.get("async_train") is True)
+        max_prefix = TRAINED_PREFIX if is_async else 0
+    sizes: dict[str, Any] = dict(_head_sizes(weights.tensors))
+    head = replace(
+        config.head,
+        **sizes,
+        local_window=mode.local_window,
+        position_offset=mode.position_offset,
+        max_prefix=config.head.max_prefix if max_prefix is None else max_prefix,
+    )
+    return replace(config, head=head, std_epsilon=mode.std_epsilon, normalize_instruction=mode.normalize_instruction)
+
+
+def _head_sizes(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Sizes of the action head that its tensors tell; those of tensors that are missing are left out."""
+    columns = {
+        "hidden_size": "sink.weight",
+        "state_dim": "state_projector.layers.0.weight",
+        "action_dim": "action_projector.layers.0.weight",
+        "head_dim": "dit.layers.0.attn.q_norm.weight",
+    }
+    sizes = {size: tensors[name].shape[-1] for size, name in columns.items() if name in tensors and tensors[name].ndim}
+    layers = {int(match[1]) for name in tensors if (match := re.match(r"dit\.layers\.(\d+)\.", name))}
+    return sizes | ({"num_layers": max(layers) + 1} if layers else {})
+
+
+def _check(weights: Weights, shapes: Mapping[str, tuple[int, ...]], like: Path) -> None:
+    file = weights.files[0]
+    if not shapes.keys() & weights.tensors.keys():
+        names = ", ".join(list(weights.tensors)[:3])
+        raise CheckpointError(f"{file} holds another model: {names}, ... instead of {', '.join(list(shapes)[:3])}, ...")
+    places = {name: StoredTensor(file, name, tuple(it.shape), it.dtype) for name, it in weights.tensors.items()}
+    try:
+        check_tensors(places, shapes)
+    except CheckpointError as error:
+        raise CheckpointError(f"{file}, by the config.json of {like}: {error}") from None
+    head = weights.tensors.get(TIED_LM_HEAD)
+    if head is not None and not torch.equal(head, weights.tensors[EMBEDDINGS]):
+        raise CheckpointError(f"{file}: {TIED_LM_HEAD} differs from the text embeddings; XR-0 ties them")
+
+
+def _action_config(weights: Weights, recipe: Recipe | None, options: ImportOptions) -> tuple[dict[str, Any], Path]:
+    """Robot type -> statistics, and the file that they are from."""
+    file = options.statistics
+    if file is not None:
+        action_config = read_action_config(file, options.robot_type)
+    elif recipe is not None:
+        file = recipe.file
+        action_config = read_action_config(file, options.robot_type)
+    else:
+        raise ValueError(
+            f"statistics: {weights.files[0]} comes without mean and std of actions, as a run's config.py would give "
+            "them: --statistics FILE, as `xr0 data stats` writes it, or a checkpoint's preprocessor_config.json"
+        )
+    if (options.mode or "post-training") == "post-training":
+        if len(action_config) > 1:
+            raise ValueError(
+                f"robot_type: a released run trains one robot, {file} holds {', '.join(action_config)}: "
+                "choose by --robot-type"
+            )
+        # The post-training code always uses these, whatever the statistics (spec section 3.3).
+        columns = sorted(column.index for column in BIMANUAL.columns)
+        action_config = {
+            name: {"active_columns": columns, **entry} if isinstance(entry, dict) else entry
+            for name, entry in action_config.items()
+        }
+    return action_config, file
+
+
+def _check_statistics(target: Path, config: ModelConfig, told_by: Path) -> None:
+    try:
+        load_statistics(target, config.head.action_dim, config.std_epsilon)
+    except CheckpointError as error:
+        raise CheckpointError(str(error).replace(str(target / STATISTICS_FILE), str(told_by))) from None
+
+
+def _converted(names: list[str], weights: Weights, dtype: torch.dtype) -> dict[str, Tensor]:
+    values = {name: weights.tensors[name].to(dtype).contiguous() for name in names}
+    broken = [name for name, value in values.items() if not value.isfinite().all()]
+    if broken:
+        raise CheckpointError(
+            f"{weights.files[0]}: {broken[0]} holds NaN or infinity, as after a run that diverged: choose an earlier "
+            "step"
+        )
+    return values
+
+
+def _told(weights: Weights, config: ModelConfig, options: ImportOptions) -> Iterator[str]:
+    head = config.head
+    stored = sorted({str(it.dtype).removeprefix("torch.") for it in weights.tensors.values()})
+    yield f"weights: {', '.join(str(file) for file in weights.files)}, {' and '.join(stored)} -> {options.dtype}"
+    if weights.is_run and stored == ["bfloat16"]:
+        yield (
+            "these are the bfloat16 weights that the released server loads; a run's float32 masters are not read "
+            "(merge them by the run's zero_to_fp32.py and convert its output, if you need them)"
+        )
+    mask = "full causal" if head.local_window is None else f"{head.local_window} actions back"
+    yield f"mask: {mask}; position offset {head.position_offset}; std_epsilon {config.std_epsilon:g}"
+    text = "with a capital and a full stop" if config.normalize_instruction else "as it is given"
+    yield f"task text: {text}; prefixes of up to {head.max_prefix} actions"
+    if head.max_prefix == 0 and options.max_prefix is None:
+        yield "no prefixes: nothing says that the run trained with them (async_train: true); --max-prefix 6 if it did"

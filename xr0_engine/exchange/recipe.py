@@ -1,0 +1,151 @@
+"""What a released run says of itself, and action statistics of any source, as plain values; no code is run.
+
+The released training writes its configuration into the run's folder as `config.py` (assignments of `dict(...)` calls
+and literals) and its server reads mean and std from there: `data.params.train_datasets`. The same in `config.yaml`, or
+in a data configuration such as `configs/data/earphone.yaml`.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from xr0_engine.files import read_json
+from xr0_engine.types import CheckpointError
+
+RECIPE_FILES = ("config.py", "config.yaml")
+"""The first is what the released server reads."""
+STATISTICS_PLACE = ("data", "params", "train_datasets")
+MODEL_PLACE = ("model", "params", "model")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """file: where it stands. values: what it says, nested as there."""
+
+    file: Path
+    values: Mapping[str, Any]
+
+    @property
+    def model(self) -> Mapping[str, Any]:
+        """The model's settings: async_train, local_window, ..."""
+        return _at(self.values, MODEL_PLACE)
+
+
+def find_recipe(weights: Path) -> Recipe | None:
+    """The configuration of the run that a file of weights belongs to: beside it, or up to two folders above.
+
+    Raises CheckpointError for one that cannot be read.
+    """
+    for folder in list(weights.resolve().parents)[:3]:
+        for name in RECIPE_FILES:
+            if (folder / name).is_file():
+                return Recipe(folder / name, _read_values(folder / name))
+    return None
+
+
+def read_action_config(file: Path, robot_type: str | None) -> dict[str, Any]:
+    """Robot type -> {mean, std, ...} of a file: a preprocessor_config.json, what `xr0 data stats` writes, or a released
+    configuration (YAML, or Python of literals). The entries' own form is not checked.
+
+    robot_type: the name for statistics that have none; of several, the one that is wanted (None: all). Raises
+    CheckpointError, or ValueError if a name is missing or unknown.
+    """
+    if not file.is_file():
+        raise CheckpointError(f"there is no file {file} of action statistics")
+    values = read_json(file) if file.suffix == ".json" else _read_values(file)
+    named = values.get("action_config") if isinstance(values, Mapping) else None
+    if isinstance(named, Mapping) and named:
+        if robot_type is None:
+            return dict(named)
+        if robot_type not in named:
+            raise ValueError(f"robot_type: {file} holds {', '.join(map(str, named))}, not {robot_type!r}")
+        return {robot_type: named[robot_type]}
+    return {_named(file, robot_type): statistics_of(file, values)}
+
+
+def statistics_of(file: Path, values: Any) -> dict[str, Any]:
+    """{mean, std} of a released configuration, or of a file that holds nothing else. Raises CheckpointError."""
+    place = _at(values, STATISTICS_PLACE)
+    if not place:
+        place = values if isinstance(values, Mapping) else {}
+    missing = [name for name in ("mean", "std") if place.get(name) is None]
+    if missing:
+        raise CheckpointError(
+            f"{file} holds no action statistics: no `action_config`, and no {' and '.join(missing)} in "
+            f"{'.'.join(STATISTICS_PLACE)}: give --statistics FILE, as `xr0 data stats` writes it"
+        )
+    if place.get("active_parts") is not None:
+        raise CheckpointError(
+            f"{file}: {'.'.join(STATISTICS_PLACE)}.active_parts is unknown to the released training, which always uses "
+            "26 columns: give --statistics FILE with `active_columns`, a list of column numbers, beside mean and std"
+        )
+    return {name: _numbers(place[name]) for name in ("mean", "std")}
+
+
+def _named(file: Path, robot_type: str | None) -> str:
+    if not robot_type:
+        raise ValueError(
+            f"robot_type: {file} names no robot: give --robot-type, the name that observations will carry "
+            "(bimanual has the profile of the released post-training built in)"
+        )
+    return robot_type
+
+
+def _numbers(table: Any) -> Any:
+    """YAML takes 1e-06, which has no point, for text."""
+    if isinstance(table, list):
+        return [_numbers(item) for item in table]
+    try:
+        return float(table) if isinstance(table, str) else table
+    except ValueError:
+        return table
+
+
+def _at(values: Any, place: tuple[str, ...]) -> Mapping[str, Any]:
+    for key in place:
+        values = values.get(key) if isinstance(values, Mapping) else None
+    return values if isinstance(values, Mapping) else {}
+
+
+def _read_values(file: Path) -> Any:
+    text = file.read_text(encoding="utf-8", errors="replace")
+    if file.suffix == ".py":
+        return _literals(file, text)
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise CheckpointError(f"{file} is no YAML of plain values: {error}") from None
+
+
+def _literals(file: Path, text: str) -> dict[str, Any]:
+    """A Python file's assignments of literals and `dict(...)`; what else it holds is left out, and never run."""
+    try:
+        body = ast.parse(text).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise CheckpointError(f"{file} is no Python of plain values: {error}") from None
+    values = {}
+    for node in body:
+        if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
+            values[node.targets[0].id] = _literal(node.value)
+    return values
+
+
+def _literal(node: ast.expr) -> Any:
+    """None for an expression that is no plain value."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict" and not node.args:
+        return {keyword.arg: _literal(keyword.value) for keyword in node.keywords if keyword.arg is not None}
+    if isinstance(node, ast.Dict):
+        pairs = zip(node.keys, node.values, strict=True)
+        return {key.value: _literal(value) for key, value in pairs if isinstance(key, ast.Constant)}
+    if isinstance(node, ast.List | ast.Tuple):
+        return [_literal(item) for item in node.elts]
+    try:
+        return ast.literal_eval(node)
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+        return None

@@ -1,0 +1,127 @@
+"""Pictures from outside, as arrays and as files: taken as what they show, or refused with the reason and the remedy.
+
+It needs no torch: a robot's side reads pictures too.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+# What Pillow raises for files that are broken, cut off, or more than they claim.
+_BROKEN = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    LookupError,
+    TypeError,
+    struct.error,
+    EOFError,
+    OverflowError,
+    Image.DecompressionBombError,
+)
+
+MAX_ASPECT = 200
+"""Of a side to the other, as the released image processor has it."""
+
+_ALPHA_MODES = ("RGBA", "RGBa", "LA", "La", "PA")
+
+_NO_ALPHA = "lay it on a background, or drop the alpha channel"
+_NO_GREY = "if the model shall see it, repeat it in three channels"
+
+
+class PictureError(ValueError):
+    """A picture that is refused: what was expected, what came, and the remedy. Whoever knows its name adds that."""
+
+
+def array_fault(image: object) -> str | None:
+    """Why an array is no camera image, (H, W, 3) uint8 RGB, with the remedy; None if it is one."""
+    if not isinstance(image, np.ndarray):
+        return f"{type(image).__name__}; only NumPy arrays are taken"
+    if image.dtype != np.uint8:
+        remedy = ": take the upper byte, `(image >> 8).astype(np.uint8)`" if image.dtype == np.uint16 else ""
+        return f"dtype {image.dtype}{remedy}"
+    if image.ndim == 2:
+        return f"shape {image.shape}, a grey image: {_NO_GREY}"
+    if image.ndim != 3:
+        return f"shape {image.shape}"
+    if image.size == 0:
+        return f"shape {image.shape}, an empty image"
+    height, _, channels = image.shape
+    if channels == 3:
+        return None
+    if height in (1, 3, 4):
+        return f"shape {image.shape}: channels last expected, these look like channels first"
+    said = {1: f", a grey image: {_NO_GREY}", 2: ", a grey image with alpha", 4: f", an image with alpha: {_NO_ALPHA}"}
+    return f"shape {image.shape}{said.get(channels, '')}"
+
+
+def aspect_fault(height: int, width: int) -> str | None:
+    """Why the model's processor cannot take a picture of these sides; None if it can."""
+    if max(height, width) > MAX_ASPECT * min(height, width):
+        return f"height {height}, width {width}: the aspect ratio is above {MAX_ASPECT}"
+    return None
+
+
+def read_picture(
+    source: bytes | Path,
+    *,
+    formats: tuple[str, ...] | None = None,
+    max_pixels: int | None = None,
+    grey: bool = False,
+) -> np.ndarray:
+    """What a picture file shows, upright as its EXIF orientation says: (H, W, 3) uint8 RGB.
+
+    source: the file's bytes or its path. formats: of Pillow's, those that are taken; None: all. max_pixels: nothing
+    larger is decoded; None: Pillow's own limit. grey: take a grey picture, its value in all three channels; a camera's
+    is refused, as an array without colour is. Of 16 bits per channel the upper 8 are taken. Raises PictureError for
+    what is broken, too large, has alpha or several frames, or values whose range is unknown.
+    """
+    what = str(source) if isinstance(source, Path) else f"the file of {len(source)} bytes"
+    try:
+        # Only the header is read here.
+        with Image.open(source if isinstance(source, Path) else io.BytesIO(source), formats=formats) as picture:
+            check_size(picture.width, picture.height, max_pixels)
+            _refuse_kind(picture, what, grey)
+            upright = ImageOps.exif_transpose(picture)
+            if _is_deep_grey(picture):
+                values = (np.asarray(upright) >> 8).astype(np.uint8)
+                return np.repeat(values[..., None], 3, axis=2)
+            return np.asarray(upright.convert("RGB"))
+    except PictureError:
+        raise
+    except _BROKEN as error:
+        kind = f"a {' or '.join(formats)} file" if formats else "an image file (PNG, JPEG, ...)"
+        raise PictureError(f"expected {kind}, but {what} cannot be read: {error}") from None
+
+
+def check_size(width: int, height: int, max_pixels: int | None) -> None:
+    """Raises PictureError for more pixels than that, or none."""
+    if width * height < 1 or (max_pixels is not None and width * height > max_pixels):
+        raise PictureError(f"expected at most {max_pixels} pixels, got {width} x {height}")
+
+
+def _refuse_kind(picture: Image.Image, what: str, grey: bool) -> None:
+    # A JPEG may carry previews or a gain map behind its picture (MPO); the picture is the first.
+    if getattr(picture, "is_animated", False) and picture.format != "MPO":
+        raise PictureError(f"expected one picture, but {what} holds several: save the one that is meant as a file")
+    colours = picture.palette.mode if picture.mode == "P" and picture.palette else picture.mode
+    # Text in a PNG file may bear the same name.
+    transparency = picture.info.get("transparency")
+    if colours in _ALPHA_MODES or not (transparency is None or isinstance(transparency, str)):
+        raise PictureError(f"expected a picture without transparency, but {what} has an alpha channel: {_NO_ALPHA}")
+    is_grey = picture.mode in ("1", "L") or _is_deep_grey(picture)
+    if is_grey and not grey:
+        raise PictureError(f"expected a picture in colour, but {what} is a grey image: {_NO_GREY}")
+    if not is_grey and picture.mode not in ("RGB", "P", "CMYK", "YCbCr"):
+        raise PictureError(f"expected 8 or 16 bits per channel, but {what} is of mode {picture.mode}: save it as RGB")
+
+
+def _is_deep_grey(picture: Image.Image) -> bool:
+    """Whether it is grey of 16 bits. Of 16-bit colours Pillow itself reads the upper 8."""
+    # Mode I has 32 bits, but a PNG file never more than 16: older versions of Pillow open those of 16 as I.
+    return picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG")

@@ -1,0 +1,133 @@
+"""What preprocessor_config.json says of images: limits that are honoured, and values that only the released may have.
+
+Nothing else of the released image processor (spec section 3.1) is a matter of configuration here: a file that asks for
+another normalisation, resampling or patch size is refused. Absent keys mean the released values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from xr0_engine.config import VisionConfig
+from xr0_engine.files import read_json
+from xr0_engine.types import CheckpointError
+
+IMAGE_FILE = "preprocessor_config.json"
+BICUBIC = 3
+"""Pillow's number for it, and transformers'."""
+LARGEST_MINIMUM = 2**24
+"""Pixels that the largest picture of Qwen3-VL's own processor may have: a smaller one is not to be enlarged to more."""
+
+
+@dataclass(frozen=True)
+class ImageLimits:
+    """Pixels of a resized image, at least and at most. Raises ValueError for limits that make no sense."""
+
+    min_pixels: int
+    max_pixels: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_pixels <= min(self.max_pixels, LARGEST_MINIMUM):
+            raise ValueError(
+                f"image limits: expected 1 <= min_pixels <= max_pixels, and min_pixels <= {LARGEST_MINIMUM}, got "
+                f"{self.min_pixels} and {self.max_pixels}"
+            )
+
+    def to_hf(self) -> dict[str, Any]:
+        """Under the keys of transformers 4.57 and of those after it."""
+        return {
+            "min_pixels": self.min_pixels,
+            "max_pixels": self.max_pixels,
+            "size": {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels},
+        }
+
+
+RELEASED_LIMITS = ImageLimits(1024, 90_000)
+
+
+def load_limits(folder: Path, vision: VisionConfig) -> ImageLimits:
+    """The limits of a checkpoint folder; the released ones if it has no preprocessor_config.json.
+
+    Raises CheckpointError that names every key that contradicts another, makes no sense, or asks for what the engine
+    does not do.
+    """
+    path = folder / IMAGE_FILE
+    return read_limits(path, read_json(path), vision) if path.is_file() else RELEASED_LIMITS
+
+
+def read_limits(path: Path, raw: Any, vision: VisionConfig) -> ImageLimits:
+    """As load_limits; raw: what the file `path` holds."""
+    if not isinstance(raw, Mapping):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(raw).__name__}")
+    faults = _unsupported(raw, vision)
+    limits = RELEASED_LIMITS
+    try:
+        limits = _limits(raw)
+        token = (vision.patch_size * vision.spatial_merge_size) ** 2
+        if limits.max_pixels < token:
+            raise ValueError(f"max_pixels is {limits.max_pixels}, less than the {token} pixels of one image token")
+    except ValueError as error:
+        faults.append(str(error))
+    if faults:
+        raise CheckpointError(
+            f"{path}: {'; '.join(faults)}. Correct the file if the model was trained with what the engine does"
+        )
+    return limits
+
+
+def _limits(raw: Mapping[str, Any]) -> ImageLimits:
+    size = raw.get("size")
+    if size is None:
+        size = {}
+    elif not isinstance(size, Mapping) or size.keys() != {"shortest_edge", "longest_edge"}:
+        raise ValueError(f"size is {size!r:.80}: expected the pixels as {{shortest_edge, longest_edge}}")
+    chosen = {}
+    for key, older in (("shortest_edge", "min_pixels"), ("longest_edge", "max_pixels")):
+        given = {name: _pixels(name, place[name]) for place, name in ((size, key), (raw, older)) if _has(place, name)}
+        if len(set(given.values())) > 1:
+            raise ValueError(f"size.{key} is {given[key]}, {older} is {given[older]}: keep the one of the training")
+        chosen[older] = next(iter(given.values()), getattr(RELEASED_LIMITS, older))
+    return ImageLimits(**chosen)
+
+
+def _has(place: Mapping[str, Any], name: str) -> bool:
+    return place.get(name) is not None
+
+
+def _pixels(name: str, value: Any) -> int:
+    # Infinity is no multiple of 1 either.
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value // 1:
+        raise ValueError(f"{name} is {value!r:.40}: expected a whole number of pixels")
+    return int(value)
+
+
+def _unsupported(raw: Mapping[str, Any], vision: VisionConfig) -> list[str]:
+    """What the file asks for, and the engine does not do."""
+    supported: dict[str, object] = {
+        "do_resize": True,
+        "do_rescale": True,
+        "do_normalize": True,
+        "resample": BICUBIC,
+        "rescale_factor": 1 / 255,
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+        "patch_size": vision.patch_size,
+        "temporal_patch_size": vision.temporal_patch_size,
+        "merge_size": vision.spatial_merge_size,
+    }
+    return [
+        f"{key} is {raw[key]!r:.80}, the engine has {expected!r} alone"
+        for key, expected in supported.items()
+        if _has(raw, key) and not _equal(raw[key], expected)
+    ]
+
+
+def _equal(value: Any, expected: object) -> bool:
+    if isinstance(expected, float):
+        # The factor is written with more or fewer digits.
+        return isinstance(value, float) and math.isclose(value, expected, rel_tol=1e-6)
+    return type(value) is not bool and value == expected if expected is not True else value is True

@@ -1,0 +1,149 @@
+"""What the released clients send (spec section 6), as requests: pictures and text, or tensors made on their side.
+
+Their images come prepared: turned, resized and cropped as the model saw them in training, so no profile does it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from xr0_engine.robot.prompt import task_of
+from xr0_engine.serve.protocol import PolicyMetadata, Request
+from xr0_engine.serve.requests import read_numbers, read_prefix, read_seed
+from xr0_engine.serve.requests import read_request as read_named
+from xr0_engine.types import RobotInfo, TokenizedObservation
+
+_PICTURES = ("task_id", "state", "base", "wrist_left", "language", "seed")
+# mm_token_type_ids: newer processors add it. It says which tokens are images, as input_ids do.
+_TENSORS = (
+    *("input_ids", "attention_mask", "pixel_values", "image_grid_thw", "state", "action", "prefix_length"),
+    *("mm_token_type_ids", "task_id", "seed"),
+)
+
+
+def read_request(fields: object, metadata: PolicyMetadata) -> Request:
+    """The request that a released client's dictionary makes. Raises ValueError that names the field."""
+    if not isinstance(fields, Mapping):
+        raise ValueError(f"request: expected a dictionary, got {type(fields).__name__}")
+    known = _TENSORS if "input_ids" in fields else _PICTURES
+    unknown = [key for key in fields if key not in known]
+    if unknown:
+        raise ValueError(f"{unknown[0]!r:.80}: unknown field; expected {', '.join(known)}")
+    present = {name: value for name, value in fields.items() if value is not None}
+    robot_type = _robot_type(present.get("task_id"), metadata)
+    state = present.get("state")
+    if isinstance(state, np.ndarray) and state.ndim == 3:
+        present["state"] = _first("state", state)
+    if "input_ids" in present:
+        return _of_tensors(present, robot_type, metadata)
+    return _of_pictures(present, robot_type, metadata)
+
+
+def _robot_type(task: object, metadata: PolicyMetadata) -> str:
+    if isinstance(task, str) and task in metadata.robots:
+        return task
+    # Some clients number their tasks, and the bimanual one names none; a name that is not served is another robot.
+    if not isinstance(task, str) and len(metadata.robots) == 1:
+        return metadata.resolve()
+    raise ValueError(
+        f"task_id: expected one of {', '.join(metadata.robots)}, got {task!r:.80}; clients that name none take "
+        "a server of one robot type (--robot-type)"
+    )
+
+
+def _of_pictures(fields: Mapping[str, Any], robot_type: str, metadata: PolicyMetadata) -> Request:
+    robot = metadata.robots[robot_type]
+    named = {
+        "robot_type": robot_type,
+        "state": fields.get("state"),
+        "prompt": _task(fields.get("language"), robot_type, robot),
+        "seed": fields.get("seed"),
+        "images": _images(fields, robot_type, robot),
+        "prepared": True,
+    }
+    return read_named({name: value for name, value in named.items() if value is not None}, metadata)
+
+
+def _task(language: object, robot_type: str, robot: RobotInfo) -> str:
+    if not isinstance(language, str):
+        raise ValueError(f"language: expected text, got {'nothing' if language is None else type(language).__name__}")
+    try:
+        return task_of(language, [view.title for view in robot.preparation or ()])
+    except ValueError as error:
+        raise ValueError(f"language: robot type {robot_type!r}: {error}") from None
+
+
+def _images(fields: Mapping[str, Any], robot_type: str, robot: RobotInfo) -> dict[str, Any]:
+    """View -> image. The clients of robots with one view call it `base`, whatever its name is."""
+    views = robot.views
+    names = {"base": views[0] if len(views) == 1 else "base", "wrist_left": "left_wrist"}
+    has = f"robot type {robot_type!r} has {', '.join(views)}"
+    unknown = [name for name, view in names.items() if name in fields and view not in views]
+    if unknown:
+        raise ValueError(f"{unknown[0]}: expected no image of that name, got one: {has}")
+    images = {view: fields[name] for name, view in names.items() if name in fields}
+    for view in views:
+        if view not in images:
+            name = next((name for name, meant in names.items() if meant == view), None)
+            remedy = "" if name else ", which this protocol has no name for: send tensors, or use the websocket"
+            raise ValueError(f"{name or view}: expected an image, got nothing: {has}{remedy}")
+    return images
+
+
+def _of_tensors(fields: Mapping[str, Any], robot_type: str, metadata: PolicyMetadata) -> Request:
+    ids = _first("input_ids", fields["input_ids"])
+    for name in ("attention_mask", "mm_token_type_ids"):
+        if name in fields and _array(name, fields[name]).shape != (1, *ids.shape):
+            raise ValueError(f"{name}: expected the shape of input_ids, got {fields[name].shape}")
+    # Padding changes nothing: positions count the tokens that are left.
+    mask = _first("attention_mask", fields.get("attention_mask")) != 0
+    observation = TokenizedObservation(
+        input_ids=ids[mask],
+        pixel_values=_array("pixel_values", fields.get("pixel_values")),
+        image_grids=_grids(_array("image_grid_thw", fields.get("image_grid_thw"))),
+        state=read_numbers("state", fields.get("state")),
+        robot_type=robot_type,
+    )
+    return Request(observation, _prefix(fields, metadata), read_seed(fields.get("seed")))
+
+
+def _prefix(fields: Mapping[str, Any], metadata: PolicyMetadata) -> np.ndarray | None:
+    """The first prefix_length rows of action, in robot units: the released server normalises them itself."""
+    if "action" not in fields and "prefix_length" not in fields:
+        return None
+    length = fields.get("prefix_length")
+    if isinstance(length, np.ndarray | np.generic) and length.size == 1:
+        length = length.item()
+    if isinstance(length, int) and length == 0:
+        return None
+    action = _first("action", fields.get("action"))
+    if not isinstance(length, int) or isinstance(length, bool) or not 0 < length <= len(action):
+        raise ValueError(
+            f"prefix_length: expected how many of action's {len(action)} rows are committed, 0 for none, got "
+            f"{length!r:.80}"
+        )
+    return read_prefix("action, prefix_length", action[:length], metadata)
+
+
+def _grids(thw: np.ndarray) -> tuple[tuple[int, int], ...]:
+    if thw.ndim != 2 or thw.shape[1] != 3 or thw.dtype.kind not in "iu" or (thw[:, 0] != 1).any():
+        raise ValueError(f"image_grid_thw: expected rows (1, height, width) in patches, got {thw.tolist()!r:.80}")
+    return tuple((height, width) for _, height, width in thw.tolist())
+
+
+def _first(name: str, value: object) -> np.ndarray:
+    """The only element of a batch of one."""
+    array = _array(name, value)
+    if array.ndim < 2 or len(array) != 1:
+        raise ValueError(f"{name}: expected a batch of one, got shape {array.shape}")
+    first: np.ndarray = array[0]
+    return first
+
+
+def _array(name: str, value: object) -> np.ndarray:
+    if not isinstance(value, np.ndarray):
+        raise ValueError(f"{name}: expected a tensor, got {'nothing' if value is None else type(value).__name__}")
+    return value

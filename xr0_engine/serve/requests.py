@@ -1,0 +1,221 @@
+"""Requests as bytes, and back: what a client may send, checked before anything is computed."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from xr0_engine.serve import openpi
+from xr0_engine.serve.images import encode_jpeg, read_image
+from xr0_engine.serve.protocol import PolicyMetadata, Refused, Request, request_id
+from xr0_engine.serve.wire import MAX_DIMENSIONS, pack, unpack_map
+from xr0_engine.types import Observation, RobotInfo
+
+MAX_INSTRUCTION_LENGTH = 4096
+"""Characters. The model's time and memory grow with them, whoever waits behind."""
+
+_KNOWN = ("prompt", "instruction", "state", "robot_type", "timestamp_s", "prepared", "prefix", "seed", "id")
+
+
+def encode_request(request: Request, jpeg_quality: int | None = None, max_pixels: int = sys.maxsize) -> bytes:
+    """jpeg_quality: 1 to 95 sends images as JPEG, None as they are; files go as they are. max_pixels: of an image.
+
+    Raises Refused for an image that a server would refuse, whichever way it is to be sent.
+    """
+    observation = request.observation
+    if not isinstance(observation, Observation) or not isinstance(observation.images, Mapping):
+        raise Refused("images: expected an Observation that maps views to images")
+    fields = {
+        "images": {
+            view: _encode_image(f"image {view!r:.80}", image, jpeg_quality, max_pixels)
+            for view, image in observation.images.items()
+        },
+        "prompt": observation.instruction,
+        "state": observation.state,
+        "robot_type": observation.robot_type,
+        "timestamp_s": observation.timestamp_s,
+        # Left out where it is false: servers that do not know it refuse it.
+        "prepared": _truth("prepared", observation.prepared) or None,
+        "prefix": request.prefix,
+        "seed": request.seed,
+        "id": request.id,
+    }
+    return pack({name: value for name, value in fields.items() if value is not None})
+
+
+def read_fields(message: bytes | str) -> dict[str, Any]:
+    """A request's fields, unchecked but for their names' kind. Raises ValueError for what is no map in msgpack."""
+    if isinstance(message, str):
+        raise ValueError("message: expected a binary frame, got text")
+    fields = unpack_map(message)
+    if not all(isinstance(name, str) for name in fields):
+        raise ValueError("message: expected a map with text as its keys")
+    return fields
+
+
+def has_files(fields: Mapping[str, Any]) -> bool:
+    """Whether some image is a file that takes time to decode."""
+    nested = fields.get("images")
+    values = [*fields.values(), *(nested.values() if isinstance(nested, dict) else ())]
+    return any(isinstance(value, bytes) for value in values)
+
+
+def read_request(fields: Mapping[str, Any], metadata: PolicyMetadata) -> Request:
+    """The request that a client's fields make, ours or openpi's (docs/serving.md).
+
+    Raises ValueError that names the field, what was expected and what came.
+    """
+    images, rest = _sort(fields)
+    robot_type = metadata.resolve(_text(rest, "robot_type", optional=True))
+    robot = metadata.robots[robot_type]
+    read = _read_images(images, robot, metadata.max_image_pixels)
+    state, columns = read_numbers("state", rest.get("state")), None
+    if "prepared" not in rest:
+        read = openpi.turned_back(read, fields, robot)
+        if openpi.sends_libero(fields, state, robot):
+            state = np.pad(state, (0, max(0, metadata.state_width - len(state))))
+            columns = openpi.LIBERO_COLUMNS
+    if state.ndim not in (1, 2) or state.shape[-1] != metadata.state_width:
+        raise ValueError(f"state: expected {metadata.state_width} values, got shape {state.shape}")
+    instruction = _text(rest, "prompt") or ""
+    if len(instruction) > MAX_INSTRUCTION_LENGTH:
+        raise ValueError(f"prompt: expected at most {MAX_INSTRUCTION_LENGTH} characters, got {len(instruction)}")
+    observation = Observation(
+        images=read,
+        instruction=instruction,
+        state=state,
+        robot_type=robot_type,
+        timestamp_s=_timestamp(rest.get("timestamp_s")),
+        prepared=_truth("prepared", rest.get("prepared", False)),
+    )
+    prefix = None if rest.get("prefix") is None else read_prefix("prefix", rest["prefix"], metadata)
+    return Request(observation, prefix, read_seed(rest.get("seed")), request_id(rest), columns)
+
+
+def read_numbers(name: str, value: object) -> np.ndarray:
+    """float32, finite. Raises ValueError for anything else."""
+    _check_numbers(name, value, MAX_DIMENSIONS)
+    try:
+        array = np.asarray(value)
+    except ValueError:
+        raise ValueError(f"{name}: expected numbers, got lists of different lengths") from None
+    if array.dtype.kind not in "iuf":
+        raise ValueError(f"{name}: expected numbers, got {array.dtype}")
+    # A double beyond float32 becomes infinite here, and is then refused; no warning besides.
+    with np.errstate(over="ignore"):
+        array = array.astype(np.float32)
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name}: expected finite numbers, got NaN or inf")
+    return array
+
+
+def read_prefix(name: str, value: object, metadata: PolicyMetadata) -> np.ndarray:
+    """(P, A) float32. Raises ValueError for anything else, and for another P than the server takes."""
+    prefix = read_numbers(name, value)
+    low, high = metadata.prefix_range
+    if prefix.ndim != 2 or prefix.shape[1] != metadata.action_width or not low <= len(prefix) <= high:
+        raise ValueError(
+            f"{name}: expected {low} to {high} actions of {metadata.action_width} columns, got {prefix.shape}"
+        )
+    return prefix
+
+
+def read_seed(value: object) -> int | None:
+    """Raises ValueError for what is neither None nor a whole number from 0."""
+    if value is None:
+        return None
+    number = value.item() if isinstance(value, np.integer) else value
+    if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 2**62:
+        raise ValueError(f"seed: expected a whole number from 0 below 2**62, got {value!r:.80}")
+    return number
+
+
+def _encode_image(name: str, image: Any, jpeg_quality: int | None, max_pixels: int) -> Any:
+    try:
+        if isinstance(image, bytes):
+            return image
+        frame = read_image(name, image, max_pixels)
+        return image if jpeg_quality is None else encode_jpeg(frame, jpeg_quality)
+    except ValueError as error:
+        raise Refused(str(error)) from None
+    except OSError as error:
+        raise Refused(f"{name}: expected an image that JPEG can hold, got shape {image.shape}: {error}") from None
+
+
+def _sort(fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The images by their names, and all else by its names."""
+    images: dict[str, Any] = {}
+    rest: dict[str, Any] = {}
+    for key, value in fields.items():
+        name = key.removeprefix("observation/")
+        if name == "images" and isinstance(value, dict):
+            for inner, image in value.items():
+                _put(images, inner, image)
+        elif name.startswith("images/"):
+            _put(images, name.removeprefix("images/"), value)
+        elif name in _KNOWN:
+            _put(rest, "prompt" if name == "instruction" else name, value)
+        elif isinstance(value, np.ndarray | bytes):
+            _put(images, name, value)
+        else:
+            raise ValueError(f"{key!r:.80}: unknown field; expected images and {', '.join(_KNOWN)}")
+    return images, rest
+
+
+def _put(place: dict[str, Any], name: str, value: object) -> None:
+    if name in place:
+        raise ValueError(f"{name!r:.80}: expected it once, got it under two names")
+    place[name] = value
+
+
+def _read_images(images: Mapping[str, Any], robot: RobotInfo, max_pixels: int) -> dict[str, np.ndarray]:
+    views = robot.views
+    read: dict[str, np.ndarray] = {}
+    for name, image in images.items():
+        view = openpi.view_of(name, views)
+        if view not in views:
+            raise ValueError(f"images: expected {', '.join(views)}; got {name!r:.80}")
+        if view in read:
+            raise ValueError(f"images: expected {view!r} once, got it twice")
+        read[view] = read_image(f"image {name!r:.80}", image, max_pixels)
+    missing = [view for view in views if view not in read]
+    if missing:
+        raise ValueError(f"images: expected {', '.join(views)}; {', '.join(missing)} missing")
+    return read
+
+
+def _text(fields: Mapping[str, Any], name: str, optional: bool = False) -> str | None:
+    value = fields.get(name)
+    if not isinstance(value, str) and not (optional and value is None):
+        raise ValueError(f"{name}: expected text, got {'nothing' if value is None else type(value).__name__}")
+    return value
+
+
+def _truth(name: str, value: object) -> bool:
+    if not isinstance(value, bool | np.bool_):
+        raise ValueError(f"{name}: expected true or false, got {value!r:.80}")
+    return bool(value)
+
+
+def _check_numbers(name: str, value: object, dimensions: int) -> None:
+    """Before NumPy looks at lists: of one long text and many short ones it makes an array of long ones."""
+    if isinstance(value, list | tuple):
+        if not dimensions:
+            raise ValueError(f"{name}: expected lists of numbers at most {MAX_DIMENSIONS} deep, got deeper ones")
+        for item in value:
+            _check_numbers(name, item, dimensions - 1)
+    elif not isinstance(value, int | float | np.number | np.ndarray):
+        raise ValueError(f"{name}: expected numbers, got {'nothing' if value is None else type(value).__name__}")
+
+
+def _timestamp(value: object) -> float | None:
+    if value is None:
+        return None
+    number = value.item() if isinstance(value, np.generic) else value
+    if not isinstance(number, int | float) or isinstance(number, bool) or not math.isfinite(number):
+        raise ValueError(f"timestamp_s: expected seconds, got {value!r:.80}")
+    return float(number)
