@@ -6,6 +6,7 @@ import copy
 import json
 
 import pytest
+from transformers import Qwen3VLConfig
 
 from xr0_engine.checkpoint import tiny_config
 from xr0_engine.config import ModelConfig
@@ -77,7 +78,7 @@ def test_a_scaling_is_refused_under_both_keys(place, kind, key):
         ({"parameters": {**QWEN3, "rope_theta": 1e4}}, "rope_theta is 5000000.0 in text_config, 10000.0 elsewhere"),
         ({"scaling": QWEN3, "theta": None}, "lacks 'vlm_config.text_config.rope_theta'"),
         ({"scaling": {"rope_type": "default"}}, "lacks 'vlm_config.text_config.mrope_section'"),
-        ({"scaling": "yarn"}, "value of the wrong kind"),
+        ({"scaling": "yarn"}, "value of the wrong kind: rope_scaling is 'yarn', not an object"),
         ({"scaling": QWEN3, "vision": {"rope_type": "yarn"}}, "vision rope_type is 'yarn'"),
         ({"scaling": QWEN3, "vision": {"rope_theta": 500.0}}, "vision rope_theta is 500.0"),
     ],
@@ -102,3 +103,72 @@ def test_a_part_that_is_no_dictionary_is_refused():
     hf["vlm_config"]["text_config"] = []
     with pytest.raises(CheckpointError, match="value of the wrong kind"):
         ModelConfig.from_hf(hf)
+
+
+@pytest.mark.parametrize("rope", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("part", ["top", "vlm_config"])
+def test_a_scaling_outside_of_the_text_config_is_refused(part, rope):
+    hf = tiny_config().to_hf()
+    (hf if part == "top" else hf[part])[rope] = {"rope_type": "yarn", "factor": 3.0}
+    with pytest.raises(CheckpointError, match=rf"{rope}: rope_type is 'yarn'"):
+        ModelConfig.from_hf(hf)
+
+
+def test_rotary_frequencies_for_a_part_of_a_head_are_refused():
+    hf = tiny_config().to_hf()
+    hf["vlm_config"]["text_config"]["partial_rotary_factor"] = 0.5
+    with pytest.raises(CheckpointError, match=r"partial_rotary_factor is 0\.5"):
+        ModelConfig.from_hf(hf)
+
+
+@pytest.mark.parametrize("name", ["action_length", "local_window", "position_offset", "flow_steps", "max_prefix"])
+@pytest.mark.parametrize("value", [4.5, True, "4", float("nan"), [4]])
+def test_sizes_are_whole_numbers(name, value):
+    with pytest.raises(CheckpointError, match=rf"{name} is .*, not a (whole )?number"):
+        ModelConfig.from_hf({**tiny_config().to_hf(), name: value})
+
+
+def test_a_whole_number_may_be_written_with_a_point():
+    hf = {**tiny_config().to_hf(), "position_offset": 10.0}
+    assert ModelConfig.from_hf(hf).head.position_offset == 10
+
+
+@pytest.mark.parametrize("value", [None, "1e-6", True, float("nan"), float("inf"), -1e-6])
+def test_std_epsilon_is_a_number_that_std_can_grow_by(value):
+    with pytest.raises(CheckpointError, match="std_epsilon"):
+        ModelConfig.from_hf({**tiny_config().to_hf(), "std_epsilon": value})
+
+
+def test_positions_do_not_go_back():
+    with pytest.raises(CheckpointError, match="position_offset -10 is negative"):
+        ModelConfig.from_hf({**tiny_config().to_hf(), "position_offset": -10})
+
+
+@pytest.mark.parametrize("taps", [[1, 1, 2], [0, 1, 99]])
+def test_taps_are_blocks_each_once(taps):
+    hf = tiny_config().to_hf()
+    hf["vlm_config"]["vision_config"]["deepstack_visual_indexes"] = taps
+    with pytest.raises(CheckpointError, match="deepstack_visual_indexes"):
+        ModelConfig.from_hf(hf)
+
+
+def test_a_mask_mode_in_the_wrong_place_is_not_lost():
+    hf = tiny_config().to_hf()
+    hf["dit_config"] |= {name: hf.pop(name) for name in ("local_window", "position_offset")} | {"local_window": 4}
+    with pytest.raises(CheckpointError, match="local_window, position_offset within dit_config: put it beside"):
+        ModelConfig.from_hf(hf)
+
+
+@pytest.mark.parametrize(
+    "rope", [None, {"rope_type": "default", **{key: QWEN3[key] for key in ("mrope_section", "mrope_interleaved")}}]
+)
+def test_what_transformers_writes_of_the_vlm_is_read(tmp_path, rope):
+    hf = json.loads(json.dumps(tiny_config().to_hf()))
+    vlm = {key: value for key, value in hf["vlm_config"].items() if key != "model_type"}
+    Qwen3VLConfig(**vlm).save_pretrained(tmp_path)
+    hf["vlm_config"] = json.loads((tmp_path / "config.json").read_text())
+    if rope is not None:
+        # As 4.57 has it.
+        text = hf["vlm_config"]["text_config"]
+        text |= {"rope_scaling": rope, "rope_theta": text.pop("rope_parameters")["rope_theta"]}
+    assert ModelConfig.from_hf(hf) == tiny_config()

@@ -7,6 +7,7 @@ import shutil
 import pytest
 from typer.testing import CliRunner
 
+from tests.support import GOLDEN
 from xr0_engine import Engine
 from xr0_engine.checkpoint import init_checkpoint
 from xr0_engine.cli import app
@@ -81,3 +82,16 @@ def test_other_broken_files_are_no_pointers(tmp_path, content):
     (tmp_path / "x.json").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"x\.json is not valid JSON"):
         read_json(tmp_path / "x.json")
+
+
+@pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"the golden cases are not at {GOLDEN}")
+@pytest.mark.parametrize("name", ["grouped.json", "grouped.weights.safetensors", "grouped.prefix1.safetensors"])
+def test_every_file_of_a_golden_case(tmp_path, name):
+    folder = tmp_path / "golden"
+    folder.mkdir()
+    for file in ("grouped.json", "grouped.weights.safetensors", "grouped.prefix1.safetensors"):
+        shutil.copyfile(GOLDEN / file, folder / file)
+    (folder / name).write_bytes(POINTER)
+    result = CliRunner().invoke(app, ["verify", str(folder), "--device", "cpu"])
+    assert result.exit_code == 2
+    assert f"{folder / name} is a git-lfs pointer" in result.stderr.replace("\n", "")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from xr0_engine.files import read_json
+from xr0_engine.files import flag, number, read_json, section, whole
 from xr0_engine.types import CheckpointError
 
 TRAINED_PREFIX = 6
@@ -243,17 +243,21 @@ def read_hf_config(folder: Path) -> Any:
 
 def _read(hf: Mapping[str, Any]) -> ModelConfig:
     vlm = hf["vlm_config"]
+    for outer in (hf, vlm):
+        # transformers reads text_config's alone: a scaling that stands outside of it was meant for it.
+        for place in ("rope_scaling", "rope_parameters"):
+            _check_rope(place, section(outer, place))
     return ModelConfig(
         text=_read_text(vlm["text_config"]),
         vision=_read_vision(vlm["vision_config"]),
         head=_read_head(hf, hf["dit_config"]),
         tokens=TokenIds(
-            image=int(vlm["image_token_id"]),
-            vision_start=int(vlm["vision_start_token_id"]),
-            vision_end=int(vlm["vision_end_token_id"]),
+            image=whole(vlm, "image_token_id"),
+            vision_start=whole(vlm, "vision_start_token_id"),
+            vision_end=whole(vlm, "vision_end_token_id"),
         ),
-        std_epsilon=float(hf.get("std_epsilon", 0.0)),
-        normalize_instruction=_flag(hf, "normalize_instruction", True),
+        std_epsilon=number(hf, "std_epsilon", 0.0),
+        normalize_instruction=flag(hf, "normalize_instruction", True),
         hf=dict(hf),
     )
 
@@ -264,9 +268,9 @@ def _read_text(text: Mapping[str, Any]) -> TextConfig:
     _insist("text attention_bias", text.get("attention_bias", False), False)
     given = {"head_dim": text["hidden_size"] // text["num_attention_heads"], "rms_norm_eps": 1e-6, **text}
     return TextConfig(
-        **{name: int(given[key]) for name, key in TEXT_KEYS.items() if name != "rms_eps"},
-        rms_eps=float(given["rms_norm_eps"]),
-        rope_theta=float(rope["rope_theta"]),
+        **{name: whole(given, key) for name, key in TEXT_KEYS.items() if name != "rms_eps"},
+        rms_eps=number(given, "rms_norm_eps"),
+        rope_theta=number(rope, "rope_theta"),
         mrope_section=tuple(int(part) for part in rope["mrope_section"]),  # type: ignore[arg-type]
     )
 
@@ -276,12 +280,13 @@ def _read_rope(text: Mapping[str, Any]) -> dict[str, Any]:
     dictionary, rope_parameters. Raises CheckpointError for another rotary embedding than XR-0's, under any key."""
     rope: dict[str, Any] = {}
     for place in ("rope_scaling", "rope_parameters", "text_config"):
-        part = text if place == "text_config" else dict(text.get(place) or {})
+        part = text if place == "text_config" else section(text, place)
         if part is not text:
             _check_rope(place, part)
         for key in ("mrope_section", "rope_theta"):
             if part.get(key) is not None and rope.setdefault(key, part[key]) != part[key]:
                 raise CheckpointError(f"config.json: {key} is {part[key]} in {place}, {rope[key]} elsewhere")
+    _insist("text partial_rotary_factor", text.get("partial_rotary_factor") or 1, 1)
     missing = [key for key in ("rope_theta", "mrope_section") if key not in rope]
     if missing:
         raise KeyError(f"vlm_config.text_config.{missing[0]}")
@@ -316,34 +321,30 @@ def _read_vision(vision: Mapping[str, Any]) -> VisionConfig:
         raise CheckpointError(f"config.json: vision rope_type is {rope['rope_type']!r}; XR-0 has 'axial'")
     _insist("vision rope_theta", rope.get("rope_theta") or VISION_ROPE_THETA, VISION_ROPE_THETA)
     return VisionConfig(
-        **{name: int({"in_channels": 3, **vision}[name]) for name in VISION_KEYS},
+        **{name: whole({"in_channels": 3, **vision}, name) for name in VISION_KEYS},
         deepstack_layers=tuple(int(layer) for layer in vision["deepstack_visual_indexes"]),
     )
 
 
 def _read_head(hf: Mapping[str, Any], dit: Mapping[str, Any]) -> ActionHeadConfig:
-    def whole(value: Any) -> int | None:
-        return None if value is None else int(value)
+    def optional(values: Mapping[str, Any], name: str) -> int | None:
+        return None if values.get(name) is None else whole(values, name)
 
+    misplaced = [key for key in HEAD_KEYS if dit.get(key) is not None and key not in HEAD_SIZES and key not in hf]
+    if misplaced:
+        raise CheckpointError(f"config.json: {', '.join(misplaced)} within dit_config: put it beside dit_config")
     return ActionHeadConfig(
-        **{name: int(dit[key]) for name, key in DIT_KEYS.items()},
-        **{name: int(hf[name]) for name in HEAD_SIZES},
-        flow_steps=int(hf.get("flow_steps", 5)),
-        local_window=whole(hf.get("local_window")),
-        position_offset=int(hf.get("position_offset", 0)),
-        compat_bf16_time=_flag(hf, "compat_bf16_time", False),
-        max_prefix=int(hf.get("max_prefix", TRAINED_PREFIX)),
-        stream_norms=_flag(dit, "stream_norms", True),
-        mlp_width=whole(dit.get("mlp_width")),
-        output_width=whole(dit.get("output_width")),
+        **{name: whole(dit, key) for name, key in DIT_KEYS.items()},
+        **{name: whole(hf, name) for name in HEAD_SIZES},
+        flow_steps=whole(hf, "flow_steps", 5),
+        local_window=optional(hf, "local_window"),
+        position_offset=whole(hf, "position_offset", 0),
+        compat_bf16_time=flag(hf, "compat_bf16_time", False),
+        max_prefix=whole(hf, "max_prefix", TRAINED_PREFIX),
+        stream_norms=flag(dit, "stream_norms", True),
+        mlp_width=optional(dit, "mlp_width"),
+        output_width=optional(dit, "output_width"),
     )
-
-
-def _flag(values: Mapping[str, Any], name: str, default: bool) -> bool:
-    value = values.get(name, default)
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} is {value!r}, not true or false")
-    return value
 
 
 def _insist(name: str, value: object, supported: object) -> None:
@@ -383,10 +384,13 @@ def _contradictions(config: ModelConfig) -> list[str]:
         (vision.position_grid**2 == vision.num_position_embeddings, "num_position_embeddings is no square"),
         (
             all(0 <= layer < vision.depth for layer in vision.deepstack_layers)
-            and len(vision.deepstack_layers) <= text.num_layers,
-            f"deepstack_visual_indexes {list(vision.deepstack_layers)} do not fit {vision.depth} blocks",
+            and len(vision.deepstack_layers) <= text.num_layers
+            and len(set(vision.deepstack_layers)) == len(vision.deepstack_layers),
+            f"deepstack_visual_indexes {list(vision.deepstack_layers)} are not some of {vision.depth} blocks once",
         ),
         (head.local_window is None or head.local_window >= 0, f"local_window {head.local_window} is negative"),
         (head.max_prefix >= 0, f"max_prefix {head.max_prefix} is negative"),
+        (head.position_offset >= 0, f"position_offset {head.position_offset} is negative"),
+        (config.std_epsilon >= 0, f"std_epsilon {config.std_epsilon} is negative"),
     ]
     return [message for holds, message in checks if not holds]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,9 @@ from xr0_engine.types import CheckpointError
 
 LFS_POINTER = b"version https://git-lfs"
 """How a file begins that stands for another."""
+SETTINGS_FILE = "preprocessor_config.json"
+PROCESSOR_FILE = "processor_config.json"
+"""Where a processor that transformers 5 saves has, under `image_processor`, what 4.57 writes into SETTINGS_FILE."""
 
 
 def read_json(path: Path) -> Any:
@@ -20,6 +25,56 @@ def read_json(path: Path) -> Any:
     # A nesting too deep for the parser is a RecursionError.
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from None
+
+
+def find_settings(folder: Path) -> dict[Path, Any]:
+    """What a checkpoint says of its images and actions, unchecked, by the file that says it: none, one or two.
+
+    Raises CheckpointError as read_json does.
+    """
+    found = {}
+    plain, nested = folder / SETTINGS_FILE, folder / PROCESSOR_FILE
+    if plain.is_file():
+        found[plain] = read_json(plain)
+    if nested.is_file():
+        content = read_json(nested)
+        settings = content.get("image_processor") if isinstance(content, Mapping) else None
+        if isinstance(settings, Mapping):
+            found[nested] = settings
+    return found
+
+
+def flag(values: Mapping[str, Any], name: str, default: bool) -> bool:
+    """A value of a JSON object. Raises TypeError for anything but true and false."""
+    value = values.get(name, default)
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r:.80}, not true or false")
+    return value
+
+
+def section(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """An object within a JSON object, empty if it is absent or null. Raises TypeError for anything else."""
+    value = values.get(name) or {}
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} is {value!r:.80}, not an object")
+    return value
+
+
+def number(values: Mapping[str, Any], name: str, default: float | None = None) -> float:
+    """A value of a JSON object. Raises KeyError where there is neither it nor a default, TypeError for anything but a
+    finite number."""
+    value = values[name] if default is None else values.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise TypeError(f"{name} is {value!r:.80}, not a number")
+    return float(value)
+
+
+def whole(values: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    """As number, for a whole one."""
+    value = number(values, name, default)
+    if value != int(value):
+        raise TypeError(f"{name} is {value!r}, not a whole number")
+    return int(value)
 
 
 def refuse_pointer(path: Path) -> None:

@@ -9,7 +9,6 @@ published sizes whose weights and inputs the script makes from seeds, with resul
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import replace
@@ -26,6 +25,7 @@ from xr0_engine.backend import resolve_backend, resolve_device, resolve_dtype
 from xr0_engine.checkpoint import published_config
 from xr0_engine.comparison import FLOAT32_LOSS_ERROR, FLOAT32_SEEDED_MAX_ERROR, Comparison, compare, tolerance
 from xr0_engine.config import ModelConfig
+from xr0_engine.files import read_json, refuse_pointer
 from xr0_engine.fused.head import FusedHead
 from xr0_engine.fused.model import FusedModel
 from xr0_engine.fused.ops import FusedOps
@@ -101,7 +101,7 @@ def golden_inputs(case: Mapping[str, Tensor], config: ModelConfig) -> ModelInput
 
 
 def _verify_model(path: Path, backend: str, device: torch.device, dtype: torch.dtype) -> Iterator[Comparison]:
-    config = golden_config(json.loads(path.read_text(encoding="utf-8")))
+    config = golden_config(read_json(path))
     weights = path.with_suffix(".weights.safetensors")
     stored, faults = read_headers([weights])
     if faults:
@@ -229,6 +229,7 @@ def _verify_seeded(path: Path, backend: str, device: torch.device, dtype: torch.
 
 def _load(path: Path) -> dict[str, Tensor]:
     try:
+        refuse_pointer(path)
         return load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated or corrupt ({error})") from None

@@ -38,6 +38,10 @@ def test_show_prints_the_resolved_config():
     ("arguments", "complaint"),
     [
         (["finetune_head"], "expected model.checkpoint and data.robot and data.statistics, as KEY=VALUE"),
+        (
+            ["finetune_head", "model.checkpoint=c", "data.robot=d", "data.statistics=s.json", "data.embodiment=gone"],
+            "data.embodiment: embodiment: expected bimanual",
+        ),
         (["finetune_head", "optim.step=3"], "there is no key 'optim.step'; did you mean 'optim.steps'?"),
         (["resume", "nowhere"], "nowhere holds no config.json: not a run's folder"),
         (["export", "nowhere", "--out", "x"], "nowhere holds no config.json: not a run's folder"),
@@ -76,3 +80,36 @@ def test_from_episodes_to_a_checkpoint_that_the_engine_loads(tmp_path, monkeypat
     assert run("export", "run", "--out", "other").exit_code == 0
     weights = "model-00001-of-00001.safetensors"
     assert (tmp_path / "other" / weights).read_bytes() == (tmp_path / "run" / "model" / weights).read_bytes()
+
+
+EGO = """name: ego_alone
+robot_types: [bimanual]
+layout: bimanual
+control_rate_hz: 30
+replan_every: null
+views: [{key: ego, title: Ego View}]
+"""
+
+
+def test_a_checkpoint_is_seen_through_the_profile_of_its_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_checkpoint(tmp_path / "base", make_config(**SIZES))
+    write_dataset(tmp_path / "episodes", (12, 9))
+    (tmp_path / "ego.yaml").write_text(EGO)
+    given = ["model.checkpoint=base", "data.robot=episodes", "data.statistics=statistics.json", "data.chunk_length=5"]
+    given += ["data.embodiment=ego.yaml", "data.validation_fraction=0", "data.workers=0", "optim.steps=1"]
+    without = run("finetune_head", "--tiny", "--out", "run", *given)
+    assert without.exit_code == 2
+    assert "data.statistics: expected a file that `xr0 data stats` wrote, there is none" in without.output
+
+    stats = ["data", "stats", "episodes", "--out", "statistics.json", "--chunk-length", "5"]
+    assert CliRunner().invoke(app, stats).exit_code == 0
+    assert run("finetune_head", "--tiny", "--out", "run", *given).exit_code == 0
+    # The profile goes with the checkpoint, not with its file.
+    (tmp_path / "ego.yaml").unlink()
+    embodiment = Engine.from_pretrained(tmp_path / "run" / "model").embodiment("bimanual")
+    assert (embodiment.name, [view.key for view in embodiment.views]) == ("ego_alone", ["ego"])
+    chosen = Engine.from_pretrained(tmp_path / "run" / "model", embodiment="bimanual").embodiment("bimanual")
+    assert [view.key for view in chosen.views] == ["ego", "left_wrist", "right_wrist"]
+    shown = CliRunner().invoke(app, ["inspect", "run/model", "--json"])
+    assert json.loads(shown.output)["robot_types"]["bimanual"]["embodiment"] == "ego_alone"

@@ -105,6 +105,20 @@ def test_image_limits_are_ours(ours, like, tmp_path):
     assert (settings["max_pixels"], settings["size"]["longest_edge"]) == (65_536, 65_536)
 
 
+def test_a_like_saved_by_transformers_5_leaves_nothing_of_its_own(ours, like, tmp_path):
+    """It has image settings and statistics in processor_config.json, which transformers 5 would read first."""
+    settings = json.loads((like / "preprocessor_config.json").read_text())
+    edit(like / "processor_config.json", lambda old: {**old, "image_processor": settings})
+    (like / "preprocessor_config.json").unlink()
+    to_released(ours, tmp_path / "out", like)
+    assert json.loads((tmp_path / "out" / "processor_config.json").read_text()) == {
+        "auto_map": PROCESSOR_CODE,
+        "processor_class": "MiBotProcessor",
+    }
+    written = json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())["action_config"]
+    assert written.keys() == load_statistics(ours, 32, 0).keys()
+
+
 def test_weights_and_statistics_are_ours(ours, like, tmp_path):
     to_released(ours, tmp_path / "out", like)
     written, before = stored(tmp_path / "out"), stored(ours)

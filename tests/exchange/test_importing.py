@@ -129,8 +129,28 @@ def test_a_run_of_lightning_gives_what_the_released_server_takes(base, module, t
     assert torch.equal(one_step.tensors["sink.weight"], module[SINK])
 
 
+def test_steps_of_lightning_are_chosen_by_their_number(base, module, tmp_path):
+    """Where nobody names another place, Lightning puts them into `checkpoints`."""
+    run = write_run(tmp_path / "run", module, base)
+    shutil.rmtree(run / "last.ckpt")
+    for number in (500, 1000):
+        state = {**module, SINK: torch.full_like(module[SINK], number)}
+        model_states(run / "checkpoints" / f"epoch=0-step={number}.ckpt" / "checkpoint", state)
+    assert "epoch=0-step=1000.ckpt, epoch=0-step=500.ckpt" in refusal(lambda: read_weights(run))
+    for number in (500, 1000):
+        assert float(read_weights(run, str(number)).tensors["sink.weight"][0, 0]) == number
+    assert "step: expected one of" in refusal(lambda: read_weights(run, "50"))
+    imported(run, tmp_path / "ours", base, step="500")
+    assert Engine.from_pretrained(tmp_path / "ours", "cpu", "float32").statistics["bimanual"].active_columns
+
+
+def test_a_configuration_that_git_lfs_has_not_fetched(run, base, tmp_path):
+    (run / "config.py").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 2\n")
+    assert f"{run / 'config.py'} is a git-lfs pointer" in refusal(lambda: imported(run, tmp_path / "ours", base))
+
+
 @pytest.mark.parametrize("holder", ["module", "model", "state_dict", None])
-@pytest.mark.parametrize("prefix", ["model.", "module.", "_forward_module.model.", ""])
+@pytest.mark.parametrize("prefix", ["model.", "module.", "_forward_module.model.", "_orig_mod.model.", ""])
 def test_converted_files_of_any_wrapping(module, tmp_path, holder, prefix):
     state = {prefix + name.removeprefix("model."): value for name, value in module.items()}
     torch.save({holder: state} if holder else state, tmp_path / "xr0.pt")
@@ -165,8 +185,11 @@ def test_merged_float32_in_parts_and_safetensors(base, module, tmp_path):
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
     options = {"mode": "post-training", "statistics": base / "preprocessor_config.json"}
     imported(folder, tmp_path / "ours", base, **options)
-    save_file(values, tmp_path / "all.safetensors")
-    imported(tmp_path / "all.safetensors", tmp_path / "again", base, **options)
+    # Its --safe_serialization: a folder without config.json.
+    (tmp_path / "safe").mkdir()
+    save_file(values, tmp_path / "safe" / "model.safetensors")
+    imported(tmp_path / "safe", tmp_path / "again", base, **options)
+    assert read_weights(tmp_path / "safe" / "model.safetensors").files == read_weights(tmp_path / "safe").files
     first, second = (load_file(next((tmp_path / it).glob("*.safetensors"))) for it in ("ours", "again"))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -300,6 +323,7 @@ def test_folders_of_other_kinds_are_told_apart(base, tmp_path):
     split.mkdir(parents=True)
     (split / "zero_pp_rank_0_mp_rank_00_model_states.pt").touch()
     assert "zero_to_fp32.py" in refusal(lambda: read_weights(tmp_path / "zero3"))
+    assert "zero_to_fp32.py" in refusal(lambda: read_weights(tmp_path))
 
 
 def test_what_is_not_in_the_files_is_asked_for(run, base, tmp_path):

@@ -7,7 +7,15 @@ import re
 import pytest
 import yaml
 
-from xr0_engine.robot.embodiment import Embodiment, View, builtin_embodiments, embodiment_for, load_embodiment
+from xr0_engine.robot.embodiment import (
+    Embodiment,
+    View,
+    builtin_embodiments,
+    checkpoint_embodiment,
+    embodiment_for,
+    load_embodiment,
+)
+from xr0_engine.types import CheckpointError
 
 TITLES = {
     "libero": ["Base View", "Left-Wrist View"],
@@ -213,3 +221,11 @@ def test_profile_made_in_code_is_checked_too():
         View("base", "Base View", center_crop=0)
     with pytest.raises(ValueError, match="replan_every"):
         Embodiment("mine", (), (View("base", "Base View"),), "plain", 10, 0)
+
+
+def test_a_profile_in_config_json_that_is_none(tmp_path):
+    (tmp_path / "config.json").write_text('{"embodiment": {"name": "arm", "layout": "plane"}}')
+    with pytest.raises(CheckpointError, match=r"config\.json: embodiment: .*views: missing"):
+        checkpoint_embodiment(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    assert checkpoint_embodiment(tmp_path) is None

@@ -66,6 +66,19 @@ def test_orientation_of_a_jpeg(picture):
     assert np.abs(read.astype(int) - np.rot90(picture, -1)).max() <= JPEG_NOISE
 
 
+def test_orientation_beside_what_cannot_be_written_again(picture):
+    """Cameras put values into EXIF data that Pillow reads, but does not write."""
+    exif = with_tag(6)
+    exif[0x011A] = 72.0
+    # The resolution, a fraction, entered as text.
+    number, text = struct.pack(">HH", 0x011A, 5), struct.pack(">HH", 0x011A, 2)
+    assert exif.tobytes().count(number) == 1
+    block = exif.tobytes().replace(number, text)
+    data = file_of(picture, "JPEG", quality=100, subsampling=0, exif=block)
+    read = read_picture(data)
+    assert np.abs(read.astype(int) - np.rot90(picture, -1)).max() <= JPEG_NOISE
+
+
 @pytest.mark.parametrize("orientation", [1, 6])
 def test_upper_byte_of_16_bit_grey(orientation):
     values = np.arange(0, 65536, 131, dtype=np.uint16)[:500].reshape(20, 25)
@@ -129,6 +142,11 @@ def test_same_words_for_arrays(picture):
     assert "an image with alpha: lay it on a background, or drop the alpha channel" in array_fault(alpha)
     assert "a grey image: if the model shall see it, repeat it in three channels" in array_fault(picture[..., 0])
     assert array_fault(picture) is None
+
+
+def test_remedy_for_numbers_that_are_no_bytes(picture):
+    for kind, remedy in ((np.float32, "(255 * image)"), (np.uint16, ">> 8"), (np.int64, "image.astype(np.uint8)")):
+        assert remedy in array_fault(picture.astype(kind))
 
 
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])

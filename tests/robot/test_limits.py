@@ -17,6 +17,8 @@ from xr0_engine.bench.cases import Setup, find_case
 from xr0_engine.bench.step.workload import Workload
 from xr0_engine.checkpoint import init_checkpoint
 from xr0_engine.cli import app
+from xr0_engine.export.folder import export_onnx
+from xr0_engine.exported.manifest import ExportCase
 from xr0_engine.robot.limits import RELEASED_LIMITS, ImageLimits, load_limits
 from xr0_engine.robot.preprocess import Preprocessor, images_to_patches, smart_resize
 from xr0_engine.types import CheckpointError
@@ -67,12 +69,69 @@ def test_our_own_checkpoints_say_them_under_both_keys(tiny):
         ({"min_pixels": 2048, "max_pixels": 2e5}, (2048, 200_000)),
         ({"max_pixels": 200_000}, (1024, 200_000)),
         ({"size": {"shortest_edge": 2048, "longest_edge": 200_000}, "max_pixels": 200_000}, (2048, 200_000)),
+        (
+            {"size": {"shortest_edge": 65_536, "longest_edge": 2**24}, "min_pixels": 2048, "max_pixels": 2e5},
+            (2048, 200_000),
+        ),
+        ({"size": {"shortest_edge": 2048, "longest_edge": 200_000, "height": None, "width": None}}, (2048, 200_000)),
+        ({"do_center_crop": False, "do_pad": None, "crop_size": None}, (1024, 90_000)),
     ],
-    ids=["absent", "null", "size", "pixels", "one of them", "both agree"],
+    ids=["absent", "null", "size", "pixels", "one of them", "both agree", "pixels go first", "null sizes", "no crop"],
 )
 def test_limits_are_read(tmp_path, settings, expected):
     limits = limits_of(tmp_path, **settings)
     assert (limits.min_pixels, limits.max_pixels) == expected
+
+
+def test_pixels_go_before_size_as_in_transformers(tmp_path):
+    size = {"shortest_edge": 65_536, "longest_edge": 2**24}
+    limits = limits_of(tmp_path, size=size, min_pixels=2048, max_pixels=200_000)
+    assert Qwen2VLImageProcessorPil.from_pretrained(tmp_path).size == limits.to_hf()["size"]
+
+
+def saved_by_transformers(tiny, folder, **settings):
+    """processor_config.json as transformers 5 saves a processor: what preprocessor_config.json holds is in it."""
+    Qwen2VLImageProcessorPil.from_pretrained(tiny).save_pretrained(folder / "saved")
+    nested = {**json.loads((folder / "saved" / IMAGE_FILE).read_text()), **settings}
+    (folder / "processor_config.json").write_text(json.dumps({"image_processor": nested, "processor_class": "Any"}))
+
+
+def test_a_processor_saved_by_transformers_5_says_it_all(tiny, tmp_path):
+    copy = shutil.copytree(tiny, tmp_path / "copy")
+    saved_by_transformers(tiny, copy, size={"shortest_edge": 4096, "longest_edge": 400_000})
+    (copy / IMAGE_FILE).unlink()
+    assert load_limits(copy, VISION) == ImageLimits(**LARGER)
+    ours, theirs = Preprocessor.load(copy).statistics, Preprocessor.load(tiny).statistics
+    assert {name: one.to_json() for name, one in ours.items()} == {name: one.to_json() for name, one in theirs.items()}
+
+
+def test_an_export_of_it_opens(tiny, tmp_path):
+    copy = shutil.copytree(tiny, tmp_path / "copy")
+    saved_by_transformers(tiny, copy)
+    (copy / IMAGE_FILE).unlink()
+    export_onnx(copy, ExportCase("libero", "libero_all", (64, 64)), "fp32", tmp_path / "export", stages=["vision"])
+    ours, theirs = Engine.from_export(tmp_path / "export").statistics, Preprocessor.load(tiny).statistics
+    assert ours["libero_all"].to_json() == theirs["libero_all"].to_json()
+
+
+def test_both_files_may_agree_but_not_contradict(tiny, tmp_path):
+    copy = shutil.copytree(tiny, tmp_path / "copy")
+    saved_by_transformers(tiny, copy)
+    assert load_limits(copy, VISION) == RELEASED_LIMITS
+    Preprocessor.load(copy)
+    saved_by_transformers(tiny, copy, size={"shortest_edge": 4096, "longest_edge": 400_000})
+    with pytest.raises(CheckpointError, match=rf"{IMAGE_FILE} has 1024 to 90000.*processor_config.json has 4096 to"):
+        load_limits(copy, VISION)
+    saved_by_transformers(tiny, copy, action_config={"arm": {"mean": [], "std": []}})
+    with pytest.raises(CheckpointError, match="hold different action statistics"):
+        Preprocessor.load(copy)
+
+
+def test_a_processor_without_images_says_nothing(tiny, tmp_path):
+    copy = shutil.copytree(tiny, tmp_path / "copy")
+    (copy / "processor_config.json").write_text(json.dumps({"auto_map": {"AutoProcessor": "x.Y"}}))
+    assert load_limits(copy, VISION) == RELEASED_LIMITS
+    Preprocessor.load(copy)
 
 
 def test_no_file_means_the_released_ones(tmp_path):
@@ -99,6 +158,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"do_resize": False}, "do_resize is False"),
     ({"do_rescale": 0}, "do_rescale is 0"),
     ({"do_normalize": False}, "do_normalize is False"),
+    ({"do_center_crop": True}, "do_center_crop is True"),
+    ({"do_pad": True}, "do_pad is True"),
     ({"resample": 2}, "resample is 2, the engine has 3"),
     ({"patch_size": 14}, "patch_size is 14, the engine has 16"),
     ({"merge_size": 1}, "merge_size is 1"),

@@ -236,7 +236,7 @@ def test_prepared_images_pass_by_the_profile():
     profile = replace(LIBERO, views=views)
     frame = random_image(64, 48)
     inputs = preprocessor(profile)(
-        [observation(images={"base": frame}), observation(images={"base": frame}, prepared=True)]
+        [observation(images={"base": frame}), observation(images={"base": frame}, prepared=np.True_)]
     )
     expected, grids = images_to_patches([orient(frame, views[0]), frame], VISION)
     assert inputs.image_grids == grids == ((6, 8), (4, 4))

@@ -271,6 +271,10 @@ def test_task_is_taken_out_of_a_released_prompt(text, task):
     assert task_of(text, TITLES) == prompt_task(text) == task
 
 
+def test_a_prompt_may_be_written_with_its_image_tokens():
+    assert task_of(build_prompt(TITLES, [64, 9], "Go."), TITLES) == "Go."
+
+
 def test_task_of_a_user_s_turn():
     turn = "# Ego View\n<image>\nGenerate robot actions for the task:\nPick up the bowl. /no_cot"
     assert prompt_task(turn) == "Pick up the bowl."
@@ -281,7 +285,6 @@ def test_task_of_a_user_s_turn():
     [
         pytest.param(build_prompt(TITLES[:1], [1], "Go."), id="a view too few"),
         pytest.param(build_prompt(TITLES[::-1], [1, 1], "Go."), id="views in another order"),
-        pytest.param(build_prompt(TITLES, [64, 64], "Go."), id="expanded images"),
         pytest.param(WHOLE.replace(" /no_cot", ""), id="another ending"),
         pytest.param(WHOLE.replace("<cot></cot>", "<cot>Think.</cot>"), id="an answer"),
         pytest.param("Be careful. " + WHOLE, id="more before it"),

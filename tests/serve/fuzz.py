@@ -102,7 +102,7 @@ def targets() -> dict[str, Target]:
         ),
         "legacy request": (
             lambda data: read_released(restricted_loads(data, MAX_PIXELS), METADATA),
-            [pickle.dumps(request, protocol) for request in (released, tensors) for protocol in (3, 4, 5)],
+            [pickle.dumps(request, protocol) for request in (released, tensors) for protocol in (2, 3, 4, 5)],
         ),
         "reply": (
             decode_reply,

@@ -118,6 +118,7 @@ def test_nobody_there():
         pytest.param({"url": "ws://"}, "url: expected ws://host:port", id="no host"),
         pytest.param({"url": "localhost", "timeout_s": 0}, "timeout_s: expected", id="timeout"),
         pytest.param({"url": "localhost", "jpeg_quality": 100}, "jpeg_quality: expected 1 to 95", id="quality"),
+        pytest.param({"url": "localhost", "jpeg_quality": 90.0}, "jpeg_quality: expected 1 to 95", id="real quality"),
         pytest.param({"url": "ws://localhost", "ca_file": __file__}, "ca_file: expected a wss:// url", id="no TLS"),
         pytest.param({"url": "wss://localhost", "ca_file": "/nowhere.pem"}, "in PEM, got /nowhere.pem", id="no file"),
         pytest.param({"url": "wss://localhost", "ca_file": __file__}, "ca_file: expected certificates", id="no PEM"),

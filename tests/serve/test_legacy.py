@@ -12,6 +12,7 @@ import tracemalloc
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from websockets.sync.client import connect
 
 from tests.serve.support import EchoEngine, backend, observation, wait_until
@@ -87,7 +88,7 @@ def client(server):
 
 
 def test_released_client_gets_chunks(client, engine):
-    for protocol in (3, 4, 5):
+    for protocol in (2, 3, 4, 5):
         client.send(pickle.dumps(REQUEST, protocol))
         actions = client.receive()
         assert (type(actions).__module__, type(actions).__name__) == ("torch", "Tensor")
@@ -157,6 +158,14 @@ BOMBS = {
     "no end": b"\x80\x04N",
     "nothing": b"",
     "noise": np.random.default_rng(0).bytes(500),
+    "bytes of one text without end": opcodes(
+        b"X" + struct.pack("<I", 1 << 20) + b"a" * (1 << 20) + b"\x940](",
+        (named("_codecs", "encode") + b"h\x00\x8c\x06latin1\x86R") * 64,
+        b"e",
+    ),
+    "encoding of its own": opcodes(named("_codecs", "encode"), b"\x8c\x01x\x8c\x03hex\x86R"),
+    "encoder alone": opcodes(named("_codecs", "encode")),
+    "module beside the pictures": opcodes(named("PIL.ImageFile", "ImageFile")),
 }
 
 
@@ -170,7 +179,7 @@ def test_bomb_does_not_go_off(bomb):
     assert peak < 32 << 20
 
 
-@pytest.mark.parametrize("protocol", [3, 4, 5])
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_plain_values_survive(protocol):
     picture = io.BytesIO()
     IMAGE.save(picture, "PNG")
@@ -179,24 +188,73 @@ def test_plain_values_survive(protocol):
         "columns first": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
         "big-endian": np.arange(3, dtype=">i4"),
         "empty": np.zeros((0, 3)),
+        "axes moved": np.arange(24, dtype=np.uint8).reshape(2, 3, 4).transpose(2, 0, 1),
+        "axes swapped": np.arange(24.0).reshape(2, 3, 4).swapaxes(1, 2),
+        "part": np.arange(24.0).reshape(4, 6)[1:, ::2],
         "picture": IMAGE,
         "grey": IMAGE.convert("L"),
         "file": Image.open(picture),
         "number": np.int64(3),
-        "list": [1.5, "a", None, True, (2, b"x")],
+        "list": [1.5, "a", None, True, (2, b"x", b"", b"\xff\x00")],
+        "numbers": [*np.arange(3.0)],
+        "text of an array": np.array(["open", "it"])[0],
         "same picture": IMAGE,
         "same text": SHARED,
         "same shape": [SHARED, SHAPE, SHAPE],
     }
     read = restricted_loads(pickle.dumps(value, protocol), MAX_PIXELS)
-    for name in ("list", "same text", "same shape"):
+    for name in ("list", "numbers", "text of an array", "same text", "same shape"):
         assert read[name] == value[name]
     np.testing.assert_array_equal(read["grey"], np.asarray(IMAGE.convert("L")))
-    for name in ("state", "columns first", "big-endian", "empty", "number"):
+    for name in ("state", "columns first", "axes moved", "axes swapped", "part", "big-endian", "empty", "number"):
         np.testing.assert_array_equal(read[name], value[name])
         assert read[name].dtype == value[name].dtype
     for name in ("picture", "same picture", "file"):
         np.testing.assert_array_equal(read[name], np.asarray(IMAGE))
+
+
+def opened(image: Image.Image, kind: str, **options: object) -> Image.Image:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return Image.open(file)
+
+
+FACTS = PngInfo()
+FACTS.add_text("transparency", "none")
+FACTS.add_itxt("title", "a picture", "en")
+PICTURE_FILES = {
+    "PNG with texts": ("PNG", {"pnginfo": FACTS, "dpi": (72, 72)}),
+    "TIFF with a resolution": ("TIFF", {"dpi": (72, 72.5)}),
+    "BMP": ("BMP", {}),
+    "PPM": ("PPM", {}),
+    "WEBP": ("WEBP", {"lossless": True}),
+}
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize(("kind", "options"), PICTURE_FILES.values(), ids=PICTURE_FILES)
+def test_picture_opened_from_any_file_survives(kind, options, protocol):
+    sent = pickle.dumps({"base": opened(IMAGE, kind, **options)}, protocol)
+    np.testing.assert_array_equal(restricted_loads(sent, MAX_PIXELS)["base"], np.asarray(IMAGE))
+
+
+UNUSABLE = {
+    "palette": (IMAGE.convert("P"), "got 'P': send `image.convert\\('RGB'\\)`"),
+    "inks": (IMAGE.convert("CMYK"), "got 'CMYK': send `image.convert\\('RGB'\\)`"),
+    # Pillow's conversion would make them white.
+    "16 bits": (Image.new("I;16", (4, 4)), "expected mode RGB, got 'I;16'$"),
+    "real numbers": (Image.new("F", (4, 4)), "expected mode RGB, got 'F'$"),
+    "transparent colour": (
+        opened(IMAGE, "PNG", transparency=(0, 0, 0)),
+        "without transparency: lay it on a background",
+    ),
+}
+
+
+@pytest.mark.parametrize(("image", "complaint"), UNUSABLE.values(), ids=UNUSABLE)
+def test_picture_of_another_mode_is_refused_by_its_field(image, complaint):
+    with pytest.raises(ValueError, match=f"'base': image: .*{complaint}"):
+        restricted_loads(pickle.dumps({"base": image}), MAX_PIXELS)
 
 
 def test_image_beyond_the_limit_is_refused():

@@ -212,6 +212,21 @@ def test_images_that_are_no_map_are_refused():
         encode_request(Request(replace(observation(), images=[IMAGE, OTHER])))
 
 
+UNSENDABLE = {
+    "state of objects": ({"state": np.array([None] * 32)}, {}, "state: expected numbers, got object"),
+    "state of another library": ({"state": memoryview(STATE)}, {}, "state: expected numbers, got memoryview"),
+    "prefix of texts": ({}, {"prefix": [["left"]]}, "prefix: expected numbers, got str"),
+    "prepared in words": ({"prepared": "yes"}, {}, "prepared: expected true or false, got 'yes'"),
+    "seed of another library": ({}, {"seed": 3j}, "message: expected plain values and arrays, got complex"),
+}
+
+
+@pytest.mark.parametrize(("observed", "asked", "complaint"), UNSENDABLE.values(), ids=UNSENDABLE)
+def test_what_no_message_holds_is_refused_before_it_is_sent(observed, asked, complaint):
+    with pytest.raises(Refused, match=complaint):
+        encode_request(Request(replace(observation(), **observed), **asked))
+
+
 def test_robot_type_may_be_left_out_where_there_is_one():
     fields = {name: value for name, value in PLAIN.items() if name != "robot_type"}
     with pytest.raises(ValueError, match="robot_type: expected one of libero_all, bimanual; got None"):

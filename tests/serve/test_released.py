@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections import OrderedDict, UserDict
 from dataclasses import replace
 
 import numpy as np
@@ -209,9 +210,12 @@ def test_prefix_of_tensors_is_in_robot_units(engine, folder, bimanual, ask_biman
 
 def test_features_of_transformers_are_a_dictionary(engine, folder, bimanual, ask_bimanual):
     transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'xr0-engine[train]'")
-    sent = transformers.BatchFeature({**tensors(engine, folder, bimanual)})
+    named = {**tensors(engine, folder, bimanual), "seed": 3}
+    expected = ask_bimanual(named)
+    sent = transformers.BatchFeature(named)
     sent["mm_token_type_ids"] = torch.zeros_like(sent["input_ids"])
-    assert ask_bimanual(sent).shape == (30, 32)
+    for features in (sent, transformers.BatchEncoding(named), UserDict(named), OrderedDict(named)):
+        np.testing.assert_array_equal(ask_bimanual(features), expected)
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +238,6 @@ WRONG_PICTURES = {
         {"language": released_prompt("fractal_delta", TASK)},
         "language: robot type 'bridge_delta': expected the task alone or the prompt .*# Base View",
     ),
-    "expanded images": ({"language": WHOLE.replace("<|image_pad|>", "<|image_pad|>" * 2)}, "language: robot type"),
     "other ending": ({"language": WHOLE.replace(" /no_cot", "")}, "language: robot type"),
     "half a prompt": ({"language": WHOLE[20:]}, "language: robot type"),
     "no language": ({"language": None}, "language: expected text, got nothing"),
@@ -271,6 +274,27 @@ def test_views_have_the_released_names(metadata):
     one = read({**ONE_VIEW, "task_id": "fractal_delta"}, metadata)
     assert (list(one.images), one.prepared, one.instruction) == (["ego"], True, TASK)
     assert list(read(TWO_VIEWS, metadata).images) == ["base", "left_wrist"]
+
+
+# What a client may write in another way, and no other meaning.
+ALIKE = {
+    "the task alone": {"language": TASK},
+    "the whole prompt": {"language": WHOLE},
+    "the prompt with its image tokens": {"language": WHOLE.replace("<|image_pad|>", "<|image_pad|>" * 64)},
+    "state in lists": {"state": [[[0.0] * 32]]},
+    "state in lists of NumPy's numbers": {"state": list(np.zeros(32))},
+    "state as a tensor": {"state": torch.zeros(32)},
+    "seed as a tensor": {"seed": torch.tensor(1)},
+    "seed as an array": {"seed": np.array([1])},
+}
+
+
+@pytest.mark.parametrize("change", ALIKE.values(), ids=ALIKE)
+def test_what_means_the_same_is_taken_alike(metadata, change):
+    request = read_request(restricted_loads(pickle.dumps({**ONE_VIEW, **change}), 1 << 20), metadata)
+    observation = request.observation
+    assert (observation.instruction, observation.state.shape[-1], request.seed) == (TASK, 32, 1)
+    assert not observation.state.any()
 
 
 def test_numbered_tasks_mean_the_only_robot_type(metadata):

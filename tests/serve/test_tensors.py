@@ -17,7 +17,7 @@ PLAIN = torch.arange(12.0).reshape(3, 4)
 DAMAGED = pickle.dumps({"a": PLAIN}, 4)
 
 
-@pytest.mark.parametrize("protocol", [3, 4, 5])
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 @pytest.mark.parametrize(
     "tensor",
     [
@@ -41,6 +41,27 @@ def test_tensors_survive(tensor, protocol):
     for array in read.values():
         assert (array.dtype, array.shape) == (expected.dtype, expected.shape)
         np.testing.assert_array_equal(array, expected)
+
+
+def test_one_storage_is_not_copied_for_many_tensors():
+    """A few bytes for each tensor would be a copy of the whole storage."""
+
+    class Saved:
+        def __reduce__(self):
+            return torch.storage._load_from_bytes, (saved,)
+
+    class Part:
+        def __reduce__(self):
+            return torch._utils._rebuild_tensor_v2, (Saved(), 0, (1 << 18,), (1,), False, {})
+
+    saved = torch.zeros(1 << 18)._typed_storage().__reduce__()[1][0]
+    data = pickle.dumps([Part() for _ in range(64)])
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="the same bytes in more than one place"):
+        restricted_loads(data, MAX_PIXELS)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 32 << 20
 
 
 class Rebuilt:

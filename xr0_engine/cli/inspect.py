@@ -37,7 +37,7 @@ def inspect(
     from xr0_engine.bench.step.workload import Workload, image_grid
     from xr0_engine.config import ModelConfig
     from xr0_engine.model.weights import check_tensors, checkpoint_shapes, read_index, resolve_checkpoint
-    from xr0_engine.robot.embodiment import builtin_embodiments, load_embodiment
+    from xr0_engine.robot.embodiment import builtin_embodiments, checkpoint_embodiment, load_embodiment
     from xr0_engine.robot.limits import load_limits
     from xr0_engine.robot.normalize import load_statistics
     from xr0_engine.robot.prompt import PromptTokenizer
@@ -50,6 +50,7 @@ def inspect(
     stored = read_index(folder)
     check_tensors(stored, checkpoint_shapes(config))
     profiles = [load_embodiment(name) for name in builtin_embodiments()]
+    own = checkpoint_embodiment(folder)
     windowed = config.head.local_window is not None
     # Three views of 640x480, as long a prompt as they make, 30 actions.
     grid = image_grid((480, 640), config.vision, limits)
@@ -72,7 +73,9 @@ def inspect(
             name: {
                 "chunk_length": statistic.chunk_length,
                 "active_columns": int(statistic.action_mask.any(0).sum()),
-                "embodiment": next((profile.name for profile in profiles if name in profile.robot_types), None),
+                "embodiment": own.name
+                if own
+                else next((profile.name for profile in profiles if name in profile.robot_types), None),
             }
             for name, statistic in statistics.items()
         },

@@ -24,7 +24,7 @@ from torch import Tensor
 from xr0_engine.checkpoint import EXAMPLE_TASKS, all_or_nothing, write_weights
 from xr0_engine.config import HEAD_SIZES, VARIANT, ModelConfig, read_hf_config
 from xr0_engine.exchange.importing import EMBEDDINGS, MODES, read_settings, refuse_occupied
-from xr0_engine.files import read_json
+from xr0_engine.files import PROCESSOR_FILE, read_json
 from xr0_engine.model.weights import (
     TIED_LM_HEAD,
     TRAINING_PREFIX,
@@ -34,7 +34,7 @@ from xr0_engine.model.weights import (
     read_index,
     resolve_checkpoint,
 )
-from xr0_engine.robot.limits import load_limits, read_limits
+from xr0_engine.robot.limits import load_limits
 from xr0_engine.robot.normalize import ACTIVE_STD, STATISTICS_FILE, load_statistics
 from xr0_engine.robot.prompt import PromptTokenizer
 from xr0_engine.types import CheckpointError
@@ -80,6 +80,7 @@ def to_released(checkpoint: str | Path, out: Path, like: Path) -> list[str]:
         for file in sorted(like.iterdir()):
             if file.is_file() and file.suffix in COMPANIONS and not REPLACED.fullmatch(file.name):
                 shutil.copy(file, target / file.name)
+        _unnest(target / PROCESSOR_FILE)
         (target / "config.json").write_text(json.dumps(described, indent=2), encoding="utf-8")
         (target / STATISTICS_FILE).write_text(json.dumps(settings), encoding="utf-8")
         write_weights(target, shapes, DTYPE, lambda names: {name: _tensor(places[name]) for name in names})
@@ -151,7 +152,7 @@ def _read_like(like: Path, config: ModelConfig) -> dict[str, Any]:
         raise CheckpointError(f"like: expected a local folder of a released checkpoint with its code, got {like}")
     released: dict[str, Any] = read_hf_config(like)
     theirs = ModelConfig.from_hf(released)
-    maps = [released.get("auto_map"), *(_map_of(like / name) for name in ("processor_config.json", STATISTICS_FILE))]
+    maps = [released.get("auto_map"), *(_map_of(like / name) for name in (PROCESSOR_FILE, STATISTICS_FILE))]
     modules = [CODE.fullmatch(str(value)) for found in maps if isinstance(found, Mapping) for value in found.values()]
     if not isinstance(released.get("auto_map"), Mapping) or not all(modules):
         raise CheckpointError(
@@ -177,6 +178,14 @@ def _read_like(like: Path, config: ModelConfig) -> dict[str, Any]:
     return released
 
 
+def _unnest(file: Path) -> None:
+    """Take image settings and statistics out of a processor_config.json: transformers 5 would read the released
+    folder's there, and preprocessor_config.json has the checkpoint's."""
+    content = read_json(file) if file.is_file() else None
+    if isinstance(content, dict) and content.pop("image_processor", None) is not None:
+        file.write_text(json.dumps(content, indent=2), encoding="utf-8")
+
+
 def _map_of(file: Path) -> Any:
     content = read_json(file) if file.is_file() else None
     return content.get("auto_map") if isinstance(content, Mapping) else None
@@ -186,7 +195,7 @@ def _preprocessor(folder: Path, like: Path, config: ModelConfig) -> dict[str, An
     """The released folder's preprocessor_config.json with our image limits and our statistics."""
     settings = read_settings(like)
     # What the two could differ in besides the limits, the engine refuses in either.
-    read_limits(like / STATISTICS_FILE, settings, config.vision)
+    load_limits(like, config.vision)
     limits = load_limits(folder, config.vision)
     return {**settings, **limits.to_hf(), "action_config": _action_config(folder, config)}
 

@@ -22,10 +22,10 @@ from xr0_engine.checkpoint import all_or_nothing, write_weights
 from xr0_engine.config import TRAINED_PREFIX, ModelConfig
 from xr0_engine.exchange.pickled import Weights, read_weights
 from xr0_engine.exchange.recipe import Recipe, find_recipe, read_action_config
-from xr0_engine.files import read_json
+from xr0_engine.files import find_settings
 from xr0_engine.model.weights import TIED_LM_HEAD, StoredTensor, check_tensors, checkpoint_shapes, resolve_checkpoint
 from xr0_engine.robot.layouts import BIMANUAL
-from xr0_engine.robot.limits import read_limits
+from xr0_engine.robot.limits import load_limits
 from xr0_engine.robot.normalize import STATISTICS_FILE, load_statistics
 from xr0_engine.types import CheckpointError
 
@@ -86,7 +86,7 @@ def import_released(source: Path, out: Path, like: str | Path, options: ImportOp
     _check(weights, shapes, folder)
     action_config, told_by = _action_config(weights, recipe, options)
     settings = read_settings(folder)
-    limits = read_limits(folder / STATISTICS_FILE, settings, config.vision)
+    limits = load_limits(folder, config.vision)
     preprocessor = {**settings, **limits.to_hf(), "action_config": action_config}
     dtype = IMPORT_DTYPES[options.dtype]
     num_bytes = sum(torch.Size(shape).numel() for shape in shapes.values()) * dtype.itemsize
@@ -103,14 +103,15 @@ def import_released(source: Path, out: Path, like: str | Path, options: ImportOp
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """What a checkpoint's preprocessor_config.json says. Raises CheckpointError if it is missing or no JSON object."""
-    path = folder / STATISTICS_FILE
-    if not path.is_file():
-        raise CheckpointError(f"{folder} holds no {STATISTICS_FILE}: the image settings are missing")
-    settings = read_json(path)
-    if not isinstance(settings, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {type(settings).__name__}")
-    return settings
+    """What a checkpoint's preprocessor_config.json, or what stands in its place, says.
+
+    Raises CheckpointError if it is missing or no JSON object.
+    """
+    for path, settings in find_settings(folder).items():
+        if not isinstance(settings, Mapping):
+            raise CheckpointError(f"{path}: expected a JSON object, got {type(settings).__name__}")
+        return dict(settings)
+    raise CheckpointError(f"{folder} holds no {STATISTICS_FILE}: the image settings are missing")
 
 
 def refuse_occupied(out: Path) -> None:

@@ -4,7 +4,8 @@ A run of it is a folder of steps, each a folder of DeepSpeed's: `RUN/NAME.ckpt/c
 `RUN/global_stepN/` without, and a file `latest` that names the newest. A step's weights are in
 `mp_rank_00_model_states.pt` under `module`, whole and in bfloat16, as the released server reads them. The float32
 masters are spread over `*_optim_states.pt`, between objects of DeepSpeed's own that cannot be read without running its
-code: they are left alone. DeepSpeed's zero_to_fp32.py merges them into `pytorch_model*.bin`, which can be read.
+code: they are left alone. DeepSpeed's zero_to_fp32.py merges them into `pytorch_model*.bin` or `model*.safetensors`,
+which can be read.
 """
 
 from __future__ import annotations
@@ -31,13 +32,15 @@ MODEL_STATES = "mp_rank_00_model_states.pt"
 LATEST = "latest"
 LIGHTNING_STEP = "checkpoint"
 """The step's folder within a checkpoint of Lightning's."""
+LIGHTNING_STEPS = "checkpoints"
+"""The folder that Lightning puts steps into where nobody names another."""
 SERVED_STEP = "last.ckpt"
 """What the released server takes of a run."""
-MERGED = "pytorch_model.bin"
-MERGED_INDEX = "pytorch_model.bin.index.json"
+MERGED = ("pytorch_model.bin", "model.safetensors")
+MERGED_INDEX = ("pytorch_model.bin.index.json", INDEX_FILE)
 HOLDERS = ("module", "state_dict", "model")
 """Keys under which a file may keep its weights."""
-PREFIXES = ("_forward_module.", "module.", "model.")
+PREFIXES = ("_forward_module.", "_orig_mod.", "module.", "model.")
 """What wrappers of a model put before every name."""
 RUN_KEYS = ("ds_version", "ds_config", "param_shapes", "global_steps")
 """Keys that a training state has, and a converter's output has not."""
@@ -90,15 +93,22 @@ def _find(source: Path, step: str | None) -> tuple[Path, ...]:
                 f"{chosen.parent} is split by model parallelism, which the released training never is"
             )
         return (chosen,)
-    if (source / MERGED_INDEX).is_file():
-        weight_map = _mapping(read_json(source / MERGED_INDEX)).get("weight_map")
-        names = sorted({str(name) for name in _mapping(weight_map).values()})
-        if not names or any(Path(name).name != name for name in names):
-            raise CheckpointError(f"{source / MERGED_INDEX}: expected a `weight_map` to files of this folder")
-        return tuple(source / name for name in names)
-    if (source / MERGED).is_file():
-        return (source / MERGED,)
-    raise CheckpointError(_nothing_found(source))
+    merged = () if (source / "config.json").is_file() else _merged(source)
+    if not merged:
+        raise CheckpointError(_nothing_found(source))
+    return merged
+
+
+def _merged(source: Path) -> tuple[Path, ...]:
+    """The files that zero_to_fp32.py wrote into a folder, if any."""
+    for index in (source / name for name in MERGED_INDEX):
+        if index.is_file():
+            weight_map = _mapping(read_json(index)).get("weight_map")
+            names = sorted({str(name) for name in _mapping(weight_map).values()})
+            if not names or any(Path(name).name != name for name in names):
+                raise CheckpointError(f"{index}: expected a `weight_map` to files of this folder")
+            return tuple(source / name for name in names)
+    return next(((source / name,) for name in MERGED if (source / name).is_file()), ())
 
 
 def _steps(source: Path) -> dict[str, Path]:
@@ -108,7 +118,7 @@ def _steps(source: Path) -> dict[str, Path]:
         for file in sorted(source.glob(pattern)):
             parts = file.relative_to(source).parts
             found["" if len(parts) == 1 else parts[0]] = file
-    return found
+    return found or (_steps(source / LIGHTNING_STEPS) if (source / LIGHTNING_STEPS).is_dir() else {})
 
 
 def _choose(source: Path, steps: Mapping[str, Path], step: str | None) -> Path:
@@ -117,6 +127,10 @@ def _choose(source: Path, steps: Mapping[str, Path], step: str | None) -> Path:
         for name in (step, f"global_step{step}", f"{step}.ckpt"):
             if name in steps:
                 return steps[name]
+        # Lightning's own names: epoch=0-step=1000.ckpt.
+        named = [name for name in steps if re.fullmatch(rf"(.*\W)?step={re.escape(step)}(\W.*)?", name)]
+        if len(named) == 1:
+            return steps[named[0]]
         raise ValueError(f"step: expected one of {', '.join(filter(None, sorted(steps))) or 'none'}, got {step!r}")
     if "" in steps:
         return steps[""]
@@ -136,7 +150,7 @@ def _choose(source: Path, steps: Mapping[str, Path], step: str | None) -> Path:
 
 
 def _nothing_found(source: Path) -> str:
-    if any(source.glob("zero_pp_rank_*_model_states.pt")) or any(source.glob("*/zero_pp_rank_*_model_states.pt")):
+    if any(any(source.glob(f"{folders}zero_pp_rank_*_model_states.pt")) for folders in ("", "*/", "*/*/")):
         return (
             f"{source} holds weights split by ZeRO-3, which the released recipe does not use: merge them with the "
             f"zero_to_fp32.py beside them, and give the file that it writes"
@@ -147,8 +161,8 @@ def _nothing_found(source: Path) -> str:
             f"code: --to released or --to released-pt"
         )
     return (
-        f"{source} is no folder of a released training run: no step with {MODEL_STATES}, no {MERGED}. Give the run's "
-        f"folder, the folder of one step, or a file of weights itself"
+        f"{source} is no folder of a released training run: no step with {MODEL_STATES}, no {MERGED[0]}. Give the "
+        f"run's folder, the folder of one step, or a file of weights itself"
     )
 
 

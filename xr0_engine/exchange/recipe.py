@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from xr0_engine.files import read_json
+from xr0_engine.files import read_json, refuse_pointer
 from xr0_engine.types import CheckpointError
 
 RECIPE_FILES = ("config.py", "config.yaml")
@@ -38,11 +38,11 @@ class Recipe:
 
 
 def find_recipe(weights: Path) -> Recipe | None:
-    """The configuration of the run that a file of weights belongs to: beside it, or up to two folders above.
+    """The configuration of the run that a file of weights belongs to: beside it, or up to three folders above.
 
     Raises CheckpointError for one that cannot be read.
     """
-    for folder in list(weights.resolve().parents)[:3]:
+    for folder in list(weights.resolve().parents)[:4]:
         for name in RECIPE_FILES:
             if (folder / name).is_file():
                 return Recipe(folder / name, _read_values(folder / name))
@@ -114,6 +114,7 @@ def _at(values: Any, place: tuple[str, ...]) -> Mapping[str, Any]:
 
 
 def _read_values(file: Path) -> Any:
+    refuse_pointer(file)
     text = file.read_text(encoding="utf-8", errors="replace")
     if file.suffix == ".py":
         return _literals(file, text)

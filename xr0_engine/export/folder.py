@@ -27,6 +27,7 @@ from xr0_engine.exported.manifest import (
     record_files,
     stage_key,
 )
+from xr0_engine.files import find_settings
 from xr0_engine.model.dit import ActionHead
 from xr0_engine.model.vision import VisionTower
 from xr0_engine.model.weights import (
@@ -86,8 +87,9 @@ def export_onnx(
     }
     with all_or_nothing(out, _needed_bytes(config, stages, PRECISIONS[precision])) as partial:
         written = write_graphs(config, stored, shapes, precision, partial, stages, metadata)
-        for name in ("config.json", STATISTICS_FILE, TOKENIZER_FILE):
+        for name in ("config.json", TOKENIZER_FILE):
             shutil.copyfile(folder / name, partial / name)
+        _copy_settings(folder, partial)
         manifest = Manifest(
             precision=precision,
             opset=OPSET,
@@ -102,6 +104,15 @@ def export_onnx(
         manifest.write(partial)
     remember(manifest.located(out))
     return manifest
+
+
+def _copy_settings(folder: Path, target: Path) -> None:
+    """preprocessor_config.json as it is, or written from what stands in its place."""
+    path, settings = next(iter(find_settings(folder).items()))
+    if path.name == STATISTICS_FILE:
+        shutil.copyfile(path, target / STATISTICS_FILE)
+    else:
+        (target / STATISTICS_FILE).write_text(json.dumps(settings), encoding="utf-8")
 
 
 def static_shapes(preprocess: Preprocessor, case: ExportCase, tokens: Sequence[int]) -> StaticShapes:

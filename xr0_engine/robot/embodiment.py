@@ -14,13 +14,17 @@ from typing import Any
 
 import yaml
 
+from xr0_engine.files import read_json
 from xr0_engine.robot.layouts import LAYOUTS, PLAIN, Layout, find_layout
-from xr0_engine.types import RobotInfo, ViewInfo
+from xr0_engine.types import CheckpointError, RobotInfo, ViewInfo
 
 _BUILTIN_FOLDER = Path(__file__).parent / "embodiments"
 
 PRETRAINED_CHUNKS = {"agibot_pt_v3": 30, "droid_pt": 15, "midata_mix_ann_pt_v1": 30, "molmoact_pt": 15}
 """Robot type of the pre-trained model -> actions in a chunk: all of these robots that has been published."""
+
+CHECKPOINT_KEY = "embodiment"
+"""Of a checkpoint's config.json: the profile that a run named in the place of the built-in ones, its fields as JSON."""
 
 LARGEST_SIDE = 4096
 """Pixels that a view may be resized to."""
@@ -112,6 +116,19 @@ def load_embodiment(name_or_path: str | Path) -> Embodiment:
     return _read(path)
 
 
+def checkpoint_embodiment(folder: Path) -> Embodiment | None:
+    """The profile of its own that a checkpoint was trained through; None if its config.json names none.
+
+    Raises CheckpointError that names the file and every wrong field of the profile.
+    """
+    path = folder / "config.json"
+    raw = read_json(path).get(CHECKPOINT_KEY)
+    try:
+        return None if raw is None else _built(f"{path}: {CHECKPOINT_KEY}", raw)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+
+
 def embodiment_for(robot_type: str) -> Embodiment:
     """The built-in profile that lists the robot type.
 
@@ -148,8 +165,12 @@ def _read(path: Path) -> Embodiment:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from None
+    return _built(str(path), raw)
+
+
+def _built(where: str, raw: Any) -> Embodiment:
     if not isinstance(raw, Mapping):
-        raise ValueError(f"{path}: expected a mapping of fields, got {raw!r}")
+        raise ValueError(f"{where}: expected a mapping of fields, got {raw!r}")
     # Lists become the tuples that the dataclasses hold. Views that are wrong are reported one by one, not as a field.
     values = _with_tuples(raw)
     views = values.get("views")
@@ -163,7 +184,7 @@ def _read(path: Path) -> Embodiment:
         del values["views"]
     elif raw_views:
         values["views"] = tuple(View(**view) for view in raw_views)
-    _refuse(str(path), _wrong_names(Embodiment, raw) + _wrong_values(Embodiment, values) + view_problems)
+    _refuse(where, _wrong_names(Embodiment, raw) + _wrong_values(Embodiment, values) + view_problems)
     return Embodiment(**values)
 
 

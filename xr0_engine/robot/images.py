@@ -10,18 +10,20 @@ import struct
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 # What Pillow raises for files that are broken, cut off, or more than they claim.
 _BROKEN = (
     OSError,
+    AttributeError,
+    ArithmeticError,
+    NotImplementedError,
     SyntaxError,
     ValueError,
     LookupError,
     TypeError,
     struct.error,
     EOFError,
-    OverflowError,
     Image.DecompressionBombError,
 )
 
@@ -31,6 +33,12 @@ MAX_ASPECT = 200
 _ALPHA_MODES = ("RGBA", "RGBa", "LA", "La", "PA")
 
 _NO_ALPHA = "lay it on a background, or drop the alpha channel"
+# Of an array that is not uint8, by the kind of its numbers. What they mean, only its owner knows.
+_BYTES_REMEDY = {
+    "u": ": take the upper byte, `(image >> 8).astype(np.uint8)` of 16 bits",
+    "f": ": if it runs from 0 to 1, `(255 * image).round().astype(np.uint8)`",
+    "i": ": if it runs from 0 to 255, `image.astype(np.uint8)`",
+}
 _NO_GREY = "if the model shall see it, repeat it in three channels"
 
 
@@ -43,8 +51,7 @@ def array_fault(image: object) -> str | None:
     if not isinstance(image, np.ndarray):
         return f"{type(image).__name__}; only NumPy arrays are taken"
     if image.dtype != np.uint8:
-        remedy = ": take the upper byte, `(image >> 8).astype(np.uint8)`" if image.dtype == np.uint16 else ""
-        return f"dtype {image.dtype}{remedy}"
+        return f"dtype {image.dtype}{_BYTES_REMEDY.get(image.dtype.kind, '')}"
     if image.ndim == 2:
         return f"shape {image.shape}, a grey image: {_NO_GREY}"
     if image.ndim != 3:
@@ -87,7 +94,7 @@ def read_picture(
         with Image.open(source if isinstance(source, Path) else io.BytesIO(source), formats=formats) as picture:
             check_size(picture.width, picture.height, max_pixels)
             _refuse_kind(picture, what, grey)
-            upright = ImageOps.exif_transpose(picture)
+            upright = _upright(picture)
             if _is_deep_grey(picture):
                 values = (np.asarray(upright) >> 8).astype(np.uint8)
                 return np.repeat(values[..., None], 3, axis=2)
@@ -97,6 +104,26 @@ def read_picture(
     except _BROKEN as error:
         kind = f"a {' or '.join(formats)} file" if formats else "an image file (PNG, JPEG, ...)"
         raise PictureError(f"expected {kind}, but {what} cannot be read: {error}") from None
+
+
+# EXIF orientation -> what makes such a picture upright.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    # Pillow turns TIFF files itself while it loads them. Its own function for the others writes the EXIF data anew,
+    # which fails for much of what cameras put there.
+    picture.load()
+    turn = _TURNS.get(picture.getexif().get(ExifTags.Base.Orientation, 1))
+    return picture if turn is None else picture.transpose(turn)
 
 
 def check_size(width: int, height: int, max_pixels: int | None) -> None:

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from xr0_engine.config import VisionConfig
-from xr0_engine.files import read_json
+from xr0_engine.files import find_settings
 from xr0_engine.types import CheckpointError
 
-IMAGE_FILE = "preprocessor_config.json"
 BICUBIC = 3
 """Pillow's number for it, and transformers'."""
 LARGEST_MINIMUM = 2**24
@@ -53,10 +52,15 @@ def load_limits(folder: Path, vision: VisionConfig) -> ImageLimits:
     """The limits of a checkpoint folder; the released ones if it has no preprocessor_config.json.
 
     Raises CheckpointError that names every key that contradicts another, makes no sense, or asks for what the engine
-    does not do.
+    does not do, and for a processor_config.json that says something else.
     """
-    path = folder / IMAGE_FILE
-    return read_limits(path, read_json(path), vision) if path.is_file() else RELEASED_LIMITS
+    told = {path: read_limits(path, raw, vision) for path, raw in find_settings(folder).items()}
+    if len(set(told.values())) > 1:
+        raise CheckpointError(
+            " and ".join(f"{path} has {one.min_pixels} to {one.max_pixels} pixels" for path, one in told.items())
+            + ": give both the limits of the training"
+        )
+    return next(iter(told.values()), RELEASED_LIMITS)
 
 
 def read_limits(path: Path, raw: Any, vision: VisionConfig) -> ImageLimits:
@@ -81,7 +85,10 @@ def read_limits(path: Path, raw: Any, vision: VisionConfig) -> ImageLimits:
 
 def _limits(raw: Mapping[str, Any]) -> ImageLimits:
     size = raw.get("size")
-    if size is None:
+    if isinstance(size, Mapping):
+        size = {name: value for name, value in size.items() if value is not None}
+    if size is None or (_has(raw, "min_pixels") and _has(raw, "max_pixels")):
+        # Every version of transformers reads both of these instead of `size`, whatever that says.
         size = {}
     elif not isinstance(size, Mapping) or size.keys() != {"shortest_edge", "longest_edge"}:
         raise ValueError(f"size is {size!r:.80}: expected the pixels as {{shortest_edge, longest_edge}}")
@@ -111,6 +118,8 @@ def _unsupported(raw: Mapping[str, Any], vision: VisionConfig) -> list[str]:
         "do_resize": True,
         "do_rescale": True,
         "do_normalize": True,
+        "do_center_crop": False,
+        "do_pad": False,
         "resample": BICUBIC,
         "rescale_factor": 1 / 255,
         "image_mean": [0.5] * 3,
@@ -130,4 +139,6 @@ def _equal(value: Any, expected: object) -> bool:
     if isinstance(expected, float):
         # The factor is written with more or fewer digits.
         return isinstance(value, float) and math.isclose(value, expected, rel_tol=1e-6)
-    return type(value) is not bool and value == expected if expected is not True else value is True
+    if isinstance(expected, bool):
+        return value is expected
+    return type(value) is not bool and value == expected

@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from xr0_engine.files import read_json
+from xr0_engine.files import SETTINGS_FILE, find_settings, read_json
 from xr0_engine.types import CheckpointError
 
 # Where statistics name no active columns, one whose std is not above this does not move in the training data: the model
 # neither sees nor sets it.
 ACTIVE_STD = 1e-5
 
-STATISTICS_FILE = "preprocessor_config.json"
+STATISTICS_FILE = SETTINGS_FILE
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,20 +108,38 @@ class ActionStatistics:
 
 
 def load_statistics(folder: Path, action_dim: int, epsilon: float) -> dict[str, ActionStatistics]:
-    """Read the statistics of every robot type from the checkpoint folder's preprocessor_config.json.
+    """Read the statistics of every robot type from the checkpoint folder's preprocessor_config.json, or from the
+    processor_config.json that transformers 5 writes in its place.
 
-    Raises CheckpointError that names the file and, for each robot type at fault, what is wrong.
+    Raises CheckpointError that names the file and, for each robot type at fault, what is wrong, and for two files that
+    contradict each other.
     """
-    path = folder / STATISTICS_FILE
-    if not path.is_file():
-        raise CheckpointError(f"{folder} holds no {STATISTICS_FILE}: the action statistics are missing")
-    return read_statistics(path, action_dim, epsilon)
+    found = find_settings(folder)
+    if not found:
+        raise CheckpointError(
+            f"{folder} holds no {STATISTICS_FILE}: the action statistics are missing; copy the one of the training"
+        )
+    told = {path: raw["action_config"] for path, raw in found.items() if isinstance(raw, Mapping) and _has(raw)}
+    first = next(iter(told or found))
+    if any(one != told[first] for one in told.values()):
+        raise CheckpointError(
+            f"{' and '.join(map(str, told))} hold different action statistics (`action_config`): keep those of the "
+            "training alone"
+        )
+    return _statistics(first, found[first], action_dim, epsilon)
 
 
 def read_statistics(path: Path, action_dim: int, epsilon: float) -> dict[str, ActionStatistics]:
     """As load_statistics, from any JSON file with an `action_config`."""
-    config = read_json(path)
-    robot_types = config.get("action_config") if isinstance(config, dict) else None
+    return _statistics(path, read_json(path), action_dim, epsilon)
+
+
+def _has(settings: Mapping[str, Any]) -> bool:
+    return settings.get("action_config") is not None
+
+
+def _statistics(path: Path, config: Any, action_dim: int, epsilon: float) -> dict[str, ActionStatistics]:
+    robot_types = config.get("action_config") if isinstance(config, Mapping) else None
     if not isinstance(robot_types, dict) or not robot_types:
         raise CheckpointError(f"{path} lacks `action_config`: {{robot type: {{mean, std}}}}")
     statistics, faults = {}, []

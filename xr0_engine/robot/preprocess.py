@@ -14,7 +14,7 @@ import torch
 
 from xr0_engine.config import ModelConfig, VisionConfig
 from xr0_engine.robot import patches
-from xr0_engine.robot.embodiment import Embodiment, View, embodiment_for
+from xr0_engine.robot.embodiment import Embodiment, View, checkpoint_embodiment, embodiment_for
 from xr0_engine.robot.images import array_fault, aspect_fault
 from xr0_engine.robot.limits import RELEASED_LIMITS, ImageLimits, load_limits
 from xr0_engine.robot.normalize import ActionStatistics, load_statistics, select_robot_type
@@ -108,7 +108,7 @@ def validate_observation(observation: Observation, embodiment: Embodiment, confi
     Raises ValueError that names the field, what was expected and what came. The robot type is checked where it is
     resolved.
     """
-    if not isinstance(observation.prepared, bool):
+    if not isinstance(observation.prepared, bool | np.bool_):
         raise ValueError(f"prepared: expected true or false, got {observation.prepared!r:.80}")
     _validate_images(observation, embodiment)
     checked_instruction(observation.instruction)
@@ -141,10 +141,15 @@ class Preprocessor:
 
     @classmethod
     def load(cls, folder: Path, embodiment: Embodiment | None = None) -> Preprocessor:
-        """Read all but the weights of a checkpoint folder. Raises CheckpointError for a file that cannot be used."""
+        """Read all but the weights of a checkpoint folder.
+
+        embodiment: None is the one that the checkpoint was trained through, if it says so. Raises CheckpointError for a
+        file that cannot be used.
+        """
         config = ModelConfig.load(folder)
         statistics = load_statistics(folder, config.head.action_dim, config.std_epsilon)
         tokenizer = PromptTokenizer.load(folder, config.tokens, config.text.vocab_size)
+        embodiment = embodiment or checkpoint_embodiment(folder)
         return cls(config, tokenizer, statistics, embodiment, load_limits(folder, config.vision))
 
     def resolve(self, robot_type: str | None) -> tuple[str, Embodiment]:

@@ -24,6 +24,8 @@ _TASK_HEAD = "Generate robot actions for the task:\n"
 _TASK_END = " /no_cot"
 _TAIL = "<|im_end|>\n<|im_start|>assistant\n<cot></cot><|im_end|>\n"
 
+_IMAGE_PAD = "<|image_pad|>"
+_IMAGE_PADS = re.compile(rf"(?:{re.escape(_IMAGE_PAD)})+")
 _SPECIAL_TOKEN = re.compile(r"<\|.*?\|>", re.DOTALL)
 
 # A robot repeats its prompt at every step; a server sees the tasks of several robots.
@@ -59,13 +61,13 @@ def prompt_task(text: str) -> str:
 def task_of(text: str, titles: Sequence[str]) -> str:
     """The task in a text that is either the task alone or the whole prompt as a released client writes it.
 
-    titles: of the views, in the prompt's order; the prompt holds one <|image_pad|> for each. Raises ValueError for any
-    other prompt: what else it says would be lost.
+    titles: of the views, in the prompt's order; the prompt holds one <|image_pad|> for each, or as many as it has
+    tokens. Raises ValueError for any other prompt: what else it says would be lost.
     """
     if not is_prompt(text):
         return text
     task = prompt_task(text)
-    if text != build_prompt(titles, [1] * len(titles), task):
+    if _IMAGE_PADS.sub(_IMAGE_PAD, text) != build_prompt(titles, [1] * len(titles), task):
         expected = build_prompt(titles, [1] * len(titles), "{task}")
         raise ValueError(f"expected the task alone or the prompt {expected!r}, got {text!r:.600}")
     return task

@@ -36,8 +36,8 @@ class Connecting:
             raise ValueError(f"url: expected ws://host:port or wss://host:port, got {url!r}")
         if not timeout_s > 0:
             raise ValueError(f"timeout_s: expected seconds above 0, got {timeout_s!r}")
-        if jpeg_quality is not None and not 1 <= jpeg_quality <= 95:
-            raise ValueError(f"jpeg_quality: expected 1 to 95, got {jpeg_quality!r}")
+        if jpeg_quality is not None and (type(jpeg_quality) is not int or not 1 <= jpeg_quality <= 95):
+            raise ValueError(f"jpeg_quality: expected 1 to 95 as a whole number, or None, got {jpeg_quality!r}")
         self.timeout_s = timeout_s
         self._jpeg_quality = jpeg_quality
         self._headers = {"Authorization": f"Api-Key {api_key}"} if api_key else {}

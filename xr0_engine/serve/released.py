@@ -34,9 +34,11 @@ def read_request(fields: object, metadata: PolicyMetadata) -> Request:
         raise ValueError(f"{unknown[0]!r:.80}: unknown field; expected {', '.join(known)}")
     present = {name: value for name, value in fields.items() if value is not None}
     robot_type = _robot_type(present.get("task_id"), metadata)
-    state = present.get("state")
-    if isinstance(state, np.ndarray) and state.ndim == 3:
+    # A batch of one, (1, state length, S), also as lists; a seed also as a tensor.
+    if "state" in present and (state := read_numbers("state", present["state"])).ndim == 3:
         present["state"] = _first("state", state)
+    if "seed" in present:
+        present["seed"] = _single(present["seed"])
     if "input_ids" in present:
         return _of_tensors(present, robot_type, metadata)
     return _of_pictures(present, robot_type, metadata)
@@ -114,9 +116,7 @@ def _prefix(fields: Mapping[str, Any], metadata: PolicyMetadata) -> np.ndarray |
     """The first prefix_length rows of action, in robot units: the released server normalises them itself."""
     if "action" not in fields and "prefix_length" not in fields:
         return None
-    length = fields.get("prefix_length")
-    if isinstance(length, np.ndarray | np.generic) and length.size == 1:
-        length = length.item()
+    length = _single(fields.get("prefix_length"))
     if isinstance(length, int) and length == 0:
         return None
     action = _first("action", fields.get("action"))
@@ -126,6 +126,11 @@ def _prefix(fields: Mapping[str, Any], metadata: PolicyMetadata) -> np.ndarray |
             f"{length!r:.80}"
         )
     return read_prefix("action, prefix_length", action[:length], metadata)
+
+
+def _single(value: object) -> object:
+    """The number in an array of one; all else as it is."""
+    return value.item() if isinstance(value, np.ndarray | np.generic) and value.size == 1 else value
 
 
 def _grids(thw: np.ndarray) -> tuple[tuple[int, int], ...]:

@@ -24,27 +24,36 @@ _KNOWN = ("prompt", "instruction", "state", "robot_type", "timestamp_s", "prepar
 def encode_request(request: Request, jpeg_quality: int | None = None, max_pixels: int = sys.maxsize) -> bytes:
     """jpeg_quality: 1 to 95 sends images as JPEG, None as they are; files go as they are. max_pixels: of an image.
 
-    Raises Refused for an image that a server would refuse, whichever way it is to be sent.
+    Raises Refused for an image that a server would refuse, whichever way it is to be sent, for numbers that are none,
+    and for what no message can hold.
     """
     observation = request.observation
     if not isinstance(observation, Observation) or not isinstance(observation.images, Mapping):
         raise Refused("images: expected an Observation that maps views to images")
+    images = {
+        view: _encode_image(f"image {view!r:.80}", image, jpeg_quality, max_pixels)
+        for view, image in observation.images.items()
+    }
+    try:
+        return pack(_fields(request, observation, images))
+    except (TypeError, ValueError) as error:
+        raise Refused(str(error)) from None
+
+
+def _fields(request: Request, observation: Observation, images: Mapping[str, Any]) -> dict[str, Any]:
     fields = {
-        "images": {
-            view: _encode_image(f"image {view!r:.80}", image, jpeg_quality, max_pixels)
-            for view, image in observation.images.items()
-        },
+        "images": images,
         "prompt": observation.instruction,
-        "state": observation.state,
+        "state": read_numbers("state", observation.state),
         "robot_type": observation.robot_type,
         "timestamp_s": observation.timestamp_s,
         # Left out where it is false: servers that do not know it refuse it.
         "prepared": _truth("prepared", observation.prepared) or None,
-        "prefix": request.prefix,
+        "prefix": None if request.prefix is None else read_numbers("prefix", request.prefix),
         "seed": request.seed,
         "id": request.id,
     }
-    return pack({name: value for name, value in fields.items() if value is not None})
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def read_fields(message: bytes | str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import pickle
 import pickletools
+import re
 import struct
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -23,11 +24,12 @@ MAX_OPCODES = 20_000
 
 
 class _StandIn:
-    """Stores how it was made (args) and what state it was given, as plain data."""
+    """Stores how it was made (args) and what state it was given, as plain data; made: what it stands for, made once."""
 
     # On the class too: objects may be made without __init__.
     args: tuple[Any, ...] = ()
     state: Any = None
+    made: Any = None
 
     def __init__(self, *args: Any) -> None:
         self.args = args
@@ -41,7 +43,7 @@ class _Array(_StandIn):
 
 
 class _Buffer(_StandIn):
-    """numpy.ndarray through `_frombuffer`; args: (bytes, dtype, shape, order)."""
+    """numpy.ndarray through `_frombuffer`; args: (bytes, dtype, shape, order), and the axes' places for order K."""
 
 
 class _Scalar(_StandIn):
@@ -53,7 +55,7 @@ class _Dtype(_StandIn):
 
 
 class _Picture(_StandIn):
-    """PIL.Image.Image and its subclasses; state: [info, mode, size, palette, bytes, ...]."""
+    """PIL.Image.Image and its subclasses, one for each file format; state: [info, mode, size, palette, bytes, ...]."""
 
 
 class _Tensor(_StandIn):
@@ -65,31 +67,62 @@ class _Storage(_StandIn):
 
 
 class _Features(_StandIn):
-    """transformers' BatchFeature, a dictionary in a class of its own; state: {"data": the dictionary}."""
+    """transformers' BatchFeature and its like, dictionaries in classes of their own; state: {"data": dictionary}."""
 
 
 class _Name(_StandIn):
     """What is only part of something else, such as numpy.ndarray in `_reconstruct`."""
 
 
+class _Ordered(dict[Any, Any]):
+    """collections.OrderedDict: a tensor's hooks, of which it has none, or a request."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+
+class _Bytes(_StandIn):
+    """Bytes in protocol 2, which has no opcode for them; args: (text, "latin1") of `_codecs.encode`, () of `bytes`."""
+
+
+class _Limits:
+    """max_pixels: of an image. bytes_left: that may still be copied; a pickle has no use for more than it holds."""
+
+    def __init__(self, max_pixels: int, bytes_left: int) -> None:
+        self.max_pixels = max_pixels
+        self.bytes_left = bytes_left
+
+    def spend(self, count: int) -> None:
+        self.bytes_left -= count
+        if self.bytes_left < 0:
+            raise ValueError("the same bytes in more than one place")
+
+
 _CORES = ("numpy.core", "numpy._core")
-_ADMITTED: dict[tuple[str, str], type[_StandIn]] = {
+_ADMITTED: dict[tuple[str, str], type[_StandIn | _Ordered]] = {
     ("numpy", "ndarray"): _Name,
     ("numpy", "dtype"): _Dtype,
     **{(f"{core}.multiarray", "_reconstruct"): _Array for core in _CORES},
     **{(f"{core}.multiarray", "scalar"): _Scalar for core in _CORES},
     **{(f"{core}.numeric", "_frombuffer"): _Buffer for core in _CORES},
     ("PIL.Image", "Image"): _Picture,
-    ("PIL.PngImagePlugin", "PngImageFile"): _Picture,
-    ("PIL.JpegImagePlugin", "JpegImageFile"): _Picture,
+    # In what a picture's file says beside its pixels.
+    ("PIL.PngImagePlugin", "iTXt"): _Name,
+    ("PIL.TiffImagePlugin", "IFDRational"): _Name,
+    ("fractions", "Fraction"): _Name,
     ("torch._utils", "_rebuild_tensor_v2"): _Tensor,
     ("torch.storage", "_load_from_bytes"): _Storage,
-    # A tensor's hooks, of which it has none.
-    ("collections", "OrderedDict"): _Name,
+    ("collections", "OrderedDict"): _Ordered,
+    ("collections", "UserDict"): _Features,
     ("transformers.feature_extraction_utils", "BatchFeature"): _Features,
+    ("transformers.tokenization_utils_base", "BatchEncoding"): _Features,
+    ("tokenizers", "Encoding"): _Name,
+    ("__builtin__", "bytes"): _Bytes,
+    ("_codecs", "encode"): _Bytes,
 }
+_PICTURE_FILE = re.compile(r"PIL\.[A-Za-z0-9]+ImagePlugin [A-Za-z0-9]+ImageFile")
 
-# Everything a dictionary of arrays, pictures, tensors and plain values needs, in protocols 3 to 5.
+# Everything a dictionary of arrays, pictures, tensors and plain values needs, in protocols 2 to 5.
 _NAMES = """
     PROTO FRAME STOP MARK POP POP_MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT
     BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8
@@ -129,6 +162,8 @@ _NONSENSE = (
 # The one written in Python: the one in C takes memory for whatever index a memo opcode names.
 class _Reader(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if _PICTURE_FILE.fullmatch(f"{module} {name}"):
+            return _Picture
         if (module, name) not in _ADMITTED:
             raise pickle.UnpicklingError(f"{module}.{name} is not admitted")
         return _ADMITTED[module, name]
@@ -186,16 +221,17 @@ def restricted_loads(data: bytes, max_pixels: int) -> Any:
     """The value of a pickle made of plain values, lists, tuples, dictionaries, NumPy arrays, PIL images and tensors.
 
     Images become uint8 arrays of their bands: (H, W, 3) RGB, (H, W, 4) with alpha, (H, W) grey. Tensors become arrays,
-    bfloat16 as float32. Only a dictionary's own values are looked into, not lists within. Raises ValueError for
-    anything else, before anything it names was looked up.
+    bfloat16 as float32. A dictionary's values and the lists in it are looked into, not dictionaries within. Raises
+    ValueError for anything else, before anything it names was looked up.
     """
+    limits = _Limits(max_pixels, len(data))
     try:
         value = _load(io.BytesIO(data), _Reader, _OPCODES)
         if isinstance(value, _Features):
             value = _dictionary(value)
         if isinstance(value, dict):
-            return {key: _make(item, max_pixels) for key, item in value.items()}
-        return _make(value, max_pixels)
+            return {key: _make_value(key, item, limits) for key, item in value.items()}
+        return _make(value, limits)
     except _NONSENSE as error:
         raise ValueError(f"pickle: expected plain values, arrays, images and tensors: {error}") from None
 
@@ -228,35 +264,78 @@ def _check_opcodes(stream: io.BytesIO, opcodes: Mapping[bytes, pickletools.Opcod
 def _dictionary(item: _Features) -> dict[Any, Any]:
     data = item.state.get("data") if isinstance(item.state, Mapping) else None
     if not isinstance(data, dict):
-        raise ValueError("BatchFeature: expected its data as a dictionary")
+        raise ValueError("BatchFeature, BatchEncoding: expected their data as a dictionary")
     return data
 
 
-def _make(item: object, max_pixels: int) -> Any:
-    if isinstance(item, _Picture):
-        return _make_picture(item, max_pixels)
-    if isinstance(item, _Array | _Buffer | _Scalar):
-        return _make_array(item)
-    if isinstance(item, _Tensor):
-        return _make_tensor(item)
-    if isinstance(item, _StandIn | type):
-        raise ValueError("expected values, got something that is only part of one")
+def _make_value(key: object, item: object, limits: _Limits) -> Any:
+    try:
+        return _make(item, limits)
+    except _NONSENSE as error:
+        raise ValueError(f"{key!r:.80}: {error}") from None
+
+
+def _make(item: object, limits: _Limits) -> Any:
+    if isinstance(item, list | tuple):
+        return type(item)(_make(inner, limits) for inner in item)
+    if isinstance(item, _StandIn):
+        if item.made is None:
+            item.made = _make_stood_for(item, limits)
+        return item.made
+    if isinstance(item, type):
+        raise ValueError(_ONLY_PART)
     return item
 
 
-def _make_array(item: _Array | _Buffer | _Scalar) -> np.ndarray | np.generic:
+_ONLY_PART = "expected values, got something that is only part of one"
+
+
+def _make_stood_for(item: _StandIn, limits: _Limits) -> Any:
+    if isinstance(item, _Picture):
+        return _make_picture(item, limits)
+    if isinstance(item, _Array | _Buffer | _Scalar):
+        return _make_array(item, limits)
+    if isinstance(item, _Tensor):
+        return _make_tensor(item, limits)
+    if isinstance(item, _Bytes):
+        return _make_bytes(item, limits)
+    raise ValueError(_ONLY_PART)
+
+
+def _make_bytes(item: object, limits: _Limits) -> object:
+    """Bytes of those that a pickle holds in another form; all else as it is."""
+    if isinstance(item, bytearray):
+        limits.spend(len(item))
+        return bytes(item)
+    if not isinstance(item, _Bytes):
+        return item
+    text, encoding = item.args or ("", "latin1")
+    if not isinstance(text, str) or encoding != "latin1":
+        raise ValueError(f"bytes: expected text in latin1, got {type(text).__name__} in {encoding!r:.40}")
+    limits.spend(len(text))
+    return text.encode("latin1")
+
+
+def _make_array(item: _Array | _Buffer | _Scalar, limits: _Limits) -> np.ndarray | np.generic | str:
     if isinstance(item, _Scalar):
         dtype, data = item.args
-        return make_array(data, _dtype_name(dtype), [])[()]
+        name, data = _dtype_name(dtype), _make_bytes(data, limits)
+        # A text taken out of an array of texts.
+        if name.startswith("<U") and isinstance(data, bytes):
+            return data.decode("utf-32-le").rstrip("\0")
+        return make_array(data, name, [])[()]
     if isinstance(item, _Buffer):
-        data, dtype, shape, order = item.args
-        fortran = order == "F"
+        data, dtype, shape, order, *axes = item.args
     else:
         _, shape, dtype, fortran, data = item.state
-    if isinstance(data, bytearray):
-        data = bytes(data)
-    array = make_array(data, _dtype_name(dtype), shape)
-    return array.reshape(array.shape[::-1]).T if fortran else array
+        order, axes = "F" if fortran else "C", []
+    array = make_array(_make_bytes(data, limits), _dtype_name(dtype), shape)
+    if order == "K" and len(axes) == 1:
+        # The shape is that of the memory, whose axes the array has in another order.
+        return array.transpose(*axes)
+    if order not in ("C", "F"):
+        raise ValueError(f"array: expected order C or F, got {order!r:.40}")
+    return array.reshape(array.shape[::-1]).T if order == "F" else array
 
 
 def _dtype_name(item: object) -> str:
@@ -267,23 +346,34 @@ def _dtype_name(item: object) -> str:
     return f"{order}{item.args[0]}"
 
 
-def _make_picture(item: _Picture, max_pixels: int) -> np.ndarray:
-    _, mode, size, _, data = item.state[:5]
+def _make_picture(item: _Picture, limits: _Limits) -> np.ndarray:
+    info, mode, size, _, data = item.state[:5]
     bands = {"L": 1, "RGB": 3, "RGBA": 4}.get(str(mode))
     if bands is None:
-        raise ValueError(f"image: expected mode RGB, got {mode!r:.80}")
+        # Pillow cuts off what is above 255 where it makes RGB of more bits.
+        remedy = ": send `image.convert('RGB')`" if mode in ("P", "CMYK", "YCbCr", "LAB", "HSV") else ""
+        raise ValueError(f"image: expected mode RGB, got {mode!r:.80}{remedy}")
+    # One colour of it may stand for what is not there.
+    if not isinstance(info.get("transparency"), str | _Name | None):
+        raise ValueError("image: expected a picture without transparency: lay it on a background")
     width, height = size
-    pixels = make_array(data, "|u1", [height, width, bands])
-    if not 0 < width * height <= max_pixels:
-        raise ValueError(f"image: expected at most {max_pixels} pixels, got {width} x {height}")
+    pixels = make_array(_make_bytes(data, limits), "|u1", [height, width, bands])
+    if not 0 < width * height <= limits.max_pixels:
+        raise ValueError(f"image: expected at most {limits.max_pixels} pixels, got {width} x {height}")
     return pixels[..., 0] if bands == 1 else pixels
 
 
-def _make_tensor(item: _Tensor) -> np.ndarray:
+def _make_tensor(item: _Tensor, limits: _Limits) -> np.ndarray:
     storage, offset, shape, strides, _, _, *more = item.args
     if not isinstance(storage, _Storage) or any(more):
         raise ValueError("tensor: expected a plain one as torch pickles it")
     (data,) = storage.args
+    data = _make_bytes(data, limits)
+    if not isinstance(data, bytes):
+        raise ValueError(f"tensor: expected its storage as bytes, got {type(data).__name__}")
+    # Once: what _make_bytes copied was counted there.
+    if data is storage.args[0]:
+        limits.spend(len(data))
     stream = io.BytesIO(data)
     head = [_load(stream, _StorageReader, _STORAGE_OPCODES) for _ in range(HEAD)]
     return strided(storage_array(head, data[stream.tell() :]), offset, shape, strides)

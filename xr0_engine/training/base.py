@@ -19,7 +19,7 @@ from transformers import Qwen3VLConfig
 
 from xr0_engine.checkpoint import preprocessor_config, published_config
 from xr0_engine.config import ModelConfig, VisionConfig, read_hf_config
-from xr0_engine.files import read_json
+from xr0_engine.files import find_settings
 from xr0_engine.model.dit import ActionHead
 from xr0_engine.model.weights import (
     TIED_LM_HEAD,
@@ -29,8 +29,7 @@ from xr0_engine.model.weights import (
     read_index,
     resolve_checkpoint,
 )
-from xr0_engine.robot.limits import RELEASED_LIMITS, ImageLimits, load_limits, read_limits
-from xr0_engine.robot.normalize import STATISTICS_FILE
+from xr0_engine.robot.limits import RELEASED_LIMITS, ImageLimits, load_limits
 from xr0_engine.types import CheckpointError
 
 VLM_TYPE = "qwen3_vl"
@@ -52,11 +51,11 @@ class Base:
 
         Raises CheckpointError as load_limits does.
         """
-        path = self.folder / STATISTICS_FILE
-        if not self.has_head or not path.is_file():
+        told = find_settings(self.folder) if self.has_head else {}
+        if not told:
             return preprocessor_config(self.config)
-        content: dict[str, Any] = read_json(path)
-        return {**content, **read_limits(path, content, self.config.vision).to_hf()}
+        limits = load_limits(self.folder, self.config.vision)
+        return {**next(iter(told.values())), **limits.to_hf()}
 
 
 def read_base(checkpoint: str | Path) -> Base:

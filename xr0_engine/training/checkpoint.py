@@ -14,6 +14,7 @@ import shutil
 import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from xr0_engine.checkpoint import all_or_nothing, write_weights
 from xr0_engine.config import ModelConfig
 from xr0_engine.model.weights import checkpoint_shapes
+from xr0_engine.robot.embodiment import CHECKPOINT_KEY, Embodiment
 from xr0_engine.robot.normalize import STATISTICS_FILE, ActionStatistics
 from xr0_engine.training.base import Base, fresh_head, read_tensor
 from xr0_engine.training.distributed import World
@@ -165,12 +167,14 @@ def export_checkpoint(
     base: Base,
     statistics: Mapping[str, ActionStatistics],
     seed: int,
+    embodiment: Embodiment | None = None,
 ) -> None:
     """Write a folder that the engine loads as it is: the run's base with everything that the run has trained.
 
     checkpoint: a folder of checkpoints(); out: absent or empty, appears whole or not at all; xr0: the trained model's
-    config; seed: the run's, of an action head that neither base nor run gives. bfloat16, statistics of the training
-    data alone. Raises CheckpointError, ValueError or OSError.
+    config; seed: the run's, of an action head that neither base nor run gives; embodiment: the profile that the run
+    named, which the checkpoint then says. bfloat16, statistics of the training data alone. Raises CheckpointError,
+    ValueError or OSError.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not empty; remove it or choose another folder")
@@ -198,7 +202,8 @@ def export_checkpoint(
     preprocessor["action_config"] = {robot_type: item.to_json() for robot_type, item in statistics.items()}
     num_bytes = sum(torch.Size(shape).numel() for shape in shapes.values()) * EXPORT_DTYPE.itemsize
     with all_or_nothing(out, num_bytes) as target:
-        (target / "config.json").write_text(json.dumps(xr0.to_hf(), indent=2), encoding="utf-8")
+        told = {} if embodiment is None else {CHECKPOINT_KEY: asdict(embodiment)}
+        (target / "config.json").write_text(json.dumps(xr0.to_hf() | told, indent=2), encoding="utf-8")
         (target / STATISTICS_FILE).write_text(json.dumps(preprocessor), encoding="utf-8")
         for file in base.folder.glob("*.json"):
             if file.name.startswith(("tokenizer", "special_tokens", "added_tokens", "vocab")):

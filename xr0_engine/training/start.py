@@ -76,7 +76,8 @@ def export_run(folder: Path, out: Path, step: int | None) -> None:
     base = read_base(config.model.checkpoint)
     chosen = saved[max(saved) if step is None else step]
     statistics = _statistics(folder / STATISTICS_FILE, base, config)
-    export_checkpoint(chosen, out, model_config(base.config, config), base, statistics, config.run.seed)
+    xr0, profile = model_config(base.config, config), run_profile(config.data)
+    export_checkpoint(chosen, out, xr0, base, statistics, config.run.seed, profile)
 
 
 def _train(config: TrainConfig, folder: Path, statistics: Mapping[str, ActionStatistics], views: Sequence[str]) -> None:
@@ -141,6 +142,8 @@ def _read_config(folder: Path) -> TrainConfig:
 
 
 def _statistics(path: Path, base: Base, config: TrainConfig) -> dict[str, ActionStatistics]:
+    if not path.is_file():
+        raise ValueError(f"data.statistics: expected a file that `xr0 data stats` wrote, there is none at {path}")
     return read_statistics(path, base.config.head.action_dim, model_config(base.config, config).std_epsilon)
 
 

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from xr0_engine.backend import resolve_dtype
-from xr0_engine.robot.embodiment import load_embodiment
 from xr0_engine.robot.normalize import ActionStatistics
 from xr0_engine.training.base import read_base
 from xr0_engine.training.batch import Collator, LanguageBatch, RobotBatch
@@ -27,6 +26,7 @@ from xr0_engine.training.draws import FlowDraw, draw_flow, micro_batch_generator
 from xr0_engine.training.metrics import Averages, Log, Speed, model_flops, peak_tflops
 from xr0_engine.training.model import FlowPolicy, StepOutput, build_policy, load_policy, model_config
 from xr0_engine.training.optim import learning_rate, make_optimizer, set_learning_rate
+from xr0_engine.training.profiles import run_profile
 from xr0_engine.training.validation import plot_run, validate
 
 Batch: TypeAlias = RobotBatch | LanguageBatch
@@ -66,8 +66,8 @@ class Trainer:
         self.xr0 = model_config(self.base.config, config)
         _check_statistics(statistics, config.data.chunk_length, self.xr0.head.action_dim)
         self.statistics = {name: replace(item, epsilon=self.xr0.std_epsilon) for name, item in statistics.items()}
-        profile = load_embodiment(config.data.embodiment) if config.data.embodiment else None
-        self.collate = Collator(self.base.folder, self.xr0, self.statistics, profile)
+        self.profile = run_profile(config.data)
+        self.collate = Collator(self.base.folder, self.xr0, self.statistics, self.profile)
         if world.device.type == "cpu" and config.run.threads:
             torch.set_num_threads(config.run.threads)
 
@@ -127,6 +127,7 @@ class Trainer:
                     self.base,
                     self.statistics,
                     self.config.run.seed,
+                    self.profile,
                 )
         world.barrier()
 

@@ -95,7 +95,8 @@ def write(folder, episodes, tasks=(TASK, ""), **description):
         )
         pq.write_table(table, folder / f"data/chunk-000/episode_{number:06d}.parquet")
         path = folder / f"videos/chunk-000/{VIDEO}/episode_{number:06d}.mp4"
-        with video_writer(path, WIDTH, HEIGHT, episode.video_fps) as write_frame:
+        height, width = episode.frames[0].shape[:2]
+        with video_writer(path, width, height, episode.video_fps) as write_frame:
             for frame in episode.frames:
                 write_frame(frame)
         if episode.change is not None:
@@ -139,8 +140,7 @@ def another_rate(episode):
     episode.video_fps = 25
 
 
-def another_size(episode):
-    # A video's frames have one size: what changes is the number of them.
+def ends_early(episode):
     episode.frames = episode.frames[: TICKS // 2]
 
 
@@ -150,6 +150,14 @@ def empty_task(episode):
 
 def unknown_task(episode):
     episode.task_index = 5
+
+
+def mirror(episode):
+    episode.frames = [frame[::-1] for frame in episode.frames]
+
+
+def smaller(episode):
+    episode.frames = [np.ascontiguousarray(frame[:, : WIDTH - 16]) for frame in episode.frames]
 
 
 def broken_video(episode):
@@ -167,7 +175,8 @@ KINDS = {
     "a value that is no number": (not_finite, "finite"),
     "pictures upside down": (turn, "upside down"),
     "a video of another rate": (another_rate, "25"),
-    "a video that ends early": (another_size, "episode_"),
+    "a video that ends early": (ends_early, "episode_"),
+    "pictures of another size": (smaller, "several sizes: its 48x48, most others' 64x48"),
     "an empty task": (empty_task, "task"),
     "a task that is not there": (unknown_task, "task"),
     "a damaged frame": (broken_video, "frame"),
@@ -211,6 +220,40 @@ def test_the_command_names_episodes_and_ends_with_a_verdict(faulty):
     assert "not fit to train on" in dataset["verdict"]
     told = CliRunner().invoke(app, ["data", "check", str(faulty)]).stdout
     assert told.rstrip().endswith(dataset["verdict"])
+
+
+def test_a_fault_of_a_view_names_episode_and_file(faulty):
+    findings = check(faulty, True, 1)
+    place = 3 + list(KINDS).index("no video")
+    (fault,) = findings[place].faults
+    assert fault.startswith(f"{findings[place].name}: ")
+    assert f"episode_{place:06d}.mp4" in fault
+
+
+def test_pictures_that_are_mirrored(tmp_path):
+    episodes = [Recorded(number) for number in range(4)]
+    for episode in episodes:
+        # Brighter at the left, so that mirrored is not the same as turned.
+        episode.frames = [
+            frame // 2 + np.uint8(40) * (np.arange(WIDTH) < 20)[None, :, None] for frame in episode.frames
+        ]
+    mirror(episodes[1])
+    found = [finding.faults for finding in check(write(tmp_path / "set", episodes), True, 1)]
+    assert [len(faults) for faults in found] == [0, 1, 0, 0]
+    assert "lie upside down and mirrored" in found[1][0]
+
+
+def test_a_gripper_that_opens_for_a_moment_is_no_fault(tmp_path):
+    episodes = [Recorded(number) for number in range(4)]
+    for episode in episodes:
+        episode.actions[:, 3] = 0.0
+    episodes[2].actions[-1, 3] = 1.0
+    action = [{"columns": "0:3", "from": "action[0:3]"}, {"columns": 3, "from": "action[3:4]"}]
+    dataset = write(tmp_path / "set", episodes, action=action)
+    assert "action column 3 is 0 at 159 of 160 ticks" in check(dataset, True, 1)[-1].faults[0]
+    action[1]["kind"] = "two_valued"
+    said = write(tmp_path / "said", episodes, action=action)
+    assert not any(finding.faults for finding in check(said, True, 1))
 
 
 def test_special_tokens_in_a_task(tmp_path):

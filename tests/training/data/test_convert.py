@@ -200,6 +200,51 @@ def test_one_column_alone(tmp_path):
     assert open_source(tmp_path / "out").load(0).motion.targets.left.gripper.shape == (5, 1)
 
 
+@pytest.fixture
+def one_view(tmp_path):
+    """Three cameras, of which a profile of one's own has one."""
+    folder = write_dataset(tmp_path / "episodes", (5, 6))
+    (folder / "mine.yaml").write_text(
+        "{name: mine, robot_types: [bimanual], layout: bimanual, control_rate_hz: 30, replan_every: null, "
+        "views: [{key: ego, title: Ego View}]}"
+    )
+    (folder / "xr0.yaml").write_text("{robot_type: bimanual, embodiment: mine.yaml}")
+    return folder
+
+
+def test_a_profile_of_one_s_own_goes_along(one_view, tmp_path):
+    to_lerobot(open_source(one_view), tmp_path / "lerobot")
+    from_lerobot(open_source(tmp_path / "lerobot"), tmp_path / "back")
+    expected = open_source(one_view).description.embodiment
+    for name in ("lerobot", "back"):
+        source = open_source(tmp_path / name)
+        assert (source.description.embodiment, list(source.lengths)) == (expected, [5, 6])
+    assert (tmp_path / "lerobot/videos/observation.images.left_wrist").is_dir()
+
+
+def test_episodes_with_other_views_than_the_first_one(one_view, tmp_path):
+    path = one_view / "episode_001.json"
+    raw = json.loads(path.read_text())
+    del raw["observations"]["wrist_right"]
+    path.write_text(json.dumps(raw))
+    with pytest.raises(DataError, match=r"episode_001\.json: has the views ego, left_wrist, the first episode has ego"):
+        to_lerobot(open_source(one_view), tmp_path / "lerobot")
+
+
+@pytest.mark.parametrize(
+    ("task", "complaint"),
+    [("", "expected a task in words"), ("Pick <image> up", "would be read back as 'Pick  up'")],
+    ids=["empty", "markup"],
+)
+def test_tasks_that_episode_files_do_not_hold(one_view, tmp_path, task, complaint):
+    to_lerobot(open_source(one_view), tmp_path / "lerobot")
+    path = tmp_path / "lerobot/meta/tasks.parquet"
+    pq.write_table(pa.table({"task_index": [0], "task": [task]}), path)
+    with pytest.raises(ValueError, match=complaint):
+        from_lerobot(open_source(tmp_path / "lerobot"), tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
 def test_empty_task_is_not_converted(episodes, tmp_path):
     path = episodes / "episode_001.json"
     path.write_text(path.read_text().replace(INSTRUCTION, "<image>"))

@@ -116,6 +116,11 @@ def set_nan(raw):
         pytest.param(set_nan, "actions.right_arm_joint: frame 5: expected finite", id="nan"),
         pytest.param(lambda raw: raw["instruction"].update(general=[]), "at least one conversation", id="no task"),
         pytest.param(
+            lambda raw: raw["instruction"]["general"][0]["conversations"][0].update(value=[{"text": "Go."}]),
+            "expected a human turn with the task",
+            id="task of parts",
+        ),
+        pytest.param(
             lambda raw: raw["proprios"].update(left_ee_rotm=[[2.0] * 9] * 8),
             "expected rotation matrices",
             id="rotation",

@@ -56,6 +56,7 @@ def test_pictures_stand_upright_and_keep_their_range(tmp_path):
     ("line", "complaint"),
     [
         pytest.param("{", "Expecting", id="cut off"),
+        pytest.param([QUESTION, ANSWER], "expected a JSON object", id="no object"),
         pytest.param({"images": []}, "'conversations' is missing", id="no conversation"),
         pytest.param({"conversations": []}, "expected turns of user and assistant", id="empty"),
         pytest.param({"conversations": [ANSWER, QUESTION]}, "the user's first", id="order"),
@@ -74,6 +75,12 @@ def test_wrong_line_names_file_and_line(tmp_path, line, complaint):
     lines.sample(0)
     with pytest.raises(DataError, match=rf"vl.jsonl:2: .*{complaint}"):
         lines.sample(1)
+
+
+def test_several_images_under_the_key_of_one(tmp_path):
+    plain = {"from": "human", "value": "Which is larger?"}
+    both = {"image": ["a.png", "a.png"], "conversations": [plain, ANSWER]}
+    assert len(write(tmp_path, both).sample(0).images) == 2
 
 
 def test_missing_or_empty_file(tmp_path):

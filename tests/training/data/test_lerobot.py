@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +13,9 @@ import yaml
 
 from tests.training.data.fixtures import frame_number, write_video
 from xr0_engine.robot.decode import rotation_exp
+from xr0_engine.robot.embodiment import View
 from xr0_engine.training.data.description import Selector
+from xr0_engine.training.data.lerobot import column_names
 from xr0_engine.training.data.samples import DataError
 from xr0_engine.training.data.sources import open_source
 from xr0_engine.training.data.windows import Windows
@@ -287,6 +290,11 @@ def test_rotations_as_they_come(tmp_path, kind):
             {"views": {"base": "front"}}, "expected one of observation.images.front, .*got 'front'", id="video"
         ),
         pytest.param({"views": {"top": VIDEOS[0]}}, "views: 'top' is unknown, expected base, left_wrist", id="view"),
+        pytest.param(
+            {"views": {"base": VIDEOS[0]}},
+            "profile 'libero' has the view 'left_wrist', xr0.yaml maps base",
+            id="unmapped",
+        ),
         pytest.param({"actions": []}, "'actions' is unknown, expected dataset, robot_type", id="field"),
         pytest.param({"arms": {}}, "arms: not for layout 'plain'", id="layout"),
         pytest.param({"action": []}, "lacks state and action; the dataset has observation.state", id="no action"),
@@ -295,6 +303,8 @@ def test_rotations_as_they_come(tmp_path, kind):
         pytest.param({"state": [{"columns": "0:2", "from": "action[x, w]"}]}, r"action\[w\]: the feature", id="name"),
         pytest.param({"state": [{"columns": "0:9", "from": "action[0:9]"}]}, "has 8 columns", id="slice"),
         pytest.param({"state": [{"columns": "30:34", "from": "action"}]}, "expected columns of 0 to 31", id="columns"),
+        # What YAML makes of 6:8 without quotes.
+        pytest.param({"state": [{"columns": 368, "from": "action"}]}, "write begin:end in quotes", id="quotes"),
         pytest.param({"state": [{"columns": 3, "from": "velocity"}]}, "'velocity' is no feature", id="feature"),
         pytest.param({"state": [{"columns": 3, "from": "a]b"}]}, "expected a feature such as", id="selector"),
         pytest.param({"state": [{"columns": 3, "source": "action"}]}, "'source' is unknown", id="entry"),
@@ -305,6 +315,19 @@ def test_wrong_description_says_what_is_wrong(tmp_path, change, complaint):
     describe(tmp_path, PLAIN | change)
     with pytest.raises(DataError, match=complaint):
         open_source(tmp_path)
+
+
+def test_more_views_than_its_profile_names(tmp_path):
+    write_v3(tmp_path / "set")
+    views = PLAIN["views"] | {"top": VIDEOS[1]}
+    describe(tmp_path / "set", PLAIN | {"views": views})
+    own = open_source(tmp_path / "set").description
+    assert [view.key for view in own.stored_views] == ["base", "left_wrist"]
+    libero = own.embodiment
+    other = replace(libero, views=(*libero.views, View("top", "Top View")))
+    seen = open_source(tmp_path / "set", embodiment=other)
+    assert seen.description.views == views
+    assert frame_number(seen.load(0).image("top", 0)) == frame_number(seen.load(0).image("left_wrist", 0))
 
 
 def test_description_elsewhere_points_to_the_dataset(tmp_path):
@@ -356,6 +379,27 @@ def test_ambiguous_names_are_refused(names, pick, complaint):
 
 def test_numbers_as_names_of_their_own_columns():
     assert Selector.parse("f[2, 0]", "x").columns(["0", "1", "2"], 3) == [2, 0]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["x", "y", "grip"],
+        {"motors": ["x", "y", "grip"]},
+        [["x", "y", "grip"]],
+        {"left": ["x", "y"], "right": ["grip"]},
+        {"grip": 2, "x": 0, "y": 1},
+        {"axes": {"grip": 2, "x": 0, "y": 1}},
+    ],
+    ids=["list", "group", "list in a list", "groups", "positions", "positions in a group"],
+)
+def test_names_as_datasets_write_them(names):
+    assert column_names(names) == ["x", "y", "grip"]
+
+
+@pytest.mark.parametrize("names", [None, [], {}, "motors", {"x": None}], ids=str)
+def test_no_names(names):
+    assert column_names(names) == []
 
 
 def test_names_that_repeat_in_groups(tmp_path):

@@ -7,6 +7,7 @@ from fractions import Fraction
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -14,7 +15,7 @@ import yaml
 from tests.training.data.fixtures import encode_video, frame_number, numbered_frame, write_video
 from tests.training.data.test_lerobot import PLAIN, VIDEOS, write_v3
 from tests.training.data.test_lerobot import describe as describe_plain
-from xr0_engine.training.data.lerobot_rows import TOLERANCE_S
+from xr0_engine.training.data.lerobot_rows import TOLERANCE_S, frames_of
 from xr0_engine.training.data.samples import DataError
 from xr0_engine.training.data.sources import open_source
 from xr0_engine.training.data.windows import Windows, chunk_at
@@ -114,11 +115,36 @@ JITTER = np.random.default_rng(0).uniform(-1, 1, ROWS)
             id="rows in another order",
         ),
         pytest.param({"video_fps": Fraction(30000, 1001)}, id="29.97 Hz, short"),
+        pytest.param({"video": range(ROWS + 1)}, id="a last picture without a row"),
+        pytest.param(
+            {
+                "columns": {
+                    name: [[int(number)] for number in numbers]
+                    for name, numbers in (("frame_index", NUMBERS), ("episode_index", [0] * ROWS), ("index", NUMBERS))
+                }
+            },
+            id="lists of one number",
+        ),
     ],
 )
 def test_a_tick_has_the_picture_of_its_row(tmp_path, changes):
     found = pairs(write(tmp_path, **changes))
     assert found == [(number, number) for number in changes.get("numbers", NUMBERS)]
+
+
+def test_float32_times_of_a_long_episode():
+    """Ten minutes and more: as exact as float32 writes them, and as float32 multiplies."""
+    for fps in (15, 30, 50):
+        numbers = np.arange(700 * fps)
+        for timestamps in ((numbers / fps).astype(np.float32), numbers.astype(np.float32) * np.float32(1 / fps)):
+            assert (frames_of(timestamps, numbers, fps) == numbers).all()
+
+
+def test_a_longer_video_is_told_once(tmp_path, caplog):
+    write(tmp_path, video=range(ROWS + 1))
+    for _ in range(2):
+        open_source(tmp_path).load(0)
+    assert [record.message.count("a frame longer than their rows") for record in caplog.records] == [1]
 
 
 def test_windows_end_where_rows_are_missing(tmp_path):
@@ -194,7 +220,7 @@ def test_windows_end_where_rows_are_missing(tmp_path):
         pytest.param(
             {"video": range(ROWS - 6)}, r"\.mp4: its 24 frames at 30 Hz end at 0.8 s, the rows at 1 s", id="short"
         ),
-        pytest.param({"video": range(ROWS + 1)}, "its 31 frames at 30 Hz end at 1.03333 s", id="long"),
+        pytest.param({"video": range(ROWS + 2)}, "its 32 frames at 30 Hz end at 1.06667 s", id="long"),
         pytest.param({"video_fps": 25}, "its 30 frames at 25 Hz end at 1.2 s, .*the fps 30 of", id="video at 25 Hz"),
         pytest.param({"numbers": np.arange(20)}, "cut the video to the rows", id="rows left out and numbered anew"),
         pytest.param({"numbers": KEPT, "rate_hz": 20}, "missing between frames 4 and 15", id="gap at another rate"),
@@ -275,6 +301,8 @@ def spans(first, second):
         pytest.param(spans((0.4, 0.0), (0.4, 0.62)), "expected 0 <= from_timestamp", id="backwards"),
         pytest.param(spans((0, 0.3), (0.4, 0.62)), "are 15 frames apart at 50 Hz, .* number 19", id="short"),
         pytest.param(spans((0, 0.4), (0.4, 0.9)), None, id="the other episode's"),
+        pytest.param(spans((0, 0.42), (0.42, 0.62)), None, id="a last picture without a row"),
+        pytest.param(spans((0, 0.44), (0.44, 0.62)), "are 22 frames apart at 50 Hz, .* number 19", id="long"),
         pytest.param(
             spans((2.0, 2.4), (0.4, 0.62)), r"file-000\.mp4: its 31 frames .* end at 0.62", id="beyond the file"
         ),
@@ -295,3 +323,45 @@ def test_spans_of_files_of_many_episodes(tmp_path, change, complaint):
     else:
         with pytest.raises(DataError, match=f"#0: .*{complaint}"):
             source.load(0)
+
+
+def in_another_file(folder, listed):
+    """Episode 1 of v3.0 has its rows in file-001, whatever the meta data say."""
+    write_v3(folder)
+    describe_plain(folder, PLAIN)
+    path = folder / "data/chunk-000/file-000.parquet"
+    rows = pq.read_table(path)
+    for number in (0, 1):
+        pq.write_table(rows.filter(pc.field("episode_index") == number), path.with_name(f"file-00{number}.parquet"))
+    in_meta_of_v3(folder, lambda rows: rows[1].update({"data/file_index": listed}))
+    return open_source(folder)
+
+
+def test_rows_in_another_file_than_the_meta_data_say(tmp_path):
+    states = [in_another_file(tmp_path / str(listed), listed).load(1).motion.state(2) for listed in (0, 1)]
+    assert (states[0] == states[1]).all()
+
+
+def test_rows_in_two_files(tmp_path):
+    source = in_another_file(tmp_path, 0)
+    path = tmp_path / "data/chunk-000/file-001.parquet"
+    path.with_name("file-002.parquet").write_bytes(path.read_bytes())
+    with pytest.raises(DataError, match=r"file-000\.parquet has 0 rows of it"):
+        source.load(1)
+
+
+@pytest.mark.parametrize(
+    "file", ["meta/info.json", "meta/tasks.jsonl", DATA, f"videos/chunk-000/{VIDEO}/episode_000000.mp4"]
+)
+def test_files_that_git_lfs_has_not_fetched(tmp_path, file):
+    write(tmp_path)
+    (tmp_path / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+    with pytest.raises(DataError, match=f"{file} is a git-lfs pointer, .*git lfs pull"):
+        open_source(tmp_path).load(0)
+
+
+def test_ends_of_lines_within_a_task(tmp_path):
+    write(tmp_path)
+    task = {"task_index": 0, "task": "Pick\u2028it up."}
+    (tmp_path / "meta/tasks.jsonl").write_text(json.dumps(task, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert open_source(tmp_path).load(0).instructions == (task["task"],)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tests.training.data.fixtures import write_dataset
+from tests.training.data.fixtures import write_dataset, write_episode
 from xr0_engine.robot.normalize import load_statistics
 from xr0_engine.training.data.samples import DataError
 from xr0_engine.training.data.sources import open_source, split
@@ -153,6 +153,16 @@ def test_episodes_whose_motion_cannot_be_read_are_left_out_if_told(tmp_path):
     rest = compute([tmp_path / "set"], T, 0.0, 1, skip_broken=True)
     assert (rest.windows, rest.episodes) == (whole.windows, 2)
     np.testing.assert_array_equal(rest.mean, whole.mean)
+
+
+def test_episodes_without_a_task_are_left_out_if_told(tmp_path):
+    write_dataset(tmp_path / "set", (12, 7))
+    whole = compute([tmp_path / "set"], T, 0.0, 1)
+    path = write_episode(tmp_path / "set", 2, 9, instructions=("Fold it.",))
+    path.write_text(path.read_text().replace("Fold it.", "<image>"))
+    assert compute([tmp_path / "set"], T, 0.0, 1).episodes == 3
+    rest = compute([tmp_path / "set"], T, 0.0, 1, skip_broken=True)
+    assert (rest.windows, rest.episodes) == (whole.windows, 2)
 
 
 BOTH_ARMS = (*range(13), *range(14, 27))

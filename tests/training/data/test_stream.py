@@ -5,18 +5,21 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests.training.data.fixtures import INSTRUCTION, damage, frame_number, write_dataset, write_episode
+from tests.training.data.fixtures import INSTRUCTION, damage, frame_number, write_dataset, write_episode, write_video
+from xr0_engine.training.data.episode import load_episode, save_episode
 from xr0_engine.training.data.order import CYCLE, shuffled
 from xr0_engine.training.data.samples import DataError, LanguageSample, RobotSample
 from xr0_engine.training.data.sources import open_source, split
 from xr0_engine.training.data.stream import Mixture, Stream, training_windows, validation_samples
-from xr0_engine.training.data.video import video_writer
+from xr0_engine.training.data.video import Clip, video_writer
 from xr0_engine.training.data.windows import Windows
 
 T = 5
@@ -245,6 +248,24 @@ def test_validation_is_held_out_whole_and_not_augmented(folder):
     assert len(held_out) == 1
     assert not held_out & trained
     assert [frame_number(s.images["ego"]) for s in samples] == [int(s.source.rpartition(":")[2]) for s in samples]
+
+
+def test_validation_reads_the_videos_of_the_batch_that_is_being_made(tmp_path):
+    """Without workers the trainer makes the next batch in a thread while it validates, out of the same files."""
+    video, length = write_video(tmp_path / "all.mp4", range(160)), 40
+    for number in range(4):
+        path = write_episode(tmp_path / "set", number, length)
+        clip = Clip(video, number * length / 30, length, 30.0)
+        episode = load_episode(path)
+        save_episode(path, replace(episode, clips=dict.fromkeys(episode.clips, clip)))
+    mixture = everything(tmp_path / "set", validation_fraction=0.5)
+    batches = take(Stream(mixture, 4, 0, chunk_length=T), 12)
+    held_out = fingerprint(validation_samples(mixture, T, 24))
+    with ThreadPoolExecutor(1) as thread:
+        made = thread.submit(take, Stream(mixture, 4, 0, chunk_length=T), 12)
+        validated = [fingerprint(validation_samples(mixture, T, 24)) for _ in range(2)]
+        assert made.result() == batches
+    assert validated == [held_out] * 2
 
 
 def test_own_validation_datasets_hold_nothing_out(folder, tmp_path):

@@ -93,7 +93,14 @@ def test_damaged_frame_names_file_and_frame_and_the_others_are_read(tmp_path):
     assert all(f"v.mp4: frame {frame} of the clip: " in message for frame, message in faults.items())
 
 
-@pytest.mark.parametrize(("content", "complaint"), [(b"", "cannot be opened"), (b"no video", "cannot be opened")])
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b"", "cannot be opened"),
+        (b"no video", "cannot be opened"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", ".*git lfs pull"),
+    ],
+)
 def test_no_video(tmp_path, content, complaint):
     (tmp_path / "v.mp4").write_bytes(content)
     with pytest.raises(DataError, match=rf"v.mp4: frame 0 of the clip: {complaint}"):

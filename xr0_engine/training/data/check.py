@@ -83,23 +83,28 @@ class Checker:
             if not files:
                 open_source(path)
             looks = list(in_parallel(partial(_file, description, self.fast), files, self.processes, "checking"))
-        findings = _with_turned([look.finding for look in looks], [look.glance for look in looks])
+        findings = _with_odd_pictures([look.finding for look in looks], [look.glance for look in looks])
         glances = [look.glance for look in looks if look.glance is not None and look.finding.status != "invalid"]
-        faults = plausibility.hardly_moving(glances) + self._lying_otherwise(path, description, glances)
+        faults = plausibility.hardly_moving(glances, _two_valued(description)) + self._lying_otherwise(
+            path, description, glances
+        )
+        if all(finding.status == "invalid" for finding in findings):
+            faults.append("nothing to train on: every episode is marked invalid")
         if faults:
             findings.append(Finding(str(path), tuple(f"{path}: {fault}" for fault in faults)))
         return findings
 
     def _lying_otherwise(self, path: Path, description: Description, glances: Sequence[Glance]) -> list[str]:
-        """Views whose pictures lie upside down compared with those of a dataset that was checked before."""
+        """Views whose pictures lie otherwise than those of a dataset that was checked before."""
         faults = []
         for view, picture in plausibility.usual_pictures(glances).items():
             other, usual = self._pictures.setdefault((description.robot_type, view), (path, picture))
-            if plausibility.is_turned(picture, usual):
-                faults.append(
-                    f"view {view}: its pictures lie upside down compared with those of {other}: "
-                    f"`pictures` in one's xr0.yaml is wrong"
+            if how := plausibility.lying(picture, usual):
+                is_said = how == "upside down" and any(
+                    it.key == view and it.rotate_180 for it in description.embodiment.views
                 )
+                remedy = "`pictures` in one's xr0.yaml is wrong" if is_said else "turn the pictures of one"
+                faults.append(f"view {view}: its pictures lie {how} compared with those of {other}: {remedy}")
         return faults
 
 
@@ -160,9 +165,12 @@ def _episode(source: Source, fast: bool, number: int) -> _Look:
             frames[view.key] = _frames(episode, view, [0, last] if fast else range(last + 1))
         except DataError as error:
             # The first one of a view: a file that ends early would tell of every frame that it lacks.
-            faults.append(str(error))
+            faults.append(f"{name}: {error}")
     actions = episode.motion.actions(0, last + 1)
-    faults += [f"{name}: {fault}" for fault in plausibility.wraps(actions, _angles(episode, description))]
+    # Episode files have no columns that xr0.yaml could say something of.
+    remedy = "`kind: periodic` in xr0.yaml unwraps it" if is_lerobot(description) else "write it without the jump"
+    wraps = plausibility.wraps(actions, _angles(episode, description))
+    faults += [f"{name}: {fault}; {remedy}" for fault in wraps]
     finding = Finding(name, tuple(faults), episode.status, last + 1)
     return _Look(finding, Glance.of(episode, frames))
 
@@ -194,18 +202,31 @@ def _angles(episode: Episode, description: Description) -> list[int]:
     return [column for column in columns if episode.motion.columns[column]]
 
 
-def _with_turned(findings: Sequence[Finding], glances: Sequence[Glance | None]) -> list[Finding]:
-    """The findings, with the episodes whose pictures lie upside down compared with the others'."""
-    seen = [(place, glance) for place, glance in enumerate(glances) if glance is not None]
-    found = plausibility.turned([glance for _, glance in seen])
+def _two_valued(description: Description) -> set[int]:
+    """The action columns that are said to have two values."""
+    kinds = {column: description.kind(entry, column) for entry in description.action for column in entry.numbers}
+    said = {column for column, kind in kinds.items() if kind == "two_valued"}
+    return said if description.action else set(description.embodiment.two_valued_columns or ())
+
+
+def _with_odd_pictures(findings: Sequence[Finding], glances: Sequence[Glance | None]) -> list[Finding]:
+    """The findings, with the episodes whose pictures lie otherwise than the others', or are of another size."""
+    places = [place for place, glance in enumerate(glances) if glance is not None]
+    seen = [glance for glance in glances if glance is not None]
     result = list(findings)
-    for (place, _), views in zip(seen, found, strict=True):
+    found = zip(places, plausibility.turned(seen), plausibility.several_sizes(seen), strict=True)
+    for place, ways, sizes in found:
         name, faults = result[place].name, result[place].faults
-        told = tuple(
-            f"{name}: view {view}: its pictures lie upside down compared with those of the other episodes"
-            for view in views
-        )
-        result[place] = replace(result[place], faults=faults + told)
+        told = [
+            f"{name}: view {view}: its pictures lie {how} compared with those of the other episodes"
+            for view, how in ways.items()
+        ]
+        told += [
+            f"{name}: view {view}: pictures of several sizes: its {size}: make them alike, or give the profile `resize`"
+            for view, size in sizes.items()
+            if view not in ways
+        ]
+        result[place] = replace(result[place], faults=(*faults, *told))
     return result
 
 

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from xr0_engine.robot.embodiment import builtin_embodiments, load_embodiment
 from xr0_engine.training.data.description import DESCRIPTION_FILE
 from xr0_engine.training.data.episode import save_episode
 from xr0_engine.training.data.lerobot import LeRobotDataset
 from xr0_engine.training.data.lerobot_writer import LeRobotWriter
 from xr0_engine.training.data.parallel import progress_bar
 from xr0_engine.training.data.samples import DataError
-from xr0_engine.training.data.sources import EpisodeFolder, Source
+from xr0_engine.training.data.sources import EpisodeFolder, Source, checked_instructions
+
+# The profile of a robot of one's own, in the folder of what was converted.
+PROFILE_FILE = "profile.yaml"
 
 
 def to_lerobot(source: Source, out: Path) -> None:
@@ -50,7 +55,7 @@ def from_lerobot(source: Source, out: Path) -> None:
         (folder / "videos").mkdir()
         copied: dict[Path, Path] = {}
         for number in progress.track(range(len(source.names)), description="from LeRobot"):
-            episode = source.load(number)
+            episode = checked_instructions(source.load(number))
             if episode.instruction_at is not None:
                 raise DataError(f"{episode.name}: its task changes on the way, which episode files cannot tell")
             if episode.times_s is not None:
@@ -67,9 +72,17 @@ def from_lerobot(source: Source, out: Path) -> None:
 
 
 def _describe(folder: Path, source: Source, mapping: dict[str, Any]) -> None:
+    """xr0.yaml, and beside it the profile that it names if that is none of ours."""
+    embodiment = source.description.embodiment
+    name = embodiment.name
+    if name not in builtin_embodiments() or load_embodiment(name) != embodiment:
+        name = PROFILE_FILE
+        # Tuples are lists in YAML.
+        profile = json.loads(json.dumps(asdict(embodiment)))
+        (folder / PROFILE_FILE).write_text(yaml.safe_dump(profile, sort_keys=False), encoding="utf-8")
     facts = {
         "robot_type": source.description.robot_type,
-        "embodiment": source.description.embodiment.name,
+        "embodiment": name,
         "pictures": source.description.pictures,
     }
     text = yaml.safe_dump(facts | mapping, sort_keys=False)

@@ -13,6 +13,7 @@ import numpy as np
 from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 
+from xr0_engine.files import pointer_fault
 from xr0_engine.training.data.frames import to_rgb
 from xr0_engine.training.data.samples import DataError
 
@@ -58,7 +59,8 @@ class Decoder:
         try:
             self._container = av.open(str(path), metadata_errors="replace")
         except (av.error.FFmpegError, OSError) as error:
-            raise DataError(f"cannot be opened as a video: {error}") from None
+            reason = pointer_fault(path) if path.is_file() else None
+            raise DataError(reason or f"cannot be opened as a video: {error}") from None
         # The picture of a cover is a stream too.
         streams = [s for s in self._container.streams.video if not s.disposition & Disposition.attached_pic]
         if not streams:

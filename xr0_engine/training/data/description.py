@@ -194,7 +194,10 @@ def _build(path: Path, raw: Mapping[str, Any]) -> Description:
     else:
         embodiment = embodiment_for(robot_type)
     views = raw.get("views", {})
-    _refuse_unknown(views, [view.key for view in embodiment.views], "views")
+    wanted = [view.key for view in embodiment.views]
+    # More cameras than the profile's do no harm, and another profile may name them; one in the place of another does.
+    is_whole = isinstance(views, Mapping) and all(key in views for key in wanted)
+    _refuse_unknown(views, [*wanted, *(views if is_whole else ())], "views")
     described_by = embodiment.action_layout.described_by
     found = [name for name in ("arms", "state", "action") if name in raw and name not in described_by]
     if found:
@@ -311,7 +314,11 @@ def _columns(raw: Any, where: str, known: Sequence[str]) -> tuple[ColumnMapping,
         begin = int(bounds[1] or 0)
         end = begin + 1 if bounds.re is not _SLICE else int(bounds[2] or COLUMNS)
         if not begin < end <= COLUMNS or taken[begin:end].any():
-            raise ValueError(f"{at}.columns: expected columns of 0 to {COLUMNS - 1} not mapped before, got {text!r}")
+            # YAML takes 6:8 for 6 minutes and 8 seconds.
+            quote = "; write begin:end in quotes" if begin >= COLUMNS and isinstance(entry["columns"], int) else ""
+            raise ValueError(
+                f"{at}.columns: expected columns of 0 to {COLUMNS - 1} not mapped before, got {text!r}{quote}"
+            )
         taken[begin:end] = True
         minus = Selector.parse(entry["minus"], f"{at}.minus") if "minus" in entry else None
         kind, period = _kind(entry, at, KINDS)

@@ -87,18 +87,22 @@ def load_episode(path: Path) -> Episode:
         return _read(path, raw)
     except KeyError as error:
         raise DataError(f"{path}: {error.args[0]!r} is missing") from None
-    except (TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         raise DataError(f"{path}: {error}") from None
 
 
 def save_episode(path: Path, episode: Episode) -> None:
     """Write the JSON of an episode with a BimanualMotion; its videos must be there. It appears whole or not at all.
 
-    Paths of videos are written relative to the JSON's folder. Raises ValueError for another motion or rate.
+    Paths of videos are written relative to the JSON's folder. Raises ValueError for another motion or rate, and for a
+    task that would be read back as another one.
     """
     motion = episode.motion
     if not isinstance(motion, BimanualMotion) or episode.rate_hz != TIMELINE_HZ:
         raise ValueError(f"{path}: the episode format holds two arms at {TIMELINE_HZ:g} Hz, nothing else")
+    for text in episode.instructions:
+        if _task(text) != text.strip():
+            raise ValueError(f"{path}: task: {text!r} would be read back as {_task(text)!r}: take the markup out of it")
     views = [f"observations.{VIEW_NAMES[view]}" for view in episode.clips]
     raw = {
         "trajectory_type": episode.status,
@@ -191,14 +195,19 @@ def _instructions(general: Any) -> tuple[str, ...]:
     found = []
     for entry in general:
         human = [turn["value"] for turn in entry["conversations"] if turn["from"] == "human"]
-        if not human or not human[0].strip():
-            raise ValueError("instruction.general: expected a human turn with the task in every conversation")
-        # A human turn may be the whole prompt.
-        task = prompt_task(human[0]).replace("<image>", "").strip()
-        found.append(task)
+        if not human or not isinstance(human[0], str) or not human[0].strip():
+            raise ValueError(
+                f"instruction.general: expected a human turn with the task in every conversation, got {human!r:.80}"
+            )
+        found.append(_task(human[0]))
     if not found:
         raise ValueError("instruction.general: expected at least one conversation, got none")
     return tuple(found)
+
+
+def _task(turn: str) -> str:
+    """A human turn may be the whole prompt."""
+    return prompt_task(turn).replace("<image>", "").strip()
 
 
 def _clip(raw: Any, view: str, folder: Path, count: int) -> Clip:

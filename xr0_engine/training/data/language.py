@@ -46,8 +46,11 @@ class LanguageLines:
             line = file.readline()
         try:
             raw = json.loads(line)
+            if not isinstance(raw, dict):
+                raise ValueError(f"expected a JSON object, got {raw!r:.80}")
             turns = tuple(_turn(turn) for turn in raw["conversations"])
-            names = raw.get("images", [raw["image"]] if "image" in raw else [])
+            one = raw.get("image", [])
+            names = raw.get("images", [one] if isinstance(one, str) else one)
             if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
                 raise ValueError(f"images: expected a list of file names, got {names!r:.80}")
         except (ValueError, TypeError, AttributeError) as error:

@@ -101,10 +101,19 @@ class LeRobotDataset:
         for view, feature in mapped.views.items():
             kind = self._features.get(feature, {}).get("dtype")
             if kind == "image":
-                raise DataError(f"views.{view}: {feature!r} holds images in parquet; only videos are read")
+                raise DataError(
+                    f"views.{view}: {feature!r} holds images in parquet; only videos are read: encode them, as "
+                    "LeRobot's lerobot-edit-dataset does"
+                )
             if kind != "video":
                 videos = [name for name, it in self._features.items() if it["dtype"] == "video"]
                 raise DataError(f"views.{view}: expected one of {', '.join(videos)}, got {feature!r}")
+        unmapped = [view.key for view in mapped.embodiment.views if view.key not in mapped.views]
+        if unmapped:
+            raise DataError(
+                f"views: the profile {mapped.embodiment.name!r} has the view {unmapped[0]!r}, xr0.yaml maps "
+                f"{', '.join(mapped.views) or 'none'}: map it, or name a profile without it"
+            )
         for (arm, part), mapping in mapped.arms.items():
             width = ROTATIONS[mapping.rotation] if part == "rotation" else PART_WIDTHS[part]
             self._columns(mapping.state, width, f"arms.{arm}.{part}.state")
@@ -143,10 +152,7 @@ class LeRobotDataset:
         return columns
 
     def _names(self, feature: str) -> list[str]:
-        names = self._features[feature].get("names") or []
-        if isinstance(names, Mapping):
-            names = [name for group in names.values() if isinstance(group, list) for name in group]
-        return [str(name) for name in names]
+        return column_names(self._features[feature].get("names"))
 
     def _pick(self, selector: Selector, rows: Rows) -> np.ndarray:
         values = rows.values[selector.feature]
@@ -175,3 +181,14 @@ class LeRobotDataset:
     @cached_property
     def _tasks(self) -> dict[int, str]:
         return (tasks_v3 if self._version.startswith("v3.") else tasks_v2)(self.path)
+
+
+def column_names(names: Any) -> list[str]:
+    """The columns' names, in order. They are listed, within groups or not, or each says its position."""
+    if isinstance(names, Mapping):
+        if sorted(map(str, names.values())) == sorted(map(str, range(len(names)))):
+            return sorted(map(str, names), key=lambda name: int(names[name]))
+        names = [group for group in names.values() if isinstance(group, list | Mapping)]
+    if not isinstance(names, list):
+        return []
+    return [name for it in names for name in (column_names(it) if isinstance(it, list | Mapping) else [str(it)])]

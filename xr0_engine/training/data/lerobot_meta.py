@@ -13,6 +13,7 @@ from typing import Any, get_args
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from xr0_engine.files import pointer_fault
 from xr0_engine.training.data.episode import Status
 from xr0_engine.training.data.samples import DataError
 
@@ -213,7 +214,7 @@ def _whole(file: Path, row: Mapping[str, Any], name: str, least: int = 0) -> int
 def json_object(path: Path) -> dict[str, Any]:
     """Raises DataError."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(_text(path))
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(value, dict):
@@ -224,7 +225,8 @@ def json_object(path: Path) -> dict[str, Any]:
 def json_lines(path: Path) -> list[dict[str, Any]]:
     """Raises DataError."""
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        # Not splitlines: within a task's words there may be other ends of lines, which JSON need not escape.
+        lines = [json.loads(line) for line in _text(path).split("\n") if line.strip()]
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read as JSON lines: {error}") from None
     if not all(isinstance(line, dict) for line in lines):
@@ -235,7 +237,19 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
 def table(path: Path, wanted: Iterable[str] | None = None) -> Any:
     """A parquet file, or those of the wanted columns that it has. Raises DataError."""
     try:
+        refuse_pointer(path)
         names = pq.read_schema(path).names
         return pq.read_table(path, columns=[name for name in names if wanted is None or name in wanted])
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read as parquet: {error}") from None
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raises DataError for a file that git-lfs has not fetched, OSError for one that is not there."""
+    if fault := pointer_fault(path):
+        raise DataError(fault)
+
+
+def _text(path: Path) -> str:
+    refuse_pointer(path)
+    return path.read_text(encoding="utf-8")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from xr0_engine.training.data.lerobot_meta import INFO_FILE, EpisodeEntry
+from xr0_engine.training.data.lerobot_meta import INFO_FILE, EpisodeEntry, refuse_pointer
 from xr0_engine.training.data.samples import DataError
 
 # LeRobot's own: how far a picture may be from the row that asks for it.
@@ -19,6 +21,8 @@ TOLERANCE_S = 1e-4
 # Of the distance between rows: from there on they were recorded at another rate than the meta data say.
 RATE_SLACK = 0.01
 MILLISECONDS = 1000
+# Data files of which a process keeps whose rows they hold.
+KNOWN_FILES = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +45,7 @@ class Rows:
 
 def read_rows(entry: EpisodeEntry, features: Collection[str], fps: float) -> Rows:
     """The rows of an episode. Raises DataError that names file, column and row, but not the episode."""
+    entry = _with_its_file(entry)
     found = _table(entry, features)
     try:
         columns = {name: _column(found, name) for name in found.column_names}
@@ -130,22 +135,58 @@ def _check_order(entry: EpisodeEntry, frames: np.ndarray, order: np.ndarray, ind
         )
 
 
+def _with_its_file(entry: EpisodeEntry) -> EpisodeEntry:
+    """The entry with the data file that holds its episode.
+
+    Published datasets are known whose data/file_index is wrong; LeRobot never reads it but goes by the rows of all data
+    files. The entry stays as it is if none of them holds the episode, or more than one.
+    """
+    if entry.alone or not entry.data.is_file() or entry.index in _episodes_in(entry.data):
+        return entry
+    others = sorted(entry.data.parent.parent.glob("*/*.parquet"))
+    holding = [path for path in others if entry.index in _episodes_in(path)]
+    return replace(entry, data=holding[0]) if len(holding) == 1 else entry
+
+
+def _episodes_in(path: Path) -> frozenset[int]:
+    stat = path.stat()
+    return _read_episodes(path, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=KNOWN_FILES)
+def _read_episodes(path: Path, size: int, changed_ns: int) -> frozenset[int]:
+    """A file that was replaced is another file. One that cannot be read holds none, and is told of where it is read."""
+    try:
+        return frozenset(_plain(pq.read_table(path, columns=["episode_index"])["episode_index"]).unique().to_pylist())
+    except (OSError, ValueError, KeyError):
+        return frozenset()
+
+
+def _plain(column: Any) -> Any:
+    """Some write a feature of shape [1] as lists of one number."""
+    return pc.list_flatten(column) if pa.types.is_nested(column.type) else column
+
+
 def _table(entry: EpisodeEntry, features: Collection[str]) -> Any:
     """The columns of an episode's rows, in order of the file. Raises DataError."""
     needed = {*features, "task_index", "episode_index"}
     try:
+        refuse_pointer(entry.data)
         names = pq.read_schema(entry.data).names
         missing = sorted(needed - set(names))
         if missing:
             raise DataError(f"{entry.data}: expected a column {missing[0]!r}, got {', '.join(names)}")
         wanted = [name for name in names if name in needed | {"timestamp", "frame_index", "index"}]
-        filters = None if entry.alone else [("episode_index", "=", entry.index)]
+        is_nested = pa.types.is_nested(pq.read_schema(entry.data).field("episode_index").type)
+        filters = None if entry.alone or is_nested else [("episode_index", "=", entry.index)]
         found = pq.read_table(entry.data, columns=wanted, filters=filters)
+        if is_nested and not entry.alone:
+            found = found.filter(pc.equal(_plain(found["episode_index"]), entry.index))
     except DataError:
         raise
     except (OSError, ValueError) as error:
         raise DataError(f"{entry.data} cannot be read: {error}") from None
-    held = found["episode_index"].unique().to_pylist()
+    held = _plain(found["episode_index"]).unique().to_pylist()
     if any(index != entry.index for index in held):
         raise DataError(f"{entry.data}: expected rows of episode {entry.index} alone, episode_index says {held}")
     if found.num_rows != entry.length:

@@ -109,7 +109,8 @@ class LeRobotWriter:
             sources = (f"{feature}[{begin}:{end}]" for feature in FEATURE.values())
             arms.setdefault(arm, {})[part] = dict(zip(("state", "action"), sources, strict=True))
             begin = end
-        return {"views": {view: _feature(view) for view in self.shapes}, "arms": arms}
+        keys = [view.key for view in self.source.description.embodiment.views]
+        return {"views": {view: _feature(view) for view in self.shapes if view in keys}, "arms": arms}
 
     def _video(self, view: str, place: dict[str, int]) -> Any:
         path = self.folder / VIDEO_PATH.format(video_key=_feature(view), **place)
@@ -124,6 +125,11 @@ class LeRobotWriter:
         return image
 
     def _table(self, episode: Episode, number: int) -> Any:
+        if set(episode.clips) != set(self.shapes):
+            raise DataError(
+                f"{episode.name}: has the views {', '.join(episode.clips)}, the first episode has "
+                f"{', '.join(self.shapes)}, and LeRobot wants the same of all: convert them apart"
+            )
         if _parts_of(episode) != self.parts:
             raise DataError(f"{episode.name}: reports other parts of the arms than the first episode")
         count = len(episode.motion)

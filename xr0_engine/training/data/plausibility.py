@@ -7,8 +7,8 @@ glances.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from PIL import Image
@@ -18,6 +18,10 @@ from xr0_engine.training.data.episode import Episode
 TURN_JUMP = 0.9
 """Of a full turn. No joint moves so far from one tick to the next, and an angle that wraps moves by all of it."""
 TURNS = {"rad": 2 * np.pi, "degrees": 360.0}
+TURN_SPAN = 1.01
+"""Of a full turn: what the values of an angle that wraps keep within, noise included."""
+TYPICAL_STEP = 0.1
+"""Of a full turn: what an angle moves by from tick to tick. Steps, and columns that jump about, move by more."""
 STILL_STD = 1e-4
 """0.1 mm or 0.1 mrad: sensors are noisier than a robot that is told to move so little."""
 STILL_SHARE = 0.99
@@ -29,6 +33,8 @@ FEWEST_EPISODES = 3
 """Of a dataset whose pictures are compared with each other: of two, neither is the odd one."""
 TURNED_ALIKE, TURNED_MARGIN = 0.5, 0.3
 """Correlation that a turned picture has at least with the others, and by how much it beats the picture as it is."""
+MIRRORED_ALIKE, MIRRORED_MARGIN = 0.8, 0.5
+"""The same for what is rarer: mirrored, or turned by a quarter."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +43,8 @@ class Glance:
 
     values: action column -> how often its most common value comes, under that value. count: ticks. mean, squares: (A,)
     float64, per column, squares the sum of squared distances from the mean. columns: (A,) bool, those it knows.
-    pictures: view -> (THUMBNAIL, THUMBNAIL) float32, grey.
+    pictures: view -> (THUMBNAIL, THUMBNAIL) float32, grey. sizes: view -> (height, width) of pictures
+    that are not cut out of larger ones, which may differ.
     """
 
     columns: np.ndarray
@@ -46,6 +53,7 @@ class Glance:
     squares: np.ndarray
     values: Mapping[int, tuple[float, int]]
     pictures: Mapping[str, np.ndarray]
+    sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     @staticmethod
     def of(episode: Episode, frames: Mapping[str, Sequence[np.ndarray]]) -> Glance:
@@ -64,6 +72,11 @@ class Glance:
             squares=((actions - mean) ** 2).sum(axis=0),
             values=values,
             pictures={view: _thumbnail(pictures) for view, pictures in frames.items() if pictures},
+            sizes={
+                view: pictures[0].shape[:2]
+                for view, pictures in frames.items()
+                if pictures and episode.clips[view].crop is None
+            },
         )
 
 
@@ -72,24 +85,38 @@ def wraps(actions: np.ndarray, columns: Sequence[int]) -> list[str]:
     faults = []
     for column in columns:
         path = actions[:, column]
-        jumps = np.abs(np.diff(path))
         for unit, turn in TURNS.items():
-            # Beyond a turn on either side it is no angle that was wrapped.
-            if np.abs(path).max(initial=0) > 1.01 * turn:
+            # Wider than a turn it is no angle that was wrapped.
+            if np.ptp(path) > TURN_SPAN * turn:
                 continue
-            found = np.flatnonzero(jumps > TURN_JUMP * turn)
-            if len(found):
-                tick = int(found[0])
+            tick = _first_wrap(path, turn)
+            if tick is not None:
                 faults.append(
                     f"tick {tick + 1}: action column {column} jumps by a turn, from {path[tick]:.4g} to "
-                    f"{path[tick + 1]:.4g} {unit}: an angle that wraps; `kind: periodic` in xr0.yaml unwraps it"
+                    f"{path[tick + 1]:.4g} {unit}: an angle that wraps"
                 )
             break
     return faults
 
 
-def hardly_moving(glances: Sequence[Glance]) -> list[str]:
-    """Action columns that move, but so little or so seldom that their statistics are of noise."""
+def _first_wrap(path: np.ndarray, turn: float) -> int | None:
+    """The first step that is a full turn but for what the path moves by elsewhere. path: (N,)."""
+    steps = np.abs(np.diff(path))
+    is_jump = steps > TURN_JUMP * turn
+    others = steps[~is_jump]
+    if len(others) and np.median(others) > TYPICAL_STEP * turn:
+        return None
+    # An opening of 6 is nearly a turn, too, but no motion is left when it is unwrapped as one.
+    left = max(2 * others.max(initial=0), (1 - TURN_JUMP) * turn / 10)
+    found = np.flatnonzero(is_jump & (np.abs(steps - turn) <= left))
+    return int(found[0]) if len(found) else None
+
+
+def hardly_moving(glances: Sequence[Glance], two_valued: Collection[int] = ()) -> list[str]:
+    """Action columns that move, but so little or so seldom that their statistics are of noise.
+
+    two_valued: columns that are known to have two values, however seldom the one.
+    """
     count = sum(glance.count for glance in glances)
     if count < FEWEST_TICKS:
         return []
@@ -98,30 +125,68 @@ def hardly_moving(glances: Sequence[Glance]) -> list[str]:
     std = np.sqrt(squares / count)
     faults = []
     for column in np.flatnonzero(np.any([glance.columns for glance in glances], axis=0)).tolist():
+        known = [glance for glance in glances if column in glance.values]
         common: Counter[float] = Counter()
-        for glance in glances:
-            if column in glance.values:
-                value, times = glance.values[column]
-                common[value] += times
+        for glance in known:
+            value, times = glance.values[column]
+            common[value] += times
         value, times = common.most_common(1)[0]
         if times == count:
             # It never moves: the statistics say so, and the model neither sees nor sets it.
             continue
+        moving = sum(glance.values[column][1] < glance.count for glance in known)
+        # A gripper that opens once at the end of every episode says something; one that twitched in one, nothing.
+        is_event = column in two_valued or (len(known) >= FEWEST_EPISODES and 2 * moving >= len(known))
         how = None
         if std[column] < STILL_STD:
             how = f"has a standard deviation of {std[column]:.1e}, which is noise"
-        elif times >= STILL_SHARE * count:
+        elif times >= STILL_SHARE * count and not is_event:
             how = f"is {value:.6g} at {times} of {count} ticks"
         if how:
             faults.append(f"action column {column} {how}: leave it out, or give it in units in which it moves")
     return faults
 
 
-def turned(glances: Sequence[Glance]) -> list[list[str]]:
-    """Of each episode, its views whose pictures lie upside down compared with those of the other episodes."""
-    usual = usual_pictures(glances) if len(glances) >= FEWEST_EPISODES else {}
+def turned(glances: Sequence[Glance]) -> list[dict[str, str]]:
+    """Of each episode: view -> how its pictures lie (see lying), where they do not lie as those of most others do."""
+    found: list[dict[str, str]] = [{} for _ in glances]
+    for view in {view: None for glance in glances for view in glance.pictures}:
+        places = [place for place, glance in enumerate(glances) if view in glance.pictures]
+        if len(places) < FEWEST_EPISODES:
+            continue
+        for place, how in zip(places, _odd_ones([glances[place].pictures[view] for place in places]), strict=True):
+            if how:
+                found[place][view] = how
+    return found
+
+
+def _odd_ones(pictures: Sequence[np.ndarray]) -> list[str | None]:
+    usual = np.median(pictures, axis=0)
+    found = [lying(picture, usual) for picture in pictures]
+    if any(found):
+        return found
+    # Where about as many lie in either way, the median is of neither.
+    unlike = np.array([lying(picture, pictures[0]) is not None for picture in pictures])
+    odd = unlike if 2 * unlike.sum() <= len(pictures) else ~unlike
+    if 3 * odd.sum() < len(pictures):
+        return found
+    usual = np.median([picture for picture, is_odd in zip(pictures, odd, strict=True) if not is_odd], axis=0)
+    return [lying(picture, usual) for picture in pictures]
+
+
+def several_sizes(glances: Sequence[Glance]) -> list[dict[str, str]]:
+    """Of each episode: view -> its pictures' size and that of most others, where they are not the same."""
+    views = {view: None for glance in glances for view in glance.sizes}
+    most = {
+        view: Counter(glance.sizes[view] for glance in glances if view in glance.sizes).most_common(1)[0][0]
+        for view in views
+    }
     return [
-        [view for view, picture in glance.pictures.items() if view in usual and is_turned(picture, usual[view])]
+        {
+            view: f"{size[1]}x{size[0]}, most others' {most[view][1]}x{most[view][0]}"
+            for view, size in glance.sizes.items()
+            if size != most[view]
+        }
         for glance in glances
     ]
 
@@ -135,10 +200,19 @@ def usual_pictures(glances: Sequence[Glance]) -> dict[str, np.ndarray]:
     }
 
 
-def is_turned(picture: np.ndarray, usual: np.ndarray) -> bool:
-    """Whether a thumbnail is like the usual one only when it is turned by 180 degrees."""
-    as_it_is, upside_down = _correlation(picture, usual), _correlation(picture[::-1, ::-1], usual)
-    return upside_down > TURNED_ALIKE and upside_down > as_it_is + TURNED_MARGIN
+def lying(picture: np.ndarray, usual: np.ndarray) -> str | None:
+    """How a thumbnail lies that is like the usual one only when it is turned or mirrored; None for any other."""
+    as_it_is = _correlation(picture, usual)
+    ways = {
+        "upside down": (picture[::-1, ::-1], TURNED_ALIKE, TURNED_MARGIN),
+        "upside down and mirrored": (picture[::-1], MIRRORED_ALIKE, MIRRORED_MARGIN),
+        "on their side": (np.rot90(picture), MIRRORED_ALIKE, MIRRORED_MARGIN),
+        "on their other side": (np.rot90(picture, -1), MIRRORED_ALIKE, MIRRORED_MARGIN),
+    }
+    alike = {how: _correlation(other, usual) for how, (other, _, _) in ways.items()}
+    best = max(alike, key=lambda how: alike[how])
+    _, least, margin = ways[best]
+    return best if alike[best] > least and alike[best] > as_it_is + margin else None
 
 
 def _correlation(one: np.ndarray, other: np.ndarray) -> float:

@@ -18,7 +18,7 @@ from xr0_engine.robot.normalize import ACTIVE_STD
 from xr0_engine.training.data.description import COLUMNS
 from xr0_engine.training.data.parallel import in_parallel
 from xr0_engine.training.data.samples import DataError
-from xr0_engine.training.data.sources import Source, open_source, split
+from xr0_engine.training.data.sources import Source, checked_instructions, open_source, split
 from xr0_engine.training.data.windows import chunk_at
 
 log = logging.getLogger("xr0_engine.data")
@@ -76,9 +76,9 @@ def compute(
 ) -> Statistics:
     """Statistics of the training windows of one robot's datasets. Exactly the same for any number of processes.
 
-    skip_broken: leave out, with a warning, the episodes whose motion cannot be read, as training does. Raises DataError
-    for a dataset that cannot be read, or none of whose episodes is as long as the chunk, and ValueError for datasets of
-    several robot types.
+    skip_broken: leave out, with a warning, the episodes whose motion or task cannot be used, as training does. Raises
+    DataError for a dataset that cannot be read, or none of whose episodes is as long as the chunk, and ValueError for
+    datasets of several robot types.
     """
     sources = [open_source(path, skip_broken) for path in paths]
     robot_types = sorted({source.description.robot_type for source in sources})
@@ -158,6 +158,8 @@ def _episode(source: Source, chunk_length: int, skip_broken: bool, number: int) 
     """None: it is broken, and is left out."""
     try:
         episode = source.load(number)
+        if skip_broken:
+            checked_instructions(episode)
     except DataError as error:
         if not skip_broken:
             raise
