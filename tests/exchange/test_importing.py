@@ -355,3 +355,8 @@ def test_the_command(run, base, tmp_path):
     assert (again.exit_code, "exists and is not empty" in again.stderr) == (2, True)
     assert "expected engine, released" in convert(*arguments, "--to", "onnx").stderr
     assert CliRunner().invoke(app, ["inspect", str(out)]).exit_code == 0
+
+
+def test_a_checkpoint_of_ours_needs_no_conversion(base, tmp_path):
+    result = CliRunner().invoke(app, ["convert", str(base), "--out", str(tmp_path / "out")])
+    assert (result.exit_code, "loads as it is" in result.stderr.replace("\n", " ")) == (2, True)

@@ -57,6 +57,11 @@ def convert(
         usual = vars(ImportOptions())
         foreign = [name for name, value in vars(options).items() if value != usual[name]]
         told = _to_released(source, out, to, like, foreign)
+    elif like is None and (Path(source).expanduser() / "config.json").is_file():
+        raise ValueError(
+            f"{source} is a checkpoint folder, which the engine loads as it is; --to released or --to released-pt "
+            "writes it for the released code"
+        )
     elif like is None:
         raise ValueError(
             "like: weights alone have no tokenizer and no image settings: --like CHECKPOINT, such as the released "
