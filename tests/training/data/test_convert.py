@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import numpy as np
+import pandas
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -137,7 +138,6 @@ def test_wordings_are_of_the_rows_task(episodes, tmp_path):
 
 def test_words_are_what_pandas_reads_as_the_index(episodes, tmp_path):
     """LeRobot: a frame's task is the index of row task_index."""
-    pandas = pytest.importorskip("pandas")
     to_lerobot(open_source(episodes), tmp_path / "out")
     tasks = pandas.read_parquet(tmp_path / "out/meta/tasks.parquet")
     assert (tasks.index.name, list(tasks.columns)) == ("task", ["task_index"])

@@ -63,7 +63,7 @@ class Checker:
 
     fast: bool = False
     processes: int = 1
-    _pictures: dict[tuple[str, str], tuple[Path, np.ndarray]] = field(default_factory=dict)
+    _pictures: dict[tuple[str, str], tuple[Path, np.ndarray]] = field(default_factory=dict, init=False)
 
     def check(self, path: Path) -> list[Finding]:
         """One finding an episode (or a line of a .jsonl file), in order, and one of the dataset if that has faults.
