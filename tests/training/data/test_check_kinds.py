@@ -256,6 +256,19 @@ def test_a_gripper_that_opens_for_a_moment_is_no_fault(tmp_path):
     assert not any(finding.faults for finding in check(said, True, 1))
 
 
+@pytest.mark.parametrize("kind", ["periodic", "step"])
+def test_an_angle_of_which_it_is_said_is_no_fault(tmp_path, kind):
+    episode = Recorded(0)
+    wrap(episode)
+    said = [
+        {"columns": 0, "from": "action[0:1]"},
+        {"columns": 1, "from": "action[1:2]", "kind": kind},
+        {"columns": "2:4", "from": "action[2:4]"},
+    ]
+    (finding,) = check(write(tmp_path / "set", [episode], action=said), False, 1)
+    assert finding.faults == ()
+
+
 def test_special_tokens_in_a_task(tmp_path):
     tasks = ("Pick the <|object_ref_start|>cup<|object_ref_end|>.",)
     (finding,) = check(write(tmp_path / "set", [Recorded(0)], tasks=tasks), False, 1)
