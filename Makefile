@@ -10,26 +10,24 @@ BIN := $(VENV)/bin
 CSRC := $(shell find csrc -type f)
 INSTALLED := $(VENV)/.installed
 GPU_RESULTS ?= outputs/gpu
-XR0_GPU := $(BIN)/xr0 bench
-GPU_4B := --size 4b --device cuda
-GPU_ENGINE := --backend triton
-TUNE_MINUTES ?= 4
+GPU_MINUTES ?= 25
+GOLDEN ?= ../shared/golden
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo -n)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint gpu-test bench bench-gpu bench-gpu-more sanitize fuzz soak clean
+.PHONY: help demo test lint emulate gpu-test bench bench-gpu sanitize fuzz soak clean
 
 help:
 	@echo "make demo      install, then drive a simulated two-armed robot with a small random model"
 	@echo "make test      install, then run the tests; PYTEST_ARGS selects, for example PYTEST_ARGS=tests/cli"
+	@echo "make emulate   compiled kernels on this CPU: chips, seeds, broken kernels; many minutes (tests/ptx/README.md)"
 	@echo "make lint      install, then check style, types and formatting"
 	@echo "make gpu-test  install with CUDA, then run the tests that need a GPU"
 	@echo "make bench     install, then time every kernel; results go to outputs/kernels.json"
-	@echo "make bench-gpu tune, then measure on a GPU, published sizes; results and a page go to outputs/gpu"
-	@echo "make bench-gpu-more   the same with torch.compile as a rival, batches, a control loop, cold starts"
+	@echo "make bench-gpu a GPU's first hour (docs/benchmarks.md): is it right, how fast; results and a page go to $(GPU_RESULTS)"
 	@echo "make sanitize  test the native module under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make fuzz      fuzz the native module, then the server's readers of bytes, each for FUZZ_SECONDS (now: $(FUZZ_SECONDS))"
 	@echo "make soak      a server and an executor at 30 Hz for SOAK_SECONDS (now: $(SOAK_SECONDS)); report in outputs/soak"
@@ -44,6 +42,22 @@ test: $(INSTALLED)-cpu $(VENV)/.renders
 	$(call need,{ command -v chromium || command -v chromium-browser || command -v google-chrome; },chromium)
 	$(call need,command -v openssl,openssl)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+ifeq ($(origin PYTEST_ARGS),file)
+	$(foreach chip,$(TESTED_CHIPS),$(call emulated,$(chip),$(PYTEST_ARGS) $(COMPILED_TESTS)) &&) true
+endif
+
+# Kernels as compiled code, executed on this CPU: tests/ptx/README.md. `make test` has one schedule of two chips of it.
+COMPILED_TESTS := tests/kernels tests/fused/test_head.py $(patsubst %,tests/ptx/test_%.py,golden launcher mutations schedules) \
+  --ignore tests/kernels/test_ahead_of_time.py
+TESTED_CHIPS := 89 90
+CHIPS ?= 89 90 120
+SEEDS ?= 1 2 3
+emulated = XR0_EMULATE=$(1) $(BIN)/python -m pytest $(2)
+emulate: $(INSTALLED)-cpu
+	set -e; for chip in $(CHIPS); do for seed in $(SEEDS); do \
+	  XR0_EMULATE_SEED=$$seed XR0_EMULATE_ASYNC=random XR0_EMULATE_RESIDENT=$$((4 * seed)) \
+	  XR0_EMULATE_PROCESSORS=$$((5 * seed)) $(call emulated,$$chip,-n 2 $(COMPILED_TESTS)); done; \
+	  XR0_EMULATE=$$chip $(BIN)/python -m tests.ptx.mutations; done
 
 lint: $(INSTALLED)-cpu
 	$(BIN)/ruff check .
@@ -53,40 +67,16 @@ lint: $(INSTALLED)-cpu
 
 gpu-test: $(INSTALLED)-cuda
 	$(BIN)/python -c "import torch; torch.cuda.init()"
-	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m pytest -m "gpu or compiled"
 
 bench: $(INSTALLED)-$(if $(shell command -v nvidia-smi),cuda,cpu)
 	@mkdir -p outputs
 	$(BIN)/python -m pytest xr0_engine/bench/step/suite.py --benchmark-only --benchmark-sort=fullname \
 	  --benchmark-columns=min,median,iqr,rounds --benchmark-json=outputs/kernels.json
 
-# Each command leaves its result, should a later one fail. The engine's own table is made first and then used by all.
+# The same again goes on with what was left out.
 bench-gpu: $(INSTALLED)-cuda
-	$(BIN)/python -c "import torch; torch.cuda.init()"
-	@mkdir -p $(GPU_RESULTS)
-	$(XR0_GPU) tune $(GPU_4B) --case libero,bimanual --minutes $(TUNE_MINUTES)
-	$(XR0_GPU) graph $(GPU_4B) | tee $(GPU_RESULTS)/graph.txt
-	set -e; for case in libero bimanual; do \
-	  $(XR0_GPU) roofline $(GPU_4B) --case $$case --chip here --json $(GPU_RESULTS)/$$case-bound.json; \
-	  $(XR0_GPU) latency $(GPU_4B) $(GPU_ENGINE) --case $$case --boundary replay --rounds 100 --json $(GPU_RESULTS)/$$case-replay.json; \
-	  $(XR0_GPU) kernels $(GPU_4B) $(GPU_ENGINE) --case $$case --json $(GPU_RESULTS)/$$case-kernels.json; \
-	done
-	$(XR0_GPU) latency $(GPU_4B) $(GPU_ENGINE) --boundary replay --alone --rounds 10000 --json $(GPU_RESULTS)/libero-tail.json
-	$(XR0_GPU) latency $(GPU_4B) $(GPU_ENGINE) --boundary update+replay --rounds 100 --json $(GPU_RESULTS)/libero-update.json
-	$(XR0_GPU) images --device cuda --json $(GPU_RESULTS)/images.json
-	$(XR0_GPU) ablate $(GPU_4B) --rounds 10 --json $(GPU_RESULTS)/ablate.json
-	$(XR0_GPU) report $(GPU_RESULTS)/*.json --out $(GPU_RESULTS)/report.html
-
-# What takes minutes more: the released way under torch.compile with CUDA graphs, batches, a control loop, cold starts.
-bench-gpu-more: $(INSTALLED)-cuda
-	@mkdir -p $(GPU_RESULTS)
-	set -e; for case in libero bimanual; do \
-	  $(XR0_GPU) latency $(GPU_4B) $(GPU_ENGINE) --case $$case --boundary replay --rounds 100 --compile --json $(GPU_RESULTS)/$$case-compiled.json; \
-	  $(XR0_GPU) throughput $(GPU_4B) $(GPU_ENGINE) --case $$case --batches 1,2,4,8,16,32 --json $(GPU_RESULTS)/$$case-throughput.json; \
-	done
-	$(XR0_GPU) jitter $(GPU_4B) $(GPU_ENGINE) --json $(GPU_RESULTS)/jitter.json
-	$(XR0_GPU) coldstart $(GPU_4B) $(GPU_ENGINE) --rounds 3 --json $(GPU_RESULTS)/coldstart.json
-	$(XR0_GPU) report $(GPU_RESULTS)/*.json --out $(GPU_RESULTS)/report.html
+	$(BIN)/python -m xr0_engine bench machine --minutes $(GPU_MINUTES) --out $(GPU_RESULTS) $(addprefix --golden ,$(wildcard $(GOLDEN)))
 
 # CMake settings of a build of csrc/ outside of the package.
 CONFIGURE = $(BIN)/cmake -G Ninja -S . -B $@ -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \

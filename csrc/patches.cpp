@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <thread>
 #include <vector>
@@ -71,10 +72,20 @@ xr0::Frame checked_frame(const py::array& frame, const std::string& name, bool b
     return checked;
 }
 
-void check_out(const py::array& out, int64_t patches, int64_t patch_dim) {
-    const bool known = py::isinstance<py::array_t<float>>(out) || py::isinstance<py::array_t<uint16_t>>(out);
-    if (!known || out.ndim() != 2 || out.shape(0) != patches || out.shape(1) != patch_dim) {
-        throw py::value_error("out: expected float32, or uint16 for bfloat16, " + pair_of(patches, patch_dim) +
+std::optional<xr0::Element> element_of(const py::array& out) {
+    if (py::isinstance<py::array_t<float>>(out)) {
+        return xr0::Element::kFloat32;
+    }
+    if (py::isinstance<py::array_t<uint16_t>>(out)) {
+        return xr0::Element::kBfloat16;
+    }
+    return out.dtype().equal(py::dtype("float16")) ? std::optional(xr0::Element::kFloat16) : std::nullopt;
+}
+
+xr0::Element checked_out(const py::array& out, int64_t patches, int64_t patch_dim) {
+    const std::optional<xr0::Element> element = element_of(out);
+    if (!element || out.ndim() != 2 || out.shape(0) != patches || out.shape(1) != patch_dim) {
+        throw py::value_error("out: expected float32, float16, or uint16 for bfloat16, " + pair_of(patches, patch_dim) +
                               ", got " + describe(out));
     }
     const bool aligned = reinterpret_cast<std::uintptr_t>(out.data()) % out.itemsize() == 0;
@@ -84,6 +95,7 @@ void check_out(const py::array& out, int64_t patches, int64_t patch_dim) {
     if (!out.writeable()) {
         throw py::value_error("out: expected a writable array, got a read-only one");
     }
+    return *element;
 }
 
 // Rows of merge blocks begin to end - 1, counted through all jobs.
@@ -173,14 +185,16 @@ void images_to_patches(const std::vector<py::array>& frames, const std::vector<s
         jobs.push_back(std::move(job));
         patches += height * width / layout.slice();
     }
-    check_out(out, patches, layout.patch_dim());
+    const xr0::Element element = checked_out(out, patches, layout.patch_dim());
 
     void* const target = out.mutable_data();
-    const bool bfloat16 = out.itemsize() == sizeof(uint16_t);
     const py::gil_scoped_release without_gil;
-    if (bfloat16) {
-        work_on_threads(jobs, layout, functions, threads, static_cast<uint16_t*>(target));
-    } else {
-        work_on_threads(jobs, layout, functions, threads, static_cast<float*>(target));
+    switch (element) {
+        case xr0::Element::kFloat32:
+            return work_on_threads(jobs, layout, functions, threads, static_cast<float*>(target));
+        case xr0::Element::kBfloat16:
+            return work_on_threads(jobs, layout, functions, threads, static_cast<xr0::Bfloat16*>(target));
+        case xr0::Element::kFloat16:
+            return work_on_threads(jobs, layout, functions, threads, static_cast<xr0::Float16*>(target));
     }
 }

@@ -16,7 +16,7 @@ namespace xr0 {
 
 std::string cuda_fault(int) { return "xr0_engine._C was built without CUDA: it needs nvcc and XR0_BUILD_CUDA=1"; }
 std::string cuda_memory_fault(const void*, int) { return cuda_fault(0); }
-std::string launch_images_to_patches(const DeviceViews&, int32_t, void*, bool, int, void*) { return cuda_fault(0); }
+std::string launch_images_to_patches(const DeviceViews&, int32_t, void*, Element, int, void*) { return cuda_fault(0); }
 
 }  // namespace xr0
 #endif
@@ -42,6 +42,19 @@ xr0::DeviceAxis checked_axis(const std::string& name, const DeviceTable& table, 
     return {first, first + out, static_cast<int32_t>(taps)};
 }
 
+xr0::Element checked_element(const std::string& dtype) {
+    if (dtype == "float32") {
+        return xr0::Element::kFloat32;
+    }
+    if (dtype == "bfloat16") {
+        return xr0::Element::kBfloat16;
+    }
+    if (dtype == "float16") {
+        return xr0::Element::kFloat16;
+    }
+    throw py::value_error("dtype: expected float32, bfloat16 or float16, got '" + dtype + "'");
+}
+
 }  // namespace
 
 std::optional<std::string> cuda_fault(int device) {
@@ -63,8 +76,10 @@ py::array_t<int32_t> resize_table(int64_t in, int64_t out) {
 void images_to_patches_cuda(const std::vector<DeviceFrame>& frames,
                             const std::vector<std::pair<int64_t, int64_t>>& sizes,
                             const std::vector<DeviceTable>& columns, const std::vector<DeviceTable>& rows,
-                            std::uintptr_t out, bool bfloat16, int64_t temporal_patch_size, int64_t merge_size,
-                            const std::vector<bool>& vertical_first, bool bgr, int device, std::uintptr_t stream) {
+                            std::uintptr_t out, const std::string& dtype, int64_t temporal_patch_size,
+                            int64_t merge_size, const std::vector<bool>& vertical_first, bool bgr, int device,
+                            std::uintptr_t stream) {
+    const xr0::Element element = checked_element(dtype);
     const xr0::PatchLayout layout = checked_layout(xr0::kDevicePatch, temporal_patch_size, merge_size);
     check_range("frames", static_cast<int64_t>(frames.size()), xr0::kMaxViews);
     check_count("sizes", sizes.size(), frames.size());
@@ -105,7 +120,7 @@ void images_to_patches_cuda(const std::vector<DeviceFrame>& frames,
     views.merge = layout.merge_size;
     check_memory("out", out, device);
     if (const std::string fault =
-            xr0::launch_images_to_patches(views, static_cast<int32_t>(patches), reinterpret_cast<void*>(out), bfloat16,
+            xr0::launch_images_to_patches(views, static_cast<int32_t>(patches), reinterpret_cast<void*>(out), element,
                                           device, reinterpret_cast<void*>(stream));
         !fault.empty()) {
         throw std::runtime_error("images_to_patches_cuda: " + fault);

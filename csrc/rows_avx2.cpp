@@ -117,6 +117,7 @@ void vertical(const uint8_t* const* rows, const AxisView& axis, int32_t output, 
 
 }  // namespace
 
-const RowFunctions kRowsAvx2{"avx2", horizontal, vertical, emit_generic<float>, emit_generic<uint16_t>};
+const RowFunctions kRowsAvx2{
+    "avx2", horizontal, vertical, emit_generic<float>, emit_generic<Bfloat16>, emit_generic<Float16>};
 
 }  // namespace xr0

@@ -93,6 +93,7 @@ void vertical(const uint8_t* const* rows, const AxisView& axis, int32_t output, 
 
 }  // namespace
 
-const RowFunctions kRowsAvx512{"avx512", horizontal, vertical, emit_generic<float>, emit_generic<uint16_t>};
+const RowFunctions kRowsAvx512{
+    "avx512", horizontal, vertical, emit_generic<float>, emit_generic<Bfloat16>, emit_generic<Float16>};
 
 }  // namespace xr0

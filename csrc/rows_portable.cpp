@@ -2,7 +2,7 @@
 
 namespace xr0 {
 
-const RowFunctions kRowsPortable{"portable", horizontal_generic, vertical_generic, emit_generic<float>,
-                                 emit_generic<uint16_t>};
+const RowFunctions kRowsPortable{"portable",          horizontal_generic,     vertical_generic,
+                                 emit_generic<float>, emit_generic<Bfloat16>, emit_generic<Float16>};
 
 }  // namespace xr0

@@ -17,8 +17,12 @@ def _why_no_gpu() -> str | None:
     return None if torch.cuda.is_available() else "needs a CUDA GPU, and torch finds none"
 
 
-# Without a GPU, Triton's kernels run in its interpreter. Triton reads it on import.
-if _why_no_gpu():
+def _why_not_compiled() -> str | None:
+    return None if os.environ.get("XR0_EMULATE") or not _why_no_gpu() else "needs a CUDA GPU, or XR0_EMULATE=90"
+
+
+# Without a GPU, Triton's kernels run in its interpreter, unless the emulator runs them. Triton reads it on import.
+if _why_not_compiled():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
@@ -31,7 +35,8 @@ def _own_cache(tmp_path_factory):
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    needing_gpu = [item for item in items if item.get_closest_marker("gpu")]
-    if needing_gpu and (reason := _why_no_gpu()):
-        for item in needing_gpu:
-            item.add_marker(pytest.mark.skip(reason=reason))
+    for marker, why_not in (("gpu", _why_no_gpu), ("compiled", _why_not_compiled)):
+        needing = [item for item in items if item.get_closest_marker(marker)]
+        if needing and (reason := why_not()):
+            for item in needing:
+                item.add_marker(pytest.mark.skip(reason=reason))

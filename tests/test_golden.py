@@ -10,7 +10,9 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from tests.support import GOLDEN
+from xr0_engine import golden
 from xr0_engine.cli import app
+from xr0_engine.fused.tactics import TacticTable
 from xr0_engine.golden import golden_config, verify_folder
 
 pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"the golden cases are not at {GOLDEN}")
@@ -96,6 +98,48 @@ def test_wrong_call_exits_with_2(arguments, message, tmp_path, monkeypatch):
     result = CliRunner().invoke(app, ["verify", *arguments])
     assert result.exit_code == 2
     assert message in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("way", "backend", "kind", "message"),
+    [
+        ("sideways", "triton", ValueError, "way: expected one of table, chained, persistent, overlap, separate; got"),
+        ("chained", "reference", ValueError, "way: backend 'reference' has one way alone, got 'chained'"),
+        ("overlap", "triton", NotImplementedError, "way 'overlap': it takes two streams of a CUDA GPU"),
+    ],
+)
+def test_way_that_cannot_be_is_refused(way, backend, kind, message, monkeypatch):
+    monkeypatch.setattr(golden, "resolve_backend", lambda name, device: name)
+    with pytest.raises(kind, match=message):
+        list(verify_folder(GOLDEN, backend, "cpu", "float32", way))
+
+
+@pytest.mark.parametrize(
+    ("way", "flow", "overlap", "dependent"),
+    [
+        ("table", "persistent", True, True),
+        ("chained", "chained", False, True),
+        ("persistent", "persistent", False, True),
+        ("separate", "chained", False, False),
+    ],
+)
+def test_the_flow_runs_as_the_way_says(way, flow, overlap, dependent, one_case, monkeypatch):
+    """What the model and its launches are told, where a backend has kernels of its own."""
+    launch = pytest.importorskip("xr0_engine.kernels.launch")
+    tables = []
+
+    class Told(golden.FusedModel):
+        def __init__(self, model, backend, table, graphs):
+            tables.append((table.flow, table.overlap, launch._dependent))
+            super().__init__(model, "reference", TacticTable(""), graphs)
+
+    monkeypatch.setattr(golden, "resolve_backend", lambda name, device: name)
+    monkeypatch.setattr(golden, "tactics_for", lambda device: TacticTable("", overlap=True, flow="persistent"))
+    monkeypatch.setattr(golden, "FusedModel", Told)
+    comparisons = list(verify_folder(one_case, "triton", "cpu", "float32", way))
+    assert [each for each in comparisons if not each.passed] == []
+    assert tables == [(flow, overlap, dependent)]
+    assert launch._dependent
 
 
 def test_truncated_weights_are_named(one_case):

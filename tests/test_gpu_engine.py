@@ -10,8 +10,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from tests.kernels.support import LOW_PRECISION_FACTOR
+from tests.kernels.support import DEVICE, LOW_PRECISION_FACTOR
 from tests.support import GOLDEN
+from xr0_engine.backend import triton_fault
 from xr0_engine.bench.cases import CASES, Setup, Subject
 from xr0_engine.bench.measure.latency import relative_rms
 from xr0_engine.checkpoint import init_checkpoint
@@ -46,7 +47,7 @@ def folder(tmp_path_factory):
     scope="module",
     params=[
         pytest.param(("reference", "cpu"), id="oracles"),
-        pytest.param(("triton", "cuda"), id="kernels", marks=pytest.mark.gpu),
+        pytest.param(("triton", DEVICE.type), id="kernels", marks=pytest.mark.compiled),
     ],
 )
 def engine(request, folder):
@@ -182,12 +183,28 @@ def test_a_closed_session_captures_anew(engine, folder):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU")
 def test_without_a_gpu_the_backend_is_refused_with_what_works(folder, monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for name in ("TRITON_INTERPRET", "XR0_EMULATE"):
+        monkeypatch.delenv(name, raising=False)
     with pytest.raises(NotImplementedError, match=r"backend 'triton': .*; use backend='reference'"):
         Engine.from_pretrained(folder, device="cpu", backend="triton")
     told = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["doctor"])
     line = next(line for line in told.output.splitlines() if "backend triton" in line)
     assert "torch finds no CUDA GPU" in line or "triton is not installed" in line
+
+
+@pytest.mark.parametrize(
+    ("triton", "numpy", "works"), [("3.6.0", "2.4.6", False), ("3.6.0", "2.3.5", True), ("3.7.0+cu", "2.4.6", True)]
+)
+def test_the_interpreter_is_refused_where_it_fails(triton, numpy, works, monkeypatch, tmp_path):
+    pytest.importorskip("triton")
+    for name, release in (("triton", triton), ("numpy", numpy)):
+        installed = tmp_path / f"{name}-{release}.dist-info"
+        installed.mkdir()
+        (installed / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {release}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    fault = triton_fault()
+    assert fault is None if works else "numpy<2.4" in fault
 
 
 @pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"the golden cases are not at {GOLDEN}")
@@ -220,6 +237,33 @@ def test_graph_holds_our_kernels_and_nothing_else(gpu_session):
         assert set(contents.nodes) == {"kernel"}, part
         assert sum(contents.kernels.values()) == contents.nodes["kernel"]
         assert set(contents.kernels) <= ours, part
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("first", sessions.PARTS)
+def test_parts_captured_in_any_order_give_the_same_chunk(gpu_session, folder, first):
+    expected = chunk_after(gpu_session, "step")
+    session = new_session(fused_engine(folder, "triton", "cuda"), folder)
+    for part in sorted(sessions.PARTS, key=lambda part: part != first):
+        session.graph(part)
+        # Over what was freed meanwhile.
+        torch.full((2**24,), torch.nan, device="cuda")
+    for parts in (("step",), ("vision", "prefill", "flow")):
+        assert torch.equal(chunk_after(session, *parts), expected)
+    session.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_gpu_that_is_not_the_current_one_gives_the_same_chunk(folder):
+    # Op by op, and as a graph.
+    for graphs in (False, True):
+        engines = [fused_engine(folder, "triton", device) for device in ("cuda:0", "cuda:1")]
+        for engine in engines:
+            engine.model.graphs = graphs
+        observation = engines[0].example(CASE.robot_type, CASE.image_size)
+        first, second = (engine.infer(observation, seed=0).normalized for engine in engines)
+        assert np.array_equal(first, second)
 
 
 @pytest.mark.gpu

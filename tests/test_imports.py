@@ -26,7 +26,7 @@ LAYERS = (
     ("robot",),
     ("kernels", "_C"),
     ("backend", "comparison", "config"),
-    ("files",),
+    ("files", "part_configs"),
     ("types", "env"),
 )
 

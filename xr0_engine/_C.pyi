@@ -11,7 +11,7 @@ def instruction_sets() -> list[str]:
 def images_to_patches(
     frames: Sequence[NDArray[np.uint8]],
     sizes: Sequence[tuple[int, int]],
-    out: NDArray[np.float32] | NDArray[np.uint16],
+    out: NDArray[np.float32] | NDArray[np.float16] | NDArray[np.uint16],
     patch_size: int = 16,
     temporal_patch_size: int = 2,
     merge_size: int = 2,
@@ -26,9 +26,10 @@ def images_to_patches(
     sizes: the (height, width) that each is resized to, in the same limits, multiples of patch_size * merge_size.
     The resize is Pillow's bicubic one, bit for bit: first the columns of all rows, then the rows; the other way round
     for frames whose vertical_first is true. Empty: for none.
-    out: (patches of all frames, 3 * temporal_patch_size * patch_size**2) float32, or uint16 for the bits of bfloat16;
-    C-contiguous, writable, not overlapping a frame. Filled frame by frame: the patches of one merge block follow each
-    other, each patch is (channel, temporal, row, column).
+    out: (patches of all frames, 3 * temporal_patch_size * patch_size**2) float32, or what float32 is rounded to, to the
+    nearest, ties to even: float16, or uint16 for the bits of bfloat16; C-contiguous, writable, not overlapping a frame.
+    Filled frame by frame: the patches of one merge block follow each other, each patch is (channel, temporal, row,
+    column). A temporal_patch_size of 1 gives one frame of a patch, whose others are the same.
     bgr: whether the frames' channels are blue, green, red; out's are red, green, blue.
     threads: how many share the work at most, 1 to 1024. instruction_set: one of instruction_sets(), None for the
     fastest. Neither changes a bit of the result.
@@ -51,7 +52,7 @@ def images_to_patches_cuda(
     columns: Sequence[tuple[int, int]],
     rows: Sequence[tuple[int, int]],
     out: int,
-    bfloat16: bool,
+    dtype: str,
     temporal_patch_size: int,
     merge_size: int,
     vertical_first: Sequence[bool],
@@ -62,8 +63,8 @@ def images_to_patches_cuda(
     """images_to_patches on a GPU, in one launch; the same bits. Asynchronous. Not yet run on a GPU.
 
     frames: 1 to 16 of (address, (height, width), strides in bytes), uint8. columns, rows: the address of a
-    resize_table on the GPU and its taps, for each frame. out: address of as many float32 or bfloat16 values as
-    images_to_patches fills. stream: a cudaStream_t. patch_size is 16. All memory is the GPU's, and stays as it is until
-    the stream has done the work. Nothing is allocated: the call can be captured in a CUDA graph.
+    resize_table on the GPU and its taps, for each frame. out: address of as many values as images_to_patches
+    fills. dtype: float32, bfloat16 or float16. stream: a cudaStream_t. patch_size is 16. All memory is the GPU's, and
+    stays as it is until the stream has done the work. Nothing is allocated: the call can be captured in a CUDA graph.
     Raises ValueError if a value, a size or the place of a memory is not as described, RuntimeError without a GPU.
     """

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from importlib.metadata import version
 
 import torch
+
+from xr0_engine.env import emulated_arch
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 """Precisions that the network runs in."""
@@ -35,9 +38,29 @@ def triton_fault() -> str | None:
     """Why Triton's kernels cannot run on this machine, None if they can."""
     if not triton_installed():
         return "triton is not installed: pip install 'xr0-engine[cuda]'"
-    if not torch.cuda.is_available() and not interpreted():
+    if not torch.cuda.is_available() and not interpreted() and emulated_arch() is None:
         return "torch finds no CUDA GPU (TRITON_INTERPRET=1 runs the kernels in Triton's interpreter, to test them)"
+    if interpreted() and _release("triton") < (3, 7) and _release("numpy") >= (2, 4):
+        return "Triton's interpreter fails with NumPy 2.4 before Triton 3.7: pip install 'numpy<2.4' or 'triton>=3.7'"
     return None
+
+
+def _release(package: str) -> tuple[int, ...]:
+    """(3, 6) of 3.6.0."""
+    return tuple(int(part) for part in version(package).split(".")[:2])
+
+
+def auto_checks(device: torch.device) -> bool:
+    """Whether "auto" asks there for the kernels' self-check (fused/choice.py): on a CUDA GPU, or on a CPU that executes
+    a GPU's compiled kernels in its place."""
+    return not interpreted() and (device.type == "cuda" or emulated_arch() is not None)
+
+
+def kernel_devices() -> list[torch.device]:
+    """The CUDA GPUs, or the CPU where something executes kernels on it."""
+    if interpreted() or emulated_arch() is not None:
+        return [torch.device("cpu")]
+    return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
 
 
 def backend_status() -> dict[str, str | None]:
@@ -48,8 +71,8 @@ def backend_status() -> dict[str, str | None]:
 def resolve_backend(name: str, device: torch.device | None = None) -> str:
     """The backend to use for a requested name or "auto", on a device if one is given.
 
-    auto is `reference` everywhere until `triton` has been measured on GPUs. Raises ValueError for an unknown name,
-    NotImplementedError for one that cannot be used here, with one that can.
+    auto is `reference`, which runs everywhere; an engine asks the kernels' self-check before (fused/choice.py). Raises
+    ValueError for an unknown name, NotImplementedError for one that cannot be used here, with one that can.
     """
     status = backend_status()
     if name == "auto":
@@ -58,7 +81,8 @@ def resolve_backend(name: str, device: torch.device | None = None) -> str:
         raise ValueError(f"backend: expected auto, {', '.join(status)}; got {name!r}")
     if status[name] is not None:
         raise NotImplementedError(f"backend {name!r}: {status[name]}; use backend='reference'")
-    if name == "triton" and device is not None and (device.type == "cuda") == interpreted():
+    on_cpu = interpreted() or emulated_arch() is not None
+    if name == "triton" and device is not None and (interpreted() if device.type == "cuda" else not on_cpu):
         place = "in Triton's interpreter, on the CPU" if interpreted() else "on a CUDA GPU"
         raise NotImplementedError(f"backend 'triton': runs {place}, not on {device}; use backend='reference' there")
     return name

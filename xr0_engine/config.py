@@ -8,10 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from xr0_engine.files import flag, number, read_json, section, whole
+from xr0_engine.part_configs import TRAINED_PREFIX, ActionHeadConfig, TextConfig, TokenIds, VisionConfig
 from xr0_engine.types import CheckpointError
 
-TRAINED_PREFIX = 6
-"""Longest prefix of the published training (spec section 4.1); released checkpoints do not state it."""
+__all__ = [
+    "HEAD_SIZES",
+    "TRAINED_PREFIX",
+    "VARIANT",
+    "VISION_ROPE_THETA",
+    "ActionHeadConfig",
+    "ModelConfig",
+    "TextConfig",
+    "TokenIds",
+    "VisionConfig",
+    "read_hf_config",
+]
 
 # Our fields -> keys of the checkpoint's config.json, in its order.
 TEXT_KEYS = {
@@ -40,109 +51,6 @@ VARIANT = {"stream_norms": True, "mlp_width": None, "output_width": None}
 """Keys of dit_config that only other families of action heads have, and what XR-0 has in their place."""
 ROPE_KEYS = ("rope_type", "type", "rope_theta", "mrope_section", "mrope_interleaved")
 VISION_ROPE_THETA = 10_000.0
-
-
-@dataclass(frozen=True)
-class VisionConfig:
-    """Qwen3-VL vision tower. deepstack_layers: blocks whose output is tapped."""
-
-    depth: int
-    hidden_size: int
-    num_heads: int
-    intermediate_size: int
-    out_hidden_size: int
-    patch_size: int
-    spatial_merge_size: int
-    temporal_patch_size: int
-    in_channels: int
-    num_position_embeddings: int
-    deepstack_layers: tuple[int, ...]
-
-    @property
-    def patch_dim(self) -> int:
-        return self.in_channels * self.temporal_patch_size * self.patch_size**2
-
-    @property
-    def position_grid(self) -> int:
-        """Side of the square grid of learned position embeddings."""
-        return round(self.num_position_embeddings**0.5)
-
-
-@dataclass(frozen=True)
-class TextConfig:
-    """Qwen3-VL language model."""
-
-    vocab_size: int
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    intermediate_size: int
-    rms_eps: float
-    rope_theta: float
-    mrope_section: tuple[int, int, int]
-
-
-@dataclass(frozen=True)
-class ActionHeadConfig:
-    """DiT action head.
-
-    local_window: how many actions back an action sees (None = all); position_offset: added to the positions of actions
-    that are not prefix. None and 0 are the released benchmark checkpoints' mode, 4 and 10 the post-training code's
-    (spec section 2.4). compat_bf16_time: round 1000 t, and the rotary tables of the whole model, to bfloat16 as the
-    released server does, which casts everything to it.
-    max_prefix: the longest prefix that it was trained with; what a longer one gives was never learned.
-
-    What differs between families of action heads besides sizes. stream_norms: the residual stream itself is normalised
-    after attention and MLP (2.2), or never. mlp_width: None is four times hidden_size. output_width: between the two
-    products of the output layer; None is action_dim. The defaults are XR-0's.
-    """
-
-    hidden_size: int
-    num_layers: int
-    head_dim: int
-    num_kv_heads: int
-    state_length: int
-    state_dim: int
-    action_length: int
-    action_dim: int
-    flow_steps: int = 5
-    local_window: int | None = None
-    position_offset: int = 0
-    compat_bf16_time: bool = False
-    max_prefix: int = TRAINED_PREFIX
-    stream_norms: bool = True
-    mlp_width: int | None = None
-    output_width: int | None = None
-
-    @property
-    def num_heads(self) -> int:
-        return self.hidden_size // self.head_dim
-
-    @property
-    def intermediate_size(self) -> int:
-        """Columns between the MLP's products."""
-        return 4 * self.hidden_size if self.mlp_width is None else self.mlp_width
-
-    @property
-    def output_hidden_size(self) -> int:
-        """Columns between the output layer's products."""
-        return self.action_dim if self.output_width is None else self.output_width
-
-    @property
-    def context(self) -> int:
-        """Tokens before the actions: the sink and the states."""
-        return 1 + self.state_length
-
-
-@dataclass(frozen=True)
-class TokenIds:
-    """Special tokens that the engine itself looks for."""
-
-    image: int
-    vision_start: int
-    vision_end: int
 
 
 @dataclass(frozen=True)

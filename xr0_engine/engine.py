@@ -14,6 +14,8 @@ from torch import Tensor
 from xr0_engine.backend import resolve_backend, resolve_device, resolve_dtype
 from xr0_engine.config import ModelConfig
 from xr0_engine.exported.model import ExportedModel
+from xr0_engine.fused.choice import Choice, choose
+from xr0_engine.fused.graph import wait_for_stream
 from xr0_engine.fused.model import FusedModel
 from xr0_engine.fused.tactics import tactics_for
 from xr0_engine.model.network import Network
@@ -25,18 +27,23 @@ from xr0_engine.robot.preprocess import Preprocessor
 from xr0_engine.robot.tokenized import tokenized_inputs
 from xr0_engine.types import ActionChunk, KVBlock, ModelInputs, Observation, RobotInfo, TokenizedObservation
 
+ASKED_FOR = "asked for by name"
+
 
 class Engine:
     """Make one with `Engine.from_pretrained`. One call at a time: an engine is not shared between threads.
 
-    A refused call (ValueError) changes nothing; the engine serves the next.
+    A refused call (ValueError) changes nothing; the engine serves the next. backend: what runs the network;
+    backend_reason: why, in one line.
     """
 
-    def __init__(self, model: Network, preprocess: Preprocessor, backend: str = "reference") -> None:
+    def __init__(
+        self, model: Network, preprocess: Preprocessor, backend: str = "reference", backend_reason: str = ""
+    ) -> None:
         self.model = model
         self.config: ModelConfig = model.config
         self.statistics = preprocess.statistics
-        self.backend = backend
+        self.backend, self.backend_reason = backend, backend_reason
         self._preprocess = preprocess
 
     @classmethod
@@ -51,23 +58,26 @@ class Engine:
         """Load a checkpoint folder, or a Hugging Face hub id.
 
         device: auto (a CUDA GPU if there is one), cpu, cuda, cuda:N. dtype: bfloat16, float16 or float32, whatever the
-        checkpoint stores. backend: auto, reference or triton; only auto may choose. embodiment: profile name,
-        YAML file or Embodiment for every observation; None picks the built-in profile by the observation's robot type.
+        checkpoint stores. backend: reference, triton, or auto: on a GPU triton, if its kernels pass a self-check, which
+        the first use on a machine makes and keeps, else reference. embodiment: profile name, YAML file or Embodiment
+        for every observation; None picks the built-in profile by the observation's robot type.
         Raises CheckpointError for a checkpoint that cannot be used, ValueError for a wrong argument,
         NotImplementedError for a backend that this machine lacks. Nothing is loaded before everything is checked.
         """
         chosen_dtype, chosen_device = resolve_dtype(dtype), resolve_device(device)
-        chosen_backend = resolve_backend(backend, chosen_device)
+        choice = Choice(resolve_backend(backend, chosen_device), ASKED_FOR)
         if isinstance(embodiment, str | Path):
             embodiment = load_embodiment(embodiment)
         folder = resolve_checkpoint(path)
         preprocess = Preprocessor.load(folder, embodiment)
-        table = tactics_for(chosen_device) if chosen_backend == "triton" else None
+        if backend == "auto":
+            choice = choose(chosen_device, dtype, folder)
+        table = tactics_for(chosen_device) if choice.backend == "triton" else None
         plain = load_model(preprocess.config, read_index(folder), chosen_device, chosen_dtype)
-        if table is None:
-            return cls(plain, preprocess, chosen_backend)
-        fused = FusedModel(plain, chosen_backend, table, graphs=chosen_device.type == "cuda")
-        return cls(fused, preprocess, chosen_backend)
+        network: Network = plain
+        if table is not None:
+            network = FusedModel(plain, choice.backend, table, graphs=chosen_device.type == "cuda")
+        return cls(network, preprocess, choice.backend, choice.reason)
 
     @classmethod
     def from_export(
@@ -91,7 +101,7 @@ class Engine:
             Path(path), load_embodiment(profile) if isinstance(profile, str | Path) else profile
         )
         preprocess.statistics = {name: preprocess.statistics[name] for name in model.manifest.robot_types}
-        return cls(model, preprocess, model.backend)
+        return cls(model, preprocess, model.backend, "it runs the export")
 
     @property
     def robot_types(self) -> tuple[str, ...]:
@@ -160,7 +170,7 @@ class Engine:
         back unchanged as the chunk's first P. With a batch: one per observation, each an array or None.
         noise: (T, A) float32, with a batch (B, T, A), where the flow starts; else seed (an int; row i of a batch uses
         seed + i; or a list with one for each, None for none) gives it; else it is drawn anew. Raises ValueError for a
-        wrong input, before any work on the device.
+        wrong input, before the model runs.
         """
         if isinstance(observation, Observation):
             return self._infer([observation], [prefix], noise, seed)[0]
@@ -187,7 +197,8 @@ class Engine:
 
     def prefill(self, observation: Observation | Sequence[Observation]) -> KVBlock:
         """What the DiT reads of an observation (or batch), kept so that several chunks can be sampled from it."""
-        inputs = self._preprocess([observation] if isinstance(observation, Observation) else list(observation))
+        observations = [observation] if isinstance(observation, Observation) else list(observation)
+        inputs = self._preprocess(observations, self.model.patch_buffer)
         return self.model.prefill(inputs, self.model.encode_images(inputs))
 
     def sample(
@@ -223,7 +234,8 @@ class Engine:
         seed: int | Sequence[int | None] | None,
     ) -> list[ActionChunk]:
         clock = _StageClock(self.model.device)
-        return self._run(clock, self._preprocess(observations), observations, prefixes, noise, seed)
+        inputs = self._preprocess(observations, self.model.patch_buffer)
+        return self._run(clock, inputs, observations, prefixes, noise, seed)
 
     def _run(
         self,
@@ -305,8 +317,7 @@ class _StageClock:
         return spans | {"total": 1e3 * (self._marks[-1][1] - self._marks[0][1])}
 
     def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        wait_for_stream(self._device)
         return time.perf_counter()
 
 

@@ -1,9 +1,12 @@
-"""Reading the files of checkpoints and exports, and telling those that git-lfs has not fetched from broken ones."""
+"""Reading the files of checkpoints and exports, telling those that git-lfs has not fetched from broken ones; writing a
+file whole."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,20 @@ def read_json(path: Path) -> Any:
     # A nesting too deep for the parser is a RecursionError.
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from None
+
+
+def write_whole(path: Path, text: str) -> None:
+    """A text file that appears whole or not at all, readable by everyone. Its folder is made. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, partial = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        Path(partial).chmod(0o644)
+        os.replace(partial, path)
+    except BaseException:
+        Path(partial).unlink(missing_ok=True)
+        raise
 
 
 def find_settings(folder: Path) -> dict[Path, Any]:

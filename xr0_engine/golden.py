@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Generator, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -28,10 +29,10 @@ from xr0_engine.config import ModelConfig
 from xr0_engine.files import read_json, refuse_pointer
 from xr0_engine.fused.head import FusedHead
 from xr0_engine.fused.model import FusedModel
-from xr0_engine.fused.ops import FusedOps
+from xr0_engine.fused.ops import FusedOps, without_dependent_launch
 from xr0_engine.fused.prompts import bucket
 from xr0_engine.fused.session import FlowSession
-from xr0_engine.fused.tactics import tactics_for
+from xr0_engine.fused.tactics import TacticTable, tactics_for
 from xr0_engine.model.dit import ActionHead, dit_geometry
 from xr0_engine.model.flow import prefix_positions, training_pair
 from xr0_engine.model.layers import pack_linears
@@ -40,14 +41,29 @@ from xr0_engine.model.weights import head_shapes, load_model, read_headers
 from xr0_engine.training.losses import error_weights, frequency_loss, mse_loss
 from xr0_engine.types import CheckpointError, KVBlock, ModelInputs
 
+TABLE = "table"
+WAYS: dict[str, dict[str, Any]] = {
+    TABLE: {},
+    "chained": {"flow": "chained", "overlap": False},
+    "persistent": {"flow": "persistent", "overlap": False},
+    "overlap": {"overlap": True},
+    "separate": {"flow": "chained", "overlap": False},
+}
+"""How the flow runs: as this GPU's tactic table has it; as a chain of kernels; as one kernel; with its first step
+beside the VLM's last layers; as a chain of kernels, none of which starts before the one ahead of it has ended."""
 SEEDED_MODES = {"windowed": (4, 10), "full": (None, 0)}
 SEEDED_RESULT = re.compile(r"(windowed|full)\.prefix(\d+)\.actions")
 
 
-def verify_folder(folder: Path, backend: str, device: str, dtype: str) -> Iterator[Comparison]:
-    """Compare every case, one after the other. Raises ValueError for a folder without cases or with broken ones."""
+def verify_folder(folder: Path, backend: str, device: str, dtype: str, way: str = TABLE) -> Iterator[Comparison]:
+    """Compare every case, one after the other.
+
+    way: of WAYS, in which a backend with kernels of its own runs the flow. Raises ValueError for a folder without cases
+    or with broken ones and for a wrong way, NotImplementedError for one that this machine lacks.
+    """
     precision, target = resolve_dtype(dtype), resolve_device(device)
     backend = resolve_backend(backend, target)
+    _check_way(way, backend, target)
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}")
     models = sorted(path for path in folder.glob("*.json") if path.with_suffix(".weights.safetensors").is_file())
@@ -56,10 +72,24 @@ def verify_folder(folder: Path, backend: str, device: str, dtype: str) -> Iterat
         raise ValueError(
             f"{folder} holds no golden cases: neither <model>.json with weights, nor <name>.py with results"
         )
-    for path in models:
-        yield from _verify_model(path, backend, target, precision)
-    for path in scripts:
-        yield from _verify_seeded(path, backend, target, precision)
+    with without_dependent_launch() if way == "separate" else nullcontext():
+        for path in models:
+            yield from _verify_model(path, backend, target, precision, way)
+        for path in scripts:
+            yield from _verify_seeded(path, backend, target, precision, way)
+
+
+def _check_way(way: str, backend: str, device: torch.device) -> None:
+    if way not in WAYS:
+        raise ValueError(f"way: expected one of {', '.join(WAYS)}; got {way!r}")
+    if way != TABLE and backend == "reference":
+        raise ValueError(f"way: backend 'reference' has one way alone, got {way!r}")
+    if way == "overlap" and device.type != "cuda":
+        raise NotImplementedError(f"way 'overlap': it takes two streams of a CUDA GPU, and the device is {device}")
+
+
+def _table(device: torch.device, way: str) -> TacticTable:
+    return replace(tactics_for(device), **WAYS[way])
 
 
 def golden_config(golden: Mapping[str, Any]) -> ModelConfig:
@@ -100,7 +130,7 @@ def golden_inputs(case: Mapping[str, Tensor], config: ModelConfig) -> ModelInput
     )
 
 
-def _verify_model(path: Path, backend: str, device: torch.device, dtype: torch.dtype) -> Iterator[Comparison]:
+def _verify_model(path: Path, backend: str, device: torch.device, dtype: torch.dtype, way: str) -> Iterator[Comparison]:
     config = golden_config(read_json(path))
     weights = path.with_suffix(".weights.safetensors")
     stored, faults = read_headers([weights])
@@ -109,7 +139,7 @@ def _verify_model(path: Path, backend: str, device: torch.device, dtype: torch.d
     plain = load_model(config, stored, device, dtype)
     network: Network = plain
     if backend != "reference":
-        network = FusedModel(plain, backend, tactics_for(device), device.type == "cuda")
+        network = FusedModel(plain, backend, _table(device, way), device.type == "cuda")
     for file in sorted(path.parent.glob(f"{path.stem}.*.safetensors")):
         if file == weights:
             continue
@@ -117,8 +147,11 @@ def _verify_model(path: Path, backend: str, device: torch.device, dtype: torch.d
         inputs = golden_inputs(case, config)
         kv = yield from _verify_stages(file.stem, network, inputs, case, dtype)
         if backend != "reference":
-            chunk = network.step(inputs, *_chunk_inputs(case, case["prefix"]))
+            chunk = network.step(inputs, *_chunk_inputs(case, case["prefix"])).clone()
             yield compare(file.stem, "actions, one step", chunk, case["actions"], dtype)
+            if device.type == "cuda":
+                again = network.step(inputs, *_chunk_inputs(case, case["prefix"]))
+                yield Comparison(file.stem, "actions, replayed", float((again - chunk).abs().max()), 0.0, "max")
         elif "train.loss" in case:
             yield from _verify_training(file.stem, plain.head, kv, case, dtype)
 
@@ -186,7 +219,9 @@ def _chunk_inputs(case: Mapping[str, Tensor], prefix: Tensor) -> tuple[Tensor, T
 
 
 @torch.inference_mode()
-def _verify_seeded(path: Path, backend: str, device: torch.device, dtype: torch.dtype) -> Iterator[Comparison]:
+def _verify_seeded(
+    path: Path, backend: str, device: torch.device, dtype: torch.dtype, way: str
+) -> Iterator[Comparison]:
     script = _run_script(path)
     results = _load(path.with_suffix(".safetensors"))
     inputs = script.inputs()
@@ -217,11 +252,11 @@ def _verify_seeded(path: Path, backend: str, device: torch.device, dtype: torch.
         prefix[:, :length] = inputs["prefix"][:, :length]
         lengths = torch.full((batch,), length)
         if backend == "reference":
-            table = head.modulation_table()
-            actions = head.sample(kv, inputs["state"], inputs["noise"], prefix, lengths, table)
+            actions = head.sample(kv, inputs["state"], inputs["noise"], prefix, lengths, head.modulation_table())
         else:
-            ops = FusedOps(backend, device, tactics_for(device).tactics)
-            session = FlowSession(FusedHead(head), ops, batch, bucket(tokens), prefix.shape[1])
+            table = _table(device, way)
+            ops, persistent = FusedOps(backend, device, table.tactics), table.flow == "persistent"
+            session = FlowSession(FusedHead(head), ops, batch, bucket(tokens), prefix.shape[1], persistent=persistent)
             actions = session.sample(kv, inputs["state"], inputs["noise"], prefix, lengths)
         case = f"{path.stem}.{matched[1]}.prefix{length}"
         yield compare(case, "actions", actions, expected, dtype, FLOAT32_SEEDED_MAX_ERROR)

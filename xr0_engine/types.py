@@ -123,7 +123,9 @@ class ModelInputs:
     """A batch of observations as tensors, on the host until the engine moves them.
 
     input_ids: (B, N) int64. attention_mask: (B, N) bool, False = left padding.
-    pixel_values: (P, 3 * temporal_patch * patch * patch) float32, all images in order of batch, then view.
+    pixel_values: (P, 3 * temporal_patch * patch * patch), all images in order of batch, then view; or (P, 3 * patch *
+    patch), where each frame of a temporal patch is the same picture. float32, float16 or bfloat16, on the host or on
+    the network's device: every network takes each, and `Network.patch_buffer` is what suits it.
     image_grids: per image (height, width) in patches. position_ids: (3, B, N) int64, M-RoPE.
     preamble_length: leading tokens (padding aside) equal in every row and free of images: their KV can be kept.
     state: (B, state_length, S) float32. action_mask: (B, T, A) float32, 1 = column used by the robot type.

@@ -88,6 +88,16 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, std::size_t size) {
     const xr0::Axis columns(width, new_width);
     const xr0::Axis rows(height, new_height);
     const xr0::Resize resize{columns.view(), rows.view(), new_height, new_width, input.number(0, 1) == 1};
-    input.number(0, 1) == 1 ? compare<uint16_t>(frame, resize, layout) : compare<float>(frame, resize, layout);
+    switch (static_cast<xr0::Element>(input.number(0, 2))) {
+        case xr0::Element::kFloat32:
+            compare<float>(frame, resize, layout);
+            break;
+        case xr0::Element::kBfloat16:
+            compare<xr0::Bfloat16>(frame, resize, layout);
+            break;
+        case xr0::Element::kFloat16:
+            compare<xr0::Float16>(frame, resize, layout);
+            break;
+    }
     return 0;
 }

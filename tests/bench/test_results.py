@@ -141,13 +141,13 @@ def test_environment_of_a_cpu():
     ids=["all", "untold clock", "no nvidia-smi"],
 )
 def test_gpu_state_as_nvidia_smi_tells_it(monkeypatch, line, state):
-    monkeypatch.setattr(results, "_output", lambda *command: line)
+    monkeypatch.setattr(results, "output_of", lambda *command: line)
     assert results._gpu_state("GPU-1") == state
 
 
 def test_commit_is_this_clone_s(monkeypatch):
     told = {"ls-files": "results.py", "rev-parse": "abc", "status": ""}
-    monkeypatch.setattr(results, "_output", lambda *command: told[command[3]])
+    monkeypatch.setattr(results, "output_of", lambda *command: told[command[3]])
     assert results.current_commit() == "abc"
     told["status"] = " M engine.py"
     assert results.current_commit() == "abc-dirty"
@@ -157,6 +157,6 @@ def test_commit_is_this_clone_s(monkeypatch):
 
 
 def test_command_that_is_missing_or_fails_tells_nothing():
-    assert results._output("no-such-command-anywhere") is None
-    assert results._output("false") is None
-    assert results._output("echo", "yes") == "yes"
+    assert results.output_of("no-such-command-anywhere") is None
+    assert results.output_of("false") is None
+    assert results.output_of("echo", "yes") == "yes"

@@ -17,7 +17,7 @@ from xr0_engine.cli.bench import app as bench_app
 from xr0_engine.engine import Engine
 
 COMMANDS = [command.name or command.callback.__name__ for command in bench_app.registered_commands]
-MEASURING = ("latency", "throughput", "coldstart", "jitter", "kernels", "ablate")
+MEASURING = ("latency", "throughput", "coldstart", "jitter", "kernels", "ablate", "finetune")
 TINY = ("--size", "tiny", "--device", "cpu", "--dtype", "float32", "--threads", "1")
 
 
@@ -37,7 +37,7 @@ def test_help_lists_every_command():
     result = bench("--help")
     assert result.exit_code == 0
     assert [name for name in COMMANDS if name not in result.output] == []
-    assert {*MEASURING, "images", "roofline", "compare", "report"} <= set(COMMANDS)
+    assert {*MEASURING, "images", "roofline", "compare", "report", "machine"} <= set(COMMANDS)
 
 
 def test_docs_list_every_command_and_case():

@@ -56,12 +56,14 @@ def test_json_is_the_engine_s_chunk(checkpoint, cameras):
     assert (printed["robot_type"], printed["control_rate_hz"], printed["prefix_length"]) == ("libero_all", 20, 0)
     assert printed["timestamp_s"] is None
     assert printed["timing_ms"].keys() == chunk.timing_ms.keys()
+    assert (printed["backend"], printed["backend_reason"]) == ("reference", "the device is no GPU")
 
 
 def test_table_names_columns_and_stages(checkpoint, cameras):
     bimanual = [*views(cameras, "ego", "left_wrist", "right_wrist"), *TASK, "--robot-type", "bimanual"]
     result = run(checkpoint, *bimanual)
     assert result.exit_code == 0, result.stderr
+    assert "backend reference: the device is no GPU" in result.stdout
     for text in ("left joints (rad)", "forearm roll", "right position (m)", "30 actions at 30 Hz", "flow", "total"):
         assert text in result.stdout
     assert max(map(len, result.stdout.splitlines())) <= 80

@@ -78,6 +78,17 @@ def test_the_graph_of_the_whole_step_is_what_runs(checkpoint, reference, observa
         engine.prefill(observation)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_patches_of_one_frame_are_taken_as_the_whole(dtype, engine, observation):
+    whole = engine._preprocess([observation], engine.model.patch_buffer)
+    assert (whole.pixel_values.dtype, whole.pixel_values.shape[1]) == (torch.float32, 1536)
+    whole = replace(whole, pixel_values=whole.pixel_values.to(dtype))
+    one = replace(whole, pixel_values=whole.pixel_values.unflatten(1, (3, 2, 256))[:, :, 0].flatten(1))
+    assert torch.equal(engine.model.encode_images(one).tokens, engine.model.encode_images(whole).tokens)
+    with pytest.raises(ValueError, match=r"expected 1536 columns .* or 768 .*, got 512"):
+        engine.model.encode_images(replace(whole, pixel_values=whole.pixel_values[:, :512]))
+
+
 def test_a_trace_is_refused(engine, observation):
     with pytest.raises(NotImplementedError, match="trace: an export does not show its steps"):
         engine.model.sample(engine.prefill(observation), *[torch.zeros(1)] * 4, trace=[])

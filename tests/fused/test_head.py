@@ -1,4 +1,4 @@
-"""The flow as one kernel against the flow op by op, in Triton's interpreter (one program) or on the GPU (many)."""
+"""The flow as one kernel against the flow op by op, in Triton's interpreter (one program) or compiled (many)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.kernels.support import DEVICE
 from tests.support import make_config
 from xr0_engine.fused.head import FusedHead
 from xr0_engine.fused.ops import FlowInputs, FusedOps, Tactic
@@ -15,13 +16,12 @@ from xr0_engine.model.layers import pack_linears
 
 pytest.importorskip("triton")
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MAX_ERROR = 1e-4
 """float32 through two steps of two layers, with sums in another order, and norms that amplify."""
 SPLIT = Tactic(block_m=16, block_n=64, block_k=32, split_k=2)
 
 
-def make_head() -> FusedHead:
+def make_head(dtype: torch.dtype = torch.float32) -> FusedHead:
     """At the smallest sizes that have every part: 2 heads, which share one of the cache."""
     sizes = {"num_layers": 2, "hidden_size": 64, "head_dim": 32, "num_kv_heads": 1, "flow_steps": 2}
     text = {"head_dim": sizes["head_dim"], "num_kv_heads": sizes["num_kv_heads"]}
@@ -30,13 +30,14 @@ def make_head() -> FusedHead:
     head = ActionHead(config)
     for name, parameter in head.named_parameters():
         torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.1)
+    head.to(DEVICE, dtype)
     pack_linears(head)
-    return FusedHead(head.to(DEVICE).requires_grad_(False))
+    return FusedHead(head.requires_grad_(False))
 
 
 def make_inputs(head: FusedHead, batch: int) -> FlowInputs:
     """6 actions; of 21 cached tokens the last row sees some, and the rest is NaN."""
-    config, tokens = head.config, 21
+    config, tokens, dtype = head.config, 21, head.head.sink.weight.dtype
     chunk = (batch, 6, config.action_dim)
     begin, end = torch.zeros(batch, dtype=torch.int32), torch.full((batch,), tokens, dtype=torch.int32)
     begin[-1], end[-1] = 2, 18
@@ -48,12 +49,12 @@ def make_inputs(head: FusedHead, batch: int) -> FlowInputs:
     mask = torch.ones(chunk)
     mask[..., -2:] = 0
     inputs = FlowInputs(
-        keys=keys,
-        values=values,
+        keys=keys.to(dtype),
+        values=values.to(dtype),
         begin=begin,
         end=end,
         next_position=torch.tensor([[9], [7], [7]], dtype=torch.int32).repeat(1, batch),
-        state=torch.randn(batch, config.state_length, config.state_dim),
+        state=torch.randn(batch, config.state_length, config.state_dim).to(dtype),
         noise=torch.randn(chunk),
         prefix=torch.randn(chunk),
         prefix_length=torch.zeros(batch, dtype=torch.int32),
@@ -77,7 +78,7 @@ def test_one_kernel_computes_the_flow_with_split_sums():
     assert not ops.workspace.counters(4).any(), "the next kernel counts from zero"
 
 
-@pytest.mark.gpu
+@pytest.mark.compiled
 def test_replays_are_bit_identical():
     head = make_head()
     ops, inputs, buffers = FusedOps("triton", DEVICE), make_inputs(head, 2), head.buffers(2, 6)

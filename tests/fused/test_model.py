@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.kernels.support import DEVICE
 from tests.support import load, make_config, random_inputs
 from xr0_engine.checkpoint import init_checkpoint, write_checkpoint
 from xr0_engine.config import ModelConfig
@@ -52,9 +53,8 @@ def fused_of(plain, **head) -> tuple[FusedModel, object]:
     ("batch", "flow"), [(1, "chained"), (2, "persistent")], ids=["one row", "padded batch, persistent flow"]
 )
 def test_the_kernels_compute_the_step(tmp_path, batch, flow):
-    """All kernels in sequence, in Triton's interpreter or on the GPU, at the smallest sizes that have every part."""
+    """All kernels in sequence, in Triton's interpreter or compiled, at the smallest sizes that have every part."""
     pytest.importorskip("triton")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = make_config(
         text={"num_layers": 3, "hidden_size": 64, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 96},
         vision={"depth": 2, "hidden_size": 32, "intermediate_size": 64, "deepstack_layers": (0, 1)},
@@ -62,11 +62,11 @@ def test_the_kernels_compute_the_step(tmp_path, batch, flow):
               "local_window": 2, "position_offset": 10},
     )  # fmt: skip
     write_checkpoint(tmp_path / "least", config)
-    model = load_model(config, read_index(tmp_path / "least"), device, torch.float32)
+    model = load_model(config, read_index(tmp_path / "least"), DEVICE, torch.float32)
     inputs = random_inputs(config, [[(2, 4)]] * batch, [[3, 7], [1, 2]][:batch], 4)
     chunk = chunk_inputs(inputs, config, 1)
     expected = model.sample(model.prefill(inputs, model.encode_images(inputs)), inputs.state, *chunk)
-    fused = FusedModel(model, "triton", TacticTable("", flow=flow), graphs=device.type == "cuda")
+    fused = FusedModel(model, "triton", TacticTable("", flow=flow), graphs=DEVICE.type == "cuda")
     torch.testing.assert_close(fused.step(inputs, *chunk), expected, rtol=0, atol=MAX_ERROR)
 
 
@@ -147,6 +147,19 @@ def test_prompts_of_a_bucket_share_a_session_and_the_number_of_sessions_is_bound
     for views in ([(4, 4)], [(4, 8)]):
         fused.session(random_inputs(model.config, [views], [[3, 2]], 4))
     assert fused.session(short) is not first
+
+
+def test_a_session_that_a_step_made_is_updated_outside_of_one(plain):
+    fused, model = fused_of(plain)
+    inputs = inputs_of(model.config, 1, 4)
+    chunk, other = (chunk_inputs(inputs, model.config, length) for length in (0, 3))
+    fused.step(inputs, *chunk)
+    session = fused.session(inputs)
+    session.update(inputs, *other)
+    session.replay()
+    actual = session.chunk.clone()
+    assert torch.equal(fused.step(inputs, *other), actual)
+    assert not torch.equal(fused.step(inputs, *chunk), actual)
 
 
 def test_trace_starts_with_the_noise_and_ends_with_the_chunk(plain):

@@ -32,11 +32,11 @@ TACTICS = [
 ]
 
 
-def statistics(x: Tensor, weight: Tensor | None = None) -> Tensor:
+def statistics(x: Tensor, weight: Tensor | None = None, centred: bool = False) -> Tensor:
     """StatsOut.sums of the rows x."""
     slots = -(-x.shape[-1] // STATS_COLUMNS)
     sums = spread(torch.zeros(slots, *x.shape[:2], 2, device=DEVICE))
-    write_stats(x.float(), StatsOut(sums, weight))
+    write_stats(x.float(), StatsOut(sums, weight, centred))
     return sums
 
 
@@ -71,7 +71,7 @@ class Product:
         norm = None
         if kind is not None:
             column_sums = (data.float() if scale is None else data.float() * scale).sum(1) if kind == "layer" else None
-            norm = InputNorm(statistics(x, first_weight), EPS, kind, column_sums)
+            norm = InputNorm(statistics(x, first_weight, kind == "layer"), EPS, kind, column_sums)
         return cls(x, Weight(data), randn(outputs) if bias else None, scale, norm, first_weight)
 
     @property

@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+from xr0_engine.env import emulated_arch
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() and emulated_arch() is None else "cpu")
+"""Where kernels run: on the GPU, or in the interpreter or the emulator."""
 ARCHS = (89, 90, 120)
 """Compute capabilities of the chips that kernels are compiled for without one: Ada, Hopper, Blackwell."""
 
@@ -14,7 +17,7 @@ DTYPES = [
     pytest.param(torch.float32, id="float32"),
     pytest.param(torch.float16, id="float16"),
     # The interpreter's products are wrong on bfloat16.
-    pytest.param(torch.bfloat16, id="bfloat16", marks=pytest.mark.gpu),
+    pytest.param(torch.bfloat16, id="bfloat16", marks=pytest.mark.compiled),
 ]
 
 FLOAT32_ERROR = 1e-5

@@ -57,6 +57,27 @@ def plain_attention(q, k, v, mask):
     return scores.softmax(-1) @ v
 
 
+@pytest.mark.parametrize("lambda_shaped", [False, True], ids=["attention", "lambda_attention"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scores_beyond_what_exp_takes(dtype, lambda_shaped, workspace):
+    """Up to the dtype's largest numbers: each row's maximum is taken off before."""
+    torch.manual_seed(0)
+    scale = 6e4 / 5
+    q, k, v, keys, values = ((scale * x.clamp(-5, 5)).to(dtype) for x in torch.randn(5, 1, 2, 19, 16, device=DEVICE))
+    out, exact = Frame(1, 19, 32, dtype=dtype), torch.empty(1, 19, 32, device=DEVICE)
+    tactic = Tactic(split_k=3 if lambda_shaped else 1, **SMALL)
+    if lambda_shaped:
+        span = torch.tensor([[0], [19]], dtype=torch.int32, device=DEVICE)
+        for run, target in ((lambda_attention, out.view), (fused_reference.lambda_attention, exact)):
+            run(q, k, v, keys, values, *span, target, window=4, context=2, tactic=tactic, workspace=workspace)
+    else:
+        for run, target in ((attention, out.view), (fused_reference.attention, exact)):
+            run(q, k, v, target, causal=True, tactic=tactic, workspace=workspace)
+    # Differences between scores are so large that each row takes one value, which need not be rounded.
+    assert exact.isfinite().all()
+    assert torch.equal(out.result().float(), exact)
+
+
 def test_flash_attn_is_called_as_it_wants_to_be(workspace, monkeypatch):
     """With a stand-in that states the package's contract: (B, M, H, D), grouped KV, the last query sees all keys."""
 
@@ -155,7 +176,8 @@ def test_valid_range_is_read_on_the_device(workspace):
     keys, values = keys.nan_to_num(0.5), values.nan_to_num(0.5)
     common = {"window": None, "context": 2, "workspace": workspace, "tactic": Tactic(split_k=2, **SMALL)}
     out, exact = Frame(1, 5, 32), torch.empty(1, 5, 32, device=DEVICE)
-    for first, last in ((0, 40), (39, 40), (8, 8), (0, 17)):
+    # Ranges that are empty, or reach beyond the cache, are what the oracle takes them for.
+    for first, last in ((0, 40), (39, 40), (8, 8), (0, 17), (30, 10), (-5, 7), (33, 99), (45, 60), (-9, -3)):
         begin[0], end[0] = first, last
         lambda_attention(q, k, v, keys, values, begin, end, out.view, **common)
         fused_reference.lambda_attention(q, k, v, keys, values, begin, end, exact, **common)

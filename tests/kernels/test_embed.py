@@ -27,8 +27,10 @@ def test_embed(batch, rows, columns, dtype, weighted):
     weight = torch.rand(columns, device=DEVICE) + 0.5 if weighted else None
     slots = -(-columns // 64)
     out, sums = Frame(batch, rows, columns, dtype=dtype), Frame(slots, batch, rows, 2)
+    if weight is None:
+        sums.view[..., 1] = 0
     embed(ids, table, image_index, image_tokens, out.view, StatsOut(sums.view, weight))
-    expected, expected_sums = torch.empty_like(out.view), torch.empty_like(sums.view)
+    expected, expected_sums = torch.empty_like(out.view), torch.zeros_like(sums.view)
     ids[image_index >= 0] = 0
     fused_reference.embed(ids, table, image_index, image_tokens, expected, StatsOut(expected_sums, weight))
     assert torch.equal(out.result(), expected)
@@ -77,6 +79,12 @@ def test_wrong_shapes_are_refused(change, complaint):
     ids = torch.zeros(1, 2, dtype=torch.int32)
     with pytest.raises(ValueError, match=complaint):
         embed(ids, torch.zeros(9, 64), ids, tensors["image_tokens"], tensors["out"], StatsOut(tensors["sums"]))
+
+
+def test_embed_has_no_centred_sums():
+    ids, sums = torch.zeros(1, 2, dtype=torch.int32), torch.zeros(1, 1, 2, 2)
+    with pytest.raises(NotImplementedError, match=r"stats\.centred: embed has none"):
+        embed(ids, torch.zeros(9, 64), ids, torch.zeros(4, 64), torch.zeros(1, 2, 64), StatsOut(sums, centred=True))
 
 
 def test_scattered_columns_are_refused():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.kernels.products import meta, meta_float
-from xr0_engine.kernels.launch import Launch, _Signature, variants
+from xr0_engine.kernels.launch import Launch, Signature, variants
 
 
 class Pair(NamedTuple):
@@ -35,7 +35,7 @@ def call(pair: Pair, block: int = 16) -> Launch:
 
 
 def test_fields_are_arguments_of_their_own():
-    signature = _Signature(call(Pair(meta(4, 4), 32)), dependent=True)
+    signature = Signature(call(Pair(meta(4, 4), 32)), dependent=True)
     pair = Pair("*bf16", "i32", "fp32")
     constant = dict.fromkeys(("program", "HOW", "PDL"), "constexpr")
     assert signature.types == {"pair": pair, "out": "*fp32", **constant}
@@ -45,7 +45,7 @@ def test_fields_are_arguments_of_their_own():
 
 
 def test_none_and_one_are_compiled_in():
-    signature = _Signature(call(Pair(None, 1)))
+    signature = Signature(call(Pair(None, 1)))
     assert signature.types["pair"] == Pair("constexpr", "constexpr", "fp32")
     assert signature.constants == {(0,): None, (1, 0): None, (1, 1): 1, (3,): How(16), (4,): False}
     assert signature.named_constants == {"program": None, "x": None, "rows": 1, "BLOCK": 16, "PDL": False}

@@ -18,7 +18,7 @@ from xr0_engine.model.xr0 import XR0Model
 
 MAX_ERROR = 2e-4
 """float32, with norms folded into weights and sums in another order."""
-METHODS = ("encode_images", "prefill", "sample", "step")
+METHODS = ("patch_buffer", "encode_images", "prefill", "sample", "step")
 
 
 @pytest.mark.parametrize("network", [XR0Model, FusedModel, ExportedModel])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -133,8 +136,10 @@ def test_pillow_path_gives_the_same(monkeypatch):
     assert torch.equal(*both.values())
 
 
-def test_no_frames_give_no_patches():
+def test_no_frames_give_no_patches(monkeypatch):
     native.images_to_patches([], [], poisoned(0))
+    monkeypatch.setattr(frames, "native", "hidden by the test")
+    assert frames.images_to_patches([], [], PATCH, TEMPORAL, MERGE, torch.empty(0, PATCH_DIM)).shape == (0, PATCH_DIM)
 
 
 def test_bgr_is_the_reversed_rgb():
@@ -156,19 +161,52 @@ def test_other_layouts(patch, temporal, merge, instruction_set):
     np.testing.assert_array_equal(out, expected)
 
 
+EDGES = {
+    "every value": np.resize(np.arange(256, dtype=np.uint8), (96, 64, 3)),
+    "black": np.zeros((70, 50, 3), np.uint8),
+    "white": np.full((33, 40, 3), 255, np.uint8),
+    "checkers": np.where(np.indices((90, 70)).sum(0)[..., None] // 5 % 2, 255, 0).astype(np.uint8).repeat(3, 2),
+    "a pixel": NOISE[:1, :1],
+    "noise": NOISE[:301, :257],
+    "channels reversed": NOISE[:77, 90:10:-1, ::-1],
+}
+
+
+@pytest.mark.parametrize("frames_in_patch", [1, 2, 3], ids=lambda number: f"{number} frames")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("instruction_set", [*native.instruction_sets(), "pillow"])
-def test_bfloat16_is_the_rounded_float32(instruction_set, monkeypatch):
-    image = np.resize(np.arange(256, dtype=np.uint8), (96, 64, 3))
-    expected = torch.from_numpy(restated(image, (64, 64))).to(torch.bfloat16)
-    out = torch.full(expected.shape, torch.nan, dtype=torch.bfloat16)
+def test_patches_are_the_float32_ones_rounded_to_the_nearest(instruction_set, dtype, frames_in_patch, monkeypatch):
+    images = list(EDGES.values())
+    sizes = [(64, 64), (96, 32), (32, 32), (64, 96), (32, 64), (128, 96), (32, 32)]
+    whole = [restated(image, size, temporal=frames_in_patch) for image, size in zip(images, sizes, strict=True)]
+    expected = torch.from_numpy(np.concatenate(whole)).to(dtype)
+    out = torch.full(expected.shape, torch.nan, dtype=dtype)
     if instruction_set == "pillow":
         monkeypatch.setattr(frames, "native", "hidden by the test")
-        frames.images_to_patches([image], [(64, 64)], PATCH, TEMPORAL, MERGE, out)
     else:
-        order = [frames.vertical_first(image.shape, (64, 64))]
-        bits = out.view(torch.uint16).numpy()
-        native.images_to_patches([image], [(64, 64)], bits, vertical_first=order, instruction_set=instruction_set)
-    assert torch.equal(out, expected)
+        set_of = {"instruction_set": instruction_set}
+        monkeypatch.setattr(
+            frames, "_C", SimpleNamespace(images_to_patches=partial(native.images_to_patches, **set_of))
+        )
+    frames.images_to_patches(images, sizes, PATCH, frames_in_patch, MERGE, out, threads=2)
+    assert torch.equal(out.view(torch.uint8), expected.view(torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "uint16"])
+@pytest.mark.parametrize("instruction_set", native.instruction_sets())
+def test_short_values_are_rounded_over_random_sizes(instruction_set, dtype):
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        height, width = rng.integers(4, 300, 2)
+        size = tuple(int(side) for side in 32 * rng.integers(1, 5, 2))
+        float32 = computed([NOISE[:height, :width]], [size], instruction_set=instruction_set)
+        out = np.zeros(float32.shape, dtype)
+        order = [frames.vertical_first((height, width), size)]
+        native.images_to_patches(
+            [NOISE[:height, :width]], [size], out, vertical_first=order, instruction_set=instruction_set
+        )
+        rounded = torch.from_numpy(float32).to(torch.float16 if dtype == "float16" else torch.bfloat16)
+        np.testing.assert_array_equal(out.view(np.uint16), rounded.view(torch.uint16).numpy())
 
 
 def test_frames_are_only_read():
@@ -209,6 +247,8 @@ UNALIGNED = np.zeros(8 * PATCH_DIM * 4 + 1, np.uint8)[1:].view(np.float32).resha
         pytest.param(FRAME, SIZE, (8 * PATCH_DIM,), "out: expected .* got float32 \\(12288,\\)", id="out flat"),
         pytest.param(FRAME, SIZE, np.zeros(OUT_SHAPE), "out: expected .* got float64 \\(8, 1536\\)", id="out dtype"),
         pytest.param(FRAME, SIZE, np.zeros(OUT_SHAPE, ">f4"), "out: expected .* got >f4", id="out byte order"),
+        pytest.param(FRAME, SIZE, np.zeros(OUT_SHAPE, ">f2"), "out: expected .* got >f2", id="out short byte order"),
+        pytest.param(FRAME, SIZE, np.zeros(OUT_SHAPE, np.int16), "out: expected .* got int16", id="out signed"),
         pytest.param(FRAME, SIZE, np.zeros(OUT_SHAPE, np.float32, "F"), "out: .* C-contiguous", id="out order"),
         pytest.param(FRAME, SIZE, UNALIGNED, "out: expected an aligned", id="out unaligned"),
         pytest.param(FRAME, SIZE, read_only(np.zeros(OUT_SHAPE, np.float32)), "out: .* writable", id="out read-only"),
@@ -255,7 +295,7 @@ def test_other_objects_are_refused(frame):
     [
         (
             torch.empty(OUT_SHAPE, dtype=torch.float64),
-            "expected float32 or bfloat16 on cpu or cuda, got torch.float64",
+            "expected one of float32, bfloat16, float16 on cpu or cuda, got torch.float64",
         ),
         (torch.empty(OUT_SHAPE, device="meta"), "got torch.float32 on meta"),
         (torch.empty(7, PATCH_DIM), "out: expected .*got .*\\(7, 1536\\)"),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 import shutil
 import subprocess
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +14,10 @@ import torch
 from PIL import Image
 
 from tests.support import ROOT
+from xr0_engine.checkpoint import init_checkpoint
+from xr0_engine.engine import Engine
+from xr0_engine.fused.model import FusedModel
+from xr0_engine.fused.tactics import TacticTable
 from xr0_engine.robot import patches as frames
 
 native = pytest.importorskip("xr0_engine._C", reason="xr0_engine._C was not built: see `xr0 doctor`")
@@ -32,7 +38,7 @@ CALL = {
     "columns": [(1, 4)],
     "rows": [(1, 4)],
     "out": 1,
-    "bfloat16": False,
+    "dtype": "float32",
     "temporal_patch_size": 2,
     "merge_size": 2,
     "vertical_first": [False],
@@ -54,9 +60,9 @@ def test_kernels_fit_every_target(arch, tmp_path):
     )
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", compiled.stderr)
     used = re.findall(r"Used (\d+) registers.*?(\d+) bytes smem", compiled.stderr)
-    # Two kernels: float32 and bfloat16.
-    assert spills == [("0", "0")] * 2
-    assert len(used) == 2
+    # One kernel for each of float32, bfloat16 and float16.
+    assert spills == [("0", "0")] * 3
+    assert len(used) == 3
     for registers, shared in used:
         assert int(registers) <= MOST_REGISTERS
         assert int(shared) <= MOST_SHARED_BYTES
@@ -90,6 +96,7 @@ def test_without_a_gpu_the_call_says_so():
         ({"rows": []}, "rows: expected one for each of 1 frames, got 0"),
         ({"vertical_first": []}, "vertical_first: expected one for each of 1 frames, got 0"),
         ({"merge_size": 0}, "merge_size: expected 1 to 1024, got 0"),
+        ({"dtype": "int8"}, "dtype: expected float32, bfloat16 or float16, got 'int8'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )
@@ -117,6 +124,131 @@ def test_resize_table_needs_sizes(size):
         native.resize_table(size, 32)
 
 
+def memory(address, count, dtype=np.uint8):
+    size = count * np.dtype(dtype).itemsize
+    return np.frombuffer((ctypes.c_uint8 * size).from_address(address), dtype)
+
+
+class HostsGpu:
+    """images_to_patches_cuda's contract on memory of the host: what it is told is all that it knows."""
+
+    resize_table = staticmethod(native.resize_table)
+
+    def __init__(self):
+        self.launches = []
+
+    def images_to_patches_cuda(
+        self, frames, sizes, columns, rows, out, dtype, temporal_patch_size, merge_size, vertical_first, bgr, device,
+        stream,
+    ):  # fmt: skip
+        assert (device, stream) == (None, 7)
+        assert 1 <= len(frames) <= 16
+        self.launches.append(len(frames))
+        images = []
+        for (address, (height, width), strides), size, *tables in zip(frames, sizes, columns, rows, strict=True):
+            for (table, taps), side, target in zip(tables, (width, height), size[::-1], strict=True):
+                np.testing.assert_array_equal(
+                    memory(table, target * (1 + taps), np.int32), native.resize_table(side, target)
+                )
+            # NumPy must not be told of an array's end, since it runs to both sides from the first pixel.
+            image = np.lib.stride_tricks.as_strided(memory(address, 1), (height, width, 3), strides)
+            images.append(image)
+        shape = (sum(height * width for height, width in sizes) // 256, 3 * temporal_patch_size * 256)
+        element = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}[dtype]
+        native.images_to_patches(
+            images, sizes, memory(out, shape[0] * shape[1], element).reshape(shape), 16, temporal_patch_size,
+            merge_size, vertical_first, bgr,
+        )  # fmt: skip
+
+
+@pytest.fixture
+def hosts_gpu(monkeypatch):
+    gpu = HostsGpu()
+    monkeypatch.setattr(frames, "_C", gpu)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
+    frames._table.cache_clear()
+    yield gpu
+    frames._table.cache_clear()
+
+
+def launched(images, sizes, patch, temporal, merge, out, threads=1):
+    """frames.images_to_patches on the host's GPU."""
+    pixels = torch.zeros(sum(image.size for image in images), dtype=torch.uint8)
+    frames.launch_patches(pixels, frames.pack(images, pixels), sizes, temporal, merge, out)
+    return out
+
+
+@pytest.mark.parametrize(("count", "launches"), [(1, [1]), (16, [16]), (37, [16, 16, 5])])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("temporal", [1, 2])
+def test_launches_tell_the_operator_all_of_the_images(temporal, dtype, count, launches, hosts_gpu):
+    views = (NOISE[::-1, ::-1], NOISE[:, :, ::-1], NOISE, NOISE[::2, ::-3], NOISE[::-1].transpose(1, 0, 2))
+    images = [views[row % 5][row : row + 40 + row, 3 * row : 90 + row] for row in range(count)]
+    sizes = [(32, 64), (64, 32), (96, 96)] * 13
+    shape = (sum(height * width for height, width in sizes[:count]) // 256, 3 * temporal * 256)
+    out, expected = (torch.full(shape, torch.nan, dtype=dtype) for _ in range(2))
+    launched(images, sizes[:count], 16, temporal, 2, out)
+    assert hosts_gpu.launches == launches
+    order = [frames.vertical_first(image.shape, size) for image, size in zip(images, sizes, strict=False)]
+    native.images_to_patches(images, sizes[:count], frames._as_array(expected), 16, temporal, 2, order)
+    assert torch.equal(out, expected)
+
+
+def test_an_engine_on_the_operator_gives_the_same_chunks(hosts_gpu, monkeypatch, tmp_path):
+    init_checkpoint(tmp_path / "tiny", "tiny")
+    plain = Engine.from_pretrained(tmp_path / "tiny", device="cpu", backend="reference")
+    engine = Engine(FusedModel(plain.model, "reference", TacticTable(""), graphs=False), plain._preprocess)
+    observations = [engine.example("bimanual")] * 6
+    with monkeypatch.context() as context:
+        context.setattr(frames, "_C", native)
+        expected = engine.infer(observations, seed=0)
+    monkeypatch.setattr(frames, "images_to_patches", launched)
+    found = engine.infer(observations, seed=0)
+    assert hosts_gpu.launches == [16, 2]
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(ours.normalized, theirs.normalized)
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        pytest.param(lambda image: image, id="as it is"),
+        pytest.param(lambda image: image[::-1, ::-1], id="turned"),
+        pytest.param(lambda image: image[..., ::-1], id="channels reversed"),
+        pytest.param(lambda image: image[5:, 30:3:-2], id="mirrored part"),
+        pytest.param(lambda image: image.transpose(1, 0, 2)[::-1], id="transposed"),
+        pytest.param(lambda image: np.broadcast_to(image[:1], image.shape), id="one row for all"),
+        pytest.param(lambda image: image[:1, :1], id="a pixel"),
+    ],
+)
+def test_packed_images_lie_where_they_are_said_to(view):
+    image = view(NOISE[:40, :50].copy())
+    before = NOISE[:7, :9]
+    out = torch.full((before.size + image.size,), 77, dtype=torch.uint8)
+    _, packed = frames.pack([before, image], out)
+    assert packed.shape == image.shape[:2]
+    offsets = packed.first + sum(
+        step * place for step, place in zip(packed.strides, np.indices(image.shape), strict=True)
+    )
+    np.testing.assert_array_equal(out.numpy()[offsets], image)
+    # In the order of the memory that is read, whichever way the axes run.
+    assert [step < 0 for step in packed.strides] == [step < 0 for step in image.strides]
+
+
+@pytest.mark.parametrize(
+    ("device", "patch", "fault", "expected"),
+    [
+        ("cuda:1", 16, None, "cuda:1"),
+        ("cuda:1", 16, "built without CUDA", "cpu"),
+        ("cuda:1", 14, None, "cpu"),
+        ("cpu", 16, None, "cpu"),
+    ],
+)
+def test_patches_are_made_where_the_operator_is(device, patch, fault, expected, monkeypatch):
+    monkeypatch.setattr(frames, "_C", SimpleNamespace(cuda_fault=lambda index: fault if index == 1 else "GPU 0"))
+    assert frames.made_on(torch.device(device), patch) == torch.device(expected)
+
+
 def on_both(images, sizes, dtype, temporal=2, merge=2):
     shape = (sum(height * width for height, width in sizes) // 256, 3 * temporal * 256)
     host = torch.full(shape, torch.nan, dtype=dtype)
@@ -127,7 +259,7 @@ def on_both(images, sizes, dtype, temporal=2, merge=2):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_gpu_gives_the_hosts_bits_over_random_sizes(dtype):
     rng = np.random.default_rng(0)
     for _ in range(100):
@@ -146,14 +278,18 @@ def test_upload_and_launch_apart_give_the_hosts_bits():
     images, sizes = [NOISE[:480, :640], NOISE[:480, 640:1280][::-1, ::-1], NOISE[:480:2, :640]], [(256, 320)] * 3
     host = torch.full((960, 1536), torch.nan)
     frames.images_to_patches(images, sizes, 16, 2, 2, host)
-    staged = frames.pinned(images)
-    assert staged.is_pinned()
-    np.testing.assert_array_equal(staged.numpy(), np.concatenate([image.ravel() for image in images]))
+    staged = torch.empty(sum(image.size for image in images), dtype=torch.uint8, pin_memory=True)
+    packed = frames.pack(images, staged)
     out = torch.full_like(host, torch.nan, device="cuda:0")
-    shapes = [image.shape for image in images]
-    order = [frames.vertical_first(shape, size) for shape, size in zip(shapes, sizes, strict=True)]
-    frames.launch_patches(staged.to(out.device, non_blocking=True), shapes, sizes, 2, 2, out, order)
+    frames.launch_patches(staged.to(out.device, non_blocking=True), packed, sizes, 2, 2, out)
     assert torch.equal(host, out.cpu())
+
+
+@pytest.mark.gpu
+def test_gpu_takes_more_images_than_a_launch():
+    images, sizes = [NOISE[row : row + 50, :70] for row in range(40)], [(32, 64), (64, 32)] * 20
+    host, device = on_both(images, sizes, torch.bfloat16, temporal=1)
+    assert torch.equal(host, device)
 
 
 @pytest.mark.gpu

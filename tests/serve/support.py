@@ -26,6 +26,7 @@ class EchoEngine:
 
     robot_types = tuple(LENGTHS)
     max_prefix = 6
+    backend, backend_reason = "echo", "it runs no network"
 
     def __init__(self, delay_s: float = 0.0, gate: threading.Semaphore | None = None) -> None:
         self.delay_s = delay_s

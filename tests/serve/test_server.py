@@ -385,6 +385,7 @@ def test_metrics_and_status_count():
     ):
         assert line in metrics
     assert (status["state"], status["results"]) == ("ready", {"answered": 3, "refused": 1})
+    assert status["backend"] == "echo: it runs no network"
     assert sum(status["latency"]["total"]) == 3
     assert (status["clients"][0]["answered"], status["clients"][0]["errors"]) == (3, 1)
     latest = status["latest"]

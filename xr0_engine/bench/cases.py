@@ -190,7 +190,13 @@ class Subject:
         return self.engine.infer(self.observations, self.prefixes, self.noise)
 
     def inputs(self) -> ModelInputs:
-        return Preprocessor.load(self.folder, self.setup.case.embodiment)(self.observations)
+        """On the host, patches as suits the engine's network."""
+        preprocess = Preprocessor.load(self.folder, self.setup.case.embodiment)
+        inputs = preprocess(self.observations, self.engine.model.patch_buffer)
+        if (patches := inputs.pixel_values).device.type == "cpu":
+            return inputs
+        pinned = torch.empty_like(patches, device="cpu", pin_memory=True)
+        return replace(inputs, pixel_values=pinned.copy_(patches))
 
     def step_inputs(self) -> StepInputs:
         prefix = np.zeros_like(self.noise)

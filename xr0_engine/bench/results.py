@@ -17,8 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from xr0_engine.env import emulated_arch
+
 SCHEMA = 1
-KINDS = ("latency", "throughput", "coldstart", "jitter", "kernels", "images", "ablate", "roofline")
+KINDS = ("latency", "throughput", "coldstart", "jitter", "kernels", "images", "ablate", "finetune", "roofline")
 DEADLINES_HZ = (30, 100)
 PERCENTILES = {"p50": 50.0, "p90": 90.0, "p99": 99.0, "p99_9": 99.9}
 PACKAGES = ("torch", "triton", "transformers", "numpy")
@@ -31,10 +33,10 @@ def current_commit() -> str | None:
     """The git commit that this package runs from, with `-dirty` if tracked files differ; None if not from a clone."""
     package = Path(__file__).resolve().parent
     # An installed package may lie inside somebody else's clone: only a tracked file makes the commit ours.
-    if _output("git", "-C", str(package), "ls-files", "--error-unmatch", Path(__file__).name) is None:
+    if output_of("git", "-C", str(package), "ls-files", "--error-unmatch", Path(__file__).name) is None:
         return None
-    commit = _output("git", "-C", str(package), "rev-parse", "HEAD")
-    changes = _output("git", "-C", str(package), "status", "--porcelain", "--untracked-files=no")
+    commit = output_of("git", "-C", str(package), "rev-parse", "HEAD")
+    changes = output_of("git", "-C", str(package), "status", "--porcelain", "--untracked-files=no")
     return f"{commit}-dirty" if commit and changes else commit
 
 
@@ -64,6 +66,11 @@ class Result:
     created: str = field(default_factory=utc_now)
     commit: str | None = field(default_factory=current_commit)
     schema: int = SCHEMA
+
+    @property
+    def emulated(self) -> str | None:
+        """The chip, as `sm_90`, whose kernels a CPU executed, so that times are the emulator's; None for real ones."""
+        return self.environment.get("emulated")
 
 
 def write(result: Result, path: Path) -> None:
@@ -96,7 +103,8 @@ def read(path: Path) -> Result:
 def environment(device: str | Any) -> dict[str, Any]:
     """What a measurement depends on beside the code. device: cpu, cuda, cuda:N or a torch.device.
 
-    clocks_mhz are a GPU's at the time of the call: call it right after measuring.
+    clocks_mhz are a GPU's at the time of the call: call it right after measuring. emulated: only where kernels are, as
+    Result has it.
     """
     import torch
 
@@ -115,6 +123,7 @@ def environment(device: str | Any) -> dict[str, Any]:
         "driver": gpu["driver"],
         "clocks_mhz": gpu["clocks_mhz"],
         "os": platform.platform(),
+        **({"emulated": f"sm_{arch}"} if (arch := emulated_arch()) else {}),
     }
 
 
@@ -133,6 +142,15 @@ def summary(samples: Sequence[float] | np.ndarray) -> dict[str, float | None]:
         found[name] = float(np.percentile(values, percent)) if len(values) >= needed else None
     found["max"] = float(values.max())
     return found | {f"missed_{rate}hz": float((values > 1000 / rate).mean()) for rate in DEADLINES_HZ}
+
+
+def output_of(*command: str) -> str | None:
+    """Standard output of a command, stripped; None if there is no such command or it fails."""
+    try:
+        run = subprocess.run(command, check=True, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return run.stdout.strip()
 
 
 def _check(content: Any, where: str) -> None:
@@ -179,7 +197,7 @@ def _is_time(value: Any) -> bool:
 
 def _gpu_state(uuid: str) -> dict[str, Any]:
     query = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm")
-    line = _output("nvidia-smi", f"--id={uuid}", f"--query-gpu={','.join(query)}", "--format=csv,noheader,nounits")
+    line = output_of("nvidia-smi", f"--id={uuid}", f"--query-gpu={','.join(query)}", "--format=csv,noheader,nounits")
     if line is None:
         return {"driver": None, "clocks_mhz": None}
     driver, *clocks = (part.strip() for part in line.split(","))
@@ -199,12 +217,3 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _output(*command: str) -> str | None:
-    """Standard output of a command, stripped; None if there is no such command or it fails."""
-    try:
-        run = subprocess.run(command, check=True, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return run.stdout.strip()

@@ -23,7 +23,7 @@ BOUNDARIES = {
     "patches": "camera frames to normalised patches; on a GPU from the launch, or from the upload before it",
     "flow": "the action head alone: noise to chunk, all flow steps",
     "replay": "inputs on the device to chunk on the device: CUDA graphs of the whole step and of each stage",
-    "update+replay": "preprocessed inputs on the host to chunk on the host: one upload, one CUDA graph, one download",
+    "update+replay": "preprocessed inputs on the host to chunk on the host: two uploads, one CUDA graph, one download",
     "websocket": "a client on the same machine asks its server, both processes of their own, and holds the actions",
     "process": "a fresh process, from its start to its first action; weights on disk",
 }

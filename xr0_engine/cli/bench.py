@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
+from xr0_engine.cli.machine import machine
+from xr0_engine.cli.telling import check_file, compare, report
+
 if TYPE_CHECKING:
     from xr0_engine.bench.cases import Setup
     from xr0_engine.bench.results import Result
@@ -67,7 +70,7 @@ def _measuring(
 
         @functools.wraps(measure)
         def run(json_file: Path | None, backend: str = "auto", **given: Any) -> None:
-            _check_file(json_file)
+            check_file(json_file)
             setup = _setup(**{name: given.pop(name) for name in before}, backend=backend)
             measured, show = measure(setup, **given)
             _deliver(*measured, show, json_file)
@@ -185,7 +188,7 @@ def images(
     """
     from xr0_engine.bench.measure import images as module
 
-    _check_file(json_file)
+    check_file(json_file)
     _deliver(*module.measure(device, rounds, _command()), module.show, json_file)
 
 
@@ -193,6 +196,14 @@ def images(
 def ablate(setup: Setup, rounds: Rounds = 20) -> Measured:
     """What each optimisation buys on this machine: the engine against itself without one of them."""
     from xr0_engine.bench.measure import ablate as module
+
+    return module.measure(setup, rounds, _command()), module.show
+
+
+@_measuring(backend=None)
+def finetune(setup: Setup, rounds: Rounds = 10) -> Measured:
+    """A step of the recipe finetune_head by the trainer itself, on fabricated samples: time and memory."""
+    from xr0_engine.bench.measure import finetune as module
 
     return module.measure(setup, rounds, _command()), module.show
 
@@ -256,7 +267,7 @@ def tune(
     from xr0_engine.bench.step import tune as module
 
     if out is not None:
-        _check_file(out, "--out")
+        check_file(out, "--out")
     found = [find_case(name.strip()) for name in cases.split(",")]
     module.run(_setup(found[0].name, size, checkpoint, device, dtype, None, "triton"), found, minutes, out)
 
@@ -295,7 +306,7 @@ def seams(
     from xr0_engine.drive.seams import compare, plot, table
     from xr0_engine.sim import ROBOT_TYPE
 
-    _check_file(out, "--out")
+    check_file(out, "--out")
 
     def source(seed: int) -> Source:
         if checkpoint is None:
@@ -307,52 +318,9 @@ def seams(
     print(f"{comparison.title}; steps in mrad\n\n{table(comparison)}\n\nwrote {out}")
 
 
-@app.command(context_settings={"ignore_unknown_options": True})
-def compare(
-    arguments: Annotated[
-        list[str] | None,
-        typer.Argument(help="Result files: A and B, or A, B and A again. With --run-against: options of latency."),
-    ] = None,
-    threshold: Annotated[str, typer.Option(help="How much slower B may be, beyond noise.")] = "5%",
-    series: Annotated[str | None, typer.Option(help="Only this series, such as engine.")] = None,
-    run_against: Annotated[
-        Path | None, typer.Option(help="Measure A (this other checkout), B (this one) and A again, taking turns.")
-    ] = None,
-    repeats: Annotated[int, typer.Option(help="With --run-against: processes of each.")] = 2,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the comparison here.")] = None,
-) -> None:
-    """A regression gate: exit code 1 if B is slower than A past the threshold, beyond the machine's own noise."""
-    from xr0_engine.bench.tell import compare as module
-
-    _check_file(json_file)
-    code = module.run(arguments or [], threshold, series, run_against, repeats, json_file)
-    if code:
-        raise typer.Exit(code)
-
-
-@app.command()
-def report(
-    files: Annotated[list[Path] | None, typer.Argument(help="Result files, written with --json.")] = None,
-    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
-    table: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Instead, write README.md there: its latest results.")
-    ] = None,
-) -> None:
-    """One self-contained HTML page: stages against their bound, histograms, throughput, ablation.
-
-    A roofline of the same case with `--chip here` gives the others their bound.
-    """
-    from xr0_engine.bench.tell import readme
-    from xr0_engine.bench.tell import report as module
-
-    if table is not None:
-        if files:
-            raise ValueError(f"--table: expected no result files beside it, got {len(files)}")
-        print(f"wrote {readme.run(table)}")
-        return
-    _check_file(out, "--out")
-    module.run(files or [], out)
-    print(f"wrote {out}")
+app.command(context_settings={"ignore_unknown_options": True})(compare)
+app.command()(report)
+app.command()(machine)
 
 
 def _setup(
@@ -366,12 +334,6 @@ def _setup(
 def _command() -> str:
     """What was typed, for the result."""
     return shlex.join(["xr0", *sys.argv[1:]])
-
-
-def _check_file(file: Path | None, option: str = "--json") -> None:
-    """Before minutes of measuring, not after."""
-    if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
-        raise ValueError(f"{option}: expected a file in a folder that exists, got {file}")
 
 
 def _deliver(result: Result, reason: BaseException | None, show: Callable[[Any], None], json_file: Path | None) -> None:

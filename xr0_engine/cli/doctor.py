@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +14,7 @@ import typer
 
 from xr0_engine import __version__
 from xr0_engine.cli import install_hint
+from xr0_engine.env import emulated_arch
 
 REQUIRED = ("numpy", "pillow", "tokenizers", "safetensors")
 OPTIONAL = {
@@ -28,18 +29,29 @@ OPTIONAL = {
 
 
 @dataclass(frozen=True)
+class Auto:
+    """What backend `auto` is on one device. runs: in words. verdicts: of the self-checks that it goes by, oldest first:
+    what was checked, outcome, stage and reason if it did not pass, day, file."""
+
+    device: str
+    runs: str
+    verdicts: list[dict[str, str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class Report:
     """What doctor found.
 
     ready: whether the model can run here at all. versions: package -> version, None if not installed.
-    gpus: the CUDA GPUs that torch can use. backends, native (the module _C), native_cuda (its part for GPUs) and
-    rendering (MuJoCo without a display): None if it works, else why not. instruction_sets: what _C uses on this CPU,
-    fastest first. remedies: missing part -> what to do about it.
+    gpus: the CUDA GPUs that torch can use. auto: what an engine runs that is not told, for each of them. backends,
+    native (the module _C), native_cuda (its part for GPUs) and rendering (MuJoCo without a display): None if it works,
+    else why not. instruction_sets: what _C uses on this CPU, fastest first. remedies: missing part -> what to do.
     """
 
     ready: bool
     versions: dict[str, str | None]
     gpus: list[str]
+    auto: list[Auto]
     backends: dict[str, str | None]
     native: str | None
     native_cuda: str | None
@@ -50,17 +62,23 @@ class Report:
 
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON, for scripts.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Run the GPU kernels' self-check now, whatever it found before.")
+    ] = False,
 ) -> None:
     """Check this machine: versions, GPUs, what can run the model, and how to get what is missing.
 
-    Exit code 0 if the model can run here, 1 if it cannot.
+    Exit code 0 if the model can run here, 1 if it cannot, or if the kernels fail --check.
     """
+    if check:
+        _check_kernels()
     report = examine()
     if as_json:
         print(json.dumps(asdict(report), indent=2))
     else:
         _print(report)
-    raise typer.Exit(0 if report.ready else 1)
+    failed = check and any(verdict["outcome"] == "failed" for auto in report.auto for verdict in auto.verdicts)
+    raise typer.Exit(0 if report.ready and not failed else 1)
 
 
 def examine() -> Report:
@@ -87,6 +105,7 @@ def examine() -> Report:
         ready=backends["reference"] is None,
         versions={"xr0-engine": __version__, "python": platform.python_version(), **versions},
         gpus=gpus,
+        auto=_auto() if versions["torch"] is not None else [],
         backends=backends,
         native=native,
         native_cuda=native_cuda,
@@ -117,6 +136,55 @@ def _compute(has_torch: bool) -> tuple[list[str], dict[str, str | None]]:
     return gpus, backend_status()
 
 
+def _check_kernels() -> None:
+    """Raises NotImplementedError where kernels cannot run."""
+    from xr0_engine.backend import interpreted, kernel_devices, triton_fault
+    from xr0_engine.fused.choice import check_now
+    from xr0_engine.fused.tactics import tactics_for
+    from xr0_engine.fused.verdict import forget, machine_of
+
+    if fault := triton_fault():
+        raise NotImplementedError(f"--check: {fault}")
+    for device in kernel_devices():
+        # What was found of checkpoints goes too: their next use checks them again.
+        forget(machine_of(device))
+        # The interpreter's products are wrong on bfloat16.
+        check_now(device, "float32" if interpreted() else "bfloat16", tactics_for(device), None)
+
+
+def _auto() -> list[Auto]:
+    from xr0_engine.backend import auto_checks, kernel_devices, triton_fault
+    from xr0_engine.fused.verdict import machine_of, verdict_path, verdicts_on
+
+    found, devices = [], kernel_devices()
+    if not devices:
+        return [Auto("cpu", "reference: there is no GPU")]
+    if fault := triton_fault():
+        return [Auto(str(device), f"reference: {fault}") for device in devices]
+    for device in devices:
+        verdicts = verdicts_on(machine_of(device))
+        failed = [verdict for verdict in verdicts if verdict.outcome != "passed"]
+        told = "; ".join(verdict.told() for verdict in failed or verdicts)
+        runs = f"{'reference' if failed else 'triton'}: self-check of {told}"
+        if not verdicts:
+            runs = "triton, if it passes its self-check, which the first use makes, or `xr0 doctor --check` now"
+        if not auto_checks(device):
+            runs = "reference: there is no GPU" + (f"; self-check of {told}" if told else "")
+        rows = [
+            {
+                "checked": verdict.subject,
+                "outcome": verdict.outcome,
+                "stage": verdict.stage,
+                "reason": verdict.reason,
+                "created": verdict.created,
+                "file": str(verdict_path(verdict.identity)),
+            }
+            for verdict in verdicts
+        ]
+        found.append(Auto(str(device), runs, rows))
+    return found
+
+
 def _native(has_torch: bool) -> tuple[str | None, str | None, list[str]]:
     if find_spec("xr0_engine._C") is None:
         missing = "not built at installation"
@@ -140,13 +208,22 @@ def _rendering(has_simulator: bool) -> str | None:
     return None
 
 
+def _ready(backend: str) -> str:
+    arch = emulated_arch() if backend == "triton" else None
+    return "ready" if arch is None else f"ready: emulated sm_{arch}, on the CPU"
+
+
 def _print(report: Report) -> None:
     from rich.console import Console
     from rich.table import Table
 
     rows = [(name, version or "not installed", version is not None) for name, version in report.versions.items()]
     rows += [("GPU", gpu, True) for gpu in report.gpus] or [("GPU", "none that torch can use", False)]
-    rows += [(f"backend {name}", reason or "ready", reason is None) for name, reason in report.backends.items()]
+    rows += [
+        (f"auto on {auto.device}", auto.runs, all(verdict["outcome"] != "failed" for verdict in auto.verdicts))
+        for auto in report.auto
+    ]
+    rows += [(f"backend {name}", reason or _ready(name), reason is None) for name, reason in report.backends.items()]
     sets = f"ready: {', '.join(report.instruction_sets)}" if report.instruction_sets else "ready"
     rows += [("native module", report.native or sets, report.native is None)]
     rows += [("native CUDA part", report.native_cuda or "ready", report.native_cuda is None)]

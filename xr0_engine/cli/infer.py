@@ -86,9 +86,11 @@ def infer(
 
         plot_chunk(chunk, observation, profile, plot)
     if as_json:
-        print(json.dumps(_as_json(chunk, profile)))
+        told = {"backend": engine.backend, "backend_reason": engine.backend_reason}
+        print(json.dumps(_as_json(chunk, profile) | told))
     else:
         _print_table(chunk, profile)
+        print(f"backend {engine.backend}: {engine.backend_reason}")
 
 
 def _read_image(argument: str) -> tuple[str, np.ndarray]:

@@ -18,6 +18,13 @@ def verify(
     backend: Annotated[str, typer.Option(help="auto, reference or triton.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; each has its own tolerance.")] = "float32",
+    way: Annotated[
+        str,
+        typer.Option(
+            help="With triton, how the flow runs: table (as this GPU's table says), chained, persistent, overlap or "
+            "separate (chained, no kernel starting before the one ahead has ended)."
+        ),
+    ] = "table",
     as_json: Annotated[bool, typer.Option("--json", help="Print the comparisons as JSON instead of a table.")] = False,
 ) -> None:
     """Check that this machine computes what the model is defined to compute.
@@ -28,7 +35,7 @@ def verify(
     """
     from xr0_engine.golden import verify_folder
 
-    report(verify_folder(folder, backend, device, dtype), f"{folder}, {dtype}", as_json)
+    report(verify_folder(folder, backend, device, dtype, way), f"{folder}, {dtype}", as_json)
 
 
 def report(results: Iterable[Comparison], title: str, as_json: bool) -> None:

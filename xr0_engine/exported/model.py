@@ -25,7 +25,7 @@ from xr0_engine.exported.manifest import (
 from xr0_engine.exported.onnx_stage import OnnxStage
 from xr0_engine.exported.tensorrt_stage import TensorRTStage
 from xr0_engine.model.flow import Trace
-from xr0_engine.model.network import Mark, step_by_stages, unmarked
+from xr0_engine.model.network import Grids, Mark, full_buffer, step_by_stages, unmarked, whole_patches
 from xr0_engine.types import KVBlock, ModelInputs, VisionTokens
 
 BACKENDS = ("onnx", "tensorrt")
@@ -93,10 +93,14 @@ class ExportedModel:
         open_engine = partial(_open_tensorrt, place, engines[place], chosen)
         return cls(config, manifest, chosen, "tensorrt", engines[place].stages, open_engine, files)
 
+    def patch_buffer(self, grids: Grids) -> Tensor:
+        # Graphs take float32 whatever they compute in.
+        return full_buffer(self.config.vision, grids, torch.float32)
+
     def encode_images(self, inputs: ModelInputs) -> VisionTokens:
         self._check_images(inputs)
         self._check_batch(inputs)
-        given = self._run("vision", {"pixel_values": inputs.pixel_values})
+        given = self._run("vision", {"pixel_values": self._pixel_values(inputs)})
         taps = range(len(self.config.vision.deepstack_layers))
         return VisionTokens(given["vision_tokens"], tuple(given[f"deepstack.{index}"] for index in taps))
 
@@ -144,7 +148,7 @@ class ExportedModel:
         if key not in self._held:
             return step_by_stages(self, inputs, noise, prefix, prefix_length, mark)
         given = {
-            "pixel_values": inputs.pixel_values,
+            "pixel_values": self._pixel_values(inputs),
             **prompt(inputs, tokens),
             "state": inputs.state,
             "noise": noise,
@@ -163,6 +167,9 @@ class ExportedModel:
                 f"images: the export is for patch grids {list(grids)}, got {list(inputs.image_grids)}: "
                 "other image sizes, views or batch"
             )
+
+    def _pixel_values(self, inputs: ModelInputs) -> Tensor:
+        return whole_patches(inputs.pixel_values.float(), self.config.vision)
 
     def _check_batch(self, inputs: ModelInputs) -> None:
         shapes = self.manifest.shapes

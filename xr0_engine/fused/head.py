@@ -203,10 +203,11 @@ def _flow_weights(head: ActionHead, layers: list[DiTLayer]) -> FlowWeights:
         (layer.attn.qkv_proj.weight, layer.attn.o_proj.weight, packed(layer.mlp), layer.mlp.down_proj.weight)
         for layer in layers
     ]
-    assert all(matrix.is_contiguous() for layer in matrices for matrix in layer)
+    assert all(matrix.is_contiguous() and matrix.dtype == first.dtype for layer in matrices for matrix in layer)
     addresses = [[matrix.data_ptr() for matrix in layer] for layer in matrices]
     return FlowWeights(
         addresses=torch.tensor(addresses, dtype=torch.int64, device=first.device),
+        matrices=tuple(matrix for layer in matrices for matrix in layer),
         attention=attention,
         mlp=mlp,
         middle_norms=torch.stack([layer.middle_layernorm.weight.float() for layer in layers]),

@@ -15,8 +15,9 @@ from xr0_engine.fused.session import FlowSession, Session
 from xr0_engine.fused.tactics import TacticTable
 from xr0_engine.model.flow import Trace
 from xr0_engine.model.kept import Kept
-from xr0_engine.model.network import Mark, unmarked
+from xr0_engine.model.network import Grids, Mark, unmarked
 from xr0_engine.model.xr0 import XR0Model
+from xr0_engine.robot.patches import made_on
 from xr0_engine.types import KVBlock, ModelInputs, VisionTokens
 
 MAX_SESSIONS = 8
@@ -29,6 +30,13 @@ class FusedModel(FusedParts):
         super().__init__(model, backend, table, graphs)
         self._sessions: Kept[SessionKey, Session] = Kept(MAX_SESSIONS, Session.close)
         self._flows: Kept[tuple[int, int, int], FlowSession] = Kept(MAX_SESSIONS, FlowSession.close)
+
+    def patch_buffer(self, grids: Grids) -> Tensor:
+        """One frame's patches in the model's dtype: on the GPU where they can be made there, else for it to copy."""
+        vision, place = self.config.vision, made_on(self.device, self.config.vision.patch_size)
+        shape = (sum(height * width for height, width in grids), vision.frame_dim)
+        pinned = place.type != self.device.type
+        return torch.empty(shape, dtype=self.dtype, device=place, pin_memory=pinned)
 
     @torch.inference_mode()
     def encode_images(self, inputs: ModelInputs) -> VisionTokens:
@@ -64,7 +72,7 @@ class FusedModel(FusedParts):
     def step(
         self, inputs: ModelInputs, noise: Tensor, prefix: Tensor, prefix_length: Tensor, mark: Mark = unmarked
     ) -> Tensor:
-        """As Network.step; one upload, one graph."""
+        """As Network.step; two uploads, patches and the rest, and one graph."""
         session = self.session(inputs)
         session.update(inputs, noise, prefix, prefix_length)
         session.replay()

@@ -1,7 +1,8 @@
 """The fused ops that the GPU backend's stages are made of: which kernel runs, with which tactic. Alone imports kernels.
 
-Every op writes into buffers that it is given. `triton` runs kernels, on a CUDA GPU or, under TRITON_INTERPRET=1, in
-Triton's interpreter; `reference` is their oracle, which runs everywhere and shows what a stage is to compute.
+Every op writes into buffers that it is given. `triton` runs kernels, on a CUDA GPU or, on a CPU, under
+TRITON_INTERPRET=1 in Triton's interpreter and under XR0_EMULATE as compiled for another chip; `reference` is their
+oracle, which runs everywhere and shows what a stage is to compute.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from xr0_engine.backend import interpreted
+from xr0_engine.env import emulated_arch
 from xr0_engine.kernels.arguments import (
     SHARED_LIMIT,
     STATS_COLUMNS,
@@ -50,6 +52,7 @@ __all__ = [
     "compile_beside",
     "compile_kernels",
     "has_dependent_launch",
+    "on_paper",
     "tactic_key",
     "without_dependent_launch",
 ]
@@ -71,7 +74,7 @@ class FusedOps:
         self.backend, self.tactics = backend, dict(tactics or {})
         self.workspace = Workspace(device)
         self._kernels = _kernels(backend)
-        self._arch = arch if arch is not None else _capability(device)
+        self.arch = arch if arch is not None else _capability(device)
 
     def linear(
         self,
@@ -269,7 +272,7 @@ class FusedOps:
 
     def default(self, kind: str, shape: tuple[int, ...]) -> Tactic:
         """What runs where the table has no entry: a stated rule, never a guess at run time."""
-        return self._kernels.default_tactic(kind, shape, self._arch)
+        return self._kernels.default_tactic(kind, shape, self.arch)
 
     def run(
         self, kind: str, shape: Shape, dtype: torch.dtype, arguments: tuple[Any, ...], options: Mapping[str, Any]
@@ -314,6 +317,13 @@ def compile_beside(work: Callable[[], None], threads: int) -> None:
 
     with compiling(threads):
         work()
+
+
+def on_paper() -> AbstractContextManager[object]:
+    """Within, kernels whose tensors are on the meta device ask for their scratch memory and run nothing."""
+    from xr0_engine.kernels.launch import recording
+
+    return recording()
 
 
 def has_dependent_launch(device: torch.device) -> bool:
@@ -375,8 +385,8 @@ def _default_tactic(kind: str, shape: tuple[int, ...], arch: int) -> Tactic:
 
 
 def _capability(device: torch.device) -> int:
-    """90 for an H200; 0 without a GPU."""
+    """90 for an H200, and for the CPU that emulates one; 0 without a GPU."""
     if device.type != "cuda":
-        return 0
+        return emulated_arch() or 0 if device.type == "cpu" else 0
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor

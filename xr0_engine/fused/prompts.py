@@ -17,10 +17,14 @@ PROMPT_BUCKET = 32
 
 @dataclass(frozen=True)
 class SessionKey:
-    """What buffers and graphs are made for. preamble: ids of the kept first tokens; tokens: N, these included."""
+    """What buffers and graphs are made for.
+
+    patch_columns: of pixel_values. preamble: ids of the kept first tokens; tokens: N, these included.
+    """
 
     batch: int
     grids: tuple[tuple[int, int], ...]
+    patch_columns: int
     tokens: int
     preamble: tuple[int, ...]
     chunk_length: int
@@ -48,6 +52,7 @@ def session_key(inputs: ModelInputs) -> SessionKey:
     return SessionKey(
         batch=batch,
         grids=inputs.image_grids,
+        patch_columns=inputs.pixel_values.shape[1],
         tokens=bucket(longest),
         preamble=tuple(preamble.tolist()),
         chunk_length=inputs.action_mask.shape[1],

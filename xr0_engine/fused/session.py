@@ -1,23 +1,23 @@
 """The buffers of one case and its CUDA graphs: of a whole step, and of the flow alone on a KV block that was kept.
 
-Everything but the case - prompt, images, noise, prefix, state, lengths - is device input, copied in one transfer: it
-recaptures nothing.
+Everything but the case - prompt, images, noise, prefix, state, lengths - is device input: it recaptures nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
 from xr0_engine.config import ModelConfig
-from xr0_engine.fused.graph import Graph
+from xr0_engine.fused.graph import Graph, wait_for_stream
 from xr0_engine.fused.head import FusedHead
 from xr0_engine.fused.ops import FlowInputs, FusedOps
 from xr0_engine.fused.parts import FusedParts
 from xr0_engine.fused.prompts import SessionKey, right_padded, visible_range
+from xr0_engine.fused.sizing import reserve
 from xr0_engine.fused.staging import Staging
 from xr0_engine.fused.tactics import TacticTable
 from xr0_engine.model.flow import Trace
@@ -38,13 +38,19 @@ class Session:
         table: TacticTable | None = None,
         graphs: bool | None = None,
     ) -> None:
-        """inputs: of this case; their preamble's keys and values are kept. table, graphs: None is the model's."""
+        """inputs: of this case; their preamble's keys and values are kept. table, graphs: None is the model's.
+
+        Raises ValueError for pixel_values that have other columns than patches.
+        """
+        model.config.vision.frames_of(key.patch_columns)
         self.model, self.key = model, key
         self.table = model.table if table is None else table
         self.graphs = model.graphs if graphs is None else graphs
         self._graphs: dict[str, Graph] = {}
         self.staging = Staging(_fields(model.config, key, model.dtype), model.device)
         on_device = self.staging.device
+        patches = sum(height * width for height, width in key.grids)
+        self.patches = torch.zeros(patches, key.patch_columns, dtype=model.dtype, device=model.device)
         self.ops, self.flow_ops = model.ops(self.table), model.ops(self.table)
         self.vision = model.vision.buffers(key.grids)
         self.text = model.text.buffers(key.batch, key.tokens, len(key.preamble))
@@ -67,12 +73,24 @@ class Session:
             action_mask=on_device["action_mask"],
         )
         self.chunk = self.flow.z[model.head.steps % 2]
+        reserve(self.ops, self._encode, self._prefill)
+        # The flow that begins beside the prefill is chained, whatever the table says.
+        flows = {self.table.flow} | ({"chained"} if self.overlapped else set())
+        reserve(self.flow_ops, *(partial(self._sample, persistent=flow == "persistent") for flow in flows))
 
+    # Here too: buffers that were made in inference mode can be written in it alone.
+    @torch.inference_mode()
     def update(self, inputs: ModelInputs, noise: Tensor, prefix: Tensor, prefix_length: Tensor) -> None:
-        """Everything that changes, to the device in one transfer."""
+        """Everything that changes, to the device: the patches from where they were made, the rest in one transfer.
+
+        Raises ValueError for pixel_values of another shape than the session's.
+        """
+        if inputs.pixel_values.shape != self.patches.shape:
+            given = tuple(inputs.pixel_values.shape)
+            raise ValueError(f"pixel_values: expected shape {tuple(self.patches.shape)}, got {given}")
+        self.patches.copy_(inputs.pixel_values, non_blocking=True)
         self._upload(
             inputs,
-            patches=inputs.pixel_values,
             state=inputs.state,
             action_mask=inputs.action_mask,
             noise=noise,
@@ -99,6 +117,11 @@ class Session:
             self.staging.host[name].copy_(value)
         self.staging.upload()
 
+    @property
+    def overlapped(self) -> bool:
+        """Whether the flow's first step runs beside the prefill, which takes two streams."""
+        return self.table.overlap and self.model.device.type == "cuda"
+
     def replay(self, part: str = "step") -> None:
         """The whole step on what was uploaded last, or one stage of PARTS on what the stages before it left.
 
@@ -123,7 +146,7 @@ class Session:
     def run(self) -> None:
         """The whole step, op by op."""
         self.encode()
-        if self.table.overlap and self.model.device.type == "cuda":
+        if self.overlapped:
             self._prefill_beside_flow()
         else:
             self.prefill()
@@ -131,36 +154,43 @@ class Session:
 
     @torch.inference_mode()
     def encode(self) -> None:
-        self.model.vision.run(self.ops, self.staging.device["patches"], self.vision)
+        self._encode(self.ops)
 
     @torch.inference_mode()
     def prefill(self) -> None:
-        self._prefill(lambda index: None)
+        self._prefill(self.ops)
 
     @torch.inference_mode()
     def sample(self) -> None:
-        persistent = self.table.flow == "persistent"
-        self.model.head.run(self.flow_ops, self.flow_inputs, self.flow, persistent=persistent)
+        self._sample(self.flow_ops, persistent=self.table.flow == "persistent")
 
     def close(self) -> None:
+        """Wait for the work queued on the current stream and for the last replays, and free the graphs.
+
+        The buffers may be freed then; a later replay captures anew.
+        """
+        wait_for_stream(self.model.device)
         for graph in self._graphs.values():
             graph.close()
         self._graphs.clear()
 
-    def _prefill(self, layer_done: Callable[[int], None]) -> None:
+    def _encode(self, ops: FusedOps) -> None:
+        self.model.vision.run(ops, self.patches, self.vision)
+
+    def _sample(self, ops: FusedOps, persistent: bool) -> None:
+        self.model.head.run(ops, self.flow_inputs, self.flow, persistent=persistent)
+
+    def _prefill(self, ops: FusedOps, layer_done: Callable[[int], None] = lambda index: None) -> None:
         on_device = self.staging.device
         self.model.text.run(
-            self.ops, on_device["ids"], on_device["positions"], on_device["image_index"], self.vision.tokens[0],
+            ops, on_device["ids"], on_device["positions"], on_device["image_index"], self.vision.tokens[0],
             tuple(tap[0] for tap in self.vision.deepstack), self.text, layer_done,
         )  # fmt: skip
 
     def _prefill_beside_flow(self) -> None:
         """Layer i of the flow's first step starts when the VLM layer that it reads has left its keys and values."""
         head, first = self.model.head, self._first_read
-        main, side = torch.cuda.current_stream(), self._side_stream
-        side.wait_stream(main)
-        with torch.cuda.stream(side):
-            head.begin(self.flow_ops, self.flow_inputs, self.flow)
+        main, side = torch.cuda.current_stream(self.model.device), self._side_stream
 
         def chase(index: int) -> None:
             if index >= first:
@@ -168,8 +198,14 @@ class Session:
                 with torch.cuda.stream(side):
                     head.layer(self.flow_ops, self.flow_inputs, self.flow, 0, index - first)
 
-        self._prefill(chase)
-        main.wait_stream(side)
+        side.wait_stream(main)
+        try:
+            with torch.cuda.stream(side):
+                head.begin(self.flow_ops, self.flow_inputs, self.flow)
+            self._prefill(self.ops, chase)
+        finally:
+            # After a failure too: a capture ends cleanly, and buffers are used again, only when all of it is joined.
+            main.wait_stream(side)
         head.end_step(self.flow_ops, self.flow_inputs, self.flow, 0)
         head.finish(self.flow_ops, self.flow_inputs, self.flow, 1)
 
@@ -217,6 +253,9 @@ class FlowSession:
         self._buffers, self._ops, self._head = head.buffers(batch, chunk_length), ops, head
         self._persistent, self._graphs = persistent, graphs
         self._graph: Graph | None = None
+        if graphs:
+            # As one kernel and, for a trace, as a chain, whichever comes first.
+            reserve(ops, *(partial(self._run, persistent=flow) for flow in {persistent, False}))
 
     @torch.inference_mode()
     def sample(
@@ -247,24 +286,27 @@ class FlowSession:
         return self._buffers.z[self._head.steps % 2].clone()
 
     def close(self) -> None:
+        """As Session.close."""
+        wait_for_stream(self.inputs.keys.device)
         if self._graph is not None:
             self._graph.close()
+        self._graph = None
 
     @torch.inference_mode()
     def run(self, trace: Trace = None) -> None:
         """Op by op; with a trace, which one kernel leaves none of, as a chain of kernels."""
-        persistent = self._persistent and trace is None
-        self._head.run(self._ops, self.inputs, self._buffers, trace, persistent=persistent)
+        self._run(self._ops, persistent=self._persistent and trace is None, trace=trace)
+
+    def _run(self, ops: FusedOps, persistent: bool, trace: Trace = None) -> None:
+        self._head.run(ops, self.inputs, self._buffers, trace, persistent=persistent)
 
 
 def _fields(config: ModelConfig, key: SessionKey, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """What is uploaded for a step: name -> shape and dtype."""
     head = config.head
-    patches = sum(height * width for height, width in key.grids)
     batch, own = key.batch, key.tokens - len(key.preamble)
     chunk = (batch, key.chunk_length, head.action_dim)
     return {
-        "patches": ((patches, config.vision.patch_dim), dtype),
         "ids": ((batch, own), torch.int32),
         "image_index": ((batch, own), torch.int32),
         "positions": ((3, batch, own), torch.int32),

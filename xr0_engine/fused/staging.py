@@ -44,4 +44,5 @@ class Staging:
         """Copy all of it on the current stream."""
         self._device.copy_(self._host, non_blocking=True)
         if self._uploaded is not None:
-            self._uploaded.record()
+            # The current stream of this device: another one may be current.
+            self._uploaded.record(torch.cuda.current_stream(self._device.device))

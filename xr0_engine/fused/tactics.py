@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from importlib import resources
@@ -15,6 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from xr0_engine.env import cache_dir
+from xr0_engine.files import write_whole
 from xr0_engine.fused.ops import Tactic
 
 SCHEMA = 1
@@ -87,13 +86,4 @@ def read_tactics(path: Path) -> TacticTable:
 def write_tactics(table: TacticTable, path: Path) -> None:
     """The file appears whole or not at all."""
     content = {"schema": SCHEMA, **asdict(table)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(json.dumps(content, indent=1, allow_nan=False) + "\n")
-        Path(partial).chmod(0o644)
-        os.replace(partial, path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
+    write_whole(path, json.dumps(content, indent=1, allow_nan=False) + "\n")

@@ -42,6 +42,21 @@ def fold_layer_norm(norm: nn.LayerNorm, linear: nn.Linear) -> None:
     norm.bias.zero_()
 
 
+def fold_frames(kernel: Tensor) -> Tensor:
+    """(C, channels, frames, height, width) -> (C, channels * height * width): the frames' weights, added.
+
+    What rounding takes from a sum is added to the next pixel's. Neighbouring pixels are alike, so that the errors leave
+    each other's products; rounded one by one, a filter that is blind to brightness would see it.
+    """
+    exact = kernel.float().sum(2).flatten(2)
+    folded, rest = torch.empty_like(exact, dtype=kernel.dtype), torch.zeros_like(exact[..., 0])
+    for pixel in range(exact.shape[-1]):
+        wanted = exact[..., pixel] + rest
+        folded[..., pixel] = wanted
+        rest = wanted - folded[..., pixel].float()
+    return folded.flatten(1)
+
+
 @dataclass(frozen=True)
 class VisionBuffers:
     """One set of image sizes. runs: (images, patches each) of equal neighbours.
@@ -68,10 +83,14 @@ class VisionBuffers:
 
 
 class FusedVision:
-    """Shares the tower's weights, and folds its norms into them in place."""
+    """Shares the tower's weights, and folds its norms into them in place.
+
+    frame_weight: (C, frame_dim), what multiplies a patch of one frame, the same picture in all of its temporal patch.
+    """
 
     def __init__(self, tower: VisionTower) -> None:
         self.tower, self.config = tower, tower.config
+        self.frame_weight = fold_frames(tower.patch_embed.proj.weight)
         self._blocks = parts_of(tower.blocks, VisionBlock)
         self._mergers = parts_of(tower.deepstack_merger_list, PatchMerger)
         self._column_sums: list[tuple[Tensor, Tensor]] = []
@@ -112,14 +131,14 @@ class FusedVision:
         )
 
     def run(self, ops: FusedOps, patches: Tensor, b: VisionBuffers) -> None:
-        """patches: (P, patch_dim) in the tower's dtype. Fills b.tokens and b.deepstack."""
+        """patches: (P, patch_dim), or (P, frame_dim) of still pictures, in the tower's dtype. Fills b.tokens and
+        b.deepstack. Raises ValueError for other columns."""
         tower, config = self.tower, self.config
         embed = tower.patch_embed.proj
-        stats = StatsOut(b.sums)
-        ops.linear(
-            patches[None], Weight(embed.weight.flatten(1)), b.x, bias=embed.bias, residual=Residual(b.positions),
-            stats=stats,
-        )  # fmt: skip
+        whole = config.frames_of(patches.shape[1]) == config.temporal_patch_size
+        weight = Weight(embed.weight.flatten(1) if whole else self.frame_weight)
+        stats = StatsOut(b.sums, centred=True)
+        ops.linear(patches[None], weight, b.x, bias=embed.bias, residual=Residual(b.positions), stats=stats)
         for index, block in enumerate(self._blocks):
             qkv_sums, fc1_sums = self._column_sums[index]
             attn, mlp = block.attn, block.mlp

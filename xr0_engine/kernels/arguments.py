@@ -30,10 +30,14 @@ class Weight:
 class InputNorm:
     """Normalisation of a product's input rows, applied to the output rows instead: nothing waits for whole rows.
 
+    Where the product is rounded to float16 before that, or one of its factors is, it comes first: what would overflow
+    there need not overflow once normalised.
     The norm's own weight is folded into the product's weight or column scale, its bias into the product's bias.
     sums: (slots, B, M, 2) float32, partial sums of each row of the input, as StatsOut describes.
-    kind: rms: x / rms(x). layer: (x - mean(x)) / std(x), second sums plain; needs column_sums, (N,) float32, the sum of
-    each row of the folded weight. double_rms: rms norm with a weight, then rms norm; second sums weighted.
+    kind: rms: x / rms(x). layer: (x - mean(x)) / std(x), of centred sums; needs column_sums, (N,) float32, the sum of
+    each row of the folded weight. double_rms: rms norm with a weight, then rms norm, of weighted sums.
+    A layer norm's mean is taken off the product, whose float32 rounding it leaves: up to 2^-17 |mean(x)| / std(x) of
+    the result, which is less than bfloat16 makes of the normalised row up to a ratio of 256, float16 up to 64.
     """
 
     sums: Tensor
@@ -61,14 +65,17 @@ class Residual:
 
 @dataclass(frozen=True)
 class StatsOut:
-    """Where to put partial sums of the rows written, taken in float32 before rounding to out's dtype.
+    """Where to put partial sums of the rows written, taken in float32 of what stands in out: of rounded values.
 
-    sums: (slots, B, M, 2) float32, slots = ceil(N / STATS_COLUMNS), all written. [..., 0] of x * x; [..., 1] of
-    (weight * x) ** 2 where a weight (N,) float32 is given, of x otherwise.
+    sums: (slots, B, M, 2) float32, slots = ceil(N / STATS_COLUMNS). [..., 0] of x * x. [..., 1] of (weight * x) ** 2
+    where a weight (N,) float32 is given, else it is left alone.
+    centred, without a weight: [..., 0] of (x - m) ** 2, m the mean of the slot's own columns, and [..., 1] of x: from
+    them a row's variance comes without a difference of large numbers, however far from zero its mean is.
     """
 
     sums: Tensor
     weight: Tensor | None = None
+    centred: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,11 +117,13 @@ class FlowWeights:
     """What a flow of S steps through L layers is computed with; A action columns, C hidden, F inner, H heads of D.
 
     addresses: (L, 4) int64, of each layer's contiguous matrices: attention's (3 H D, C) and (C, H D), the MLP's
-    (2 F, C) and (C, F); their owner keeps them. middle_norms, final_norms: (L, C), q_norms, k_norms: (L, D), float32.
+    (2 F, C) and (C, F). matrices: those, so that they are kept as long as their addresses. middle_norms, final_norms:
+    (L, C), q_norms, k_norms: (L, D), float32.
     in_weights: (C, A), (C, C), of the action projector; out_weights: (A, C), the last norm folded in, and (A, A).
     """
 
     addresses: Tensor
+    matrices: tuple[Tensor, ...]
     attention: HalfBlock
     mlp: HalfBlock
     middle_norms: Tensor
@@ -175,29 +184,47 @@ class FlowBuffers(NamedTuple):
 class Workspace:
     """Scratch memory of split reductions, for kernels that run one after another on one stream.
 
-    It grows until a CUDA graph is being captured; a call that was made before can be captured. Counters are zero
-    between kernels: who arrives last at one puts it back.
+    It grows with what is asked for until it is reserved: then its size and addresses stay, and CUDA graphs may hold
+    them. Counters are zero between kernels: who arrives last at one puts it back.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
+        self.device, self._reserved = device, False
         self._partials = torch.empty(0, dtype=torch.float32, device=device)
         self._counters = torch.zeros(0, dtype=torch.int32, device=device)
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """How many partial results, how many counters."""
+        return self._partials.numel(), self._counters.numel()
+
+    def reserve(self, partials: int, counters: int) -> None:
+        """Hold at least so many, for good. Raises RuntimeError for more than was reserved before."""
+        self.partials(partials)
+        self.counters(counters)
+        self._reserved = True
+
     def partials(self, elements: int) -> Tensor:
-        """(elements,) float32, not initialised."""
-        if self._partials.numel() < elements:
-            self._refuse_under_capture()
+        """(elements,) float32, not initialised. Raises RuntimeError for more than is reserved."""
+        if self._must_grow(self._partials, elements):
             self._partials = torch.empty(elements, dtype=torch.float32, device=self.device)
         return self._partials[:elements]
 
     def counters(self, count: int) -> Tensor:
-        """(count,) int32, all zero."""
-        if self._counters.numel() < count:
-            self._refuse_under_capture()
+        """(count,) int32, all zero. Raises RuntimeError for more than is reserved."""
+        if self._must_grow(self._counters, count):
             self._counters = torch.zeros(count, dtype=torch.int32, device=self.device)
         return self._counters[:count]
 
-    def _refuse_under_capture(self) -> None:
-        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("a workspace cannot grow while a CUDA graph is captured: run the step once before")
+    def _must_grow(self, held: Tensor, elements: int) -> bool:
+        more = held.numel() < elements
+        if self._reserved:
+            if more:
+                raise RuntimeError(
+                    f"a workspace cannot grow from {held.numel()} elements to {elements}: it was reserved, and CUDA "
+                    "graphs may hold its addresses"
+                )
+        elif self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            # A later call would replace what the graph goes on using.
+            raise RuntimeError("a CUDA graph cannot hold a workspace that was not reserved (fused/sizing.py)")
+        return more

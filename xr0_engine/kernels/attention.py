@@ -88,18 +88,20 @@ def _attention(
 ):
     # The last tiles see the most keys: they start first.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    group, batch = tl.program_id(1), tl.program_id(2)
+    group, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     packed = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    row, head = packed // SHARE, group * SHARE + packed % SHARE
-    inside = (row < rows)[:, None]
+    # From the tile's first row on, 32 bits are enough.
+    first_row, row, head = tile * BLOCK_M // SHARE, packed // SHARE, packed % SHARE
+    near, inside = (row - first_row)[:, None], (row < rows)[:, None]
     column = tl.arange(0, DIM)[None, :]
     gdc_begin(PDL)
-    query = tl.load(q + batch * q_b + head[:, None] * q_h + row[:, None] * q_m + column, inside, 0.0)
+    q_place = q + batch * q_b + group.to(tl.int64) * SHARE * q_h + first_row.to(tl.int64) * q_m
+    query = tl.load(q_place + near * q_m + head[:, None] * q_h + column, inside, 0.0)
     end = keys
     if CAUSAL:
         end = tl.minimum(keys, (tile * BLOCK_M + BLOCK_M - 1) // SHARE + 1 + keys - rows)
     total, weight, top = nothing_yet(BLOCK_M, DIM)
-    k_place, v_place = k + batch * k_b + group * k_g, v + batch * v_b + group * v_g
+    k_place, v_place = k + batch * k_b + group.to(tl.int64) * k_g, v + batch * v_b + group.to(tl.int64) * v_g
     for start in range(0, end, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
         allowed = (key < keys)[None, :]
@@ -110,7 +112,8 @@ def _attention(
             query, k_place, v_place, key * k_n, key * v_n, allowed, scale, total, weight, top, DIM
         )
     mixed = (total / weight[:, None]).to(out.dtype.element_ty)
-    tl.store(out + batch * out_b + row[:, None] * out_m + head[:, None] * DIM + column, mixed, inside)
+    out_place = out + batch * out_b + group * SHARE * DIM + first_row.to(tl.int64) * out_m
+    tl.store(out_place + near * out_m + head[:, None] * DIM + column, mixed, inside)
 
 
 def attention(

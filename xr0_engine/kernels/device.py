@@ -15,6 +15,39 @@ def prefetch_l2(pointers):
 
 
 @triton.jit
+def wait_for(counter, count):
+    """Hold the program until the int32 at counter, which only grows, is at least count. Not for the interpreter.
+
+    The first thread alone reads it, again and again, past the caches: more readers would stand in the way of those who
+    count. Its loads acquire what was released by whoever counted up to there; the block's barrier passes that on to the
+    other threads, whose later loads see it too.
+    """
+    tl.inline_asm_elementwise(
+        """
+        {
+        .reg .pred again;
+        .reg .b32 value;
+        mov.u32 value, %tid.x;
+        setp.ne.u32 again, value, 0;
+        @again bra DONE;
+        POLL:
+        ld.acquire.gpu.global.b32 value, [$1];
+        setp.lt.s32 again, value, $2;
+        @again bra POLL;
+        DONE:
+        mov.b32 $0, 0;
+        }
+        """,
+        "=r,l,r",
+        [counter, count],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+    tl.debug_barrier()
+
+
+@triton.jit
 def tile_of(program, row_tiles, SPLIT_K: tl.constexpr):
     """(row tile, split, column tile) of a program."""
     rest = program // row_tiles
@@ -30,12 +63,15 @@ def paired(first, distance, N: tl.constexpr):
 
 @triton.jit
 def rows_of(row_tile, rows, batch_rows, BLOCK_M: tl.constexpr):
-    """(batch, row, is it one) of a tile's rows; those behind the last are the last again."""
+    """(batch, row, is it one) of a tile's rows; those behind the last are the last again.
+
+    batch and row are int64: a row's place in its batch may be beyond 2^31 elements, in the patches of many images.
+    """
     index = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = index < rows
     index = tl.minimum(index, rows - 1)
     batch = index // batch_rows
-    return batch.to(tl.int64), index - batch * batch_rows, inside
+    return batch.to(tl.int64), (index - batch * batch_rows).to(tl.int64), inside
 
 
 @triton.jit
@@ -57,12 +93,15 @@ def sin_cos(angle):
     """(sin, cos) of a float32 angle, to float32 accuracy up to 100,000 radians.
 
     The library's functions keep their path for huge angles in local memory, which no rotary table needs. Here: quarter
-    turns are taken off in three parts, then Taylor series on what is left, within 0.8 radians.
+    turns are taken off in four parts, then Taylor series on what is left, within 0.8 radians. The first three parts
+    have 8 bits each: times 16 bits of quarter turns they are exact, also where an fma rounds twice, as in the
+    interpreter before Triton 3.9.
     """
     quarter = tl.floor(angle * 0.6366197723675814 + 0.5)
-    x = tl.fma(quarter, -1.5707963705062866, angle)
-    x = tl.fma(quarter, 4.371138828673793e-08, x)
-    x = tl.fma(quarter, 1.7151245100058819e-15, x)
+    x = tl.fma(quarter, -1.5703125, angle)
+    x = tl.fma(quarter, -0.0004825592041015625, x)
+    x = tl.fma(quarter, -1.2665987014770508e-06, x)
+    x = tl.fma(quarter, -9.92093629470503e-10, x)
     square = x * x
     sin = 1.0 / 362880 * square - 1.0 / 5040
     sin = x + x * square * (square * (square * sin + 1.0 / 120) - 1.0 / 6)

@@ -45,33 +45,35 @@ def _embed(
     SLOT_COLUMNS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    batch, row = tl.program_id(0) // rows, tl.program_id(0) % rows
+    batch, row = (tl.program_id(0) // rows).to(tl.int64), (tl.program_id(0) % rows).to(tl.int64)
     slot = tl.program_id(1) * SLOTS + tl.arange(0, SLOTS)
     column = slot[:, None] * SLOT_COLUMNS + tl.arange(0, SLOT_COLUMNS)
     inside = column < columns
     gdc_begin(PDL)
-    image = tl.load(image_index + batch * image_index_b + row)
+    image = tl.load(image_index + batch * image_index_b + row).to(tl.int64)
     if image < 0:
         token = tl.load(ids + batch * ids_b + row).to(tl.int64)
         x = tl.load(table + token * table_v + column, inside, 0.0).to(tl.float32)
     else:
         x = tl.load(image_tokens + image * image_tokens_i + column, inside, 0.0).to(tl.float32)
-    tl.store(out + batch * out_b + row * out_m + column, x.to(out.dtype.element_ty), inside)
-    second = x
-    if weight is not None:
-        second = x * tl.load(weight + column, inside, 0.0)
-        second = second * second
+    written = x.to(out.dtype.element_ty)
+    tl.store(out + batch * out_b + row * out_m + column, written, inside)
+    x = written.to(tl.float32)
     place = sums + slot * sums_s + batch * sums_b + row * sums_m
     tl.store(place, tl.sum(x * x, 1), slot * SLOT_COLUMNS < columns)
-    tl.store(place + 1, tl.sum(second, 1), slot * SLOT_COLUMNS < columns)
+    if weight is not None:
+        x *= tl.load(weight + column, inside, 0.0)
+        tl.store(place + 1, tl.sum(x * x, 1), slot * SLOT_COLUMNS < columns)
 
 
 def embed(ids: Tensor, table: Tensor, image_index: Tensor, image_tokens: Tensor, out: Tensor, stats: StatsOut) -> None:
     """Input rows of the language model: a row of table per id, or of image_tokens where image_index names one.
 
     ids, image_index: (B, M) int32, image_index -1 = none, where ids is read. table: (V, C); image_tokens: (I, C);
-    out: (B, M, C). Raises ValueError for shapes that do not fit.
+    out: (B, M, C). Raises ValueError for shapes that do not fit, NotImplementedError for centred stats.
     """
+    if stats.centred:
+        raise NotImplementedError("stats.centred: embed has none, which no layer norm follows; linear has them")
     (batch, rows), columns = ids.shape, table.shape[1]
     slots = triton.cdiv(columns, STATS_COLUMNS)
     expect("ids", ids, (batch, rows))
@@ -186,7 +188,7 @@ def _layer_norm(
     COLUMNS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    batch, row = tl.program_id(0) // rows, tl.program_id(0) % rows
+    batch, row = (tl.program_id(0) // rows).to(tl.int64), (tl.program_id(0) % rows).to(tl.int64)
     column = tl.arange(0, COLUMNS)
     inside = column < columns
     scale = tl.load(weight + column, inside, 0.0).to(tl.float32)

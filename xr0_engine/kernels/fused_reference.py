@@ -19,10 +19,14 @@ from xr0_engine.kernels.arguments import STATS_COLUMNS, InputNorm, Residual, Sta
 
 def write_stats(x: Tensor, stats: StatsOut) -> None:
     """Fill stats from the rows x, (B, M, N) float32, as StatsOut describes."""
-    padded = F.pad(x, (0, -x.shape[-1] % STATS_COLUMNS))
-    second = padded if stats.weight is None else (F.pad(stats.weight, (0, -x.shape[-1] % STATS_COLUMNS)) * padded) ** 2
-    for column, values in enumerate((padded**2, second)):
-        stats.sums[..., column] = values.unflatten(-1, (-1, STATS_COLUMNS)).sum(-1).movedim(-1, 0)
+    for slot, part in zip(stats.sums, x.split(STATS_COLUMNS, dim=-1), strict=True):
+        centre = part.mean(-1, keepdim=True) if stats.centred else 0.0
+        slot[..., 0] = (part - centre).square().sum(-1)
+        if stats.centred:
+            slot[..., 1] = part.sum(-1)
+    if stats.weight is not None:
+        for slot, part in zip(stats.sums, (stats.weight * x).split(STATS_COLUMNS, dim=-1), strict=True):
+            slot[..., 1] = part.square().sum(-1)
 
 
 def attention(
@@ -132,7 +136,7 @@ def embed(ids: Tensor, table: Tensor, image_index: Tensor, image_tokens: Tensor,
     is_image = (image_index >= 0)[..., None]
     x = torch.where(is_image, image_tokens[image_index.clamp(min=0)], table[ids]).float()
     out.copy_(x)
-    write_stats(x, stats)
+    write_stats(out.float(), stats)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor) -> None:
@@ -150,24 +154,39 @@ def compute_dtype(x: Tensor, weight: Weight) -> torch.dtype:
 def product(x: Tensor, weight: Weight, bias: Tensor | None, col_scale: Tensor | None, norm: InputNorm | None) -> Tensor:
     """norm(x * col_scale) @ weight^T + bias, (B, M, N) float32: what every product of the model starts with.
 
-    Factors are rounded to compute_dtype, and the norm is applied to the rows of the result (InputNorm).
+    Factors are rounded to compute_dtype, and the norm is applied to the rows of the result or, where float16 would
+    overflow without it, of the input (InputNorm).
     """
-    scaled = x.float() if col_scale is None else x.float() * col_scale.float()
-    rounded = scaled.to(compute_dtype(x, weight)).float()
-    result = rounded @ weight.data.float().T
+    compute = compute_dtype(x, weight)
+    comes_first = compute == torch.float16 and (col_scale is not None or x.dtype != torch.float16)
+    scale, mean = (1.0, 0.0) if norm is None else row_norm(norm, x.shape[-1])
+    scaled = (x.float() - mean) * scale if comes_first else x.float()
+    if col_scale is not None:
+        scaled = scaled * col_scale.float()
+    result = scaled.to(compute).float() @ weight.data.float().T
     if weight.scale is not None:
         result = result * weight.scale
-    if norm is not None:
-        first, second = (norm.sums.sum(0) / x.shape[-1])[..., None, :].unbind(-1)
+    if norm is not None and not comes_first:
         if norm.kind == "layer":
             assert norm.column_sums is not None, "layer normalisation needs column_sums"
-            result = (result - second * norm.column_sums) * torch.rsqrt(first - second**2 + norm.eps)
-        else:
-            inverse = torch.rsqrt(first + norm.eps)
-            if norm.kind == "double_rms":
-                inverse = inverse * torch.rsqrt(inverse**2 * second + norm.eps)
-            result = result * inverse
+            result = result - mean * norm.column_sums
+        result = result * scale
     return result if bias is None else result + bias.float()
+
+
+def row_norm(norm: InputNorm, columns: int) -> tuple[Tensor, Tensor]:
+    """(scale, mean) of each row of so many columns, (B, M, 1): its norm is (x - mean) * scale."""
+    first, second = norm.sums[..., None, :].unbind(-1)
+    if norm.kind == "layer":
+        starts = torch.arange(0, columns, STATS_COLUMNS, device=first.device)
+        counts = (columns - starts).clamp(max=STATS_COLUMNS)[:, None, None, None]
+        mean = second.sum(0) / columns
+        squares = first + counts * (second / counts - mean).square()
+        return torch.rsqrt(squares.sum(0) / columns + norm.eps), mean
+    scale = torch.rsqrt(first.sum(0) / columns + norm.eps)
+    if norm.kind == "double_rms":
+        scale = scale * torch.rsqrt(scale**2 * second.sum(0) / columns + norm.eps)
+    return scale, torch.zeros_like(scale)
 
 
 def linear(
@@ -199,9 +218,9 @@ def linear(
             assert residual.extra_index is not None, "extra rows need extra_index"
             rows = residual.extra[residual.extra_index.clamp(min=0).long()].float()
             y = y + torch.where((residual.extra_index >= 0)[..., None], rows, 0.0)
-    if stats is not None:
-        write_stats(y, stats)
     out.copy_(y)
+    if stats is not None:
+        write_stats(out.float(), stats)
 
 
 def swiglu(

@@ -82,7 +82,8 @@ def _lambda_attention(
     if program is None:
         program = tl.program_id(0)
     tile_index, split = program // SPLITS, program % SPLITS
-    tile, group, batch = tile_index % tiles, tile_index // tiles % groups, tile_index // tiles // groups
+    tile, group = tile_index % tiles, tl.cast(tile_index // tiles % groups, tl.int64)
+    batch = tl.cast(tile_index // tiles // groups, tl.int64)
     keys = kv_keys + batch * kv_keys_b + group * kv_keys_g
     values = kv_values + batch * kv_values_b + group * kv_values_g
     if PDL:
@@ -129,7 +130,7 @@ def _lambda_attention(
     if SPLITS == 1:
         tl.store(place, (total / weight[:, None]).to(out.dtype.element_ty), inside)
     else:
-        totals = partials + tile_index * (SPLITS * BLOCK_M * (DIM + 2))
+        totals = partials + tl.cast(tile_index, tl.int64) * (SPLITS * BLOCK_M * (DIM + 2))
         weights = totals + SPLITS * BLOCK_M * DIM
         tops = weights + SPLITS * BLOCK_M
         line = tl.arange(0, BLOCK_M)

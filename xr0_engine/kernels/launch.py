@@ -1,12 +1,15 @@
-"""Launching Triton kernels: on a GPU, in the interpreter, or on paper, to be compiled for a GPU that is not there."""
+"""Launching Triton kernels: on a GPU, in the interpreter or, as compiled code, in the emulator, all three on the spot;
+or on paper, to be compiled for a GPU that is not there."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,6 +26,12 @@ from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+EMULATED = {"": 0, "89": 89, "90": 90, "120": 120}.get(os.environ.get("XR0_EMULATE", ""), -1)
+"""Compute capability of the chip whose code runs on the CPU, 0 for none. As env.py: emulated_arch."""
+if EMULATED < 0:
+    raise ValueError(f"XR0_EMULATE: expected 89, 90 or 120; got {os.environ['XR0_EMULATE']!r}")
+if EMULATED and INTERPRETED:
+    raise ValueError("XR0_EMULATE, TRITON_INTERPRET: expected one of them, got both; unset one")
 
 PROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
 """Compute capability -> streaming multiprocessors of the chip that default tactics are made for."""
@@ -48,7 +57,7 @@ COMPILER_FAULTS = (CompilationError, OutOfResources, PTXASError)
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel call. arguments: by parameter name, constexprs among them, PDL left out. cooperative: as launch."""
+    """One kernel call. arguments: by parameter name, constexprs among them, PDL left out. The rest as launch."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -56,6 +65,7 @@ class Launch:
     warps: int
     stages: int
     cooperative: bool = False
+    reached: Sequence[Tensor] = ()
 
     @property
     def name(self) -> str:
@@ -119,15 +129,23 @@ def without_dependent_launch() -> Iterator[None]:
 
 @lru_cache(maxsize=8)
 def capability(device: torch.device) -> int:
-    """90 for an H200."""
+    """90 for an H200, and for the CPU that emulates one."""
+    if device.type == "cpu" and EMULATED:
+        return EMULATED
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
 
-@lru_cache(maxsize=8)
 def processors(device: torch.device) -> int:
     """Streaming multiprocessors; 1 in the interpreter, which runs one program after the other, and on paper."""
-    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 1
+    if device.type == "cpu" and EMULATED:
+        return _emulator().processors()
+    return _multiprocessors(device) if device.type == "cuda" else 1
+
+
+@lru_cache(maxsize=8)
+def _multiprocessors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def launch(
@@ -137,10 +155,12 @@ def launch(
     warps: int = 4,
     stages: int = 3,
     cooperative: bool = False,
+    reached: Sequence[Tensor] = (),
 ) -> None:
     """Run kernel over grid. arguments: every parameter by name but PDL, which is true where the chip can do it.
 
-    cooperative: all programs run at once, and may wait for each other; such a kernel has no dependent launch.
+    cooperative: all programs run at once, and may wait for each other; such a kernel has no dependent launch. reached:
+    tensors that the kernel reaches through addresses in memory; what it is given is among its arguments.
 
     A kernel with PDL calls gdc_wait() before it reads or writes what an earlier kernel may still use, and
     gdc_launch_dependents() once its own successor may start.
@@ -148,21 +168,39 @@ def launch(
     device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
     if device.type == "meta":
         assert _recorded is not None, "tensors on the meta device need recording()"
-        _recorded.append(Launch(kernel, grid, arguments, warps, stages, cooperative))
+        _recorded.append(Launch(kernel, grid, arguments, warps, stages, cooperative, reached))
         return
     if INTERPRETED:
         kernel[grid](**arguments, PDL=False)
         return
     dependent = _dependent and capability(device) >= DEPENDENT_LAUNCH_FROM and not cooperative
-    options = _options(warps, stages, dependent, cooperative)
-    if _compile_only:
-        kernel.warmup(**arguments, PDL=dependent, grid=grid, **options)
+    if EMULATED and device.type == "cpu":
+        call = Launch(kernel, grid, arguments, warps, stages, cooperative, reached)
+        _emulator().run(call, EMULATED, dependent)
         return
-    kernel[grid](**arguments, PDL=dependent, **options)
+    options = _options(warps, stages, dependent, cooperative)
+    # Triton takes the current GPU, whichever the tensors are on.
+    with torch.cuda.device(device):
+        if _compile_only:
+            kernel.warmup(**arguments, PDL=dependent, grid=grid, **options)
+        else:
+            kernel[grid](**arguments, PDL=dependent, **options)
+
+
+def _emulator() -> Any:
+    """tests/ptx of the checkout that this file is in: the emulator is no part of an installed package."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / "tests" / "ptx" / "__init__.py").is_file():
+        raise RuntimeError(f"XR0_EMULATE: the emulator is in tests/ptx of a checkout, and {root} is none; unset it")
+    if str(root) not in sys.path:
+        sys.path.insert(0, str(root))
+    return importlib.import_module("tests.ptx")
 
 
 def _options(warps: int, stages: int, dependent: bool, cooperative: bool) -> dict[str, Any]:
-    options = {"num_warps": warps, "num_stages": stages}
+    # Fused or not is chosen place by place, so that lanes that each add up the same row would not agree on its last
+    # bit, and which lane's store stays is not defined: without it they agree, and what is stored is defined.
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
     if dependent:
         options["launch_pdl"] = True
     if cooperative:
@@ -172,30 +210,36 @@ def _options(warps: int, stages: int, dependent: bool, cooperative: bool) -> dic
 
 def variants(launches: list[Launch]) -> list[Launch]:
     """Those among them that compile to different code, in the order of their first appearance."""
-    return list({_Signature(call).key: call for call in launches}.values())
+    return list({Signature(call).key: call for call in launches}.values())
 
 
 def compile_for(call: Launch, arch: int) -> Compiled:
     """Compile one call for a chip, at hand or not. Raises what Triton raises if the code cannot be compiled."""
-    signature = _Signature(call, arch >= DEPENDENT_LAUNCH_FROM and not call.cooperative)
+    signature = Signature(call, arch >= DEPENDENT_LAUNCH_FROM and not call.cooperative)
+    binary = compile_call(call, signature, arch)
+    registers, spills = _resources(binary.asm["cubin"])
+    constexprs = signature.named_constants
+    return Compiled(call.name, arch, binary.metadata.shared, registers, spills, 32 * call.warps, constexprs)
+
+
+def compile_call(call: Launch, signature: Signature, arch: int) -> Any:
+    """Triton's compiled kernel, with asm and metadata."""
     source = ASTSource(
         call.kernel,
         signature=signature.types,
         constexprs=signature.constants,
         attrs={place: [["tt.divisibility", 16]] for place in signature.divisible},
     )
-    constexprs = signature.named_constants
-    options = _options(call.warps, call.stages, constexprs["PDL"], call.cooperative)
-    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    registers, spills = _resources(binary.asm["cubin"])
-    return Compiled(call.name, arch, binary.metadata.shared, registers, spills, 32 * call.warps, constexprs)
+    options = _options(call.warps, call.stages, signature.named_constants["PDL"], call.cooperative)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
-class _Signature:
+class Signature:
     """A call's arguments, as a launch has them; the fields of a named tuple are arguments of their own.
 
     types: by parameter's name; of a named tuple, one of types. constants: what is compiled in, None and 1 among it, and
     divisible: the multiples of 16, both by the parameter's number, and the field's. named_constants: by the name alone.
+    given: what is left for the launch, one entry each: name, type, value.
     """
 
     def __init__(self, call: Launch, dependent: bool = False) -> None:
@@ -203,6 +247,7 @@ class _Signature:
         self.named_constants: dict[str, Any] = {}
         self.divisible: list[tuple[int, ...]] = []
         self.types: dict[str, Any] = {}
+        self.given: list[tuple[str, str, Any]] = []
         for index, parameter in enumerate(call.kernel.params):
             value = dependent if parameter.name == "PDL" else call.arguments[parameter.name]
             type_of = self._constant if parameter.is_constexpr else self._type
@@ -221,11 +266,14 @@ class _Signature:
             fields = enumerate(value._asdict().items())
             return value._make([self._type((*place, index), *field) for index, field in fields])
         if isinstance(value, float):
-            return "fp32"
-        aligned = value.storage_offset() * value.element_size() if isinstance(value, Tensor) else value
-        if aligned % 16 == 0:
-            self.divisible.append(place)
-        return "*" + DTYPES[value.dtype] if isinstance(value, Tensor) else "i32"
+            kind = "fp32"
+        else:
+            kind = "*" + DTYPES[value.dtype] if isinstance(value, Tensor) else "i32"
+            aligned = value.storage_offset() * value.element_size() if isinstance(value, Tensor) else value
+            if aligned % 16 == 0:
+                self.divisible.append(place)
+        self.given.append((name, kind, value))
+        return kind
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:

@@ -24,8 +24,9 @@ from xr0_engine.kernels.arguments import (
 )
 from xr0_engine.kernels.device import gelu_tanh, paired
 from xr0_engine.kernels.launch import PROCESSORS
-from xr0_engine.kernels.product import MIN_DOT, add_slots, check_product, finish, launch_product, multiply, take_tile
+from xr0_engine.kernels.product import MIN_DOT, check_product, finish, launch_product, multiply, take_tile
 from xr0_engine.kernels.shapes import expect, strided
+from xr0_engine.kernels.statistics import SLOT, add_slots, store_stats
 
 SKINNY_ROWS = 64
 """Up to so many rows a product is bound by reading its weight."""
@@ -38,9 +39,10 @@ MAX_SPLIT = 8
 def default_tactic(kind: str, rows: int, n: int, k: int, arch: int) -> Tactic:
     """How a product of rows (of all batches) by a weight (n, k) runs on a chip for which nothing was measured.
 
-    Up to SKINNY_ROWS rows the weight decides: one row tile, narrow column tiles, K split until there is a program per
-    processor. Beyond, the tile whose waves over the chip take the least time, padding included; K is split where tiles
-    alone leave processors idle.
+    Up to SKINNY_ROWS rows the weight decides: one row tile, narrow column tiles, K split as long as there is a
+    processor for every program, since two rounds of half the length win nothing and leave twice as much to add up.
+    Beyond, the tile whose waves over the chip take the least time, padding included; K is split where tiles alone
+    leave processors idle.
     n counts weight rows; a head is taken to have HEAD_COLUMNS. For 16-bit factors. Raises ValueError for a chip that
     is not known.
     """
@@ -52,7 +54,7 @@ def default_tactic(kind: str, rows: int, n: int, k: int, arch: int) -> Tactic:
         block_m = max(MIN_DOT, triton.next_power_of_2(rows))
         width, block_k = (HEAD_COLUMNS, 64) if kind == "qkv" else (64, 128 if k % 128 == 0 else 64)
         tiles, blocks = triton.cdiv(n, width), triton.cdiv(k, block_k)
-        split_k = min(_divisors(blocks), key=lambda split: abs(tiles * split - processors))
+        split_k = max((split for split in _divisors(blocks) if tiles * split <= processors), default=1)
         return Tactic(block_m, width // 2 if kind == "swiglu" else width, block_k, split_k, warps=4, stages=stages)
 
     def time(tile: tuple[int, int, int]) -> float:
@@ -103,9 +105,9 @@ def _linear(
     stats_b,
     stats_m,
     stats_weight,
+    CENTRED: tl.constexpr,
     ACTIVATION: tl.constexpr,
     OUT_SLOTS: tl.constexpr,
-    SLOT_COLUMNS: tl.constexpr,
     HOW: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -127,7 +129,7 @@ def _linear(
             base = base.to(tl.float32)
             if base_sums is not None:
                 base_place = batch * base_sums_b + row * base_sums_m
-                squares = add_slots(base_sums, base_sums_s, base_place, tl.cdiv(outputs, SLOT_COLUMNS), OUT_SLOTS)
+                squares = add_slots(base_sums, base_sums_s, base_place, tl.cdiv(outputs, SLOT), OUT_SLOTS)
                 base *= tl.rsqrt(squares / outputs + base_eps)[:, None]
                 base *= tl.load(base_weight + column, column_inside, 0.0)[None, :]
             if gate is not None:
@@ -138,19 +140,13 @@ def _linear(
                 extra_mask = mask & (index >= 0)[:, None]
                 extra_place = (index.to(tl.int64) * extra_r)[:, None] + column[None, :]
                 y += tl.load(extra + extra_place, extra_mask, 0.0).to(tl.float32)
-        tl.store(out + (batch * out_b + row * out_m)[:, None] + column[None, :], y.to(out.dtype.element_ty), mask)
+        written = y.to(out.dtype.element_ty)
+        tl.store(out + (batch * out_b + row * out_m)[:, None] + column[None, :], written, mask)
         if stats is not None:
-            y = tl.where(column_inside[None, :], y, 0.0)
-            second = y
-            if stats_weight is not None:
-                second = y * tl.load(stats_weight + column, column_inside, 0.0)[None, :]
-                second *= second
-            parts: tl.constexpr = (HOW.BLOCK_M, HOW.BLOCK_N // SLOT_COLUMNS, SLOT_COLUMNS)
-            slot = tile.column_tile * (HOW.BLOCK_N // SLOT_COLUMNS) + tl.arange(0, HOW.BLOCK_N // SLOT_COLUMNS)
-            target = stats + (batch * stats_b + row * stats_m)[:, None] + slot[None, :] * stats_s
-            slot_mask = tile.inside[:, None] & (slot * SLOT_COLUMNS < outputs)[None, :]
-            tl.store(target, tl.sum(tl.reshape(y * y, parts), 2), slot_mask)
-            tl.store(target + 1, tl.sum(tl.reshape(second, parts), 2), slot_mask)
+            place = stats + batch * stats_b + row * stats_m
+            store_stats(
+                written, outputs, tile.column_tile, column, place, stats_s, tile.inside, stats_weight, CENTRED, HOW
+            )
 
 
 def linear(
@@ -172,7 +168,8 @@ def linear(
     x: (B, M, K) floating point; out: (B, M, N), may be residual.x; bias: (N,), col_scale: (K,), float32 or the
     weight's dtype. The factors of the product are rounded to the weight's dtype (8-bit weights: to x's, bfloat16 if
     that is float32), everything else is float32. "gelu" is the exact one. stats.sums must not be sums that are read.
-    With a library tactic the product is rounded too, and block_m, block_n are the tile of what follows it.
+    With a library tactic the product is rounded too, and block_m, block_n are the tile of what follows it. No float16
+    is infinite that is not in PyTorch's order of norm, product, activation and sum.
 
     Raises ValueError for shapes that do not belong together and for impossible tiles, NotImplementedError for 8-bit
     weights with a library tactic.
@@ -207,9 +204,9 @@ def linear(
             **strided("extra_index", base.extra_index, "b"),
             **strided("stats", None if stats is None else stats.sums, "sbm"),
             "stats_weight": None if stats is None else stats.weight,
+            "CENTRED": stats is not None and stats.centred,
             "ACTIVATION": activation,
             "OUT_SLOTS": triton.next_power_of_2(triton.cdiv(outputs, STATS_COLUMNS)),
-            "SLOT_COLUMNS": STATS_COLUMNS,
         },
     )
 
@@ -238,6 +235,8 @@ def _check_stats(stats: StatsOut | None, batch: int, rows: int, outputs: int, ta
     expect("stats.sums", stats.sums, (triton.cdiv(outputs, STATS_COLUMNS), batch, rows, 2))
     if stats.weight is not None:
         expect("stats.weight", stats.weight, (outputs,))
+        if stats.centred:
+            raise ValueError("stats.weight: expected None for centred sums, got a weight")
     if tactic.block_n % STATS_COLUMNS:
         raise ValueError(f"tactic.block_n: expected a multiple of {STATS_COLUMNS} with stats, got {tactic.block_n}")
 

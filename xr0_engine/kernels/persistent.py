@@ -93,7 +93,7 @@ def _flow_loop(
     OUTPUT: tl.constexpr,
     OWN: tl.constexpr,
     STREAM: tl.constexpr,
-    PREFETCH: tl.constexpr,
+    COMPILED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     SLOTS: tl.constexpr = triton.cdiv(COLUMNS, SLOT)
@@ -123,17 +123,17 @@ def _flow_loop(
             if layer == 0:
                 qkv_stage(
                     shared, stage, b.start, b.start_sums, qkv_weight, bias, col_scale, b.q, b.k, b.v, q_norm, k_norm,
-                    b.cos, b.sin, "rms", COLUMNS, HEADS, DIM, STREAM, QKV, PREFETCH,
+                    b.cos, b.sin, "rms", COLUMNS, HEADS, DIM, STREAM, QKV, COMPILED,
                 )  # fmt: skip
             else:
                 qkv_stage(
                     shared, stage, b.end, b.end_sums, qkv_weight, bias, col_scale, b.q, b.k, b.v, q_norm, k_norm,
-                    b.cos, b.sin, "double_rms", COLUMNS, HEADS, DIM, STREAM, QKV, PREFETCH,
+                    b.cos, b.sin, "double_rms", COLUMNS, HEADS, DIM, STREAM, QKV, COMPILED,
                 )  # fmt: skip
 
             stage += 1
             arrive(barrier)
-            wait(barrier, stage)
+            wait(barrier, stage, COMPILED)
             for program in range(first, attention_tiles * ATTENTION[2] * GROUPS * batch, count):
                 _lambda_attention(
                     program=program, q=b.q, q_b=head_b, q_h=head_h, q_m=DIM, k=b.k, k_b=head_b, k_h=head_h, k_m=DIM,
@@ -149,31 +149,31 @@ def _flow_loop(
             if layer == 0:
                 linear_stage(
                     shared, stage, b.mixed, tokens, out_weight, b.middle, b.start, gate, None, None, b.middle_sums,
-                    middle_norm, COLUMNS, COLUMNS, STREAM, OUT, PREFETCH,
+                    middle_norm, COLUMNS, COLUMNS, STREAM, OUT, COMPILED,
                 )  # fmt: skip
             else:
                 linear_stage(
                     shared, stage, b.mixed, tokens, out_weight, b.middle, b.end, gate, b.end_sums,
-                    final_norm - COLUMNS, b.middle_sums, middle_norm, COLUMNS, COLUMNS, STREAM, OUT, PREFETCH,
+                    final_norm - COLUMNS, b.middle_sums, middle_norm, COLUMNS, COLUMNS, STREAM, OUT, COMPILED,
                 )  # fmt: skip
 
             stage += 1
             swiglu_stage(
                 shared, stage, b.middle, b.middle_sums, gate_up_weight, mlp.bias + place * (2 * INNER),
-                mlp.scale + place * COLUMNS, b.hidden, "double_rms", COLUMNS, INNER, STREAM, GATE_UP, PREFETCH,
+                mlp.scale + place * COLUMNS, b.hidden, "double_rms", COLUMNS, INNER, STREAM, GATE_UP, COMPILED,
             )  # fmt: skip
 
             stage += 1
             linear_stage(
                 shared, stage, b.hidden, tokens, down_weight, b.end, b.middle, mlp.gate + place * COLUMNS,
-                b.middle_sums, middle_norm, b.end_sums, final_norm, INNER, COLUMNS, STREAM, DOWN, PREFETCH,
+                b.middle_sums, middle_norm, b.end_sums, final_norm, INNER, COLUMNS, STREAM, DOWN, COMPILED,
             )  # fmt: skip
             keys += kv_keys_l
             values += kv_keys_l
 
         stage += 1
         arrive(barrier)
-        wait(barrier, stage)
+        wait(barrier, stage, COMPILED)
         turn = step % 2
         column_tiles: tl.constexpr = triton.cdiv(COLUMNS, HIDDEN)
         z_b, z_size = actions * ACTION_COLUMNS, action_rows * ACTION_COLUMNS
@@ -195,7 +195,7 @@ def _flow_loop(
             stage += 1
             linear_stage(
                 shared, stage, b.embedded, actions, tokens_weight, b.start + context * COLUMNS, None, None, None, None,
-                b.start_sums + 2 * context, None, COLUMNS, COLUMNS, STREAM, TOKENS, PREFETCH,
+                b.start_sums + 2 * context, None, COLUMNS, COLUMNS, STREAM, TOKENS, COMPILED,
             )  # fmt: skip
     leave(barrier, stage)
 
@@ -291,11 +291,12 @@ def flow_loop(
             "OUTPUT": OUTPUT_BLOCK,
             "OWN": OWN_BLOCK,
             "STREAM": triton.cdiv(rows, min(tactics[name].block_m for name in products)) <= STREAM_ROW_TILES,
-            "PREFETCH": not INTERPRETED,
+            "COMPILED": not INTERPRETED,
         },
         WARPS,
         max(tactic.stages for tactic in tactics.values()),
         cooperative=True,
+        reached=weights.matrices,
     )
 
 

@@ -7,6 +7,7 @@ epilogue: replays are bit-identical.
 
 What does not depend on earlier kernels, the weight, is on its way to the L2 cache before a dependent launch waits.
 8-bit weights are converted in registers; their scale, like the norm of the input's rows, is applied to the result.
+Where the input's rows are still to be rounded to float16, which ends at 65504, they are normalised before.
 
 Where a tactic names the library, torch computes the product, and the same kernel reads it and does the epilogue.
 """
@@ -15,7 +16,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -23,14 +23,15 @@ from torch import Tensor
 from xr0_engine.kernels.arguments import STATS_COLUMNS, InputNorm, Tactic, Weight, Workspace
 from xr0_engine.kernels.device import gdc_begin, prefetch_l2, rows_of, tile_of
 from xr0_engine.kernels.launch import launch
+from xr0_engine.kernels.library import library_product
 from xr0_engine.kernels.shapes import expect, strided
+from xr0_engine.kernels.statistics import row_norm
 
 PREFETCH_BLOCKS = tl.constexpr(8)
 """A program asks for at most so many blocks of its weight ahead of time; what follows streams behind them."""
 CACHE_LINE_BYTES = tl.constexpr(128)
 STREAM_ROW_TILES = 2
 """Up to so many row tiles, which run side by side, read a weight block: it need not stay in the cache."""
-COPY_ROWS, COPY_COLUMNS = 8, 256
 MIN_DOT = 16
 """Smallest side of a tile that tl.dot takes."""
 
@@ -102,6 +103,12 @@ def compute_type(x, w):
     return tl.bfloat16 if x == tl.float32 else x
 
 
+@triton.constexpr_function
+def norm_comes_first(norm, x, w, scaled):
+    """Whether the norm is applied to factors of a product, which are rounded to float16 and were not before."""
+    return norm is not None and compute_type(x, w) == tl.float16 and (scaled or x != tl.float16)
+
+
 @triton.jit
 def take_tile(program, product, HOW: tl.constexpr):
     """The Tile of a program; None is the one that runs."""
@@ -125,12 +132,28 @@ def prefetch_weight(w, w_n, n, split, inputs, SPLIT_K: tl.constexpr, BLOCK_K: tl
 
 
 @triton.jit
-def _multiply(product, x_offset, n, split, HOW: tl.constexpr):
-    """(BLOCK_M, BLOCK_N) float32: rows at x_offset times weight rows n, over one split's part of K."""
+def _norm_of(product, tile, HOW: tl.constexpr):
+    """row_norm of a tile's rows."""
+    # A name of its own, since Triton 3.6 passes no text of a named tuple on.
+    NORM: tl.constexpr = HOW.NORM
+    place = tile.batch * product.sums_b + tile.row * product.sums_m
+    return row_norm(
+        product.sums, product.sums_s, place, product.slots, product.inputs, product.norm_eps, NORM, HOW.SLOTS
+    )
+
+
+@triton.jit
+def _multiply(product, tile, n, HOW: tl.constexpr):
+    """(BLOCK_M, BLOCK_N) float32: a tile's rows times weight rows n, over one split's part of K."""
     compute: tl.constexpr = compute_type(product.x.dtype.element_ty, product.w.dtype.element_ty)
+    NORM_FIRST: tl.constexpr = norm_comes_first(
+        HOW.NORM, product.x.dtype.element_ty, product.w.dtype.element_ty, product.col_scale is not None
+    )
     policy: tl.constexpr = "evict_first" if HOW.STREAM else ""
-    step, inputs = tl.arange(0, HOW.BLOCK_K), product.inputs
-    x_tile = product.x + x_offset[:, None] + step[None, :]
+    step, inputs, split = tl.arange(0, HOW.BLOCK_K), product.inputs, tile.split
+    if NORM_FIRST:
+        row_scale, mean = _norm_of(product, tile, HOW)
+    x_tile = product.x + (tile.batch * product.x_b + tile.row * product.x_m)[:, None] + step[None, :]
     w_tile = product.w + n[None, :].to(tl.int64) * product.w_n + step[:, None]
     part = tl.cdiv(tl.cdiv(inputs, HOW.BLOCK_K), HOW.SPLIT_K) * HOW.BLOCK_K
     # Not tl.zeros, which in Triton 3.6 takes no numbers of a named tuple.
@@ -143,6 +166,8 @@ def _multiply(product, x_offset, n, split, HOW: tl.constexpr):
             inside = start + step < inputs
             a = tl.load(x_tile + start, inside[None, :], 0.0)
             b = tl.load(w_tile + start, inside[:, None], 0.0, eviction_policy=policy)
+        if NORM_FIRST:
+            a = (a.to(tl.float32) - mean[:, None]) * row_scale[:, None]
         if product.col_scale is not None:
             scale = tl.load(product.col_scale + start + step, start + step < inputs, 0.0)
             a = a.to(tl.float32) * scale.to(tl.float32)[None, :]
@@ -159,11 +184,11 @@ def multiply(product, tile, n, HOW: tl.constexpr, PDL: tl.constexpr):
     if PDL and not HOW.LIBRARY and tile.row_tile == 0:
         prefetch_weight(product.w, product.w_n, n, tile.split, product.inputs, HOW.SPLIT_K, HOW.BLOCK_K)
     gdc_begin(PDL)
-    x_offset = tile.batch * product.x_b + tile.row * product.x_m
     if HOW.LIBRARY:
+        x_offset = tile.batch * product.x_b + tile.row * product.x_m
         y = tl.load(product.x + x_offset[:, None] + n[None, :]).to(tl.float32)
     else:
-        y = _multiply(product, x_offset, n, tile.split, HOW)
+        y = _multiply(product, tile, n, HOW)
     complete = HOW.SPLIT_K == 1
     if HOW.SPLIT_K > 1:
         complete = _deposit(y, product, tile, HOW) == HOW.SPLIT_K - 1
@@ -197,62 +222,23 @@ def _collect(product, tile, HOW: tl.constexpr):
 
 
 @triton.jit
-def add_slots(sums, slots_stride, place, slots, SLOTS: tl.constexpr):
-    """Partial sums of some rows, added up: (rows,) float32."""
-    slot = tl.arange(0, SLOTS)
-    return tl.sum(tl.load(sums + slot[:, None] * slots_stride + place[None, :], (slot < slots)[:, None], 0.0), 0)
-
-
-@triton.jit
 def finish(y, product, tile, n, HOW: tl.constexpr):
     """What follows multiply: all splits' sum, the weight's scale, the norm of the input's rows, the bias."""
     if HOW.SPLIT_K > 1:
         y = _collect(product, tile, HOW)
     if product.scale is not None:
         y *= tl.load(product.scale + n)[None, :]
-    if HOW.NORM is not None:
-        place = tile.batch * product.sums_b + tile.row * product.sums_m
-        inverse = 1.0 / product.inputs
-        first = add_slots(product.sums, product.sums_s, place, product.slots, HOW.SLOTS) * inverse
-        if HOW.NORM == "rms":
-            row_scale = tl.rsqrt(first + product.norm_eps)
-        else:
-            second = add_slots(product.sums + 1, product.sums_s, place, product.slots, HOW.SLOTS) * inverse
-            if HOW.NORM == "layer":
-                y -= second[:, None] * tl.load(product.column_sums + n)[None, :]
-                row_scale = tl.rsqrt(first - second * second + product.norm_eps)
-            else:
-                row_scale = tl.rsqrt(first + product.norm_eps)
-                row_scale *= tl.rsqrt(row_scale * row_scale * second + product.norm_eps)
+    NORM_FIRST: tl.constexpr = norm_comes_first(
+        HOW.NORM, product.x.dtype.element_ty, product.w.dtype.element_ty, product.col_scale is not None
+    )
+    if HOW.NORM is not None and not NORM_FIRST:
+        row_scale, mean = _norm_of(product, tile, HOW)
+        if HOW.NORM == "layer":
+            y -= mean[:, None] * tl.load(product.column_sums + n)[None, :]
         y *= row_scale[:, None]
     if product.bias is not None:
         y += tl.load(product.bias + n).to(tl.float32)[None, :]
     return y
-
-
-@triton.jit
-def _copy(
-    x,
-    x_b,
-    x_m,
-    col_scale,
-    out,
-    rows,
-    batch_rows,
-    inputs,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    batch, row, inside = rows_of(tl.program_id(0), rows, batch_rows, BLOCK_M)
-    k = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask = inside[:, None] & (k < inputs)[None, :]
-    gdc_begin(PDL)
-    value = tl.load(x + (batch * x_b + row * x_m)[:, None] + k[None, :], mask, 0.0).to(tl.float32)
-    if col_scale is not None:
-        value *= tl.load(col_scale + k, k < inputs, 0.0).to(tl.float32)[None, :]
-    place = (batch * batch_rows + row)[:, None] * inputs + k[None, :]
-    tl.store(out + place, value.to(out.dtype.element_ty), mask)
 
 
 def check_product(
@@ -311,7 +297,7 @@ def launch_product(
     row_tiles = triton.cdiv(rows, tactic.block_m)
     tiles, split_k = row_tiles * column_tiles, 1 if tactic.library else tactic.split_k
     if tactic.library:
-        x, col_scale = _library_product(x, weight.data, col_scale, workspace), None
+        (x, norm), col_scale = library_product(x, weight.data, col_scale, norm, workspace), None
     split = split_k > 1
     launch(
         kernel,
@@ -351,37 +337,3 @@ def launch_product(
         tactic.warps,
         tactic.stages,
     )
-
-
-def _library_product(x: Tensor, weight: Tensor, col_scale: Tensor | None, workspace: Workspace) -> Tensor:
-    """(x * col_scale) @ weight^T by torch, (B, M, N) in the weight's dtype, in the workspace."""
-    batch, batch_rows, inputs = x.shape
-    rows, outputs = batch * batch_rows, weight.shape[0]
-    one_matrix = x.stride(1) >= inputs and (batch == 1 or x.stride(0) == batch_rows * x.stride(1))
-    copied = col_scale is not None or x.dtype != weight.dtype or not one_matrix
-    # Whole rows of 16 bytes keep the second part aligned.
-    elements = -(-rows * outputs // 8) * 8
-    scratch = workspace.partials(
-        triton.cdiv((elements + copied * rows * inputs) * weight.element_size(), torch.float32.itemsize)
-    ).view(weight.dtype)
-    product = scratch[: rows * outputs].view(rows, outputs)
-    if copied:
-        matrix = scratch[elements : elements + rows * inputs].view(rows, inputs)
-        launch(
-            _copy,
-            (triton.cdiv(rows, COPY_ROWS), triton.cdiv(inputs, COPY_COLUMNS)),
-            {
-                **strided("x", x, "bm"),
-                "col_scale": col_scale,
-                "out": matrix,
-                "rows": rows,
-                "batch_rows": batch_rows,
-                "inputs": inputs,
-                "BLOCK_M": COPY_ROWS,
-                "BLOCK_N": COPY_COLUMNS,
-            },
-        )
-    else:
-        matrix = x.as_strided((rows, inputs), (x.stride(1), 1))
-    torch.mm(matrix, weight.t(), out=product)
-    return product.view(batch, batch_rows, outputs)

@@ -71,8 +71,8 @@ def _qkv(
 ):
     HALF: tl.constexpr = HOW.BLOCK_N // 2
     tile = take_tile(program, product, HOW)
-    batch, row, head = tile.batch, tile.row, tile.column_tile
-    n = paired(head * HOW.BLOCK_N, HALF, HOW.BLOCK_N)
+    batch, row, head = tile.batch, tile.row, tl.cast(tile.column_tile, tl.int64)
+    n = paired(tile.column_tile * HOW.BLOCK_N, HALF, HOW.BLOCK_N)
     y, complete = multiply(product, tile, n, HOW, PDL)
     if complete:
         y = finish(y, product, tile, n, HOW)

@@ -1,10 +1,21 @@
 """What a kernel of many stages is made of: a barrier of the whole grid, and the products, each a stage of its own.
 
 The barrier is a counter that only grows during a launch: stage n begins when n times the number of programs have
-arrived. The last program to leave sets it back to zero. A program asks for its first weight blocks of a product before
-it waits for the others.
+arrived. A program asks for its first weight blocks of a product before it waits for the others.
 
-Everything is contiguous. TILE: (block_m, weight rows, block_k, split_k). Shape legend: B batch, M tokens of each.
+Why it holds:
+- What any thread of any program wrote before a stage, all threads of all see in it. A program's threads meet, then one
+  of them counts up with a release. Each counts up what the others left, so whoever acquires the last of them acquires
+  all; that is one thread of each program, and it meets the others again (device.py: wait_for).
+- Every program counts at every stage, whether it has a tile there or not: no stage begins before the slowest program
+  has passed the one before.
+- Leaving counts as well, but comes after the last wait: then the last stage has begun for all.
+- The last program to leave sets the counter back to zero. Nobody reads it any more: the thread that leaves is the one
+  that waited. The next launch starts when this one has ended.
+- 32 bits do: 5 steps of 16 layers on 170 processors count to 70,000.
+
+Everything is contiguous. TILE: (block_m, weight rows, block_k, split_k). COMPILED: false in the interpreter, which
+runs one program and no inline assembly. Shape legend: B batch, M tokens of each.
 """
 
 from __future__ import annotations
@@ -16,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from xr0_engine.kernels.arguments import STATS_COLUMNS
-from xr0_engine.kernels.device import paired, tile_of
+from xr0_engine.kernels.device import paired, tile_of, wait_for
 from xr0_engine.kernels.linear import _linear, _swiglu
 from xr0_engine.kernels.product import How, Product, prefetch_weight
 from xr0_engine.kernels.qkv import _qkv
@@ -44,10 +55,10 @@ def arrive(barrier):
 
 
 @triton.jit
-def wait(barrier, stage):
+def wait(barrier, stage, COMPILED: tl.constexpr):
     """Until all programs have arrived at the stage."""
-    while tl.atomic_add(barrier, 0, sem="acquire", scope="gpu") < stage * tl.num_programs(0):
-        pass
+    if COMPILED:
+        wait_for(barrier, stage * tl.num_programs(0))
 
 
 @triton.jit
@@ -59,19 +70,19 @@ def leave(barrier, stages):
 
 @triton.jit
 def _begin(
-    barrier, stage, product, OUTPUTS: tl.constexpr, GATED: tl.constexpr, TILE: tl.constexpr, PREFETCH: tl.constexpr
+    barrier, stage, product, OUTPUTS: tl.constexpr, GATED: tl.constexpr, TILE: tl.constexpr, COMPILED: tl.constexpr
 ):
     """A stage's barrier; meanwhile its weight, of OUTPUTS rows, is on its way. Returns the number of its tiles."""
     tiles = product.row_tiles * triton.cdiv(OUTPUTS, TILE[1]) * TILE[3]
     arrive(barrier)
-    if PREFETCH and tl.program_id(0) < tiles:
+    if COMPILED and tl.program_id(0) < tiles:
         _, split, column_tile = tile_of(tl.program_id(0), product.row_tiles, TILE[3])
         if GATED:
             n = paired(column_tile * (TILE[1] // 2), OUTPUTS // 2, TILE[1])
         else:
             n = column_tile * TILE[1] + tl.arange(0, TILE[1])
         prefetch_weight(product.w, product.w_n, tl.minimum(n, OUTPUTS - 1), split, product.inputs, TILE[3], TILE[2])
-    wait(barrier, stage)
+    wait(barrier, stage, COMPILED)
     return tiles
 
 
@@ -88,7 +99,7 @@ def _how(norm, inputs, stream, tile):
 def qkv_stage(
     shared, stage, x, sums, w, bias, col_scale, q, k, v, q_norm, k_norm, cos, sin,
     NORM: tl.constexpr, COLUMNS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, STREAM: tl.constexpr,
-    TILE: tl.constexpr, PREFETCH: tl.constexpr,
+    TILE: tl.constexpr, COMPILED: tl.constexpr,
 ):  # fmt: skip
     """x: a stream of COLUMNS; q, k, v: (B, HEADS, M, DIM) each."""
     tokens, rows = shared.tokens, shared.batch * shared.tokens
@@ -99,7 +110,7 @@ def qkv_stage(
         slots=triton.cdiv(COLUMNS, SLOT), row_tiles=tl.cdiv(rows, TILE[0]),
     )  # fmt: skip
     HOW: tl.constexpr = _how(NORM, COLUMNS, STREAM, TILE)
-    tiles = _begin(shared.barrier, stage, product, 3 * HEADS * DIM, False, TILE, PREFETCH)
+    tiles = _begin(shared.barrier, stage, product, 3 * HEADS * DIM, False, TILE, COMPILED)
     head_b, head_h, table_b = HEADS * tokens * DIM, tokens * DIM, tokens * (DIM // 2)
     for program in range(tl.program_id(0), tiles, tl.num_programs(0)):
         _qkv(
@@ -113,7 +124,7 @@ def qkv_stage(
 @triton.jit
 def linear_stage(
     shared, stage, x, x_rows, w, out, residual, gate, residual_sums, residual_weight, stats, stats_weight,
-    INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, STREAM: tl.constexpr, TILE: tl.constexpr, PREFETCH: tl.constexpr,
+    INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, STREAM: tl.constexpr, TILE: tl.constexpr, COMPILED: tl.constexpr,
 ):  # fmt: skip
     """x: (B, x_rows, INPUTS); out: as many of each batch's rows of a stream of OUTPUTS, as is the residual."""
     rows = shared.batch * x_rows
@@ -124,7 +135,7 @@ def linear_stage(
         row_tiles=tl.cdiv(rows, TILE[0]),
     )  # fmt: skip
     HOW: tl.constexpr = _how(None, INPUTS, STREAM, TILE)
-    tiles = _begin(shared.barrier, stage, product, OUTPUTS, False, TILE, PREFETCH)
+    tiles = _begin(shared.barrier, stage, product, OUTPUTS, False, TILE, COMPILED)
     out_b, sums_s, sums_b = shared.tokens * OUTPUTS, 2 * shared.batch * shared.tokens, 2 * shared.tokens
     for program in range(tl.program_id(0), tiles, tl.num_programs(0)):
         _linear(
@@ -132,8 +143,8 @@ def linear_stage(
             residual_b=out_b, residual_m=OUTPUTS, gate=gate, base_sums=residual_sums, base_sums_s=sums_s,
             base_sums_b=sums_b, base_sums_m=2, base_weight=residual_weight, base_eps=shared.eps, extra=None, extra_r=0,
             extra_index=None, extra_index_b=0, stats=stats, stats_s=sums_s, stats_b=sums_b, stats_m=2,
-            stats_weight=stats_weight, ACTIVATION=None,
-            OUT_SLOTS=triton.next_power_of_2(triton.cdiv(OUTPUTS, SLOT)), SLOT_COLUMNS=SLOT, HOW=HOW, PDL=False,
+            stats_weight=stats_weight, CENTRED=False, ACTIVATION=None,
+            OUT_SLOTS=triton.next_power_of_2(triton.cdiv(OUTPUTS, SLOT)), HOW=HOW, PDL=False,
         )  # fmt: skip
 
 
@@ -141,7 +152,7 @@ def linear_stage(
 def swiglu_stage(
     shared, stage, x, sums, w, bias, col_scale, out,
     NORM: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, STREAM: tl.constexpr, TILE: tl.constexpr,
-    PREFETCH: tl.constexpr,
+    COMPILED: tl.constexpr,
 ):  # fmt: skip
     """x: a stream of COLUMNS; out: (B, M, INNER)."""
     tokens, rows = shared.tokens, shared.batch * shared.tokens
@@ -152,6 +163,6 @@ def swiglu_stage(
         slots=triton.cdiv(COLUMNS, SLOT), row_tiles=tl.cdiv(rows, TILE[0]),
     )  # fmt: skip
     HOW: tl.constexpr = _how(NORM, COLUMNS, STREAM, TILE)
-    tiles = _begin(shared.barrier, stage, product, 2 * INNER, True, TILE, PREFETCH)
+    tiles = _begin(shared.barrier, stage, product, 2 * INNER, True, TILE, COMPILED)
     for program in range(tl.program_id(0), tiles, tl.num_programs(0)):
         _swiglu(program, product, INNER, out, tokens * INNER, INNER, HOW, False)

@@ -6,17 +6,20 @@ XR0Model has it by PyTorch's operators, fused.FusedModel by our kernels, exporte
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
-from xr0_engine.config import ModelConfig
+from xr0_engine.config import ModelConfig, VisionConfig
 from xr0_engine.model.flow import Trace
 from xr0_engine.types import KVBlock, ModelInputs, VisionTokens
 
 Mark = Callable[[str], None]
 """Called with the name of each stage when its work has been handed to the device."""
+
+
+Grids: TypeAlias = tuple[tuple[int, int], ...]
 
 
 def unmarked(stage: str) -> None:
@@ -35,8 +38,11 @@ class Network(Protocol):
     @property
     def dtype(self) -> torch.dtype: ...
 
+    def patch_buffer(self, grids: Grids) -> Tensor:
+        """New memory for pixel_values of images with these grids (height, width in patches), as suits the network."""
+
     def encode_images(self, inputs: ModelInputs) -> VisionTokens:
-        """inputs.pixel_values through the vision tower."""
+        """inputs.pixel_values through the vision tower. Raises ValueError if they have other columns than patches."""
 
     def prefill(self, inputs: ModelInputs, vision: VisionTokens) -> KVBlock:
         """The keys and values that the DiT reads. Raises ValueError if image tokens and images do not match."""
@@ -55,6 +61,19 @@ class Network(Protocol):
     ) -> Tensor:
         """All three at once, as fast as the network can: (B, T, A) float32 on its device, which its next call may
         overwrite. mark: called after `vision`, `prefill` and `flow` or, where they are one piece of work, `step`."""
+
+
+def full_buffer(vision: VisionConfig, grids: Grids, dtype: torch.dtype) -> Tensor:
+    """Network.patch_buffer of a network that multiplies whole patches: (P, patch_dim) on the host."""
+    return torch.empty(sum(height * width for height, width in grids), vision.patch_dim, dtype=dtype)
+
+
+def whole_patches(pixel_values: Tensor, vision: VisionConfig) -> Tensor:
+    """(P, patch_dim): where pixel_values have one frame, it is repeated. Raises ValueError for other columns."""
+    if vision.frames_of(pixel_values.shape[1]) == vision.temporal_patch_size:
+        return pixel_values
+    frame = pixel_values.unflatten(1, (vision.in_channels, 1, vision.patch_size**2))
+    return frame.expand(-1, -1, vision.temporal_patch_size, -1).flatten(1)
 
 
 def step_by_stages(

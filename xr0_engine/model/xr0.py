@@ -10,7 +10,7 @@ from xr0_engine.model.dit import ActionHead
 from xr0_engine.model.flow import Trace
 from xr0_engine.model.kept import Kept
 from xr0_engine.model.layers import pack_linears
-from xr0_engine.model.network import Mark, step_by_stages, unmarked
+from xr0_engine.model.network import Grids, Mark, full_buffer, step_by_stages, unmarked, whole_patches
 from xr0_engine.model.vlm import VLM, Preamble
 from xr0_engine.types import KVBlock, ModelInputs, VisionTokens
 
@@ -49,9 +49,13 @@ class XR0Model(nn.Module):
         """Make the adaLN table of all layers and steps: the time MLP never runs again."""
         self._modulations = self.head.modulation_table()
 
+    def patch_buffer(self, grids: Grids) -> Tensor:
+        return full_buffer(self.config.vision, grids, self.dtype)
+
     @torch.inference_mode()
     def encode_images(self, inputs: ModelInputs) -> VisionTokens:
-        return self.vlm.model.visual(inputs.pixel_values.to(self.device, self.dtype), inputs.image_grids)
+        patches = whole_patches(inputs.pixel_values.to(self.device, self.dtype), self.config.vision)
+        return self.vlm.model.visual(patches, inputs.image_grids)
 
     @torch.inference_mode()
     def prefill(self, inputs: ModelInputs, vision: VisionTokens) -> KVBlock:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import PIL
@@ -34,24 +35,27 @@ def images_to_patches(
     """Resize images as Pillow does (bicubic), normalise them, and cut them into patches in Qwen's order (spec 3.1).
 
     images: (H, W, 3) uint8 RGB each, any strides. sizes: the (height, width) to resize each to, multiples of patch *
-    merge. out: (all images' patches, 3 * temporal * patch**2) float32 or bfloat16, C-contiguous; filled image by image
-    and returned. threads: how many to use at most. On the CPU native where _C was built, Pillow and NumPy on one thread
-    otherwise. If out is on a GPU, the images are uploaded at once and processed there, on the current stream; not yet
-    run on a GPU. All three give the same bits. Raises ValueError if an image, a size or out is not as described,
-    NotImplementedError if out is on a GPU and _C was built without CUDA or patch is not 16.
+    merge. out: (all images' patches, 3 * temporal * patch**2) float32, bfloat16 or float16, C-contiguous; filled image
+    by image and returned. threads: how many to use at most. On the CPU native where _C was built, Pillow and NumPy on
+    one thread otherwise. If out is on a GPU, the images are uploaded at once and processed there, on the current
+    stream; not yet run on a GPU. All three give the same bits, those of float32 rounded to the nearest, ties to even.
+    Raises ValueError if an image, a size or out is not as described, NotImplementedError if out is on a GPU and _C was
+    built without CUDA or patch is not 16.
     """
-    if out.device.type not in ("cpu", "cuda") or out.dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"out: expected float32 or bfloat16 on cpu or cuda, got {out.dtype} on {out.device}")
-    first = [vertical_first(image.shape, size) for image, size in zip(images, sizes, strict=True)]
+    if out.device.type not in ("cpu", "cuda") or out.dtype not in DTYPE_NAMES:
+        expected = ", ".join(DTYPE_NAMES.values())
+        raise ValueError(f"out: expected one of {expected} on cpu or cuda, got {out.dtype} on {out.device}")
     if out.device.type == "cuda":
-        return _patches_on_gpu(images, sizes, patch, temporal, merge, out, first)
+        return _patches_on_gpu(images, sizes, patch, temporal, merge, out)
+    array = _as_array(out)
     if native is None:
-        array = out.view(torch.uint16).numpy() if out.dtype == torch.bfloat16 else out.numpy()
+        first = [vertical_first(image.shape, size) for image, size in zip(images, sizes, strict=True)]
         _C.images_to_patches(images, sizes, array, patch, temporal, merge, first, threads=threads)
         return out
-    rows = _patch_rows(sizes, patch, temporal, out)
-    for image, (height, width), target in zip(images, sizes, out.split(rows), strict=True):
-        target.copy_(torch.from_numpy(_pillow_patches(image, height, width, patch, temporal, merge)))
+    begin, values = 0, _as_array(torch.from_numpy(PIXEL_VALUES).to(out.dtype))
+    for image, size, rows in zip(images, sizes, _patch_rows(sizes, patch, temporal, out), strict=True):
+        _pillow_patches(image, size, patch, temporal, merge, values, array[begin : begin + rows])
+        begin += rows
     return out
 
 
@@ -60,9 +64,16 @@ def instruction_sets() -> list[str]:
     return _C.instruction_sets() if native is None else []
 
 
-def native_cuda_fault() -> str | None:
+def native_cuda_fault(device: int = 0) -> str | None:
     """Why the native module cannot use a GPU here, None if it can."""
-    return native or _C.cuda_fault()
+    return native or _C.cuda_fault(device)
+
+
+def made_on(device: torch.device, patch: int) -> torch.device:
+    """Where patches for a network on a device are made: on its GPU if the native module can, else on the CPU."""
+    if device.type == "cuda" and patch == DEVICE_PATCH and native_cuda_fault(device.index or 0) is None:
+        return device
+    return torch.device("cpu")
 
 
 def vertical_first(shape: Sequence[int], size: tuple[int, int]) -> bool:
@@ -96,63 +107,79 @@ def _patches_on_gpu(
     temporal: int,
     merge: int,
     out: torch.Tensor,
-    first: list[bool],
 ) -> torch.Tensor:
-    if reason := native or _C.cuda_fault(out.device.index):
+    if reason := native_cuda_fault(out.device.index):
         raise NotImplementedError(f"patches on {out.device}: {reason}; make them on the CPU and copy them")
-    if patch != 16:
-        raise NotImplementedError(f"patch: the GPU's operator has 16 only, got {patch}; the CPU's has any")
+    if patch != DEVICE_PATCH:
+        raise NotImplementedError(f"patch: the GPU's operator has {DEVICE_PATCH} only, got {patch}; the CPU's has any")
     _patch_rows(sizes, patch, temporal, out)
-    shapes = [image.shape for image in images]
-    pixels = pinned(images).to(out.device, non_blocking=True)
-    launch_patches(pixels, shapes, sizes, temporal, merge, out, first)
+    pixels = torch.empty(sum(image.size for image in images), dtype=torch.uint8, pin_memory=True)
+    packed = pack(images, pixels)
+    launch_patches(pixels.to(out.device, non_blocking=True), packed, sizes, temporal, merge, out)
     return out
 
 
-def pinned(images: Sequence[np.ndarray]) -> torch.Tensor:
-    """Images, (H, W, 3) uint8 of any strides, one behind the other: (bytes,) uint8 that a GPU can copy by itself."""
-    offsets = np.cumsum([0, *(image.size for image in images)]).tolist()
-    staging = torch.empty(offsets[-1], dtype=torch.uint8, pin_memory=True)
-    for image, begin, end in zip(images, offsets, offsets[1:], strict=False):
-        np.copyto(staging.numpy()[begin:end].reshape(image.shape), image, casting="no")
-    return staging
+class PackedImage(NamedTuple):
+    """Where an image lies. first: byte of its first pixel; shape: (height, width); strides: in bytes, of any sign."""
+
+    first: int
+    shape: tuple[int, int]
+    strides: tuple[int, int, int]
+
+
+def pack(images: Sequence[np.ndarray], out: torch.Tensor) -> list[PackedImage]:
+    """Copy images, (H, W, 3) uint8 of any strides, one behind the other into out, (bytes,) uint8; where each lies.
+
+    Axes that run backwards, as those of a turned image do, stay so: a copy in the order of the memory takes a hundredth
+    of the time.
+    """
+    packed, begin = [], 0
+    for image in images:
+        backwards = [stride < 0 for stride in image.strides]
+        in_order = image[tuple(slice(None, None, -1) if axis else slice(None) for axis in backwards)]
+        target = out.numpy()[begin : begin + image.size].reshape(image.shape)
+        np.copyto(target, in_order, casting="no")
+        steps = [-step if axis else step for step, axis in zip(target.strides, backwards, strict=True)]
+        first = begin + sum((side - 1) * -min(step, 0) for side, step in zip(image.shape, steps, strict=True))
+        packed.append(PackedImage(first, (image.shape[0], image.shape[1]), (steps[0], steps[1], steps[2])))
+        begin += image.size
+    return packed
 
 
 def launch_patches(
     pixels: torch.Tensor,
-    shapes: Sequence[tuple[int, ...]],
+    packed: Sequence[PackedImage],
     sizes: Sequence[tuple[int, int]],
     temporal: int,
     merge: int,
     out: torch.Tensor,
-    first: Sequence[bool],
 ) -> None:
-    """images_to_patches of images that are on the GPU, as `pinned` packs them: one launch on the current stream.
+    """images_to_patches of images that are on the GPU, on the current stream, in one launch for every LAUNCH_VIEWS.
 
-    pixels: (bytes,) uint8 on out's device. shapes: (height, width, ...) of each image. first: vertical_first of each.
-    The other arguments are those of images_to_patches; patches are of 16. Raises ValueError for memory of another
-    device. Not yet run on a GPU.
+    pixels: (bytes,) uint8 on out's device. packed: where the images lie there. The other arguments are those of
+    images_to_patches; patches are of 16. Raises ValueError for memory of another device. Not yet run on a GPU.
     """
-    offsets = np.cumsum([0, *(3 * shape[0] * shape[1] for shape in shapes)]).tolist()
-    columns = [_table(shape[1], size[1], out.device) for shape, size in zip(shapes, sizes, strict=True)]
-    rows = [_table(shape[0], size[0], out.device) for shape, size in zip(shapes, sizes, strict=True)]
-    _C.images_to_patches_cuda(
-        frames=[
-            (pixels.data_ptr() + begin, (shape[0], shape[1]), (3 * shape[1], 3, 1))
-            for shape, begin in zip(shapes, offsets, strict=False)
-        ],
-        sizes=sizes,
-        columns=[(table.data_ptr(), taps) for table, taps in columns],
-        rows=[(table.data_ptr(), taps) for table, taps in rows],
-        out=out.data_ptr(),
-        bfloat16=out.dtype == torch.bfloat16,
-        temporal_patch_size=temporal,
-        merge_size=merge,
-        vertical_first=first,
-        bgr=False,
-        device=out.device.index,
-        stream=torch.cuda.current_stream(out.device).cuda_stream,
-    )
+    patches = np.cumsum([0, *_patch_rows(sizes, DEVICE_PATCH, temporal, out)]).tolist()
+    columns = [_table(image.shape[1], size[1], out.device) for image, size in zip(packed, sizes, strict=True)]
+    rows = [_table(image.shape[0], size[0], out.device) for image, size in zip(packed, sizes, strict=True)]
+    frames = [(pixels.data_ptr() + image.first, image.shape, image.strides) for image in packed]
+    order = [vertical_first(image.shape, size) for image, size in zip(packed, sizes, strict=True)]
+    for begin in range(0, len(frames), LAUNCH_VIEWS):
+        part = slice(begin, begin + LAUNCH_VIEWS)
+        _C.images_to_patches_cuda(
+            frames=frames[part],
+            sizes=sizes[part],
+            columns=[(table.data_ptr(), taps) for table, taps in columns[part]],
+            rows=[(table.data_ptr(), taps) for table, taps in rows[part]],
+            out=out[patches[begin] :].data_ptr(),
+            dtype=DTYPE_NAMES[out.dtype],
+            temporal_patch_size=temporal,
+            merge_size=merge,
+            vertical_first=order[part],
+            bgr=False,
+            device=out.device.index,
+            stream=torch.cuda.current_stream(out.device).cuda_stream,
+        )
 
 
 @lru_cache(maxsize=64)
@@ -161,17 +188,29 @@ def _table(in_size: int, out_size: int, device: torch.device) -> tuple[torch.Ten
     return table, table.numel() // out_size - 1
 
 
-def _pillow_patches(image: np.ndarray, height: int, width: int, patch: int, temporal: int, merge: int) -> np.ndarray:
+def _as_array(out: torch.Tensor) -> np.ndarray:
+    """The tensor's memory; bfloat16, which NumPy lacks, as its bits."""
+    return out.view(torch.uint16).numpy() if out.dtype == torch.bfloat16 else out.numpy()
+
+
+def _pillow_patches(
+    image: np.ndarray,
+    size: tuple[int, int],
+    patch: int,
+    temporal: int,
+    merge: int,
+    values: np.ndarray,
+    out: np.ndarray,
+) -> None:
+    """values: PIXEL_VALUES in out's dtype. out: (the image's patches, 3 * temporal * patch**2)."""
+    height, width = size
     frame = np.ascontiguousarray(image)
     if frame.shape[:2] != (height, width):
         frame = np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC))
-    blocks = PIXEL_VALUES[frame].reshape(
-        height // (patch * merge), merge, patch, width // (patch * merge), merge, patch, 3
-    )
+    blocks = values[frame].reshape(height // (patch * merge), merge, patch, width // (patch * merge), merge, patch, 3)
     # -> block row, block column, row in block, column in block, channel, patch row, patch column
     ordered = blocks.transpose(0, 3, 1, 4, 6, 2, 5)
-    repeated = np.repeat(ordered[:, :, :, :, :, None], temporal, axis=5)
-    return repeated.reshape(height // patch * (width // patch), -1)
+    out.reshape(*ordered.shape[:5], temporal, patch, patch)[:] = ordered[:, :, :, :, :, None]
 
 
 def _pixel_values() -> np.ndarray:
@@ -182,6 +221,15 @@ def _pixel_values() -> np.ndarray:
 
 PIXEL_VALUES = _pixel_values()
 """(256,) float32: what each 8-bit channel value becomes."""
+
+DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+"""What patches can be stored as, and its name to the GPU's operator."""
+
+DEVICE_PATCH = 16
+"""The patch size of the GPU's operator."""
+
+LAUNCH_VIEWS = 16
+"""Images that one launch takes: what they are goes over with the kernel's arguments."""
 
 PILLOW = tuple(int(part) for part in PIL.__version__.split(".")[:2])
 """(major, minor) of the installed Pillow."""

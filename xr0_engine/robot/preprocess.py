@@ -6,8 +6,9 @@ Images are processed exactly as transformers' PIL Qwen2-VL processor does, posit
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -45,20 +46,32 @@ def smart_resize(height: int, width: int, factor: int = 32, limits: ImageLimits 
     return new_height, new_width
 
 
+PatchBuffer: TypeAlias = Callable[[tuple[tuple[int, int], ...]], torch.Tensor]
+"""As Network.patch_buffer: (height, width) in patches of each image -> where they are to be written."""
+
+
 def images_to_patches(
-    images: Sequence[np.ndarray], vision: VisionConfig, threads: int = 1, limits: ImageLimits = RELEASED_LIMITS
+    images: Sequence[np.ndarray],
+    vision: VisionConfig,
+    threads: int = 1,
+    limits: ImageLimits = RELEASED_LIMITS,
+    buffer: PatchBuffer | None = None,
 ) -> tuple[torch.Tensor, tuple[tuple[int, int], ...]]:
     """Resize images and cut them into normalised patches (spec section 3.1).
 
-    images: (H, W, 3) uint8 RGB each, any strides. threads: how many to use at most. limits: the checkpoint's. Returns
-    the patches of all images in sequence, (grid_h * grid_w + ..., patch_dim) float32 in [-1, 1], those of one merge
-    block together, and (grid_h, grid_w) of each image. Raises ValueError for an aspect ratio above 200.
+    images: (H, W, 3) uint8 RGB each, any strides. threads: how many to use at most. limits: the checkpoint's. buffer:
+    (P, patch_dim), or (P, frame_dim) for one frame of each temporal patch; None is new memory for whole patches in
+    float32. Returns it, filled with the patches of all images in sequence, in [-1, 1], those of one merge block
+    together, and (grid_h, grid_w) of each image. Raises ValueError for an aspect ratio above 200.
     """
     patch, merge = vision.patch_size, vision.spatial_merge_size
     sizes = [smart_resize(image.shape[0], image.shape[1], patch * merge, limits) for image in images]
     grids = tuple((height // patch, width // patch) for height, width in sizes)
-    out = torch.empty(sum(height * width for height, width in grids), vision.patch_dim)
-    return patches.images_to_patches(images, sizes, patch, vision.temporal_patch_size, merge, out, threads), grids
+    if buffer is None:
+        out = torch.empty(sum(height * width for height, width in grids), vision.patch_dim)
+    else:
+        out = buffer(grids)
+    return patches.images_to_patches(images, sizes, patch, vision.frames_of(out.shape[1]), merge, out, threads), grids
 
 
 def position_ids(
@@ -160,10 +173,11 @@ class Preprocessor:
         robot_type = select_robot_type(self.statistics, robot_type)
         return robot_type, self.embodiment or embodiment_for(robot_type)
 
-    def __call__(self, observations: Sequence[Observation]) -> ModelInputs:
+    def __call__(self, observations: Sequence[Observation], buffer: PatchBuffer | None = None) -> ModelInputs:
         """Model inputs of one batch, padded on the left to the longest prompt.
 
-        Raises ValueError for an empty batch, a wrong observation, or robot types whose chunks differ in length.
+        buffer: for pixel_values, as images_to_patches takes it. Raises ValueError for an empty batch, a wrong
+        observation, or robot types whose chunks differ in length.
         """
         if not isinstance(observations, Sequence) or not observations:
             kind = "none" if isinstance(observations, Sequence) else type(observations).__name__
@@ -179,7 +193,8 @@ class Preprocessor:
             for observation, (_, embodiment) in zip(observations, resolved, strict=True)
             for view in embodiment.views
         ]
-        pixel_values, grids = images_to_patches(images, self.config.vision, torch.get_num_threads(), self.limits)
+        threads = torch.get_num_threads()
+        pixel_values, grids = images_to_patches(images, self.config.vision, threads, self.limits, buffer)
         remaining = iter(grids)
         grids_of_row = [[next(remaining) for _ in embodiment.views] for _, embodiment in resolved]
 

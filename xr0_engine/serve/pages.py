@@ -57,6 +57,7 @@ def _status(service: Service) -> bytes:
     about = {
         "state": "unhealthy" if service.state == "ready" and status != HTTPStatus.OK else service.state,
         "health": text,
+        "backend": service.network_backend,
         "max_clients": service.config.max_clients,
     }
     return json.dumps({**about, **service.monitor.snapshot(robots)}, allow_nan=False).encode()

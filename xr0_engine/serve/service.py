@@ -69,7 +69,8 @@ class Service:
     """One backend among its clients.
 
     busy: numbers of the clients with an unanswered request, which shutting down waits for. turns: one is held while the
-    backend works on a request; whoever waits longest gets the next.
+    backend works on a request; whoever waits longest gets the next. network_backend: what runs the network and why,
+    empty before it is known.
     """
 
     def __init__(self, backend: Backend, config: ServerConfig) -> None:
@@ -77,6 +78,7 @@ class Service:
         self.monitor = Monitor()
         self.state = "warming up"
         self.metadata: PolicyMetadata | None = None
+        self.network_backend = ""
         self.busy: set[int] = set()
         self.turns = asyncio.Semaphore(backend.slots)
         self._backend = backend
@@ -136,11 +138,12 @@ class Service:
 
     async def start(self) -> None:
         """Warm up the backend; from then on there are chunks to be had. Raises what the backend raises."""
-        self.metadata = _metadata(await self._backend.start(), self.config)
+        served = await self._backend.start()
+        self.metadata, self.network_backend = _metadata(served, self.config), served.backend
         self.state = "ready"
         self.monitor.set_ready(True)
         self._ready.set()
-        log.info("ready: %s", ", ".join(self.metadata.robot_types))
+        log.info("ready: %s; backend %s", ", ".join(self.metadata.robot_types), self.network_backend or "not told")
 
     async def drain(self) -> None:
         """Answer what was asked, at most drain_s long, and take no new requests any more."""

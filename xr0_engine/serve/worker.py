@@ -47,15 +47,25 @@ class TakesTokens(Protocol):
     ) -> ActionChunk: ...
 
 
+@runtime_checkable
+class TellsBackend(Protocol):
+    """An engine that says what runs its network, and why."""
+
+    backend: str
+    backend_reason: str
+
+
 @dataclass(frozen=True)
 class Served:
     """What an engine was found to serve. robots: robot type -> how it is driven; action_width A, state_width S.
-    max_prefix: the longest that it was trained with."""
+    max_prefix: the longest that it was trained with. backend: what runs its network and why, empty if it does not say.
+    """
 
     robots: Mapping[str, RobotInfo]
     action_width: int
     state_width: int
     max_prefix: int
+    backend: str = ""
 
 
 class Backend(Protocol):
@@ -96,7 +106,8 @@ def describe(engine: ServedEngine, image_size: tuple[int, int], only: str | None
         robots[robot_type] = profile.robot_info(length, action_width, engine.max_prefix)
     if not robots:
         raise ValueError("; ".join(missing) or "engine: expected at least one robot type, got none")
-    return Served(robots, action_width, state_width, engine.max_prefix)
+    told = f"{engine.backend}: {engine.backend_reason}" if isinstance(engine, TellsBackend) else ""
+    return Served(robots, action_width, state_width, engine.max_prefix, told)
 
 
 def infer_one(engine: ServedEngine, request: Request) -> ActionChunk:

@@ -45,7 +45,7 @@ struct DeviceViews {
 // Each returns what is wrong, nothing if all is well. stream: a cudaStream_t.
 std::string cuda_fault(int device);
 std::string cuda_memory_fault(const void* pointer, int device);
-std::string launch_images_to_patches(const DeviceViews& views, int32_t patches, void* out, bool bfloat16, int device,
+std::string launch_images_to_patches(const DeviceViews& views, int32_t patches, void* out, Element element, int device,
                                      void* stream);
 
 }  // namespace xr0

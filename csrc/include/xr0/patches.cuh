@@ -22,10 +22,21 @@ __device__ inline float normalised_on_device(int value) {
 
 __device__ inline void store(float* out, float value) { *out = value; }
 
-// To the nearest bfloat16, ties to even.
-__device__ inline void store(uint16_t* out, float value) {
+// A number without its lowest bits, to the nearest, ties to even.
+template <int kLowest>
+__device__ inline uint32_t rounded_off_on_device(uint32_t number) {
+    return (number + (1U << (kLowest - 1)) - 1U + ((number >> kLowest) & 1U)) >> kLowest;
+}
+
+__device__ inline void store(Bfloat16* out, float value) {
+    out->bits = static_cast<uint16_t>(rounded_off_on_device<16>(__float_as_uint(value)));
+}
+
+// All values are normal numbers here, as on the host.
+__device__ inline void store(Float16* out, float value) {
     const uint32_t bits = __float_as_uint(value);
-    *out = static_cast<uint16_t>((bits + 0x7fffU + ((bits >> 16) & 1U)) >> 16);
+    const uint32_t magnitude = rounded_off_on_device<13>(bits & 0x7fffffffU) - ((127U - 15U) << 10);
+    out->bits = static_cast<uint16_t>(magnitude | ((bits >> 16) & 0x8000U));
 }
 
 // One of the two passes for the outputs of one patch.
@@ -81,7 +92,7 @@ __device__ inline void resize_pixel(const DeviceView& view, const Pass& first, c
     }
 }
 
-// gridDim.x: patches of all views. T: float, or uint16_t for bfloat16.
+// gridDim.x: patches of all views. T: float, Bfloat16 or Float16.
 template <typename T>
 __global__ void __launch_bounds__(kPatchThreads) images_to_patches_kernel(const DeviceViews views, T* out) {
     const int patch = blockIdx.x;

@@ -187,13 +187,17 @@ inline void emit(const RowFunctions& functions, const uint8_t* const* rows, cons
     functions.emit_float32(rows, layout, out);
 }
 
-inline void emit(const RowFunctions& functions, const uint8_t* const* rows, const EmitLayout& layout, uint16_t* out) {
+inline void emit(const RowFunctions& functions, const uint8_t* const* rows, const EmitLayout& layout, Bfloat16* out) {
     functions.emit_bfloat16(rows, layout, out);
+}
+
+inline void emit(const RowFunctions& functions, const uint8_t* const* rows, const EmitLayout& layout, Float16* out) {
+    functions.emit_float16(rows, layout, out);
 }
 
 // The patches of the rows of merge blocks begin to end - 1. out: all patches of the frame, each (channel, temporal,
 // row, column); the patches of one merge block follow each other; a still frame fills every temporal slice. The new
-// height and width are multiples of a merge block's. T: float, or uint16_t for bfloat16.
+// height and width are multiples of a merge block's. T: float, Bfloat16 or Float16.
 template <typename T>
 void image_to_patches(const Frame& frame, const Resize& resize, const PatchLayout& layout,
                       const RowFunctions& functions, int32_t begin, int32_t end, Scratch& scratch, T* out) {

@@ -25,6 +25,15 @@ inline constexpr int kPlaneStep = 64;
 // Bytes that may be read behind the last window of a row.
 inline constexpr int kRowSlack = 16;
 
+// What the values of patches are stored as. The bits of the two short ones; float itself is the third.
+struct Bfloat16 {
+    uint16_t bits;
+};
+struct Float16 {
+    uint16_t bits;
+};
+enum class Element { kFloat32, kBfloat16, kFloat16 };
+
 // One axis of a resize. The tables hold all outputs in order, padding included.
 struct AxisView {
     int32_t in;
@@ -56,7 +65,8 @@ struct RowFunctions {
     void (*vertical)(const uint8_t* const* rows, const AxisView& axis, int32_t output, int32_t bytes, uint8_t* out);
     // rows: as many as a patch has, kChannels planes each. out: the first patch; written from front to back.
     void (*emit_float32)(const uint8_t* const* rows, const EmitLayout& layout, float* out);
-    void (*emit_bfloat16)(const uint8_t* const* rows, const EmitLayout& layout, uint16_t* out);
+    void (*emit_bfloat16)(const uint8_t* const* rows, const EmitLayout& layout, Bfloat16* out);
+    void (*emit_float16)(const uint8_t* const* rows, const EmitLayout& layout, Float16* out);
 };
 
 extern const RowFunctions kRowsPortable;

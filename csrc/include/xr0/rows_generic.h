@@ -62,11 +62,26 @@ inline float normalised(int32_t value) {
 
 inline void store(float value, float& out) { out = value; }
 
-// To the nearest bfloat16, ties to even; there is no NaN to look after.
-inline void store(float value, uint16_t& out) {
+inline uint32_t bits_of(float value) {
     uint32_t bits;
     std::memcpy(&bits, &value, sizeof bits);
-    out = static_cast<uint16_t>((bits + 0x7fffU + ((bits >> 16) & 1U)) >> 16);
+    return bits;
+}
+
+// A number without its lowest bits, to the nearest, ties to even.
+template <int kLowest>
+inline uint32_t rounded_off(uint32_t number) {
+    return (number + (1U << (kLowest - 1)) - 1U + ((number >> kLowest) & 1U)) >> kLowest;
+}
+
+// There is no NaN to look after.
+inline void store(float value, Bfloat16& out) { out.bits = static_cast<uint16_t>(rounded_off<16>(bits_of(value))); }
+
+// Nor any value that is no normal number here: none is nearer to zero than 1 / 255.
+inline void store(float value, Float16& out) {
+    const uint32_t bits = bits_of(value);
+    const uint32_t magnitude = rounded_off<13>(bits & 0x7fffffffU) - ((127U - 15U) << 10);
+    out.bits = static_cast<uint16_t>(magnitude | ((bits >> 16) & 0x8000U));
 }
 
 // The restriction lets the compiler vectorise.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -165,7 +165,9 @@ def test_overlap_switches(overlap, expected):
     parts = {"encode": "encode", "prefill": "prefill", "sample": "sample", "_prefill_beside_flow": "beside"}
     calls = {part: partial(done.append, name) for part, name in parts.items()}
     on_gpu = SimpleNamespace(device=torch.device("cuda"))
-    Session.run(SimpleNamespace(model=on_gpu, table=TacticTable("", overlap=overlap), **calls))
+    session = SimpleNamespace(model=on_gpu, table=TacticTable("", overlap=overlap), **calls)
+    session.overlapped = Session.overlapped.fget(session)
+    Session.run(session)
     assert done == expected
 
 
@@ -180,6 +182,7 @@ def test_dependent_launch_switches(monkeypatch):
 
     monkeypatch.setattr(launch, "INTERPRETED", False)
     monkeypatch.setattr(launch, "capability", lambda _: 90)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
     launch.launch(Kernel(), (1,), {"x": torch.ones(1)})
     with without_dependent_launch():
         launch.launch(Kernel(), (1,), {"x": torch.ones(1)})

@@ -52,7 +52,7 @@ def test_result_and_its_table(monkeypatch, tmp_path, capsys):
     assert reason is None
     assert (result.kind, result.boundary, result.environment["threads"]) == ("images", "patches", 1)
     names = [each.name for each in SMALL]
-    for rival in ("engine", "processor", "memcpy"):
+    for rival in ("engine", "processor", "memcpy", "bfloat16", "converted"):
         assert list(result.series[rival]) == names
     # Pillow has nothing to do where the size stays.
     assert list(result.series["pillow"]) == names[:1]
@@ -62,7 +62,7 @@ def test_result_and_its_table(monkeypatch, tmp_path, capsys):
     images.show(result)
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
-    for text in (*names, "processor", "memcpy", "boundary patches", "3 rounds"):
+    for text in (*names, "processor", "memcpy", "converted", "boundary patches", "3 rounds"):
         assert any(text in line for line in lines)
 
 
@@ -73,6 +73,21 @@ def test_other_patches_are_not_timed(fault):
     wrong[1, 2] += np.float32(fault)
     with pytest.raises(RuntimeError, match="nothing was timed: 4x4: the engine's patches are not the host's"):
         check("4x4", wrong, expected, "the host's")
+
+
+def test_short_patches_that_are_not_the_rounded_float32_are_not_timed(monkeypatch):
+    real = images.patches.images_to_patches
+
+    def off_by_an_ulp(*arguments):
+        out = real(*arguments)
+        if out.dtype == torch.bfloat16:
+            out.view(torch.int16)[-1, -1] += 1
+        return out
+
+    monkeypatch.setattr(images, "ON_CPU", SMALL)
+    monkeypatch.setattr(images.patches, "images_to_patches", off_by_an_ulp)
+    with pytest.raises(RuntimeError, match=r"nothing was timed: 70x90 .* are not the rounded float32's"):
+        images.measure("cpu", 1, "")
 
 
 @pytest.mark.parametrize(
@@ -92,6 +107,9 @@ def test_wrong_call_is_refused(device, rounds, message):
 def test_on_a_gpu_launch_and_upload_are_timed():
     result, reason = images.measure("cuda", 2, "xr0 bench images --device cuda")
     assert reason is None
-    assert (result.backend, list(result.series)) == ("cuda", ["engine"])
+    assert (result.backend, list(result.series)) == ("cuda", ["engine", "host"])
     name = ON_GPU[0].name
-    assert list(result.series["engine"]) == [f"{name}: launch", f"{name}: upload and launch"]
+    assert list(result.series["engine"]) == [
+        f"{name}: {what}" for what in ("launch", "upload and launch", "from frames")
+    ]
+    assert list(result.series["host"]) == [f"{name}: from frames"]

@@ -54,6 +54,7 @@ def test_a_module_without_a_label_keeps_its_name():
 def test_a_preamble_takes_no_rows():
     parts = parts_on_meta(tiny_config())
     ops = PaperOps(parts.reference)
-    step_on_meta(parts, replace(WORK, preamble_tokens=15), ops, WORK.tokens)
+    columns = parts.config.vision.patch_dim
+    step_on_meta(parts, replace(WORK, preamble_tokens=15), ops, WORK.tokens, columns)
     rows = {call.shape[0] for call in ops.calls.values() if (call.stage, call.kind) == ("prefill", "swiglu")}
     assert rows == {194 - 15}

@@ -16,6 +16,8 @@ import torch
 from tests.support import CPU, ROOT, make_config, random_inputs
 from xr0_engine.bench.cases import StepInputs
 from xr0_engine.bench.step import candidates, tune
+from xr0_engine.bench.step.race import FULL, ONCE, Trial, race
+from xr0_engine.bench.step.recorder import Call
 from xr0_engine.checkpoint import write_checkpoint
 from xr0_engine.fused.model import FusedModel
 from xr0_engine.fused.ops import FusedOps, Residual, StatsOut, Tactic, Weight
@@ -99,18 +101,18 @@ class Chip(FusedOps):
         return self.took
 
 
-def residual_call() -> tune.Call:
+def residual_call() -> Call:
     random = torch.Generator().manual_seed(0)
     x, weight = torch.randn(1, 12, 64, generator=random), torch.randn(64, 64, generator=random)
     stream, sums = torch.randn(1, 12, 64, generator=random), torch.zeros(1, 1, 12, 2)
     options = {"residual": Residual(stream), "stats": StatsOut(sums)}
-    return tune.Call("linear", (12, 64, 64), (x, Weight(weight), stream), options, count=10)
+    return Call("linear", (12, 64, 64), (x, Weight(weight), stream), options, count=10)
 
 
 def test_the_fastest_that_is_right_wins_and_the_residual_stream_is_as_before():
     chip, call = Chip(), residual_call()
     before = call.arguments[2].clone()
-    outcome = tune.race(chip, call, 4, chip.timer, GATE, threads=1)
+    outcome = race(chip, call, 4, chip.timer, GATE, 1, FULL)
     assert outcome.winner.block_n == 32
     assert outcome.winner.stages == 2
     assert next(iter(outcome.microseconds)) == outcome.winner
@@ -127,13 +129,13 @@ def test_a_gain_within_the_noise_keeps_the_default():
         work()
         return 1.0 if chip.took == 1 else 0.99
 
-    outcome = tune.race(chip, call, 4, nearly_equal, GATE, threads=1)
+    outcome = race(chip, call, 4, nearly_equal, GATE, 1, FULL)
     assert outcome.winner == outcome.default == Tactic()
 
 
 def test_an_output_left_unwritten_is_noticed(monkeypatch):
     chip, call = Chip(), residual_call()
-    trial = tune.Trial(chip, call, Tactic(), GATE)
+    trial = Trial(chip, call, Tactic(), GATE)
     assert trial.fault(Tactic(block_n=32)) is None
     monkeypatch.setattr(chip, "refusal", lambda *arguments: None)
     assert "differs from what is right" in trial.fault(Tactic(block_n=32))
@@ -141,18 +143,23 @@ def test_an_output_left_unwritten_is_noticed(monkeypatch):
 
 @pytest.fixture
 def few(monkeypatch):
-    for name, value in {"QUICK": 1, "LONG": 1, "STEP_ROUNDS": 1}.items():
-        monkeypatch.setattr(tune, name, value)
     monkeypatch.setattr(
         candidates, "tiles", lambda kind, shape, default, processors: [default, replace(default, warps=8)]
     )
     monkeypatch.setattr(candidates, "schedules", lambda best: [])
 
 
-def test_a_table_of_a_whole_step(model, given, few):
+def tuned(model, given, minutes=5.0, **options):
     told = []
+    table, outcomes = tune.tune(
+        model, {"toy": given}, minutes, 1, lambda *progress: told.append(progress), effort=ONCE, **options
+    )
+    return table, outcomes, told
+
+
+def test_a_table_of_a_whole_step(model, given, few):
     before = model.step(given.inputs, given.noise, given.prefix, given.prefix_length).clone()
-    table, outcomes = tune.tune(model, {"toy": given}, 5, 1, lambda *progress: told.append(progress))
+    table, outcomes, told = tuned(model, given)
     kinds = {key.split()[0] for key in outcomes}
     assert kinds == set(SHAPES)
     assert set(table.tactics) <= set(outcomes)
@@ -166,19 +173,135 @@ def test_a_table_of_a_whole_step(model, given, few):
 
 
 def test_when_the_time_is_up_the_rest_keeps_defaults(model, given, few):
-    table, outcomes = tune.tune(model, {"toy": given}, 0, 1, lambda *progress: None)
+    table, outcomes, _ = tuned(model, given, minutes=0)
     assert outcomes == {}
     assert dict(table.tactics) == {}
 
 
 def test_steps_that_disagree_give_no_table(model, given, few, monkeypatch):
     monkeypatch.setattr(tune, "relative_rms", lambda *arrays: 1.0)
-    with pytest.raises(RuntimeError, match="toy, default: the chunk differs"):
-        tune.tune(model, {"toy": given}, 0, 1, lambda *progress: None)
+    with pytest.raises(tune.Disagreement, match="toy, default: the chunk differs"):
+        tuned(model, given, minutes=0)
     assert model.table == TacticTable("toy")
 
 
+class Killed(BaseException):
+    """Ends a run as a signal would: nothing gets to tidy up."""
+
+
+@pytest.fixture
+def raced(monkeypatch):
+    """Shapes of the calls that are raced. The one of `ends_at` ends the run, and a call of the shape of `ends_in`; a
+    tactic with eight warps always wins."""
+
+    class Raced(list):
+        ends_at, ends_in, reason = None, None, Killed
+
+    shapes, real = Raced(), tune.race
+
+    def race(ops, call, *others):
+        shapes.append((call.kind, call.shape))
+        if len(shapes) == shapes.ends_at or shapes[-1] == shapes.ends_in:
+            raise shapes.reason
+        outcome = real(ops, call, *others)
+        outcome.winner = next(tactic for tactic in outcome.microseconds if tactic.warps == 8)
+        outcome.microseconds = {outcome.winner: 1.0, outcome.default: 2.0}
+        return outcome
+
+    monkeypatch.setattr(tune, "race", race)
+    return shapes
+
+
+def on_disk(table, tmp_path):
+    tune.write_tactics(table, tmp_path / "table.json")
+    return tune.read_tactics(tmp_path / "table.json")
+
+
+def test_a_run_that_is_killed_leaves_its_table_and_the_next_goes_on_from_it(model, given, few, raced, tmp_path):
+    kept = []
+    raced.ends_at = 4
+    with pytest.raises(Killed):
+        tuned(model, given, keep=kept.append)
+    left, finished = on_disk(kept[-1], tmp_path), raced[:3]
+    assert len(left.tactics) == len(left.measured) == 3
+    assert all(tactic.warps == 8 for tactic in left.tactics.values())
+    assert list(left.environment[tune.UNFINISHED].values()) == [1]
+
+    raced.clear()
+    raced.ends_at = None
+    table, outcomes, told = tuned(model, given, known=left, keep=kept.append)
+    assert set(raced).isdisjoint(finished)
+    assert len(raced) == len(outcomes) - 3
+    assert told[0][0] == 3
+    assert all(outcome.winner.warps == 8 for outcome in outcomes.values())
+    assert tune.UNFINISHED not in table.environment
+    assert {key for key in table.measured if not key.startswith("step")} == outcomes.keys()
+
+
+def test_a_key_that_ended_two_runs_keeps_its_default(model, given, few, raced, tmp_path):
+    tuned(model, given)
+    faulty, known = raced[0], None
+    for _ in range(tune.MOST_TRIES):
+        kept = []
+        raced.ends_in = faulty
+        with pytest.raises(Killed):
+            tuned(model, given, known=known, keep=kept.append)
+        known = on_disk(kept[-1], tmp_path)
+    raced.clear()
+    table, outcomes, _ = tuned(model, given, known=known)
+    assert faulty not in raced
+    assert len(outcomes) > 3
+    assert list(table.environment[tune.UNFINISHED].values()) == [tune.MOST_TRIES]
+
+
+def test_ctrl_c_is_no_fault_of_the_key(model, given, few, raced, tmp_path):
+    kept = []
+    raced.ends_at, raced.reason = 2, KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        tuned(model, given, keep=kept.append)
+    left = on_disk(kept[-1], tmp_path)
+    assert len(left.measured) == 1
+    assert tune.UNFINISHED not in left.environment
+
+
+def test_what_is_known_of_other_cases_stays(model, given, few):
+    other = TacticTable("toy", {"linear 1x2x3": Tactic(warps=8)}, measured={"linear 1x2x3": {"x": 1.0}})
+    table, outcomes, _ = tuned(model, given, minutes=0, known=other)
+    assert outcomes == {}
+    assert table.measured["linear 1x2x3"] == {"x": 1.0}
+
+
+def test_times_of_candidates_that_are_no_more_are_measured_again(model, given, few, raced):
+    table, outcomes, _ = tuned(model, given)
+    key = next(iter(outcomes))
+    stale = replace(table, measured={**table.measured, key: {"128x7x9 split 3": 1.0}})
+    raced.clear()
+    _, again, _ = tuned(model, given, known=stale)
+    assert len(raced) == 1
+    assert again.keys() == outcomes.keys()
+
+
+TOLD = {"device": "toy", "driver": "1", "torch": "2", "triton": "3", "commit": "4", "clocks_mhz": 5}
+
+
+@pytest.mark.parametrize(
+    ("changed", "is_known"),
+    [
+        ({}, True),
+        ({"clocks_mhz": 6}, True),
+        *(({name: "x"}, False) for name in ("device", "driver", "torch", "commit")),
+    ],
+    ids=str,
+)
+def test_only_a_table_of_the_same_environment_is_gone_on_from(tmp_path, changed, is_known):
+    path = tmp_path / "toy.json"
+    assert tune._gone_on_from(path, TOLD) is None
+    tune.write_tactics(TacticTable("toy", environment={**TOLD, "size": "4b"}), path)
+    assert (tune._gone_on_from(path, {**TOLD, **changed}) is not None) == is_known
+
+
 COMPILED_AHEAD = """
+from contextlib import nullcontext
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -192,6 +315,7 @@ class Absent:
 
 driver.set_active(Absent())
 launch.capability = lambda device: 90
+torch.cuda.device = lambda device: nullcontext()
 ops = FusedOps("triton", torch.device("cpu"), arch=90)
 x, out = torch.zeros(1, 12, 64).bfloat16(), torch.ones(1, 12, 64).bfloat16()
 tactics = Tactic(16, 64), Tactic(16, 64, stages=2), Tactic(16, 24)

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from xr0_engine.backend import resolve_backend, resolve_dtype
 from xr0_engine.bench.cases import HeadSubject, Setup, Subject
-from xr0_engine.bench.measure import websocket
 from xr0_engine.bench.measure.replay import REPLAY_BOUNDARIES, check_graphs, engine_rival, released_rival, session_of
 from xr0_engine.bench.results import Result, environment
 from xr0_engine.bench.tell.tables import footer, latency_table
@@ -65,6 +64,9 @@ def measure(
     """
     _check(part, rounds, alone, attention != "sdpa" or compiled, export, export_backend, boundary)
     if boundary == "websocket" and part == "all":
+        # Only it needs the server's packages.
+        from xr0_engine.bench.measure import websocket
+
         return websocket.measure(setup, rounds, command, alone)
     boundary = check_boundary(boundary or ("flow" if part == "dit" else "stage"), _boundaries(part))
     if boundary in REPLAY_BOUNDARIES:

@@ -55,6 +55,13 @@ def schedules(best: Tactic) -> list[Tactic]:
     return [tactic for tactic in found if tactic != best]
 
 
+def named(kind: str, shape: tuple[int, ...], default: Tactic, processors: int) -> dict[str, Tactic]:
+    """Name -> tactic, of all that both rounds may try: what the names in a table mean. Raises as tiles."""
+    first = tiles(kind, shape, default, processors)
+    every = [*first, *(tactic for tile in first for tactic in schedules(tile))]
+    return {name(tactic): tactic for tactic in every}
+
+
 def name(tactic: Tactic) -> str:
     """`64x128x64 split 2, 4 warps, 3 stages`."""
     if tactic.flash:

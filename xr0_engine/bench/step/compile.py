@@ -40,7 +40,8 @@ def compile_step(
         raise NotImplementedError("compiling needs Triton: pip install 'xr0-engine[cuda]'")
     parts, ops = parts_on_meta(config, precision), FusedOps("triton", META, arch=arch)
     tokens = bucket(work.tokens)
-    return compile_kernels(lambda: step_on_meta(parts, work, ops, tokens), arch, done)
+    columns = config.vision.frame_dim
+    return compile_kernels(lambda: step_on_meta(parts, work, ops, tokens, columns), arch, done)
 
 
 def run(setup: Setup, arch: int, as_json: bool) -> bool:

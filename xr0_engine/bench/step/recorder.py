@@ -65,7 +65,10 @@ class Call:
     def written(self) -> list[Tensor]:
         outputs = [self.arguments[place] for place in WRITTEN[self.kind]]
         stats = self.options.get("stats")
-        return [output for output in outputs if output is not None] + ([] if stats is None else [stats.sums])
+        if stats is not None:
+            # The second of the two sums is left alone where nobody asks for it.
+            outputs.append(stats.sums if stats.centred or stats.weight is not None else stats.sums[..., :1])
+        return [output for output in outputs if output is not None]
 
     def read_and_written(self) -> set[int]:
         """Addresses of outputs that are inputs too: the residual stream."""
@@ -161,9 +164,12 @@ def parts_on_meta(config: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> F
     return FusedParts(model, "reference", TacticTable(""), graphs=False)
 
 
-def step_on_meta(parts: FusedParts, work: Workload, ops: FusedOps, tokens: int) -> None:
-    """Call the ops of a whole step, prompts of `tokens` tokens. ops: PaperOps are told the stages."""
-    config, dtype, batch = parts.config, parts.dtype, work.batch
+def step_on_meta(parts: FusedParts, work: Workload, ops: FusedOps, tokens: int, patch_columns: int) -> None:
+    """Call the ops of a whole step, prompts of `tokens` tokens. ops: PaperOps are told the stages.
+
+    patch_columns: patch_dim, as the released code multiplies patches, or frame_dim, as the engine does.
+    """
+    dtype, batch = parts.dtype, work.batch
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=META)
@@ -175,7 +181,7 @@ def step_on_meta(parts: FusedParts, work: Workload, ops: FusedOps, tokens: int) 
     begin("vision")
     images = parts.vision.buffers(work.grids)
     patches = sum(height * width for height, width in work.grids)
-    parts.vision.run(ops, empty(patches, config.vision.patch_dim), images)
+    parts.vision.run(ops, empty(patches, patch_columns), images)
     begin("prefill")
     prompt, own = parts.text.buffers(batch, tokens, work.preamble_tokens), (batch, tokens - work.preamble_tokens)
     ids, index, positions = (empty(*shape, dtype=torch.int32) for shape in (own, own, (3, *own)))
@@ -189,5 +195,5 @@ def step_calls(config: ModelConfig, work: Workload) -> tuple[Call, ...]:
     """What a step calls, kind by kind in the order of first appearance, prompts of exactly work.tokens tokens."""
     parts = parts_on_meta(config)
     ops = PaperOps(parts.reference)
-    step_on_meta(parts, work, ops, work.tokens)
+    step_on_meta(parts, work, ops, work.tokens, config.vision.patch_dim)
     return tuple(ops.calls.values())

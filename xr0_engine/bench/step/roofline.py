@@ -8,7 +8,8 @@ What is counted, per observation batch:
   output once. Packed projections are one GEMM: Q, K, V; gate and up, whose M x 2 I result is written before SwiGLU.
 - Attention moves its queries, keys, values and result once and takes 4 D operations per head and pair of tokens that
   may see each other: a causal prefill costs half a square. Scores never reach memory.
-- Vision: every block, the merger and the DeepStack mergers; attention within each image.
+- Vision: patches with every frame of a temporal patch, as the released code multiplies them; every block, the merger
+  and the DeepStack mergers; attention within each image.
 - Prefill: all text layers but the last, of which K and V alone. A kept preamble takes no rows, but is attended to.
 - Flow: the state's projector once; in each Euler step the action projectors and the DiT, its weights and the KV block
   streamed anew. The adaLN table comes from load time.

@@ -14,9 +14,9 @@ from xr0_engine.bench.measure.replay import REPLAYED
 from xr0_engine.bench.results import Result, environment
 from xr0_engine.bench.step.ceilings import highest, measure_ceilings
 from xr0_engine.bench.step.kernels import GATE
+from xr0_engine.bench.step.race import Trial
 from xr0_engine.bench.step.recorder import Call, RecordingOps
 from xr0_engine.bench.step.roofline import Precision, cost
-from xr0_engine.bench.step.tune import Trial
 from xr0_engine.bench.timing import CallTimer, run
 from xr0_engine.fused.model import FusedModel
 from xr0_engine.fused.ops import FusedOps, Tactic

@@ -5,6 +5,9 @@ on the very buffers of that call: a candidate must give what the default gives, 
 device's own clock, its L2 cache overwritten before. The keys that take most of the step come first, until the time is
 up; the rest keep their default. Last, whole steps take turns: defaults, winners, and winners with the flow's first step
 beside the VLM's last layers. The table holds what wins there.
+
+The table is written after every key, so that a run that is cut short leaves what it measured, for the engine to use and
+for the next run to go on from.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,130 +32,26 @@ from xr0_engine.bench.measure.latency import relative_rms
 from xr0_engine.bench.results import current_commit, environment
 from xr0_engine.bench.step import candidates
 from xr0_engine.bench.step.kernels import GATE
+from xr0_engine.bench.step.race import FULL, ONCE, Effort, Outcome, Timer, Trial, race
 from xr0_engine.bench.step.recorder import Call, RecordingOps
 from xr0_engine.bench.timing import CallTimer, take_turns
+from xr0_engine.env import emulated_arch
 from xr0_engine.fused.model import FusedModel
-from xr0_engine.fused.ops import FusedOps, Tactic, compile_beside
+from xr0_engine.fused.ops import compile_beside
 from xr0_engine.fused.prompts import session_key
 from xr0_engine.fused.session import Session
-from xr0_engine.fused.tactics import TacticTable, gpu_name, own_folder, write_tactics
+from xr0_engine.fused.tactics import TacticTable, gpu_name, own_folder, read_tactics, write_tactics
 
-QUICK, LONG = 7, 30
-"""Launches of a candidate; of a finalist."""
-FINALISTS = 3
-MARGIN = 0.02
-"""By how much a candidate must beat the default: less is noise."""
-STEP_ROUNDS = 100
-Timer = Callable[[Callable[[], object]], float]
-"""Milliseconds of a call."""
+SAME = ("device", "driver", "torch", "triton", "commit", "emulated")
+"""What must be as it was for an earlier run's times to be gone on from."""
+UNFINISHED = "unfinished"
+"""In a table's environment: key -> how many runs ended while they measured it."""
+MOST_TRIES = 2
+"""A key in which so many runs ended keeps its default: one of its candidates may well have ended them."""
 
 
-class Trial:
-    """One call, tried with one tactic after the other. Leaves its buffers as they were."""
-
-    def __init__(self, ops: FusedOps, call: Call, default: Tactic, gate: float, judge: FusedOps | None = None) -> None:
-        """gate: relative RMS between a candidate's outputs and the default's. judge: other ops that say what is
-        right."""
-        self.ops, self.call, self.gate = ops, call, gate
-        self._outputs = call.written()
-        self._before = [output.clone() for output in self._outputs]
-        self._reset()
-        (judge or ops).call(call.kind, call.arguments, call.options, default)
-        self._expected = [output.float() for output in map(torch.clone, self._outputs)]
-
-    def fault(self, tactic: Tactic) -> str | None:
-        """Why a tactic cannot take part, None if it gives what the default gives."""
-        self._reset()
-        if reason := self.ops.refusal(self.call.kind, self.call.arguments, self.call.options, tactic):
-            return reason
-        for output, expected in zip(self._outputs, self._expected, strict=True):
-            error = float((output.float() - expected).norm() / expected.norm().clamp(min=1e-30))
-            if not error < self.gate:
-                return f"differs from what is right by {error:.1e}"
-        return None
-
-    def microseconds(self, timer: Timer, tactics: Sequence[Tactic], launches: int) -> dict[Tactic, float]:
-        """Medians; the tactics take turns."""
-        samples: dict[Tactic, list[float]] = {tactic: [] for tactic in tactics}
-        for _ in range(launches):
-            for tactic in tactics:
-                samples[tactic].append(1e3 * timer(lambda tactic=tactic: self._run(tactic)))  # type: ignore[misc]
-        return {tactic: float(np.median(taken)) for tactic, taken in samples.items()}
-
-    def restore(self) -> None:
-        for output, before in zip(self._outputs, self._before, strict=True):
-            output.copy_(before)
-
-    def _reset(self) -> None:
-        """What is also read gets its value back; what is only written gets NaN, so that a gap shows."""
-        both = self.call.read_and_written()
-        for output, before in zip(self._outputs, self._before, strict=True):
-            if output.data_ptr() in both:
-                output.copy_(before)
-            else:
-                output.fill_(torch.nan)
-
-    def _run(self, tactic: Tactic) -> None:
-        self.ops.call(self.call.kind, self.call.arguments, self.call.options, tactic)
-
-
-@dataclass
-class Outcome:
-    """Of one key. microseconds: of every candidate that took part, the winner first; refused: why others did not."""
-
-    winner: Tactic
-    default: Tactic
-    count: int
-    microseconds: dict[Tactic, float] = field(default_factory=dict)
-    refused: dict[Tactic, str] = field(default_factory=dict)
-
-    @property
-    def saved_us(self) -> float:
-        """Of a whole step."""
-        return self.count * (self.microseconds[self.default] - self.microseconds[self.winner])
-
-
-def race(ops: FusedOps, call: Call, processors: int, timer: Timer, gate: float, threads: int) -> Outcome:
-    """Find the fastest tactic of one call. threads: that compile."""
-    default = ops.default(call.kind, call.shape)
-    outcome, trial = Outcome(default, default, call.count), Trial(ops, call, default, gate)
-
-    def take(entrants: Sequence[Tactic]) -> None:
-        _compile(ops, call, entrants, threads)
-        for tactic in entrants:
-            if reason := trial.fault(tactic):
-                outcome.refused[tactic] = reason
-            else:
-                outcome.microseconds |= trial.microseconds(timer, [tactic], QUICK)
-
-    def ranked() -> list[Tactic]:
-        return sorted(outcome.microseconds, key=outcome.microseconds.__getitem__)
-
-    take(candidates.tiles(call.kind, call.shape, default, processors))
-    own = [tactic for tactic in ranked() if not tactic.library]
-    take([tactic for tactic in candidates.schedules(own[0]) if tactic not in outcome.microseconds])
-    finalists = list(dict.fromkeys((default, *ranked()[:FINALISTS])))
-    outcome.microseconds |= trial.microseconds(timer, finalists, LONG)
-    trial.restore()
-    best = min(finalists, key=outcome.microseconds.__getitem__)
-    if outcome.microseconds[best] < (1 - MARGIN) * outcome.microseconds[default]:
-        outcome.winner = best
-    order = (outcome.winner, *ranked())
-    outcome.microseconds = {tactic: outcome.microseconds[tactic] for tactic in dict.fromkeys(order)}
-    return outcome
-
-
-def _compile(ops: FusedOps, call: Call, entrants: Sequence[Tactic], threads: int) -> None:
-    """Ahead, several at a time: compiling takes far longer than everything else here."""
-    if ops.workspace.device.type != "cuda":
-        return
-
-    def launch_all() -> None:
-        for tactic in entrants:
-            if not tactic.library:
-                ops.refusal(call.kind, call.arguments, call.options, tactic)
-
-    compile_beside(launch_all, threads)
+class Disagreement(RuntimeError):
+    """A step with winners gives another chunk than with the defaults."""
 
 
 @torch.inference_mode()
@@ -161,26 +61,77 @@ def tune(
     minutes: float,
     threads: int,
     done: Callable[[int, int, str], None],
+    known: TacticTable | None = None,
+    keep: Callable[[TacticTable], None] = lambda table: None,
+    effort: Effort = FULL,
 ) -> tuple[TacticTable, dict[str, Outcome]]:
     """The table, and what each key's candidates took.
 
     cases: name -> what a step takes. minutes: after so many no further key is begun. threads: that compile. done:
-    called with the number of keys done, of all, and the next one. Raises RuntimeError if the winners' step does not
-    give the defaults' chunk: then nothing is to be written.
+    called with the number of keys done, of all, and the next one. known: of an earlier run in the same environment:
+    its keys are not measured again. keep: given the table so far before and after each key. Raises Disagreement if the
+    winners' step does not give the defaults' chunk.
     """
     dtype, timer = str(model.dtype).removeprefix("torch."), CallTimer(model.device)
-    defaults = TacticTable(model.table.gpu)
+    known = known or TacticTable(model.table.gpu)
     recording = RecordingOps(model.backend, model.device)
     for given in cases.values():
-        _run_recorded(model, given, defaults, recording, threads)
-    outcomes = _outcomes(recording, timer, GATE[dtype], minutes, threads, done)
-    winners = {key: outcome.winner for key, outcome in outcomes.items() if outcome.winner != outcome.default}
-    measured = {
-        key: {candidates.name(tactic): round(us, 3) for tactic, us in outcome.microseconds.items()}
-        for key, outcome in outcomes.items()
-    }
-    table = replace(defaults, tactics=winners, measured=measured)
-    return _whole_steps(model, cases, table, timer, STEP_GATE[dtype]), outcomes
+        _run_recorded(model, given, TacticTable(model.table.gpu), recording, threads)
+    outcomes = _restored(recording, known)
+    keys = _Keys(known, outcomes, keep)
+    _race_all(recording, keys, timer, GATE[dtype], minutes, threads, done, effort)
+    return _whole_steps(model, cases, keys.table(), timer, STEP_GATE[dtype], effort), outcomes
+
+
+@dataclass
+class _Keys:
+    """Every key's outcome so far, and the table that they make beside what was known of other cases."""
+
+    known: TacticTable
+    outcomes: dict[str, Outcome]
+    keep: Callable[[TacticTable], None]
+    tries: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.tries.update(self.known.environment.get(UNFINISHED, {}))
+
+    def begin(self, key: str) -> None:
+        self.tries[key] = self.tries.get(key, 0) + 1
+        self.keep(self.table())
+
+    def end(self, key: str, outcome: Outcome) -> None:
+        self.outcomes[key] = outcome
+        self.leave(key)
+
+    def leave(self, key: str) -> None:
+        """It did not end this run."""
+        del self.tries[key]
+        self.keep(self.table())
+
+    def table(self) -> TacticTable:
+        ours = self.outcomes
+        others = {key: times for key, times in self.known.measured.items() if key not in ours}
+        winners = {key: tactic for key, tactic in self.known.tactics.items() if key in others}
+        winners |= {key: outcome.winner for key, outcome in ours.items() if outcome.winner != outcome.default}
+        measured = {
+            key: {candidates.name(tactic): round(us, 3) for tactic, us in outcome.microseconds.items()}
+            for key, outcome in ours.items()
+        }
+        environment = {UNFINISHED: dict(self.tries)} if self.tries else {}
+        return TacticTable(self.known.gpu, winners, measured={**others, **measured}, environment=environment)
+
+
+def _restored(recording: RecordingOps, known: TacticTable) -> dict[str, Outcome]:
+    """The outcomes that a table tells of, but for keys whose candidates are others today."""
+    outcomes = {}
+    for key, call in recording.calls.items():
+        default = recording.default(call.kind, call.shape)
+        tactics = candidates.named(call.kind, call.shape, default, _processors(recording.workspace.device))
+        times = known.measured.get(key, {})
+        if candidates.name(default) in times and times.keys() <= tactics.keys():
+            microseconds = {tactics[name]: us for name, us in times.items()}
+            outcomes[key] = Outcome(next(iter(microseconds)), default, call.count, microseconds)
+    return outcomes
 
 
 def _run_recorded(
@@ -197,37 +148,46 @@ def _run_recorded(
     session.sample()
 
 
-def _outcomes(
+def _race_all(
     recording: RecordingOps,
+    keys: _Keys,
     timer: Timer,
     gate: float,
     minutes: float,
     threads: int,
     done: Callable[[int, int, str], None],
-) -> dict[str, Outcome]:
+    effort: Effort,
+) -> None:
+    """Those of which nothing is known, what takes most of the step first, until the time is up."""
     processors = _processors(recording.workspace.device)
     end = time.monotonic() + 60 * minutes
 
     def share(call: Call) -> float:
         default = recording.default(call.kind, call.shape)
         trial = Trial(recording, call, default, gate)
-        taken = trial.microseconds(timer, [default], QUICK)[default]
+        taken = trial.microseconds(timer, [default], effort.quick)[default]
         trial.restore()
         return call.count * taken
 
-    shares = {key: share(call) for key, call in recording.calls.items()}
-    outcomes: dict[str, Outcome] = {}
-    for number, key in enumerate(sorted(shares, key=lambda key: -shares[key])):
+    total = len(recording.calls)
+    unknown = [key for key in recording.calls if key not in keys.outcomes and keys.tries.get(key, 0) < MOST_TRIES]
+    shares = {key: share(recording.calls[key]) for key in unknown} if minutes > 0 else {}
+    for key in sorted(shares, key=lambda key: -shares[key]):
         if time.monotonic() > end:
             break
-        done(number, len(shares), key)
-        outcomes[key] = race(recording, recording.calls[key], processors, timer, gate, threads)
-    done(len(outcomes), len(shares), "whole steps")
-    return outcomes
+        done(len(keys.outcomes), total, key)
+        keys.begin(key)
+        try:
+            outcome = race(recording, recording.calls[key], processors, timer, gate, threads, effort)
+        except KeyboardInterrupt:
+            keys.leave(key)
+            raise
+        keys.end(key, outcome)
+    done(len(keys.outcomes), total, "whole steps")
 
 
 def _whole_steps(
-    model: FusedModel, cases: Mapping[str, StepInputs], table: TacticTable, timer: Timer, gate: float
+    model: FusedModel, cases: Mapping[str, StepInputs], table: TacticTable, timer: Timer, gate: float, effort: Effort
 ) -> TacticTable:
     """The table as its steps win: with or without its tactics, overlap, a persistent flow; with what each took."""
     defaults = TacticTable(table.gpu)
@@ -247,9 +207,9 @@ def _whole_steps(
         for name, session in sessions.items():
             error = relative_rms(session.chunk.cpu().numpy(), expected)
             if not error < gate:
-                raise RuntimeError(f"{case}, {name}: the chunk differs from the defaults' by {error:.1e}, over {gate}")
+                raise Disagreement(f"{case}, {name}: the chunk differs from the defaults' by {error:.1e}, over {gate}")
         calls = {name: (lambda session=session: {"total": timer(session.replay)}) for name, session in sessions.items()}
-        samples = take_turns(calls, STEP_ROUNDS, QUICK)
+        samples = take_turns(calls, effort.rounds, effort.quick)
         measured[f"step {case}"] = {name: round(1e3 * float(np.median(s["total"])), 1) for name, s in samples.items()}
         for session in sessions.values():
             session.close()
@@ -258,7 +218,7 @@ def _whole_steps(
     for name in list(rivals)[1:]:
         if totals[name] < totals[best]:
             best = name
-    return replace(rivals[best], measured={**measured, **table.measured})
+    return replace(rivals[best], measured={**table.measured, **measured}, environment=table.environment)
 
 
 def _processors(device: torch.device) -> int:
@@ -269,22 +229,36 @@ def _processors(device: torch.device) -> int:
 
 
 def run(setup: Setup, cases: Sequence[Case], minutes: float, out: Path | None) -> None:
-    """`xr0 bench tune`. Writes the table for this GPU, whole, and prints what was gained.
+    """`xr0 bench tune`. Writes the table for this GPU and prints what was gained.
 
-    out: instead of XR0_CACHE/tactics/<gpu>.json, where the engine looks. Raises ValueError for a wrong argument,
-    NotImplementedError without a CUDA GPU, RuntimeError if a kernel computes something else.
+    out: instead of XR0_CACHE/tactics/<gpu>.json, where the engine looks; a table there that the same commit measured in
+    the same environment is gone on from, another is replaced. Raises ValueError for a wrong argument or a table that
+    cannot be read, NotImplementedError without a CUDA GPU, Disagreement if a kernel computes something else: no table
+    is left then.
     """
     if not cases:
         raise ValueError("case: expected at least one, got none")
     if not 0 < minutes <= 60:
         raise ValueError(f"minutes: expected more than 0, at most 60, got {minutes:g}")
-    device = setup.prepare()
-    if device.type != "cuda":
+    device, arch = setup.prepare(), emulated_arch()
+    if device.type != "cuda" and arch is None:
         raise NotImplementedError(f"tuning measures kernels on a CUDA GPU, and the device is {device}")
     resolve_backend("triton", device)
+    name = gpu_name(device) if arch is None else f"emulated-sm-{arch}"
+    path = out or own_folder() / f"{name}.json"
+    told = environment(device) | {
+        "commit": current_commit(),
+        "size": setup.size,
+        "cases": [case.name for case in cases],
+    }
+    known = _gone_on_from(path, told)
     subject = Subject.load(replace(setup, backend="triton", case=cases[0]))
     model = subject.fused_model()
     inputs = {case.name: subject.with_case(case).step_inputs() for case in cases}
+
+    def keep(table: TacticTable) -> None:
+        write_tactics(replace(table, gpu=name, environment={**told, **table.environment}), path)
+
     with Progress(console=Console(stderr=True), transient=True, auto_refresh=False) as progress:
         task = progress.add_task("tuning", total=None)
 
@@ -292,16 +266,25 @@ def run(setup: Setup, cases: Sequence[Case], minutes: float, out: Path | None) -
             progress.update(task, completed=number, total=total, description=key)
             progress.refresh()
 
-        table, outcomes = tune(model, inputs, minutes, len(os.sched_getaffinity(0)), done)
-    told = environment(device) | {
-        "commit": current_commit(),
-        "size": setup.size,
-        "cases": [case.name for case in cases],
-    }
-    path = out or own_folder() / f"{gpu_name(device)}.json"
-    write_tactics(replace(table, environment=told), path)
+        effort = FULL if arch is None else ONCE
+        threads = len(os.sched_getaffinity(0))
+        try:
+            table, outcomes = tune(model, inputs, minutes, threads, done, known, keep, effort)
+        except Disagreement:
+            # The engine must not run what was proven wrong.
+            path.unlink(missing_ok=True)
+            raise
+    keep(table)
     show(table, outcomes)
     Console().print(f"wrote {path}", markup=False, highlight=False)
+
+
+def _gone_on_from(path: Path, told: Mapping[str, Any]) -> TacticTable | None:
+    """What an earlier run left there, if all was as told now."""
+    if not path.is_file():
+        return None
+    table = read_tactics(path)
+    return table if all(table.environment.get(name) == told.get(name) for name in SAME) else None
 
 
 def show(table: TacticTable, outcomes: Mapping[str, Outcome]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from xr0_engine.bench.results import Result
 
-MACHINE = ("device", "processor", "threads")
+MACHINE = ("device", "processor", "threads", "emulated")
 NEAR = 0.05
 """How far the numbers of tokens may lie apart: a roofline counts Qwen's tokens, a random checkpoint has its own."""
 
@@ -28,6 +28,9 @@ class Bounds:
 def bounds_of(result: Result, others: Iterable[Result]) -> Bounds:
     """The result's own bound, else that of a roofline among the others: of the same case, but for a few tokens, and of
     ceilings that were measured on the same machine. Without stages if there is none."""
+    # An emulator is no machine that could come near one.
+    if result.emulated and result.kind != "roofline":
+        return Bounds()
     if "bound_ms" in result.facts:
         return Bounds(str(result.facts.get("chip", "")), result.facts["bound_ms"])
     if result.kind not in ("latency", "jitter"):

@@ -24,7 +24,7 @@ ROLES = ("A", "B", "A2")
 OURS = "engine"
 """The series that is gated where a result has several: a rival that got slower is no regression of ours."""
 
-SAME_MACHINE = ("device", "processor", "cores", "threads")
+SAME_MACHINE = ("device", "processor", "cores", "threads", "emulated")
 FALSE_ALARMS = 0.01
 """Share of comparisons of equal builds with independent noise that may call anything slower, all rows together."""
 FEWEST_ROUNDS = 6

@@ -29,6 +29,22 @@ nav { display: flex; flex-wrap: wrap; gap: 6px 18px; margin-top: 12px; }
 a { color: var(--c0); }
 section { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 24px; margin: 24px 0; }
 .warning { border-left: 4px solid var(--alarm); color: var(--alarm); padding: 4px 12px; margin: 12px 0 0; }
+.banner { border: 3px solid var(--alarm); border-radius: 10px; color: var(--alarm); padding: 12px 20px;
+  margin: 20px 0 0; font-size: 17px; }
+.banner strong { display: block; font-size: 34px; line-height: 1.15; letter-spacing: 0.04em; }
+.badge { display: inline-block; border: 1px solid var(--b); border-radius: 20px; color: var(--b); font-size: 12px;
+  line-height: 1.4; padding: 0 9px; white-space: nowrap; }
+.good { --b: var(--c2); } .bad { --b: var(--alarm); } .open { --b: var(--c4); } .none { --b: var(--soft); }
+.bad { font-weight: 600; }
+table.steps { width: 100%; }
+table.steps td, table.steps th { text-align: left; white-space: normal; vertical-align: top; }
+table.steps td.time { text-align: right; white-space: nowrap; }
+table.steps th[scope="row"], table.steps td:nth-child(3) { white-space: nowrap; }
+table.steps th[scope="row"] { padding-right: 8px; }
+pre { background: var(--page); border: 1px solid var(--line); border-radius: 6px; padding: 8px 12px; margin: 6px 0 0;
+  font: 12px/1.45 ui-monospace, "DejaVu Sans Mono", monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
+ol.next { margin: 8px 0 0; padding-left: 22px; }
+.next li { margin: 3px 0; }
 .tiles { display: flex; flex-wrap: wrap; gap: 10px; margin: 18px 0 0; }
 .tiles div { border: 1px solid var(--line); border-radius: 8px; padding: 8px 12px; flex: 1 1 100px; max-width: 190px;
   white-space: nowrap; }

@@ -41,10 +41,13 @@ def run(folder: Path) -> Path:
 
 
 def render(folder: Path) -> str:
-    """Markdown. Raises ValueError for a JSON file in the folder that is no result, or if there is no such folder."""
+    """Markdown. Raises ValueError for a JSON file in the folder that is no result or an emulated one, or if there is no
+    such folder."""
     if not folder.is_dir():
         raise ValueError(f"--table: expected a folder with results, got {folder}")
     named = [(file.name, results.read(file)) for file in sorted(folder.glob("*.json"))]
+    if emulated := [name for name, result in named if result.emulated]:
+        raise ValueError(f"--table: an emulator's times are no measurements, and {', '.join(emulated)} is emulated")
     complete = [pair for pair in named if pair[1].complete]
     cut_short = [name for name, result in named if not result.complete]
     machines: dict[str, list[Named]] = {}

@@ -28,11 +28,13 @@ TITLES = {
     "kernels": "Kernels",
     "images": "Frames to patches",
     "ablate": "What each optimisation buys",
+    "finetune": "Fine-tuning step",
     "roofline": "Bounds",
 }
 ON_TIME = ("latency", "jitter")
 """Kinds whose total a deadline is held against."""
 LIMITS = {f"{rate} Hz limit": 1000 / rate for rate in DEADLINES_HZ}
+EMULATED = "Emulated: these are the emulator's own times. They say nothing about any GPU."
 TOO_FEW = "Milliseconds. A dash: too few rounds to tell (p90 needs 10, p99 needs 100, p99.9 needs 1000), or no bound."
 
 
@@ -45,15 +47,33 @@ def run(files: Sequence[Path], out: Path) -> None:
 
 def page(named: Sequence[tuple[str, Result]]) -> str:
     """The HTML of (file name, result) pairs, one section each. Numbers of two runs never share a figure, but a roofline
-    of the same case and machine gives the others their bound."""
+    of the same case and machine gives the others their bound. Raises ValueError as check_unmixed."""
+    check_unmixed({name: result.emulated for name, result in named})
     machines = ", ".join(dict.fromkeys(machine(result) for _, result in named))
-    links = "".join(f'<a href="#r{number}">{escape(_heading(r))}</a>' for number, (_, r) in enumerate(named))
-    header = f"<h1>xr0-engine benchmarks</h1><p>{escape(machines)}</p>{f'<nav>{links}</nav>' if len(named) > 1 else ''}"
+    nav = links(named) if len(named) > 1 else ""
+    header = f"<h1>xr0-engine benchmarks</h1><p>{escape(machines)}</p>{nav}"
+    return document(f"xr0-engine benchmarks: {machines}", header, sections(named))
+
+
+def links(named: Sequence[tuple[str, Result]]) -> str:
+    """To the sections."""
+    labels = [_heading(result) + (f", {result.boundary}" if result.kind == "latency" else "") for _, result in named]
+    found = (f'<a href="#r{number}">{escape(label)}</a>' for number, label in enumerate(labels))
+    return f"<nav>{''.join(found)}</nav>"
+
+
+def sections(named: Sequence[tuple[str, Result]]) -> str:
     others = [result for _, result in named]
-    sections = [
+    return "\n".join(
         _section(number, name, result, bounds_of(result, others), others) for number, (name, result) in enumerate(named)
-    ]
-    return document(f"xr0-engine benchmarks: {machines}", header, "\n".join(sections))
+    )
+
+
+def check_unmixed(emulated: Mapping[str, str | None]) -> None:
+    """emulated: name -> Result.emulated. Raises ValueError if some are and others are not."""
+    if len({chip is None for chip in emulated.values()}) > 1:
+        names = ", ".join(name for name, chip in emulated.items() if chip is not None)
+        raise ValueError(f"results: the times of an emulator stand beside no measured ones, and {names} is emulated")
 
 
 def machine(result: Result) -> str:
@@ -61,12 +81,14 @@ def machine(result: Result) -> str:
     known = result.environment
     device = str(known.get("device", "unknown device"))
     threads = "1 thread" if known.get("threads") == 1 else f"{known.get('threads')} threads"
-    return f"{known.get('processor', 'unknown CPU')}, {threads}" if device == "cpu" else device
+    place = f"{known.get('processor', 'unknown CPU')}, {threads}" if device == "cpu" else device
+    return place if result.emulated is None else f"{result.emulated}, emulated on {place}"
 
 
 def _section(number: int, name: str, result: Result, bounds: Bounds, others: Sequence[Result]) -> str:
     series = _ordered(result.series)
     warning = "" if result.complete else '<p class="warning">Interrupted: this holds the rounds that were finished.</p>'
+    warning += f'<p class="warning">{escape(EMULATED)}</p>' if result.emulated else ""
     parts = [
         f'<section id="r{number}"><h2>{escape(_heading(result))}</h2>',
         f'<p class="where">{escape(_measured(result))}</p><p class="command">{escape(result.command)}</p>{warning}',

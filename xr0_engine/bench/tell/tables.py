@@ -39,6 +39,8 @@ def footer(result: Result) -> str:
     ]
     if "peak_memory_bytes" in result.facts:
         lines.append(f"peak memory {result.facts['peak_memory_bytes'] / 2**30:.2f} GiB, the whole process")
+    if result.emulated:
+        lines.append(f"EMULATED {result.emulated}: the times are the emulator's, and say nothing about any GPU")
     if not result.complete:
         lines.append("INTERRUPTED: only the rounds that were finished")
     return "\n".join(lines)

@@ -1,0 +1,56 @@
+"""Golden cases through the kernels as they are compiled, every launch executed and checked, chained and persistent."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import nullcontext
+
+import pytest
+
+from tests.support import GOLDEN
+from xr0_engine import golden
+from xr0_engine.env import emulated_arch
+from xr0_engine.fused.tactics import TacticTable
+
+pytest.importorskip("triton")
+
+from tests.ptx import stream
+
+pytestmark = [
+    pytest.mark.skipif(emulated_arch() is None, reason="needs XR0_EMULATE=90"),
+    pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"the golden cases are not at {GOLDEN}"),
+]
+QUANTITIES = {"vision tokens", "KV block", "flow trace", "actions", "actions, one step"}
+
+
+def verify(folder, dtype: str, flow: str, monkeypatch) -> list[golden.Comparison]:
+    monkeypatch.setattr(golden, "tactics_for", lambda device: TacticTable("", flow=flow))
+    return list(golden.verify_folder(folder, "triton", "cpu", dtype))
+
+
+def one_case(folder, model: str, case: str):
+    for name in (f"{model}.json", f"{model}.weights.safetensors", f"{model}.{case}.safetensors"):
+        shutil.copyfile(GOLDEN / name, folder / name)
+    return folder
+
+
+def assert_passed(comparisons: list[golden.Comparison]) -> None:
+    assert {each.quantity for each in comparisons} == QUANTITIES
+    assert [each for each in comparisons if not each.passed] == []
+
+
+@pytest.mark.parametrize("overlapped", [False, True], ids=["one by one", "overlapped"])
+@pytest.mark.parametrize("flow", ["chained", "persistent"])
+def test_a_case_passes_whichever_way_it_runs(flow, overlapped, monkeypatch, tmp_path):
+    folder = one_case(tmp_path, "grouped", "prefix1")
+    with stream() if overlapped else nullcontext():
+        assert_passed(verify(folder, "bfloat16", flow, monkeypatch))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("model", "case"), [("grouped", "prefix4_two_views"), ("grouped", "prefix6_batch2"), ("full_causal", "one_view")]
+)
+def test_cases_pass(model, case, dtype, monkeypatch, tmp_path):
+    """Chained where the flow is traced, as one kernel in the step."""
+    assert_passed(verify(one_case(tmp_path, model, case), dtype, "persistent", monkeypatch))

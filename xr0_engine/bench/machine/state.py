@@ -1,0 +1,149 @@
+"""What was run in a folder and how it ended: state.json, whole or not at all, so that any run can be gone on with."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import tempfile
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from xr0_engine.bench import results
+from xr0_engine.bench.results import Result, utc_now
+
+SCHEMA = 1
+FILE, FACTS, RESULTS, LOGS, PAGE = "state.json", "machine.json", "results", "logs", "report.html"
+"""What a folder holds."""
+PASSED, LEFT_OUT, FAILED, CRASHED = "passed", "left out", "failed", "crashed"
+TIMED_OUT, CUT_SHORT, INTERRUPTED, KILLED = "timed out", "cut short", "interrupted", "killed"
+"""Cut short: its time was up, and what it had measured was kept. Interrupted: it was running when the run was ended.
+Killed: it was running when the run was killed, or the machine went down."""
+FAULTS = (FAILED, CRASHED, TIMED_OUT)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a step ended. reason: why, if it did not pass. exit: its code, None if it was not begun or not waited for."""
+
+    verdict: str
+    reason: str = ""
+    seconds: float = 0.0
+    limit_s: float = 0.0
+    exit: int | None = None
+
+
+@dataclass
+class State:
+    """same: what a run must have in common with the one before to go on with it. run: marks its processes. told: what
+    else there is to say. parts: part -> its steps. ended: step -> how; running: the step that is."""
+
+    folder: Path
+    same: Mapping[str, Any]
+    told: dict[str, Any] = field(default_factory=dict)
+    parts: dict[str, list[str]] = field(default_factory=dict)
+    ended: dict[str, Ended] = field(default_factory=dict)
+    running: str | None = None
+    run: str = field(default_factory=lambda: uuid.uuid4().hex)
+    created: str = field(default_factory=utc_now)
+
+    def verdict(self, step: str) -> str | None:
+        """None if it was never begun."""
+        return self.ended[step].verdict if step in self.ended else None
+
+    def ran(self, part: str) -> list[str]:
+        """The verdicts of a part's steps that were begun."""
+        verdicts = [self.verdict(step) for step in self.parts.get(part, [])]
+        return [verdict for verdict in verdicts if verdict not in (None, LEFT_OUT)]
+
+    def write(self) -> None:
+        """Raises OSError; the file that was there is then as it was."""
+        content = {name: value for name, value in vars(self).items() if name != "folder"}
+        ended = {name: asdict(each) for name, each in self.ended.items()}
+        write_whole(self.folder / FILE, json.dumps({"schema": SCHEMA, **content, "ended": ended}, indent=1) + "\n")
+
+
+def read(folder: Path) -> State:
+    """Raises ValueError for a folder that holds no run, or a broken one."""
+    path = folder / FILE
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no run of `xr0 bench machine`: there is no {FILE}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content.pop("schema") != SCHEMA:
+            raise ValueError(f"expected schema {SCHEMA}")
+        ended = {name: Ended(**each) for name, each in content.pop("ended").items()}
+        return State(folder, ended=ended, **content)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is corrupt: {error}; remove it to begin anew") from None
+
+
+def go_on(folder: Path, same: Mapping[str, Any]) -> State:
+    """The folder's run, or a new one.
+
+    Raises ValueError, naming what differs, if the run there is another machine's or commit's.
+    """
+    if not (folder / FILE).exists():
+        return State(folder, same)
+    state = read(folder)
+    others = [name for name in same if state.same.get(name) != same[name]]
+    if others:
+        told = ", ".join(f"{name} {state.same.get(name)!r} (now {same[name]!r})" for name in others)
+        raise ValueError(f"--out: {folder} holds a run with {told}; take another folder")
+    if state.running is not None:
+        state.ended[state.running] = Ended(KILLED, "it was running when the run was killed, or the machine went down")
+        state.running = None
+    return state
+
+
+def results_of(folder: Path) -> list[tuple[str, Result]]:
+    """(file name, result) of every measurement in the folder; what other commands printed is left out.
+
+    Raises ValueError for one that is broken.
+    """
+    found = ((path.name, check(path)) for path in sorted((folder / RESULTS).glob("*.json")))
+    return [(name, result) for name, result in found if result is not None]
+
+
+def check(path: Path) -> Result | None:
+    """The measurement in a file, None if it is what another command printed. Raises ValueError for a broken one."""
+    content = printed(path)
+    return results.read(path) if isinstance(content, dict) and "schema" in content else None
+
+
+def printed(path: Path) -> Any:
+    """JSON that a command printed, None if there is none. Raises ValueError for what is not JSON."""
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One run at a time in a folder. Raises ValueError if there is one."""
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"--out: another run is at work in {folder}") from None
+        yield
+
+
+def write_whole(path: Path, text: str) -> None:
+    """The file appears whole or not at all. Raises OSError."""
+    handle, partial = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        Path(partial).chmod(0o644)
+        os.replace(partial, path)
+    except BaseException:
+        Path(partial).unlink(missing_ok=True)
+        raise

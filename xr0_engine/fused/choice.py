@@ -1,0 +1,162 @@
+"""What `auto` runs, and why: our kernels where they passed their self-check on this machine, else the reference."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from xr0_engine.backend import auto_checks, triton_fault
+from xr0_engine.comparison import Comparison
+from xr0_engine.config import ModelConfig
+from xr0_engine.env import emulated_arch
+from xr0_engine.fused.selfcheck import MARK, NOT_FINITE
+from xr0_engine.fused.tactics import TacticTable, tactics_for
+from xr0_engine.fused.verdict import Verdict, identity_of, keep, recall, verdict_path
+from xr0_engine.model.weights import check_tensors, checkpoint_shapes, read_index
+
+TIME_LIMIT_S = 300
+"""A check takes some seconds, and its first run the compilation of some sixty kernels: a minute. Longer is a hang."""
+EMULATED_TIME_LIMIT_S = 3600
+"""Where a CPU executes the kernels."""
+KEPT_LINES = 60
+"""Of standard error: a traceback through torch and Triton."""
+PASSING = ("out of memory", "busy or unavailable", "No space left", NOT_FINITE)
+"""In the words of a failure: it is the moment's or the checkpoint's, not the kernels'."""
+log = logging.getLogger("xr0_engine.selfcheck")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A backend, and why it runs, in one line."""
+
+    backend: str
+    reason: str
+
+
+def choose(device: torch.device, dtype: str, folder: Path) -> Choice:
+    """What `auto` runs on a device for a checkpoint, both of which were found to be usable.
+
+    On a GPU the first call checks the kernels, in processes of their own, and keeps the verdict; a later one reads it.
+    Raises CheckpointError for tensors that do not fit config.json.
+    """
+    if not auto_checks(device):
+        return Choice("reference", "the device is no GPU")
+    if fault := triton_fault():
+        return Choice("reference", fault)
+    table, config, created = tactics_for(device), ModelConfig.load(folder), ""
+    for checkpoint in (None, folder):
+        verdict = recall(identity_of(device, dtype, table, None if checkpoint is None else config))
+        if verdict is None:
+            verdict = check_now(device, dtype, table, checkpoint)
+        if verdict.outcome == "refused":
+            return Choice("reference", verdict.reason)
+        if verdict.outcome == "failed":
+            _warn_once(_report(verdict))
+            return Choice("reference", f"the kernels' self-check: {verdict.told()}")
+        created = verdict.created[:10]
+    return Choice("triton", f"its kernels passed their self-check on {created}")
+
+
+def check_now(device: torch.device, dtype: str, table: TacticTable, checkpoint: Path | None) -> Verdict:
+    """Check the seeded model (None) or a checkpoint's first layers in a new process, whatever the cache holds, and keep
+    the verdict. Raises CheckpointError for tensors that do not fit config.json."""
+    config = None
+    if checkpoint is not None:
+        config = ModelConfig.load(checkpoint)
+        check_tensors(read_index(checkpoint), checkpoint_shapes(config))
+    subject = "a seeded model" if checkpoint is None else "the checkpoint's first layers"
+    told = f"checking the GPU kernels on {subject} (once for this GPU and driver, up to a minute) ..."
+    Console(stderr=True, highlight=False, soft_wrap=True).print(told)
+    words = ["--device", str(device), "--dtype", dtype]
+    words += [] if checkpoint is None else ["--checkpoint", str(checkpoint)]
+    limit_s = TIME_LIMIT_S if emulated_arch() is None else EMULATED_TIME_LIMIT_S
+    command = [sys.executable, "-m", "xr0_engine.fused.selfcheck", *words]
+    verdict = run_check(command, identity_of(device, dtype, table, config), limit_s)
+    keep(verdict)
+    return verdict
+
+
+def run_check(command: list[str], identity: Mapping[str, Any], limit_s: float) -> Verdict:
+    """A process that tells what selfcheck.main does, as a verdict. It is stopped after limit_s."""
+    package = str(Path(__file__).parents[2])
+    path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
+    start = time.monotonic()
+    # Files, not pipes: what was told before a hang is there to be read.
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        process = subprocess.Popen(command, stdout=out, stderr=err, env={**os.environ, "PYTHONPATH": path})
+        try:
+            code = process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            process.kill()
+            # A process that the driver holds cannot be waited for.
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(10)
+        out.seek(0)
+        err.seek(0)
+        told = [json.loads(line.removeprefix(MARK)) for line in out if line.startswith(MARK) and line.endswith("\n")]
+        errors = [line.rstrip() for line in err if line.strip()]
+    comparisons = tuple(Comparison(**line["comparison"]) for line in told if "comparison" in line)
+    seconds = round(time.monotonic() - start, 1)
+
+    def verdict(outcome: Any, stage: str = "", reason: str = "") -> Verdict:
+        lasting = not any(words in reason for words in PASSING)
+        kept = () if outcome == "passed" else tuple(errors[-KEPT_LINES:])
+        return Verdict(outcome, identity, stage, reason, comparisons, seconds, lasting, kept)
+
+    for each in comparisons:
+        if not each.passed:
+            reason = f"{each.measure} {each.error:.3g}, at most {each.tolerance:.3g}"
+            return verdict("failed", f"{each.quantity} ({each.case})", reason)
+    last = told[-1] if told else {}
+    if "refused" in last:
+        return verdict("refused", "", last["refused"])
+    if "done" in last and code == 0:
+        return verdict("passed")
+    stage = next((line["stage"] for line in reversed(told) if "stage" in line), "start")
+    return verdict("failed", stage, _end(code, errors, limit_s))
+
+
+def _end(code: int | None, errors: list[str], limit_s: float) -> str:
+    """Why a process ended that did not finish, in one line. errors: of its standard error."""
+    if code is None:
+        return f"it did not end within {limit_s:g} s"
+    if code < 0:
+        return f"its process was ended by {signal.Signals(-code).name}"
+    # Behind the last traceback's frames, which are indented, stands the error; CUDA's goes on for lines of advice.
+    begin = max((number for number, line in enumerate(errors) if line.startswith("Traceback ")), default=len(errors))
+    last = [line for line in errors[begin + 1 :] if not line.startswith(" ")][:1] or errors[-1:]
+    return last[0] if last else f"its process ended with code {code}"
+
+
+def _report(verdict: Verdict) -> str:
+    stage, reason = verdict.why
+    path = verdict_path(verdict.identity)
+    told = f"and the file {path}" if path.is_file() else "and this message"
+    return (
+        f"backend auto runs 'reference', which is slower: the GPU kernels failed their self-check on this machine "
+        f"({verdict.subject}) at {stage}: {reason}. Please report it with the output of `xr0 doctor --json` {told}; "
+        f"`xr0 doctor --check` checks again"
+    )
+
+
+@lru_cache(maxsize=64)
+def _warn_once(message: str) -> None:
+    """Every engine of a process would say it."""
+    log.warning(message)
