@@ -47,17 +47,25 @@ ifeq ($(origin PYTEST_ARGS),file)
 endif
 
 # Kernels as compiled code, executed on this CPU: tests/ptx/README.md. `make test` has one schedule of two chips of it.
+# Another Triton need only come first on the path.
 COMPILED_TESTS := tests/kernels tests/fused/test_head.py $(patsubst %,tests/ptx/test_%.py,golden launcher mutations schedules) \
   --ignore tests/kernels/test_ahead_of_time.py
 TESTED_CHIPS := 89 90
 CHIPS ?= 89 90 120
 SEEDS ?= 1 2 3
+TRITON_VERSIONS ?= 3.6.0 3.7.1 3.8.0
 emulated = XR0_EMULATE=$(1) $(BIN)/python -m pytest $(2)
-emulate: $(INSTALLED)-cpu
+emulate: $(INSTALLED)-cpu $(addprefix build/triton-,$(TRITON_VERSIONS))
 	set -e; for chip in $(CHIPS); do for seed in $(SEEDS); do \
 	  XR0_EMULATE_SEED=$$seed XR0_EMULATE_ASYNC=random XR0_EMULATE_RESIDENT=$$((4 * seed)) \
 	  XR0_EMULATE_PROCESSORS=$$((5 * seed)) $(call emulated,$$chip,-n 2 $(COMPILED_TESTS)); done; \
 	  XR0_EMULATE=$$chip $(BIN)/python -m tests.ptx.mutations; done
+	set -e; for version in $(TRITON_VERSIONS); do PYTHONPATH=$(abspath build)/triton-$$version \
+	  $(call emulated,90,-n 2 tests/kernels tests/bench/step/test_compile.py); done
+
+build/triton-%: $(INSTALLED)-cpu
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ triton==$*
+	@touch $@
 
 lint: $(INSTALLED)-cpu
 	$(BIN)/ruff check .

@@ -54,10 +54,13 @@ def _reader(target: Tensor) -> Callable[[], None]:
     return lambda: layer_norm(rows, ones, ones, EPS, out)
 
 
+COUNTERS = 64
+
+
 def _workspace() -> Workspace:
     """Large enough: where PyTorch has to clear more, the launches before are waited for."""
     workspace = Workspace(CPU)
-    workspace.reserve(1 << 17, 64)
+    workspace.reserve(1 << 17, COUNTERS)
     return workspace
 
 
@@ -77,7 +80,7 @@ def _linear(tactic: Tactic) -> tuple[Tensor, ...]:
         x, product.weight, out, **product.arguments, residual=Residual(stream), stats=StatsOut(sums), tactic=tactic,
         workspace=workspace,
     )  # fmt: skip
-    return out, sums
+    return out, sums, workspace.counters(COUNTERS)
 
 
 def _swiglu() -> tuple[Tensor, ...]:
@@ -87,7 +90,7 @@ def _swiglu() -> tuple[Tensor, ...]:
     tactic = Tactic(16, 32, 64, split_k=2, warps=4, stages=3)
     ahead()
     swiglu(x, product.weight, out, **product.arguments, tactic=tactic, workspace=workspace)
-    return (out,)
+    return out, workspace.counters(COUNTERS)
 
 
 def _qkv() -> tuple[Tensor, ...]:
@@ -103,7 +106,7 @@ def _qkv() -> tuple[Tensor, ...]:
         x, product.weight, q, k, v, **product.arguments, q_weight=norms[0], k_weight=norms[1], eps=EPS, cos=cos,
         sin=sin, tactic=SKINNY, workspace=workspace,
     )  # fmt: skip
-    return q, k, v
+    return q, k, v, workspace.counters(COUNTERS)
 
 
 def _attention() -> tuple[Tensor, ...]:
@@ -125,7 +128,7 @@ def _lambda_attention() -> tuple[Tensor, ...]:
     tactic, workspace = Tactic(32, 32, split_k=2, warps=4, stages=2), _workspace()
     ahead()
     lambda_attention(q, k, v, keys, values, begin, end, out, window=4, context=2, tactic=tactic, workspace=workspace)
-    return (out,)
+    return out, workspace.counters(COUNTERS)
 
 
 def _chunk() -> tuple[Tensor, Tensor, Tensor]:
@@ -207,7 +210,8 @@ def _flow_loop() -> tuple[Tensor, ...]:
     inputs, buffers = make_inputs(head, 1), head.buffers(1, 6)
     ops = FusedOps("triton", CPU)
     ops.default = lambda kind, shape: SPLIT  # type: ignore[method-assign]
-    return (head.run(ops, inputs, buffers, persistent=True),)
+    chunk = head.run(ops, inputs, buffers, persistent=True)
+    return chunk, ops.workspace.counters(ops.workspace.size[1])
 
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(

@@ -231,15 +231,19 @@ def execute(queue: Sequence[Queued], arch: int) -> None:
 
 
 def _ranges(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
-    """The memory of tensors, what overlaps as one."""
-    spans = sorted({(start := t.untyped_storage().data_ptr(), start + t.untyped_storage().nbytes()) for t in tensors})
+    """The memory of tensors, from each one's first element to its last; what overlaps is one range."""
     merged: list[tuple[int, int]] = []
-    for low, high in spans:
+    for low, high in sorted({_span(tensor) for tensor in tensors if tensor.numel()}):
         if merged and low < merged[-1][1]:
             merged[-1] = (merged[-1][0], max(high, merged[-1][1]))
-        elif high > low:
+        else:
             merged.append((low, high))
     return merged
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
 def _told(queue: Sequence[Queued], outcome: machine.Outcome, arch: int, settings: Settings) -> str:

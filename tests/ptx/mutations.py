@@ -114,8 +114,9 @@ HARMLESS = {
     "wait for copies dropped": "nothing is read of what is still under way: groups without copies",
     "group of copies not closed": "its copies join the next group, and both are waited for at once",
     "proxy fence dropped": "another fence stands between the copies and the product",
-    "mask of a load dropped": "what it reads lies in the same tensor, and is multiplied by zero or not stored",
+    "mask of a load dropped": "what it reads is in the same tensor, and is multiplied by zero or not stored",
     "mask of a store dropped": "the lanes that it holds back would store the same value in the same word",
+    "address in shared memory, 16 bytes on": "what it reads belongs to rows beyond the last, which are not stored",
 }
 """Rule -> why some of its mutants change nothing."""
 

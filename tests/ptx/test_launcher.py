@@ -191,6 +191,14 @@ def test_out_of_bounds_is_raised_with_the_line_of_the_source(short, line, kind):
 
 
 @emulated
+def test_a_view_ends_at_its_last_element_though_its_memory_goes_on():
+    memory = torch.zeros(2, 2 * SIZE)
+    with pytest.raises(EmulationError, match="out of bounds"):
+        copy(memory[0, : SIZE - 4], torch.zeros(SIZE))
+    copy(memory[0, :SIZE], memory[1, SIZE:])
+
+
+@emulated
 def test_lanes_that_store_different_values_are_an_error():
     with pytest.raises(EmulationError) as raised:
         launch(_disagree, (1,), {"out": torch.zeros(1, dtype=torch.int32), "SIZE": 32}, warps=1)

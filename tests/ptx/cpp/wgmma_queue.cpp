@@ -134,10 +134,8 @@ void wait(Warp& warp, const Instruction& instruction, Lanes lanes) {
     }
 }
 
-}  // namespace
-
 // Copies into places, and what they copy among the places from then on.
-static void follow_copies(Program& program, std::vector<bool>& places) {
+void follow_copies(Program& program, std::vector<bool>& places) {
     const Ops& ops = Ops::all();
     const Handler copy = ops.list()[static_cast<size_t>(ops.find("mov.32"))].handler;
     for (bool more = true; more;) {
@@ -156,6 +154,8 @@ static void follow_copies(Program& program, std::vector<bool>& places) {
         }
     }
 }
+
+}  // namespace
 
 void mark_wgmma_registers(Program& program) {
     std::vector<bool> places(program.register_bytes / kRegisterPlace + 1);
@@ -186,7 +186,8 @@ void check_wgmma_registers(Warp& warp, const Instruction& instruction) {
     WgmmaQueue& queue = warp.wgmma;
     for (int i = 0; i < instruction.written; ++i) {
         if (instruction.operands[i] >= 0) {
-            // Copies are the compiler's names for a value: ptxas has it in the product's register from when it was made.
+            // Copies are the compiler's names for a value: ptxas has it in the product's register from when it was
+            // made.
             queue.unfenced[instruction.operands[i] / kRegisterPlace] =
                 instruction.copies_to_wgmma ? queue.unfenced[instruction.operands[1] / kRegisterPlace] : 1;
         }
