@@ -73,7 +73,7 @@ def test_a_word_is_no_truth_value():
         ModelConfig.from_hf(hf)
 
 
-ASKED_IN = ("config.py", "model", "fused", "export/stages.py", "golden.py")
+ASKED_IN = ("config.py", "part_configs.py", "model", "fused", "export/stages.py", "golden.py")
 """Where what differs between families may be asked for: their configuration, the networks, and golden cases' names."""
 
 

@@ -314,8 +314,10 @@ def test_decoded_programs_are_kept_by_their_text(monkeypatch, tmp_path):
     monkeypatch.setattr(launcher, "decode", None)
     again = launcher.decoded(PTX)
     for name, value in vars(first).items():
-        assert np.array_equal(value, getattr(again, name)) if isinstance(value, np.ndarray) else (
-            value == getattr(again, name)
+        assert (
+            np.array_equal(value, getattr(again, name))
+            if isinstance(value, np.ndarray)
+            else (value == getattr(again, name))
         ), name
     assert again.where(12) == (("there.py", 12),)
     monkeypatch.undo()

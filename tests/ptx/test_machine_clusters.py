@@ -71,6 +71,17 @@ def test_stores_to_the_other_block():
         assert kinds(outcome) == {"shared-race"}
 
 
+def test_a_barrier_of_the_block_does_not_order_what_the_other_one_did():
+    """However long ago that was."""
+    body = "mapa.shared::cluster.u32 %r13, %r11, %r12; st.shared::cluster.b32 [%r13], %r3; mov.b32 %r14, 0;"
+    body += "D: add.s32 %r14, %r14, 1; setp.lt.u32 %p3, %r14, 300; @%p3 bra D;"
+    body += f"BETWEEN ld.shared.b32 %r14, [%r11]; {SYNC}"
+    for outcome, _ in every_schedule(body.replace("BETWEEN", "bar.sync 0;")):
+        assert kinds(outcome) & {"shared-race", "shared-unwritten"}
+    for outcome, _ in every_schedule(body.replace("BETWEEN", SYNC)):
+        assert not outcome.reports
+
+
 def test_remote_addresses_need_the_cluster_window():
     body = f"mapa.shared::cluster.u32 %r13, %r11, %r12; st.shared.b32 [%r13], %r3; {SYNC}"
     for outcome, _ in every_schedule(body):

@@ -170,6 +170,19 @@ def test_bulk_copies_that_nobody_waited_for():
         assert kinds(outcome) & {"unwaited-copy", "shared-race", "shared-unwritten"}
 
 
+def test_a_phase_tells_nothing_of_the_next_one():
+    again = f"""
+    bar.sync 0; @!%p1 bra AGAIN; mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r10], 256; add.s32 %r14, %r13, 512;
+    cp.async.bulk.shared::cta.global.mbarrier::complete_tx::bytes [%r14], [%d0], 256, [%r10];
+    AGAIN: WAIT ld.shared.b32 %r20, [%r12+{DATA + 512}];
+    """
+    waited, careless = (bulk() + again.replace("WAIT", text) for text in (wait(1, name="V"), "bar.sync 0;"))
+    for outcome, _ in every_schedule(waited, warps=2):
+        assert not outcome.reports, outcome
+    for outcome, _ in every_schedule(careless, warps=2):
+        assert "unwaited-copy" in kinds(outcome)
+
+
 @pytest.mark.parametrize(("bytes_expected", "status"), [(256, "finished"), (512, "deadlock")])
 def test_bytes_that_are_expected(bytes_expected, status):
     body = bulk(text=BULK.replace("_, [%r10], 256", f"_, [%r10], {bytes_expected}"))

@@ -77,8 +77,12 @@ class TestSharedMemory:
     def test_another_barrier_orders_those_who_were_there(self):
         body = f"{PLACES} {OTHER} shr.u32 %r13, %r0, 6; add.s32 %r13, %r13, 1; st.shared.b32 [%r10], 1; bar.sync 0;"
         body += "st.shared.b32 [%r10], %r0; bar.sync %r13, 64;"
-        always(f"{body} ld.shared.b32 %r11, [%r12];", None, warps=4, shared=512)
-        always(f"{body} xor.b32 %r12, %r10, 256; ld.shared.b32 %r11, [%r12];", "shared-race", warps=4, shared=512)
+        launch = {"warps": 4, "shared": 512}
+        always(f"{body} ld.shared.b32 %r11, [%r12];", None, **launch)
+        # However long ago the others wrote.
+        for turns in (0, 300):
+            delay = f"mov.b32 %r14, 0; D: add.s32 %r14, %r14, 1; setp.lt.u32 %p1, %r14, {turns}; @%p1 bra D;"
+            always(f"{body} {delay} xor.b32 %r12, %r10, 256; ld.shared.b32 %r11, [%r12];", "shared-race", **launch)
 
     def test_who_only_arrives_has_published(self):
         body = f"{PLACES} {OTHER} setp.lt.u32 %p1, %r0, 32; @!%p1 bra READER; st.shared.b32 [%r10], %r0;"
@@ -168,6 +172,10 @@ class TestBlocks:
     )
     def test_what_breaks_it(self, parts):
         self.hand_over("global-race", **parts)
+
+    def test_what_is_written_after_the_release_is_not_part_of_it(self):
+        late = "st.global.release.gpu.b32 [%d0], 1; @%p1 st.global.b32 [%d10+256], 6;"
+        self.hand_over("global-race", release=late)
 
     @pytest.mark.parametrize(
         "parts",

@@ -137,6 +137,14 @@ def test_factors_in_shared_memory_are_kept_until_the_wait():
         assert found <= {"shared-race", "wgmma-operand", "proxy-fence"}
 
 
+def test_a_barrier_before_the_wait_orders_no_one_behind_it():
+    """The first warp's rows are overwritten by the others, whether it has waited by then or not."""
+    first = f"{READY} {CLEAR} {FENCE} {product()} {COMMIT}"
+    for seed in SEEDS:
+        found, _ = run(f"{first} {BARRIER} {wait()} {OVERWRITE}", seed)
+        assert "shared-race" in found or "wgmma-operand" in found, found
+
+
 def test_factors_overwritten_too_early_change_the_result():
     body = f"{READY} {CLEAR} {FENCE} {product()} {COMMIT} {BARRIER} {OVERWRITE} {BARRIER} {wait()} {STORE}"
     _, out = run(body)

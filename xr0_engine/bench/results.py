@@ -7,7 +7,6 @@ import math
 import os
 import platform
 import subprocess
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from xr0_engine.env import emulated_arch
+from xr0_engine.files import write_whole
 
 SCHEMA = 1
 KINDS = ("latency", "throughput", "coldstart", "jitter", "kernels", "images", "ablate", "finetune", "roofline")
@@ -78,15 +78,7 @@ def write(result: Result, path: Path) -> None:
     content = asdict(result)
     _check(content, "result")
     text = json.dumps(content, indent=1, allow_nan=False)
-    handle, partial = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text + "\n")
-        Path(partial).chmod(0o644)
-        os.replace(partial, path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
+    write_whole(path, text + "\n")
 
 
 def read(path: Path) -> Result:

@@ -83,6 +83,7 @@ void start_block(Machine& machine, Block& block, Cluster& cluster, uint32_t numb
     block.fresh_from = 0;
     block.slots = launch.warps;
     block.mbarriers.clear();
+    block.foreign.clear();
     reset_barriers(block);
     block.warps.resize(launch.warps);
     for (uint32_t id = 0; id < launch.warps; ++id) {

@@ -29,9 +29,10 @@ void land(Machine& machine, BulkCopy& copy, Mbarrier& mbarrier) {
     Block& block = *copy.block;
     Stamp written = 0;
     if (machine.settings.race) {
-        written = stamp(
-            machine.accesses.add(agent(block.home, mbarrier.slot), mbarrier.clock(), copy.instruction->line, kAsync),
-            kManyLanes);
+        const Agent by = agent(block.home, mbarrier.slot);
+        const uint32_t number = machine.accesses.add(by, mbarrier.clock(), copy.instruction->line, kAsync);
+        note_foreign(block, {number, by, mbarrier.clock()});
+        written = stamp(number, kManyLanes);
     }
     for (const Piece& piece : copy.pieces) {
         uint8_t* to = block.shared.data() + piece.offset;

@@ -102,6 +102,13 @@ struct NamedBarrier {
 };
 constexpr uint32_t kNamedBarriers = 16;
 
+// An access that barriers of the block do not order by themselves.
+struct ForeignAccess {
+    uint32_t number;
+    Agent agent;
+    uint32_t clock;
+};
+
 struct Block {
     GridRun* grid = nullptr;
     Cluster* cluster = nullptr;
@@ -118,9 +125,17 @@ struct Block {
     // Numbers below were given out before something that later accesses must be told apart from.
     uint32_t fresh_from = 0;
     std::array<NamedBarrier, kNamedBarriers> barriers;
+    // Accesses to shared memory by others than its warps: by copies, by other blocks.
+    std::vector<ForeignAccess> foreign;
     std::unordered_map<uint32_t, Mbarrier> mbarriers;
     uint32_t slots = 0;
 };
+
+inline void note_foreign(Block& block, const ForeignAccess& access) {
+    if (block.foreign.empty() || block.foreign.back().number != access.number) {
+        block.foreign.push_back(access);
+    }
+}
 
 struct Cluster {
     std::vector<std::unique_ptr<Block>> blocks;

@@ -222,9 +222,10 @@ void arrive_after_copies(Warp& warp, const Instruction& instruction, Lanes lanes
         }
         Mbarrier& mbarrier = *found.mbarrier;
         if (warp.machine->settings.race) {
-            settle_with(warp, stamp(warp.machine->accesses.add(agent(found.block->home, mbarrier.slot),
-                                                               mbarrier.clock(), instruction.line, kCopy),
-                                    kManyLanes));
+            const Agent by = agent(found.block->home, mbarrier.slot);
+            const u32 number = warp.machine->accesses.add(by, mbarrier.clock(), instruction.line, kCopy);
+            note_foreign(*warp.block, {number, by, mbarrier.clock()});
+            settle_with(warp, stamp(number, kManyLanes));
         } else {
             settle_all(warp);
         }

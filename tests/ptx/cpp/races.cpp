@@ -4,12 +4,15 @@
 
 namespace ptx {
 
-Touch::Touch(Warp& warp, const Instruction& instruction, const Cells& cells, const Block* shared_of, uint8_t traits)
+Touch::Touch(Warp& warp, const Instruction& instruction, const Cells& cells, Block* shared_of, uint8_t traits)
     : warp(warp), instruction(instruction), cells(cells), shared(shared_of != nullptr), traits(traits) {
     // Barriers of another block order nothing here.
     const uint32_t known = !shared ? warp.global_floor : shared_of == warp.block ? warp.shared_floor : 0;
     floor = stamp(std::max(known, warp.machine->first_number), 0);
     number = warp.machine->settings.race ? warp.number(instruction, traits) : 0;
+    if (shared && shared_of != warp.block && number) {
+        note_foreign(*shared_of, {number, warp.agent(), warp.order.clock});
+    }
 }
 
 bool Touch::quiet(size_t cell, size_t count, Stamp mine) const {

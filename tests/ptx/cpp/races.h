@@ -23,8 +23,7 @@ struct Touch {
     // What the last two stamps became together.
     Stamp joined_before = 0, joined_mine = 0, joined = 0;
 
-    Touch(Warp& warp, const Instruction& instruction, const Cells& cells, const Block* shared_of,
-          uint8_t traits = kPlain);
+    Touch(Warp& warp, const Instruction& instruction, const Cells& cells, Block* shared_of, uint8_t traits = kPlain);
 
     // offset, bytes: in the memory that the cells are of. lane: kManyLanes if it is none in particular.
     void read(size_t offset, size_t bytes, uint32_t lane) {

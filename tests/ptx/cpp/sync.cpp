@@ -14,6 +14,17 @@ bool of_block_alone(const Warp& warp, const Instruction& instruction) {
     return instruction.has(kScopeBlock) || (instruction.has(kScopeCluster) && !warp.block->grid->uses_clusters());
 }
 
+// All accesses below are known to those who have met at a barrier for everybody, and know `all`.
+uint32_t floor_of(Block& block, const View& all) {
+    std::erase_if(block.foreign,
+                  [&](const ForeignAccess& access) { return all.covers(access.agent, access.clock, -1, block.home); });
+    uint32_t floor = block.warps.front().machine->accesses.next();
+    for (const ForeignAccess& access : block.foreign) {
+        floor = std::min(floor, access.number);
+    }
+    return floor;
+}
+
 // Rows of the own block alone.
 Rows of_home(const Rows& rows, uint32_t home) {
     Rows result;
@@ -78,11 +89,12 @@ void synchronise_block(const std::vector<Warp*>& warps, bool everybody, const Vi
         all.join(warp->order.view);
         join_proxied(proxied, warp->order.proxied);
     }
+    const uint32_t floor = everybody ? floor_of(*warps.front()->block, all) : 0;
     for (Warp* warp : warps) {
         warp->order.view = all;
         warp->order.proxied = proxied;
         if (everybody) {
-            warp->shared_floor = warp->machine->accesses.next();
+            warp->shared_floor = floor;
             warp->proxy_floor = std::max(warp->proxy_floor, fenced);
         }
     }

@@ -11,10 +11,11 @@ from typing import Any
 from xr0_engine.bench.machine.findings import LATENCY_HEAD, latency_rows
 from xr0_engine.bench.machine.page import machine_name, short_commit
 from xr0_engine.bench.machine.plan import PARTS
-from xr0_engine.bench.machine.state import FACTS, FAULTS, PASSED, State, printed, read, results_of, write_whole
+from xr0_engine.bench.machine.state import FACTS, FAULTS, PASSED, State, printed, read, results_of
 from xr0_engine.bench.results import Result
 from xr0_engine.bench.tell.page import document, table
 from xr0_engine.bench.tell.report import EMULATED, OURS, TOO_FEW, check_unmixed
+from xr0_engine.files import write_whole
 
 
 @dataclass(frozen=True)

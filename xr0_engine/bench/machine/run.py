@@ -34,8 +34,8 @@ from xr0_engine.bench.machine.state import (
     check,
     go_on,
     locked,
-    write_whole,
 )
+from xr0_engine.files import write_whole
 
 FACTS_S = 120
 SAME = ("commit", "version")

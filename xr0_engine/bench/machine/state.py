@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
-import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +13,7 @@ from typing import Any
 
 from xr0_engine.bench import results
 from xr0_engine.bench.results import Result, utc_now
+from xr0_engine.files import write_whole
 
 SCHEMA = 1
 FILE, FACTS, RESULTS, LOGS, PAGE = "state.json", "machine.json", "results", "logs", "report.html"
@@ -134,16 +133,3 @@ def locked(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             raise ValueError(f"--out: another run is at work in {folder}") from None
         yield
-
-
-def write_whole(path: Path, text: str) -> None:
-    """The file appears whole or not at all. Raises OSError."""
-    handle, partial = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(partial).chmod(0o644)
-        os.replace(partial, path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
