@@ -57,7 +57,7 @@ TRITON_VERSIONS ?= 3.6.0 3.7.1 3.8.0
 emulated = XR0_EMULATE=$(1) $(BIN)/python -m pytest $(2)
 emulate: $(INSTALLED)-cpu $(addprefix build/triton-,$(TRITON_VERSIONS))
 	set -e; for chip in $(CHIPS); do for seed in $(SEEDS); do \
-	  XR0_EMULATE_SEED=$$seed XR0_EMULATE_ASYNC=random XR0_EMULATE_RESIDENT=$$((4 * seed)) \
+	  XR0_EMULATE_SEED=$$seed XR0_EMULATE_ASYNC=random XR0_EMULATE_RESIDENT=$$((8 * seed)) \
 	  XR0_EMULATE_PROCESSORS=$$((5 * seed)) $(call emulated,$$chip,-n 2 $(COMPILED_TESTS)); done; \
 	  XR0_EMULATE=$$chip $(BIN)/python -m tests.ptx.mutations; done
 	set -e; for version in $(TRITON_VERSIONS); do PYTHONPATH=$(abspath build)/triton-$$version \

@@ -35,7 +35,6 @@ class _Grid(ctypes.Structure):
         ("parameter_bytes", ctypes.c_uint64),
         ("early", ctypes.c_uint32),
         ("cooperative", ctypes.c_uint32),
-        ("profile", ctypes.c_void_p),
     )
 
 
@@ -149,7 +148,7 @@ def run(grids: Sequence[Grid], ranges: Sequence[tuple[int, int]], settings: Sett
 def _own(grid: Grid) -> _Grid:
     return _Grid(
         grid.program.handle, grid.blocks, grid.cluster, grid.warps, grid.shared_bytes, grid.parameters,
-        len(grid.parameters), grid.early, grid.cooperative, None,
+        len(grid.parameters), grid.early, grid.cooperative,
     )  # fmt: skip
 
 

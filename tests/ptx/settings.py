@@ -20,7 +20,8 @@ class Settings:
     asynchronous: XR0_EMULATE_ASYNC: when copies and wgmma happen: `waited` (default), at the latest moment, which shows
     a wait that is missing; `at-once`; `random`.
     processors: XR0_EMULATE_PROCESSORS, default 8: what kernels are told the chip has.
-    resident: XR0_EMULATE_RESIDENT, default 16: blocks that run at a time; a cooperative grid has all of its.
+    resident: XR0_EMULATE_RESIDENT, default 16, or as many as processors: blocks that run at a time. A cooperative grid
+    of more is refused, as a chip refuses it.
     quantum: XR0_EMULATE_QUANTUM, default 500: most instructions of a warp before another's turn.
     check: XR0_EMULATE_CHECK: `all` (default); `bounds`, without races; `none`.
     budget: XR0_EMULATE_BUDGET, default 2^36: instructions after which a launch is taken to hang.
@@ -37,9 +38,10 @@ class Settings:
     @classmethod
     def current(cls) -> Settings:
         """Raises ValueError for a value that cannot be."""
+        processors = _number("PROCESSORS", 8)
         return cls(
-            _number("SEED", 1, 0), _choice("ASYNC", "waited", ASYNCHRONOUS), _number("PROCESSORS", 8),
-            _number("RESIDENT", 16), _number("QUANTUM", 500), _choice("CHECK", "all", CHECKS),
+            _number("SEED", 1, 0), _choice("ASYNC", "waited", ASYNCHRONOUS), processors,
+            _number("RESIDENT", max(16, processors)), _number("QUANTUM", 500), _choice("CHECK", "all", CHECKS),
             _number("BUDGET", 1 << 36),
         )  # fmt: skip
 

@@ -76,13 +76,14 @@ class TestSharedMemory:
 
     def test_another_barrier_orders_those_who_were_there(self):
         body = f"{PLACES} {OTHER} shr.u32 %r13, %r0, 6; add.s32 %r13, %r13, 1; st.shared.b32 [%r10], 1; bar.sync 0;"
-        body += "st.shared.b32 [%r10], %r0; bar.sync %r13, 64;"
+        body += "st.shared.b32 [%r10], %r0; DELAY bar.sync %r13, 64; ld.shared.b32 %r11, [PLACE];"
         launch = {"warps": 4, "shared": 512}
-        always(f"{body} ld.shared.b32 %r11, [%r12];", None, **launch)
+        always(body.replace("PLACE", "%r12").replace("DELAY", ""), None, **launch)
         # However long ago the others wrote.
         for turns in (0, 300):
             delay = f"mov.b32 %r14, 0; D: add.s32 %r14, %r14, 1; setp.lt.u32 %p1, %r14, {turns}; @%p1 bra D;"
-            always(f"{body} {delay} xor.b32 %r12, %r10, 256; ld.shared.b32 %r11, [%r12];", "shared-race", **launch)
+            delay += "xor.b32 %r15, %r10, 256;"
+            always(body.replace("PLACE", "%r15").replace("DELAY", delay), "shared-race", **launch)
 
     def test_who_only_arrives_has_published(self):
         body = f"{PLACES} {OTHER} setp.lt.u32 %p1, %r0, 32; @!%p1 bra READER; st.shared.b32 [%r10], %r0;"

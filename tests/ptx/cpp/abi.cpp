@@ -61,11 +61,6 @@ extern "C" {
 
 int32_t machine_op(const char* name) { return Ops::all().find(name); }
 
-const char* machine_op_name(int32_t op) {
-    const auto& list = Ops::all().list();
-    return op >= 0 && static_cast<size_t>(op) < list.size() ? list[op].name.c_str() : nullptr;
-}
-
 Program* program_new(const Record* records, int32_t count, const int32_t* pool, int32_t pool_count,
                      uint32_t register_bytes, const Constant* constants, int32_t constant_count) {
     auto* program = new Program();

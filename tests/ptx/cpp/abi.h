@@ -62,8 +62,7 @@ struct Constant {
 
 // A grid of a stream. cluster: blocks, 1 1 1 for none. parameters: as ld.param addresses them.
 // early: may start as soon as every block of the grid before it has executed griddepcontrol.launch_dependents or is
-// done; otherwise when the one before it has completed. cooperative: all blocks must be resident at once. profile: one
-// counter for each record, or null.
+// done; otherwise when the one before it has completed. cooperative: all blocks must be resident at once.
 struct Grid {
     const struct Program* program;
     uint32_t blocks[3], cluster[3];
@@ -71,7 +70,6 @@ struct Grid {
     const uint8_t* parameters;
     uint64_t parameter_bytes;
     uint32_t early, cooperative;
-    uint64_t* profile;
 };
 
 // Bytes [low, high) of global memory that kernels may touch. They may not overlap; order is free.
@@ -127,8 +125,6 @@ enum TensorMapType : uint8_t { kU8, kU16, kU32, kS32, kU64, kS64, kF16, kF32, kF
 extern "C" {
 // The number of an op, -1 if there is none of that name.
 int32_t machine_op(const char* name);
-// All names, one by one; null behind the last.
-const char* machine_op_name(int32_t op);
 
 // Copies everything. register_bytes: of one warp.
 Program* program_new(const Record* records, int32_t count, const int32_t* pool, int32_t pool_count,

@@ -65,7 +65,6 @@ bool all_returned(Warp& warp, Lanes lanes) {
 void run_turn(Warp& warp, uint64_t quantum) {
     Machine& machine = *warp.machine;
     const Instruction* code = warp.block->grid->program().code.data();
-    uint64_t* profile = warp.block->grid->launch->profile;
     const bool check = machine.settings.check;
     uint64_t& total = machine.totals.executed;
     const uint64_t last = total + quantum;
@@ -81,9 +80,6 @@ void run_turn(Warp& warp, uint64_t quantum) {
             lanes &= instruction.negated ? ~predicate : predicate;
         }
         ++total;
-        if (profile) {
-            ++profile[warp.pc];
-        }
         if (instruction.touches_wgmma && lanes && check) {
             check_wgmma_registers(warp, instruction);
         }
