@@ -30,7 +30,7 @@ from xr0_engine.fused.verdict import Verdict, identity_of, keep, recall, verdict
 from xr0_engine.model.weights import check_tensors, checkpoint_shapes, read_index
 
 TIME_LIMIT_S = 300
-"""A check takes some seconds, and its first run the compilation of some sixty kernels: a minute. Longer is a hang."""
+"""Most of a first check is the compilation of some sixty kernels. Longer is a hang."""
 EMULATED_TIME_LIMIT_S = 3600
 """Where a CPU executes the kernels."""
 KEPT_LINES = 60
@@ -80,7 +80,7 @@ def check_now(device: torch.device, dtype: str, table: TacticTable, checkpoint: 
         config = ModelConfig.load(checkpoint)
         check_tensors(read_index(checkpoint), checkpoint_shapes(config))
     subject = "a seeded model" if checkpoint is None else "the checkpoint's first layers"
-    told = f"checking the GPU kernels on {subject} (once for this GPU and driver, up to a minute) ..."
+    told = f"checking the GPU kernels on {subject} (once for this GPU and driver; most of it is compiling) ..."
     Console(stderr=True, highlight=False, soft_wrap=True).print(told)
     words = ["--device", str(device), "--dtype", dtype]
     words += [] if checkpoint is None else ["--checkpoint", str(checkpoint)]
