@@ -78,12 +78,16 @@ class StatsOut:
     centred: bool = False
 
 
+Schedule = Literal["tiled", "stream", "whole", "tma"]
+"""tiled: a program computes one tile of rows and columns, over one of split_k parts of K (product.py)."""
+
+
 @dataclass(frozen=True)
 class Tactic:
     """How one kernel runs.
 
-    library: the product by torch (cuBLASLt), what surrounds it by one kernel of ours; attention by torch alone. flash:
-    with library, attention by the package flash-attn instead.
+    schedule: of a product's tiles, as Schedule has them. library: the product by torch (cuBLASLt), what surrounds it by
+    one kernel of ours; attention by torch alone. flash: with library, attention by the package flash-attn instead.
     """
 
     block_m: int = 32
@@ -94,6 +98,7 @@ class Tactic:
     stages: int = 3
     library: bool = False
     flash: bool = False
+    schedule: Schedule = "tiled"
 
 
 class HalfBlock(NamedTuple):

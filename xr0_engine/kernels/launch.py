@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 EMULATED = {"": 0, "89": 89, "90": 90, "120": 120}.get(os.environ.get("XR0_EMULATE", ""), -1)
@@ -157,7 +158,8 @@ def launch(
     cooperative: bool = False,
     reached: Sequence[Tensor] = (),
 ) -> None:
-    """Run kernel over grid. arguments: every parameter by name but PDL, which is true where the chip can do it.
+    """Run kernel over grid. arguments: every parameter by name but PDL, which is true where the chip can do it. A
+    TensorDescriptor, which TMA reads, is an argument of its own and no field of a named tuple.
 
     cooperative: all programs run at once, and may wait for each other; such a kernel has no dependent launch. reached:
     tensors that the kernel reaches through addresses in memory; what it is given is among its arguments.
@@ -165,7 +167,7 @@ def launch(
     A kernel with PDL calls gdc_wait() before it reads or writes what an earlier kernel may still use, and
     gdc_launch_dependents() once its own successor may start.
     """
-    device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
+    device = next(_tensors(arguments.values())).device
     if device.type == "meta":
         assert _recorded is not None, "tensors on the meta device need recording()"
         _recorded.append(Launch(kernel, grid, arguments, warps, stages, cooperative, reached))
@@ -185,6 +187,15 @@ def launch(
             kernel.warmup(**arguments, PDL=dependent, grid=grid, **options)
         else:
             kernel[grid](**arguments, PDL=dependent, **options)
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Those among arguments and in their named tuples."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif hasattr(value, "_asdict"):
+            yield from _tensors(value)
 
 
 def _emulator() -> Any:
@@ -265,6 +276,10 @@ class Signature:
         if hasattr(value, "_asdict"):
             fields = enumerate(value._asdict().items())
             return value._make([self._type((*place, index), *field) for index, field in fields])
+        if isinstance(value, TensorDescriptor):
+            kind = f"tensordesc<{DTYPES[value.base.dtype]}{list(value.block_shape)}>"
+            self.given.append((name, kind, value))
+            return kind
         if isinstance(value, float):
             kind = "fp32"
         else:

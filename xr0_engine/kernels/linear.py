@@ -6,7 +6,7 @@ Shape legend: B batch, M rows of each, K columns in, N or F columns out.
 from __future__ import annotations
 
 import itertools
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import triton
 import triton.language as tl
@@ -78,33 +78,77 @@ def _divisors(number: int) -> list[int]:
     return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
+class LinearEnd(NamedTuple):
+    """What a linear layer's epilogue reads and writes, as one argument: as linear, Residual and StatsOut have it."""
+
+    outputs: int
+    out: Tensor
+    out_b: int
+    out_m: int
+    residual: Tensor | None
+    residual_b: int
+    residual_m: int
+    gate: Tensor | None
+    base_sums: Tensor | None
+    base_sums_s: int
+    base_sums_b: int
+    base_sums_m: int
+    base_weight: Tensor | None
+    base_eps: float
+    extra: Tensor | None
+    extra_r: int
+    extra_index: Tensor | None
+    extra_index_b: int
+    stats: Tensor | None
+    stats_s: int
+    stats_b: int
+    stats_m: int
+    stats_weight: Tensor | None
+
+
+@triton.jit
+def finish_linear(
+    y, tile, end, CENTRED: tl.constexpr, ACTIVATION: tl.constexpr, OUT_SLOTS: tl.constexpr, HOW: tl.constexpr
+):
+    """Activation, residual, output and its statistics of a tile's y, (BLOCK_M, BLOCK_N) float32."""
+    batch, row, outputs = tile.batch, tile.row, end.outputs
+    column = tile.column_tile * HOW.BLOCK_N + tl.arange(0, HOW.BLOCK_N)
+    column_inside = column < outputs
+    mask = tile.inside[:, None] & column_inside[None, :]
+    if ACTIVATION == "gelu":
+        y = 0.5 * y * (1.0 + tl.erf(y * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":
+        y = gelu_tanh(y)
+    if end.residual is not None:
+        base_place = end.residual + (batch * end.residual_b + row * end.residual_m)[:, None] + column[None, :]
+        base = tl.load(base_place, mask, 0.0).to(tl.float32)
+        if end.base_sums is not None:
+            sums_place = batch * end.base_sums_b + row * end.base_sums_m
+            squares = add_slots(end.base_sums, end.base_sums_s, sums_place, tl.cdiv(outputs, SLOT), OUT_SLOTS)
+            base *= tl.rsqrt(squares / outputs + end.base_eps)[:, None]
+            base *= tl.load(end.base_weight + column, column_inside, 0.0)[None, :]
+        if end.gate is not None:
+            y *= tl.load(end.gate + column, column_inside, 0.0)[None, :]
+        y += base
+        if end.extra is not None:
+            index = tl.load(end.extra_index + batch * end.extra_index_b + row)
+            extra_mask = mask & (index >= 0)[:, None]
+            extra_place = (index.to(tl.int64) * end.extra_r)[:, None] + column[None, :]
+            y += tl.load(end.extra + extra_place, extra_mask, 0.0).to(tl.float32)
+    written = y.to(end.out.dtype.element_ty)
+    tl.store(end.out + (batch * end.out_b + row * end.out_m)[:, None] + column[None, :], written, mask)
+    if end.stats is not None:
+        place = end.stats + batch * end.stats_b + row * end.stats_m
+        store_stats(
+            written, outputs, tile.column_tile, column, place, end.stats_s, tile.inside, end.stats_weight, CENTRED, HOW
+        )
+
+
 @triton.jit
 def _linear(
     program,
     product,
-    outputs,
-    out,
-    out_b,
-    out_m,
-    residual,
-    residual_b,
-    residual_m,
-    gate,
-    base_sums,
-    base_sums_s,
-    base_sums_b,
-    base_sums_m,
-    base_weight,
-    base_eps,
-    extra,
-    extra_r,
-    extra_index,
-    extra_index_b,
-    stats,
-    stats_s,
-    stats_b,
-    stats_m,
-    stats_weight,
+    end,
     CENTRED: tl.constexpr,
     ACTIVATION: tl.constexpr,
     OUT_SLOTS: tl.constexpr,
@@ -112,41 +156,10 @@ def _linear(
     PDL: tl.constexpr,
 ):
     tile = take_tile(program, product, HOW)
-    batch, row = tile.batch, tile.row
-    column = tile.column_tile * HOW.BLOCK_N + tl.arange(0, HOW.BLOCK_N)
-    column_inside = column < outputs
-    mask = tile.inside[:, None] & column_inside[None, :]
-    n = tl.minimum(column, outputs - 1)
+    n = tl.minimum(tile.column_tile * HOW.BLOCK_N + tl.arange(0, HOW.BLOCK_N), end.outputs - 1)
     y, complete = multiply(product, tile, n, HOW, PDL)
     if complete:
-        y = finish(y, product, tile, n, HOW)
-        if ACTIVATION == "gelu":
-            y = 0.5 * y * (1.0 + tl.erf(y * 0.7071067811865476))
-        elif ACTIVATION == "gelu_tanh":
-            y = gelu_tanh(y)
-        if residual is not None:
-            base = tl.load(residual + (batch * residual_b + row * residual_m)[:, None] + column[None, :], mask, 0.0)
-            base = base.to(tl.float32)
-            if base_sums is not None:
-                base_place = batch * base_sums_b + row * base_sums_m
-                squares = add_slots(base_sums, base_sums_s, base_place, tl.cdiv(outputs, SLOT), OUT_SLOTS)
-                base *= tl.rsqrt(squares / outputs + base_eps)[:, None]
-                base *= tl.load(base_weight + column, column_inside, 0.0)[None, :]
-            if gate is not None:
-                y *= tl.load(gate + column, column_inside, 0.0)[None, :]
-            y += base
-            if extra is not None:
-                index = tl.load(extra_index + batch * extra_index_b + row)
-                extra_mask = mask & (index >= 0)[:, None]
-                extra_place = (index.to(tl.int64) * extra_r)[:, None] + column[None, :]
-                y += tl.load(extra + extra_place, extra_mask, 0.0).to(tl.float32)
-        written = y.to(out.dtype.element_ty)
-        tl.store(out + (batch * out_b + row * out_m)[:, None] + column[None, :], written, mask)
-        if stats is not None:
-            place = stats + batch * stats_b + row * stats_m
-            store_stats(
-                written, outputs, tile.column_tile, column, place, stats_s, tile.inside, stats_weight, CENTRED, HOW
-            )
+        finish_linear(finish(y, product, tile, n, HOW), tile, end, CENTRED, ACTIVATION, OUT_SLOTS, HOW)
 
 
 def linear(
@@ -193,17 +206,19 @@ def linear(
         tactic,
         workspace,
         {
-            "outputs": outputs,
-            **strided("out", out, "bm"),
-            **strided("residual", None if residual is None else residual.x, "bm"),
-            "gate": base.gate,
-            **strided("base_sums", base.sums, "sbm"),
-            "base_weight": base.weight,
-            "base_eps": base.eps,
-            **strided("extra", base.extra, "r"),
-            **strided("extra_index", base.extra_index, "b"),
-            **strided("stats", None if stats is None else stats.sums, "sbm"),
-            "stats_weight": None if stats is None else stats.weight,
+            "end": LinearEnd(
+                outputs=outputs,
+                **strided("out", out, "bm"),
+                **strided("residual", None if residual is None else residual.x, "bm"),
+                gate=base.gate,
+                **strided("base_sums", base.sums, "sbm"),
+                base_weight=base.weight,
+                base_eps=base.eps,
+                **strided("extra", base.extra, "r"),
+                **strided("extra_index", base.extra_index, "b"),
+                **strided("stats", None if stats is None else stats.sums, "sbm"),
+                stats_weight=None if stats is None else stats.weight,
+            ),
             "CENTRED": stats is not None and stats.centred,
             "ACTIVATION": activation,
             "OUT_SLOTS": triton.next_power_of_2(triton.cdiv(outputs, STATS_COLUMNS)),
@@ -241,29 +256,34 @@ def _check_stats(stats: StatsOut | None, batch: int, rows: int, outputs: int, ta
         raise ValueError(f"tactic.block_n: expected a multiple of {STATS_COLUMNS} with stats, got {tactic.block_n}")
 
 
+class SwigluEnd(NamedTuple):
+    """Where a gated layer's epilogue writes, as one argument. outputs: columns of out."""
+
+    outputs: int
+    out: Tensor
+    out_b: int
+    out_m: int
+
+
 @triton.jit
-def _swiglu(
-    program,
-    product,
-    outputs,
-    out,
-    out_b,
-    out_m,
-    HOW: tl.constexpr,
-    PDL: tl.constexpr,
-):
+def finish_swiglu(y, tile, end, HOW: tl.constexpr):
+    """Gate and output of a tile's y, (BLOCK_M, BLOCK_N) float32, whose columns are pairs of gate and up."""
+    gate, up = tl.split(tl.reshape(y, (HOW.BLOCK_M, HOW.BLOCK_N // 2, 2)))
+    column = tile.column_tile * (HOW.BLOCK_N // 2) + tl.arange(0, HOW.BLOCK_N // 2)
+    target = end.out + (tile.batch * end.out_b + tile.row * end.out_m)[:, None] + column[None, :]
+    value = gate * tl.sigmoid(gate) * up
+    tl.store(target, value.to(end.out.dtype.element_ty), tile.inside[:, None] & (column < end.outputs)[None, :])
+
+
+@triton.jit
+def _swiglu(program, product, end, HOW: tl.constexpr, PDL: tl.constexpr):
     tile = take_tile(program, product, HOW)
-    first_column = tile.column_tile * (HOW.BLOCK_N // 2)
     # Behind the last column the pairs run on, within the weight but for the last rows.
-    n = tl.minimum(paired(first_column, outputs, HOW.BLOCK_N), 2 * outputs - 1)
+    n = paired(tile.column_tile * (HOW.BLOCK_N // 2), end.outputs, HOW.BLOCK_N)
+    n = tl.minimum(n, 2 * end.outputs - 1)
     y, complete = multiply(product, tile, n, HOW, PDL)
     if complete:
-        y = finish(y, product, tile, n, HOW)
-        gate, up = tl.split(tl.reshape(y, (HOW.BLOCK_M, HOW.BLOCK_N // 2, 2)))
-        column = first_column + tl.arange(0, HOW.BLOCK_N // 2)
-        target = out + (tile.batch * out_b + tile.row * out_m)[:, None] + column[None, :]
-        value = gate * tl.sigmoid(gate) * up
-        tl.store(target, value.to(out.dtype.element_ty), tile.inside[:, None] & (column < outputs)[None, :])
+        finish_swiglu(finish(y, product, tile, n, HOW), tile, end, HOW)
 
 
 def swiglu(
@@ -299,5 +319,5 @@ def swiglu(
         2 * tactic.block_n,
         tactic,
         workspace,
-        {"outputs": columns, **strided("out", out, "bm")},
+        {"end": SwigluEnd(outputs=columns, **strided("out", out, "bm"))},
     )

@@ -8,6 +8,8 @@ Shape legend: B batch, M rows of each, K columns in, H query heads, G KV heads, 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -39,55 +41,60 @@ def _store_rotated(first, second, norm_weight, eps, cos, sin, angles, out, place
     _store_head(first * c - second * s, second * c + first * s, out, place, mask, HALF)
 
 
+class HeadsEnd(NamedTuple):
+    """What the epilogue of queries, keys and values reads and writes, as one argument: as qkv has it."""
+
+    query_heads: int
+    kv_heads: int
+    q: Tensor | None
+    q_b: int
+    q_h: int
+    q_m: int
+    k: Tensor
+    k_b: int
+    k_h: int
+    k_m: int
+    v: Tensor
+    v_b: int
+    v_h: int
+    v_m: int
+    q_weight: Tensor | None
+    k_weight: Tensor | None
+    eps: float
+    cos: Tensor
+    cos_b: int
+    cos_m: int
+    sin: Tensor
+    sin_b: int
+    sin_m: int
+
+
 @triton.jit
-def _qkv(
-    program,
-    product,
-    query_heads,
-    kv_heads,
-    q,
-    q_b,
-    q_h,
-    q_m,
-    k,
-    k_b,
-    k_h,
-    k_m,
-    v,
-    v_b,
-    v_h,
-    v_m,
-    q_weight,
-    k_weight,
-    eps,
-    cos,
-    cos_b,
-    cos_m,
-    sin,
-    sin_b,
-    sin_m,
-    HOW: tl.constexpr,
-    PDL: tl.constexpr,
-):
+def finish_qkv(y, tile, end, HOW: tl.constexpr):
+    """Head norm, rotation and output of a tile's y, (BLOCK_M, BLOCK_N) float32: one head, its columns in pairs."""
     HALF: tl.constexpr = HOW.BLOCK_N // 2
-    tile = take_tile(program, product, HOW)
     batch, row, head = tile.batch, tile.row, tl.cast(tile.column_tile, tl.int64)
-    n = paired(tile.column_tile * HOW.BLOCK_N, HALF, HOW.BLOCK_N)
+    first, second = tl.split(tl.reshape(y, (HOW.BLOCK_M, HALF, 2)))
+    mask = tile.inside[:, None]
+    cos, sin, angles = end.cos, end.sin, (batch * end.cos_b + row * end.cos_m, batch * end.sin_b + row * end.sin_m)
+    if head >= end.query_heads + end.kv_heads:
+        place = batch * end.v_b + (head - end.query_heads - end.kv_heads) * end.v_h + row * end.v_m
+        _store_head(first, second, end.v, place, mask, HALF)
+    elif head >= end.query_heads:
+        place = batch * end.k_b + (head - end.query_heads) * end.k_h + row * end.k_m
+        _store_rotated(first, second, end.k_weight, end.eps, cos, sin, angles, end.k, place, mask, HALF)
+    elif end.q is not None:
+        place = batch * end.q_b + head * end.q_h + row * end.q_m
+        _store_rotated(first, second, end.q_weight, end.eps, cos, sin, angles, end.q, place, mask, HALF)
+
+
+@triton.jit
+def _qkv(program, product, end, HOW: tl.constexpr, PDL: tl.constexpr):
+    tile = take_tile(program, product, HOW)
+    n = paired(tile.column_tile * HOW.BLOCK_N, HOW.BLOCK_N // 2, HOW.BLOCK_N)
     y, complete = multiply(product, tile, n, HOW, PDL)
     if complete:
-        y = finish(y, product, tile, n, HOW)
-        first, second = tl.split(tl.reshape(y, (HOW.BLOCK_M, HALF, 2)))
-        mask = tile.inside[:, None]
-        angles = (batch * cos_b + row * cos_m, batch * sin_b + row * sin_m)
-        if head >= query_heads + kv_heads:
-            value_place = batch * v_b + (head - query_heads - kv_heads) * v_h + row * v_m
-            _store_head(first, second, v, value_place, mask, HALF)
-        elif head >= query_heads:
-            key_place = batch * k_b + (head - query_heads) * k_h + row * k_m
-            _store_rotated(first, second, k_weight, eps, cos, sin, angles, k, key_place, mask, HALF)
-        elif q is not None:
-            query_place = batch * q_b + head * q_h + row * q_m
-            _store_rotated(first, second, q_weight, eps, cos, sin, angles, q, query_place, mask, HALF)
+        finish_qkv(finish(y, product, tile, n, HOW), tile, end, HOW)
 
 
 def qkv(
@@ -143,15 +150,17 @@ def qkv(
         tactic,
         workspace,
         {
-            "query_heads": heads,
-            "kv_heads": groups,
-            **strided("q", q, "bhm"),
-            **strided("k", k, "bhm"),
-            **strided("v", v, "bhm"),
-            "q_weight": q_weight,
-            "k_weight": k_weight,
-            "eps": eps,
-            **strided("cos", cos, "bm"),
-            **strided("sin", sin, "bm"),
+            "end": HeadsEnd(
+                query_heads=heads,
+                kv_heads=groups,
+                **strided("q", q, "bhm"),
+                **strided("k", k, "bhm"),
+                **strided("v", v, "bhm"),
+                q_weight=q_weight,
+                k_weight=k_weight,
+                eps=eps,
+                **strided("cos", cos, "bm"),
+                **strided("sin", sin, "bm"),
+            )
         },
     )

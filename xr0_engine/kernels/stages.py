@@ -28,9 +28,9 @@ from torch import Tensor
 
 from xr0_engine.kernels.arguments import STATS_COLUMNS
 from xr0_engine.kernels.device import paired, tile_of, wait_for
-from xr0_engine.kernels.linear import _linear, _swiglu
+from xr0_engine.kernels.linear import LinearEnd, SwigluEnd, _linear, _swiglu
 from xr0_engine.kernels.product import How, Product, prefetch_weight
-from xr0_engine.kernels.qkv import _qkv
+from xr0_engine.kernels.qkv import HeadsEnd, _qkv
 
 SLOT = tl.constexpr(STATS_COLUMNS)
 
@@ -112,13 +112,13 @@ def qkv_stage(
     HOW: tl.constexpr = _how(NORM, COLUMNS, STREAM, TILE)
     tiles = _begin(shared.barrier, stage, product, 3 * HEADS * DIM, False, TILE, COMPILED)
     head_b, head_h, table_b = HEADS * tokens * DIM, tokens * DIM, tokens * (DIM // 2)
+    end = HeadsEnd(
+        query_heads=HEADS, kv_heads=HEADS, q=q, q_b=head_b, q_h=head_h, q_m=DIM, k=k, k_b=head_b, k_h=head_h, k_m=DIM,
+        v=v, v_b=head_b, v_h=head_h, v_m=DIM, q_weight=q_norm, k_weight=k_norm, eps=shared.eps, cos=cos, cos_b=table_b,
+        cos_m=DIM // 2, sin=sin, sin_b=table_b, sin_m=DIM // 2,
+    )  # fmt: skip
     for program in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        _qkv(
-            program, product, query_heads=HEADS, kv_heads=HEADS, q=q, q_b=head_b, q_h=head_h, q_m=DIM, k=k, k_b=head_b,
-            k_h=head_h, k_m=DIM, v=v, v_b=head_b, v_h=head_h, v_m=DIM, q_weight=q_norm, k_weight=k_norm,
-            eps=shared.eps, cos=cos, cos_b=table_b, cos_m=DIM // 2, sin=sin, sin_b=table_b, sin_m=DIM // 2, HOW=HOW,
-            PDL=False,
-        )  # fmt: skip
+        _qkv(program, product, end, HOW, False)
 
 
 @triton.jit
@@ -137,15 +137,15 @@ def linear_stage(
     HOW: tl.constexpr = _how(None, INPUTS, STREAM, TILE)
     tiles = _begin(shared.barrier, stage, product, OUTPUTS, False, TILE, COMPILED)
     out_b, sums_s, sums_b = shared.tokens * OUTPUTS, 2 * shared.batch * shared.tokens, 2 * shared.tokens
+    end = LinearEnd(
+        outputs=OUTPUTS, out=out, out_b=out_b, out_m=OUTPUTS, residual=residual, residual_b=out_b, residual_m=OUTPUTS,
+        gate=gate, base_sums=residual_sums, base_sums_s=sums_s, base_sums_b=sums_b, base_sums_m=2,
+        base_weight=residual_weight, base_eps=shared.eps, extra=None, extra_r=0, extra_index=None, extra_index_b=0,
+        stats=stats, stats_s=sums_s, stats_b=sums_b, stats_m=2, stats_weight=stats_weight,
+    )  # fmt: skip
+    OUT_SLOTS: tl.constexpr = triton.next_power_of_2(triton.cdiv(OUTPUTS, SLOT))
     for program in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        _linear(
-            program, product, outputs=OUTPUTS, out=out, out_b=out_b, out_m=OUTPUTS, residual=residual,
-            residual_b=out_b, residual_m=OUTPUTS, gate=gate, base_sums=residual_sums, base_sums_s=sums_s,
-            base_sums_b=sums_b, base_sums_m=2, base_weight=residual_weight, base_eps=shared.eps, extra=None, extra_r=0,
-            extra_index=None, extra_index_b=0, stats=stats, stats_s=sums_s, stats_b=sums_b, stats_m=2,
-            stats_weight=stats_weight, CENTRED=False, ACTIVATION=None,
-            OUT_SLOTS=triton.next_power_of_2(triton.cdiv(OUTPUTS, SLOT)), HOW=HOW, PDL=False,
-        )  # fmt: skip
+        _linear(program, product, end, False, None, OUT_SLOTS, HOW, False)
 
 
 @triton.jit
@@ -164,5 +164,6 @@ def swiglu_stage(
     )  # fmt: skip
     HOW: tl.constexpr = _how(NORM, COLUMNS, STREAM, TILE)
     tiles = _begin(shared.barrier, stage, product, 2 * INNER, True, TILE, COMPILED)
+    end = SwigluEnd(outputs=INNER, out=out, out_b=tokens * INNER, out_m=INNER)
     for program in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        _swiglu(program, product, INNER, out, tokens * INNER, INNER, HOW, False)
+        _swiglu(program, product, end, HOW, False)
