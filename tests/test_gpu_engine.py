@@ -173,6 +173,15 @@ def test_batch_equals_one_by_one(engine, batch):
         assert relative_rms(together[row].normalized, alone.normalized) < SAME
 
 
+def test_views_of_different_sizes_are_encoded_together(engine, folder):
+    observation = engine.example(CASE.robot_type, (64, 64))
+    images = {key: image[:, : 64 - 32 * index] for index, (key, image) in enumerate(observation.images.items())}
+    observation = replace(observation, images=images)
+    plain = Engine.from_pretrained(folder, device="cpu", dtype="float32", backend="reference")
+    expected = plain.infer(observation, seed=0).normalized
+    assert relative_rms(engine.infer(observation, seed=0).normalized, expected) < SAME
+
+
 def test_a_closed_session_captures_anew(engine, folder):
     session = new_session(engine, folder)
     expected = chunk_after(session, "step")

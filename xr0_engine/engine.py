@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import overload
+from typing import TypeVar, overload
 
 import numpy as np
 import torch
@@ -16,18 +17,31 @@ from xr0_engine.config import ModelConfig
 from xr0_engine.exported.model import ExportedModel
 from xr0_engine.fused.choice import Choice, choose
 from xr0_engine.fused.graph import wait_for_stream
+from xr0_engine.fused.lookahead import Launched
 from xr0_engine.fused.model import FusedModel
 from xr0_engine.fused.tactics import tactics_for
 from xr0_engine.model.network import Network
 from xr0_engine.model.weights import load_model, read_index, resolve_checkpoint
-from xr0_engine.robot.decode import decode, encode_prefix
+from xr0_engine.robot.calls import Given, checked, chunks, start_noise, take
 from xr0_engine.robot.embodiment import Embodiment, load_embodiment
 from xr0_engine.robot.normalize import select_robot_type
 from xr0_engine.robot.preprocess import Preprocessor
 from xr0_engine.robot.tokenized import tokenized_inputs
-from xr0_engine.types import ActionChunk, KVBlock, ModelInputs, Observation, RobotInfo, TokenizedObservation
+from xr0_engine.types import (
+    ActionChunk,
+    Inference,
+    KVBlock,
+    ModelInputs,
+    Observation,
+    RobotInfo,
+    TokenizedObservation,
+)
 
 ASKED_FOR = "asked for by name"
+FAILURES = (ValueError, RuntimeError, MemoryError)
+"""What a call may raise after which the engine serves the next."""
+Argument = TypeVar("Argument")
+Result = TypeVar("Result")
 
 
 class Engine:
@@ -189,11 +203,36 @@ class Engine:
     ) -> ActionChunk:
         """The next action chunk of an observation that came as tokens and patches; all else as in infer."""
         clock = _StageClock(self.model.device)
-        robot_type, profile = self._preprocess.resolve(observation.robot_type)
-        views = [view.key for view in profile.views]
-        statistics, limits = self.statistics[robot_type], self._preprocess.limits
-        inputs = tokenized_inputs(observation, views, self.config, statistics, limits)
-        return self._run(clock, inputs, [observation], [prefix], noise, seed)[0]
+        return self._run(clock, self._tokenized(observation), [observation], [prefix], noise, seed)[0]
+
+    @property
+    def infers_ahead(self) -> bool:
+        """Whether infer_all works on two calls at once: on a GPU whose tactic table says so, with backend triton."""
+        return isinstance(self.model, FusedModel) and self.model.lookahead is not None
+
+    def infer_all(self, calls: Iterable[Inference | None]) -> Iterator[ActionChunk | Exception]:
+        """The chunk of each call in turn, as infer gives it, bit by bit; in its place what the call raised, which
+        leaves the others alone.
+
+        Where infers_ahead, the next call is taken while one is at work: it is preprocessed and its images are encoded
+        beside that one's flow. calls: None where there is none yet; as long as one is at work it is asked again. All
+        else as in infer and infer_tokenized.
+        """
+        if not self.infers_ahead:
+            yield from (_attempt(self._alone, call) for call in calls if call is not None)
+            return
+        before: _Underway | None = None
+        for call in calls:
+            current = None if call is None else _attempt(self._launched, call)
+            if before is not None and (current is not None or before.launched.is_done()):
+                yield _attempt(self._landed, before)
+                before = None
+            if isinstance(current, Exception):
+                yield current
+            elif current is not None:
+                before = current
+        if before is not None:
+            yield _attempt(self._landed, before)
 
     def prefill(self, observation: Observation | Sequence[Observation]) -> KVBlock:
         """What the DiT reads of an observation (or batch), kept so that several chunks can be sampled from it."""
@@ -216,14 +255,14 @@ class Engine:
         """
         head = self.config.head
         batch, length, width = kv_block.action_mask.shape
-        state_ = _checked("state", state, (batch, head.state_length, head.state_dim))
+        state_ = checked("state", state, (batch, head.state_length, head.state_dim))
         shape = (batch, 0, width) if prefix is None else np.shape(prefix)
         if len(shape) != 3 or shape[1] > length:
             raise ValueError(f"prefix: expected (batch {batch}, at most {length}, {width}), got {tuple(shape)}")
-        given = torch.zeros(shape) if prefix is None else _checked("prefix", prefix, (batch, shape[1], width))
+        given = torch.zeros(shape) if prefix is None else checked("prefix", prefix, (batch, shape[1], width))
         padded = torch.zeros(batch, length, width)
         padded[:, : given.shape[1]] = given
-        start = _noise(noise, seed, (batch, length, width))
+        start = start_noise(noise, seed, (batch, length, width))
         return self.model.sample(kv_block, state_, start, padded, torch.full((batch,), given.shape[1]))
 
     def _infer(
@@ -237,6 +276,36 @@ class Engine:
         inputs = self._preprocess(observations, self.model.patch_buffer)
         return self._run(clock, inputs, observations, prefixes, noise, seed)
 
+    def _tokenized(self, observation: TokenizedObservation) -> ModelInputs:
+        robot_type, profile = self._preprocess.resolve(observation.robot_type)
+        views = [view.key for view in profile.views]
+        statistics, limits = self.statistics[robot_type], self._preprocess.limits
+        return tokenized_inputs(observation, views, self.config, statistics, limits)
+
+    def _alone(self, call: Inference) -> ActionChunk:
+        if isinstance(call.observation, Observation):
+            return self.infer(call.observation, call.prefix, call.noise, call.seed)
+        return self.infer_tokenized(call.observation, call.prefix, call.noise, call.seed)
+
+    def _launched(self, call: Inference) -> _Underway:
+        assert isinstance(self.model, FusedModel)
+        assert self.model.lookahead is not None
+        # Nothing is waited for: its marks are the host's.
+        clock, observation = _StageClock(torch.device("cpu")), call.observation
+        with self.model.lookahead.beside():
+            if isinstance(observation, Observation):
+                inputs = self._preprocess([observation], self.model.patch_buffer)
+            else:
+                inputs = self._tokenized(observation)
+        given = self._take(inputs, [observation], [call.prefix], call.noise, call.seed)
+        clock.mark("preprocess")
+        return _Underway(clock, given, self.model.launch(inputs, given.noise, given.prefix, given.prefix_length))
+
+    def _landed(self, underway: _Underway) -> ActionChunk:
+        sampled = underway.launched.chunk()
+        underway.clock.mark("step")
+        return self._chunks(underway.clock, underway.given, sampled)[0]
+
     def _run(
         self,
         clock: _StageClock,
@@ -246,57 +315,29 @@ class Engine:
         noise: np.ndarray | None,
         seed: int | Sequence[int | None] | None,
     ) -> list[ActionChunk]:
-        robot_types = [self._preprocess.resolve(observation.robot_type)[0] for observation in observations]
-        start = _noise(noise, seed, tuple(inputs.action_mask.shape))
-        prefix, prefix_length = self._normalized_prefixes(inputs, prefixes, robot_types)
+        given = self._take(inputs, observations, prefixes, noise, seed)
         clock.mark("preprocess")
-        chunk = self.model.step(inputs, start, prefix, prefix_length, clock.mark)
+        chunk = self.model.step(inputs, given.noise, given.prefix, given.prefix_length, clock.mark)
+        return self._chunks(clock, given, chunk.cpu())
+
+    def _take(
+        self,
+        inputs: ModelInputs,
+        observations: Sequence[Observation | TokenizedObservation],
+        prefixes: Sequence[np.ndarray | None],
+        noise: np.ndarray | None,
+        seed: int | Sequence[int | None] | None,
+    ) -> Given:
+        robot_types = [self._preprocess.resolve(observation.robot_type)[0] for observation in observations]
+        batch, length, width = inputs.action_mask.shape
+        return take(observations, prefixes, robot_types, noise, seed, (batch, length, width), self.statistics)
+
+    def _chunks(self, clock: _StageClock, given: Given, chunk: Tensor) -> list[ActionChunk]:
         # A copy: the network's next call may overwrite its chunk.
-        sampled = chunk.cpu().numpy().copy()
-        if not np.isfinite(sampled).all():
-            raise RuntimeError(
-                "the model gave actions that are not finite: the checkpoint is broken, or float16 overflowed"
-            )
-        decoded = []
-        for row, (given, robot_type) in enumerate(zip(prefixes, robot_types, strict=True)):
-            actions = decode(sampled[row], self.statistics[robot_type])
-            if given is not None:
-                actions[: len(given)] = given
-            decoded.append(actions)
+        decoded = chunks(chunk.numpy().copy(), given, self.statistics)
         clock.mark("decode")
         timing = clock.finish()
-        return [
-            ActionChunk(
-                actions=actions,
-                normalized=normalized,
-                active_columns=self.statistics[robot_type].action_mask.max(0) > 0,
-                robot_type=robot_type,
-                prefix_length=int(length),
-                timestamp_s=observation.timestamp_s,
-                timing_ms=timing,
-            )
-            for actions, normalized, robot_type, length, observation in zip(
-                decoded, sampled, robot_types, prefix_length, observations, strict=True
-            )
-        ]
-
-    def _normalized_prefixes(
-        self, inputs: ModelInputs, prefixes: Sequence[np.ndarray | None], robot_types: list[str]
-    ) -> tuple[Tensor, Tensor]:
-        """(B, T, A) and (B,): each row's prefix in the model's units, padded, and its length."""
-        batch, length, width = inputs.action_mask.shape
-        padded = torch.zeros(batch, length, width)
-        lengths = torch.zeros(batch, dtype=torch.long)
-        for row, (given, robot_type) in enumerate(zip(prefixes, robot_types, strict=True)):
-            if given is None:
-                continue
-            given = np.asarray(given)
-            if given.ndim != 2 or given.shape[1] != width or len(given) > length:
-                raise ValueError(f"prefix: expected (at most {length}, {width}), got {given.shape}")
-            given = _checked("prefix", given, given.shape).numpy()
-            padded[row, : len(given)] = torch.from_numpy(encode_prefix(given, self.statistics[robot_type]))
-            lengths[row] = len(given)
-        return padded, lengths
+        return [replace(each, timing_ms=timing) for each in decoded]
 
 
 class _StageClock:
@@ -321,36 +362,18 @@ class _StageClock:
         return time.perf_counter()
 
 
-def _noise(
-    noise: np.ndarray | Tensor | None, seed: int | Sequence[int | None] | None, shape: tuple[int, ...]
-) -> Tensor:
-    """float32 noise (batch, T, A): as given ((T, A) for a batch of one), from seed + row or a row's own, or fresh."""
-    if noise is not None:
-        if seed is not None:
-            raise ValueError("noise, seed: expected at most one of them, got both")
-        if shape[0] == 1 and np.ndim(noise) == 2:
-            return _checked("noise", noise, shape[1:])[None]
-        return _checked("noise", noise, shape)
-    if seed is None:
-        return torch.randn(shape)
-    if isinstance(seed, list | tuple):
-        if len(seed) != shape[0]:
-            raise ValueError(f"seed: expected one per observation ({shape[0]}), got {len(seed)}")
-        return torch.cat([_noise(None, own, (1, *shape[1:])) for own in seed])
-    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**63 - shape[0]:
-        raise ValueError(f"seed: expected a whole number from 0 below 2**63, got {seed!r}")
-    rows = [torch.randn(shape[1:], generator=torch.Generator().manual_seed(int(seed) + row)) for row in range(shape[0])]
-    return torch.stack(rows)
+@dataclass(frozen=True)
+class _Underway:
+    """A call of infer_all at work."""
+
+    clock: _StageClock
+    given: Given
+    launched: Launched
 
 
-def _checked(name: str, value: np.ndarray | Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The value as float32 on the host, wherever it was."""
-    array = value.detach().float().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
-    if array.dtype.kind not in "fiu":
-        raise ValueError(f"{name}: expected numbers, got dtype {array.dtype}")
-    tensor = torch.as_tensor(array, dtype=torch.float32)
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
-    if not bool(tensor.isfinite().all()):
-        raise ValueError(f"{name}: expected finite numbers, got NaN or inf")
-    return tensor
+def _attempt(work: Callable[[Argument], Result], argument: Argument) -> Result | Exception:
+    """What came of it, or what it raised."""
+    try:
+        return work(argument)
+    except FAILURES as error:
+        return error

@@ -45,12 +45,14 @@ TABLE = "table"
 WAYS: dict[str, dict[str, Any]] = {
     TABLE: {},
     "chained": {"flow": "chained", "overlap": False},
+    "layered": {"flow": "layered", "overlap": False},
     "persistent": {"flow": "persistent", "overlap": False},
     "overlap": {"overlap": True},
     "separate": {"flow": "chained", "overlap": False},
 }
-"""How the flow runs: as this GPU's tactic table has it; as a chain of kernels; as one kernel; with its first step
-beside the VLM's last layers; as a chain of kernels, none of which starts before the one ahead of it has ended."""
+"""How the flow runs: as this GPU's tactic table has it; as a chain of kernels; as one kernel a layer; as one kernel;
+with its first step beside the VLM's last layers; as a chain of kernels, none of which starts before the one ahead of it
+has ended."""
 SEEDED_MODES = {"windowed": (4, 10), "full": (None, 0)}
 SEEDED_RESULT = re.compile(r"(windowed|full)\.prefix(\d+)\.actions")
 
@@ -255,8 +257,8 @@ def _verify_seeded(
             actions = head.sample(kv, inputs["state"], inputs["noise"], prefix, lengths, head.modulation_table())
         else:
             table = _table(device, way)
-            ops, persistent = FusedOps(backend, device, table.tactics), table.flow == "persistent"
-            session = FlowSession(FusedHead(head), ops, batch, bucket(tokens), prefix.shape[1], persistent=persistent)
+            ops, fused = FusedOps(backend, device, table.tactics), FusedHead(head)
+            session = FlowSession(fused, ops, batch, bucket(tokens), prefix.shape[1], flow=table.flow)
             actions = session.sample(kv, inputs["state"], inputs["noise"], prefix, lengths)
         case = f"{path.stem}.{matched[1]}.prefix{length}"
         yield compare(case, "actions", actions, expected, dtype, FLOAT32_SEEDED_MAX_ERROR)

@@ -59,6 +59,16 @@ class TokenizedObservation:
 
 
 @dataclass(frozen=True)
+class Inference:
+    """One call of Engine.infer or Engine.infer_tokenized, as they have it, among those that wait for each other."""
+
+    observation: Observation | TokenizedObservation
+    prefix: np.ndarray | None = None
+    noise: np.ndarray | None = None
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
 class ActionChunk:
     """The next T actions.
 
@@ -66,8 +76,8 @@ class ActionChunk:
     normalized: (T, A) float32, the model's own units, as sampled.
     active_columns: (A,) bool, the columns that the robot type uses anywhere in the chunk.
     prefix_length: how many leading actions were given (committed), not sampled.
-    timing_ms: stage -> milliseconds: preprocess, vision, prefill, flow (one `step` where they run as one CUDA graph),
-    decode, total. In a batch: of the whole batch.
+    timing_ms: stage -> milliseconds: preprocess, vision, prefill, flow (one `step` where they run as one CUDA graph, or
+    beside another call's), decode, total. In a batch: of the whole batch.
     """
 
     actions: np.ndarray

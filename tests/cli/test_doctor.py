@@ -136,7 +136,7 @@ def test_a_check_is_made_anew_and_decides_the_exit_code(gpu, tmp_path, monkeypat
     (tmp_path / "patch" / "sitecustomize.py").write_text(
         "import os\nfrom xr0_engine.fused import ops, parts\nhonest = ops.FusedOps.linear\n"
         f"def run(*words, **named): {kernel}\nops.FusedOps.linear = run\n"
-        "parts.FusedOps = lambda backend, *rest: ops.FusedOps('reference', *rest)\n"
+        "parts.FusedOps = lambda backend, *rest, **named: ops.FusedOps('reference', *rest, **named)\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "patch"))
     old = kept("failed" if exit_code == 0 else "passed", "2026-01-02", config=checkpoint_config(tmp_path))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from xr0_engine.fused.head import FusedHead
 from xr0_engine.fused.prompts import session_key
 from xr0_engine.fused.session import Session
 from xr0_engine.fused.staging import Staging
+from xr0_engine.fused.tactics import TacticTable
 
 LONG = 200_000_000
 """Cycles that a GPU sleeps, some 0.1 s: far longer than what the host does meanwhile."""
@@ -155,6 +157,7 @@ def test_a_flow_that_fails_beside_the_prefill_says_why(plain, cuda, monkeypatch,
     session, whole = session_of(plain), FusedHead.layer
     session.run()
     expected = session.chunk.clone()
+    beside = partial(session._prefill_beside_flow, plain.config.head.num_layers)
 
     def fails_when_captured(self, ops, inputs, b, step, index) -> None:
         if torch.cuda.current_stream().capture is not None and index == layer:
@@ -164,10 +167,48 @@ def test_a_flow_that_fails_beside_the_prefill_says_why(plain, cuda, monkeypatch,
     with monkeypatch.context() as patch:
         patch.setattr(FusedHead, "layer", fails_when_captured)
         with pytest.raises(KeyError):
-            Graph(session._prefill_beside_flow, GPU)
+            Graph(beside, GPU)
     session.chunk.zero_()
-    Graph(session._prefill_beside_flow, GPU)
+    Graph(beside, GPU)
     assert torch.equal(session.chunk, expected)
+
+
+def test_the_flow_begins_beside_as_many_of_the_last_layers_as_the_table_says(plain, cuda, monkeypatch):
+    session, whole, count = session_of(plain), FusedHead.layer, plain.config.head.num_layers
+    session.run()
+    expected, prefill = session.chunk.clone(), session.model.text.run
+    reached, first = [], []
+
+    def watched(*arguments) -> None:
+        *given, layer_done = arguments
+        prefill(*given, lambda index: (reached.append(index), layer_done(index)))
+
+    def layer(self, ops, inputs, b, step, index) -> None:
+        first.append((step, index, reached[-1]))
+        whole(self, ops, inputs, b, step, index)
+
+    monkeypatch.setattr(FusedHead, "layer", layer)
+    monkeypatch.setattr(session.model.text, "run", watched)
+    before = plain.config.text.num_layers - count
+    for layers in (1, count - 1, count):
+        session.chunk.zero_()
+        first.clear()
+        session._prefill_beside_flow(layers)
+        assert torch.equal(session.chunk, expected)
+        beside = [(index, at) for step, index, at in first if step == 0]
+        assert [index for index, _ in beside] == list(range(count))
+        assert [at for _, at in beside] == [before + max(index, count - layers) for index in range(count)]
+
+
+def test_overlap_is_a_number_of_layers_or_all_of_them(plain, monkeypatch):
+    session, count = session_of(plain), plain.config.head.num_layers
+    assert count > 1
+    for overlap, layers in ((False, 0), (0, 0), (1, 1), (count - 1, count - 1), (count + 3, count), (True, count)):
+        session.table = TacticTable("", overlap=overlap)
+        assert session.overlapped == 0, "streams are a GPU's"
+        with monkeypatch.context() as patch:
+            patch.setattr(type(session.model), "device", GPU)
+            assert session.overlapped == layers
 
 
 def test_a_graph_is_freed_when_its_last_replay_has_ended(cuda):

@@ -9,8 +9,9 @@ import torch
 
 from tests.kernels.support import DEVICE
 from tests.support import make_config
+from xr0_engine.fused.backends import LOOP, LOOP_STAGES
 from xr0_engine.fused.head import FusedHead
-from xr0_engine.fused.ops import FlowInputs, FusedOps, Tactic
+from xr0_engine.fused.ops import FlowInputs, FusedOps, Tactic, tactic_key
 from xr0_engine.model.dit import ActionHead
 from xr0_engine.model.layers import pack_linears
 
@@ -19,11 +20,12 @@ pytest.importorskip("triton")
 MAX_ERROR = 1e-4
 """float32 through two steps of two layers, with sums in another order, and norms that amplify."""
 SPLIT = Tactic(block_m=16, block_n=64, block_k=32, split_k=2)
+WHOLE = Tactic(block_m=16, block_n=16, block_k=128, schedule="whole")
 
 
-def make_head(dtype: torch.dtype = torch.float32) -> FusedHead:
+def make_head(dtype: torch.dtype = torch.float32, columns: int = 64) -> FusedHead:
     """At the smallest sizes that have every part: 2 heads, which share one of the cache."""
-    sizes = {"num_layers": 2, "hidden_size": 64, "head_dim": 32, "num_kv_heads": 1, "flow_steps": 2}
+    sizes = {"num_layers": 2, "hidden_size": columns, "head_dim": 32, "num_kv_heads": 1, "flow_steps": 2}
     text = {"head_dim": sizes["head_dim"], "num_kv_heads": sizes["num_kv_heads"]}
     config = make_config(text=text, head=sizes)
     torch.manual_seed(0)
@@ -63,33 +65,74 @@ def make_inputs(head: FusedHead, batch: int) -> FlowInputs:
     return FlowInputs(**{name: value.to(DEVICE) for name, value in vars(inputs).items()})
 
 
-def test_one_kernel_computes_the_flow_with_split_sums():
+@pytest.mark.parametrize(
+    ("flow", "tactic", "attention", "programs"),
+    [
+        pytest.param("layered", SPLIT, SPLIT, None, id="layered"),
+        pytest.param("persistent", SPLIT, SPLIT, 5, id="persistent, 5 programs"),
+        pytest.param("persistent", WHOLE, WHOLE, None, id="persistent, K whole"),
+        pytest.param("persistent", SPLIT, WHOLE, None, id="persistent, keys whole"),
+    ],
+)
+def test_loops_compute_the_flow(flow, tactic, attention, programs):
     """A window, a prefix and two rows are those of the whole step in test_fused.py."""
-    head, batch = make_head(), 1
+    head, batch = make_head(columns=128 if tactic == WHOLE else 64), 1
     inputs = make_inputs(head, batch)
     expected = head.run(FusedOps("reference", DEVICE), inputs, head.buffers(batch, 6))
-    ops, buffers = FusedOps("triton", DEVICE), head.buffers(batch, 6)
-    ops.default = lambda kind, shape: SPLIT
+    ops, buffers = FusedOps("triton", DEVICE, programs=programs), head.buffers(batch, 6)
+    loop = dict.fromkeys((LOOP + stage for stage in LOOP_STAGES), tactic) | {LOOP + "attention": attention}
+    ops.default = lambda kind, shape: loop.get(kind, SPLIT)
     # What a stage leaves unwritten shows.
-    for name in ("middle", "middle_sums", "end", "end_sums", "q", "k", "v", "mixed", "hidden", "embedded", "z"):
+    for name in ("middle", "middle_sums", "end", "end_sums", "q", "k", "v", "raw", "mixed", "hidden", "embedded", "z"):
         getattr(buffers, name).fill_(torch.nan)
-    chunk = head.run(ops, inputs, buffers, persistent=True)
+    chunk = head.run(ops, inputs, buffers, flow=flow)
     torch.testing.assert_close(chunk, expected, rtol=0, atol=MAX_ERROR)
     assert not ops.workspace.counters(4).any(), "the next kernel counts from zero"
+
+
+def test_attention_may_finish_the_heads():
+    """Where its tactic is "whole", queries and keys come to it as a plain linear layer leaves them."""
+    head = make_head()
+    inputs, ops, buffers = make_inputs(head, 2), FusedOps("triton", DEVICE), head.buffers(2, 6)
+    expected = head.run(FusedOps("reference", DEVICE), inputs, head.buffers(2, 6))
+    whole = Tactic(block_m=16, block_n=16, block_k=64, schedule="whole")
+    ops.default = lambda kind, shape: whole if shape[-1] == 64 else SPLIT
+    ops.tactics[tactic_key("lambda_attention", (*buffers.q.shape[:3], *inputs.keys.shape[2:]), torch.float32)] = whole
+    for name in ("middle", "middle_sums", "end", "end_sums", "raw", "mixed", "hidden", "embedded"):
+        getattr(buffers, name).fill_(torch.nan)
+    torch.testing.assert_close(head.run(ops, inputs, buffers), expected, rtol=0, atol=MAX_ERROR)
+    assert not buffers.q.any(), "the op qkv ran"
 
 
 @pytest.mark.compiled
 def test_replays_are_bit_identical():
     head = make_head()
     ops, inputs, buffers = FusedOps("triton", DEVICE), make_inputs(head, 2), head.buffers(2, 6)
-    chunks = [head.run(ops, inputs, buffers, persistent=True).clone() for _ in range(20)]
+    chunks = [head.run(ops, inputs, buffers, flow="persistent").clone() for _ in range(20)]
     assert all(torch.equal(chunk, chunks[0]) for chunk in chunks)
 
 
 def test_the_reference_has_no_such_kernel():
     head = make_head()
     with pytest.raises(NotImplementedError, match="runs op by op"):
-        head.run(FusedOps("reference", DEVICE), make_inputs(head, 1), head.buffers(1, 6), persistent=True)
+        head.run(FusedOps("reference", DEVICE), make_inputs(head, 1), head.buffers(1, 6), flow="persistent")
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "complaint"),
+    [
+        ({"qkv": WHOLE}, ValueError, "expected 'whole', as tactics.'qkv'. has, got 'tiled'"),
+        ({"down": replace(SPLIT, library=True)}, ValueError, "expected one of our own kernels, got the library's"),
+        ({"down": replace(SPLIT, schedule="stream")}, NotImplementedError, "expected 'tiled' or 'whole' in a loop"),
+        ({"out": replace(WHOLE, block_k=64)}, ValueError, "expected a multiple of 128 for 8 warps, got 64"),
+    ],
+    ids=["raw heads", "library", "schedule", "depth"],
+)
+def test_tactics_that_a_loop_cannot_have_are_refused(change, error, complaint):
+    head, ops = make_head(columns=128), FusedOps("triton", DEVICE)
+    ops.default = lambda kind, shape: change.get(kind.removeprefix(LOOP), SPLIT)
+    with pytest.raises(error, match=complaint):
+        head.finish(ops, make_inputs(head, 1), head.buffers(1, 6), 0, flow="layered")
 
 
 def test_a_cache_of_other_strides_is_refused():
@@ -98,4 +141,4 @@ def test_a_cache_of_other_strides_is_refused():
     wider = torch.cat((inputs.values, inputs.values), dim=-1)
     inputs = replace(inputs, values=wider[..., : head.config.head_dim])
     with pytest.raises(ValueError, match="values: expected the strides of keys"):
-        head.run(FusedOps("triton", DEVICE), inputs, head.buffers(1, 6), persistent=True)
+        head.run(FusedOps("triton", DEVICE), inputs, head.buffers(1, 6), flow="persistent")

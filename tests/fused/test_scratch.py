@@ -20,7 +20,7 @@ from xr0_engine.bench.cases import CASES, Setup
 from xr0_engine.bench.step.recorder import META, parts_on_meta
 from xr0_engine.bench.step.workload import Workload
 from xr0_engine.checkpoint import init_checkpoint
-from xr0_engine.fused import ops as fused_ops
+from xr0_engine.fused import backends
 from xr0_engine.fused import session as sessions
 from xr0_engine.fused.ops import FusedOps, tactic_key
 from xr0_engine.fused.prompts import SessionKey, bucket, session_key
@@ -165,7 +165,7 @@ def test_parts_captured_in_any_order_keep_their_scratch(
 def test_published_sizes_keep_their_scratch(monkeypatch, scratch, case, arch):
     """Default tactics of a chip, on paper. A few layers ask for what all do."""
     pytest.importorskip("triton")
-    monkeypatch.setattr(fused_ops, "interpreted", lambda: False)
+    monkeypatch.setattr(backends, "interpreted", lambda: False)
     config, work = Workload.of_case(Setup(CASES[case], "4b"))
     parts = parts_on_meta(
         replace(

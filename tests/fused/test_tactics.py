@@ -19,7 +19,8 @@ TABLE = TacticTable(
     True,
     {KEY: {"a": 1.5}},
     {"torch": "2"},
-    "persistent",
+    "layered",
+    programs=99,
 )
 
 
@@ -50,7 +51,14 @@ def test_a_table_that_cannot_be_written_leaves_the_old_one(tmp_path):
         pytest.param(lambda content: content.pop("schema"), "schema", id="no schema"),
         pytest.param(lambda content: content["tactics"][KEY].update(block_q=1), r"unknown \['block_q'\]", id="tactic"),
         pytest.param(lambda content: content.update(colour="red"), "colour", id="field"),
-        pytest.param(lambda content: content.update(flow="both"), "flow: expected chained or persistent", id="flow"),
+        pytest.param(lambda content: content.update(ahead="yes"), "ahead: expected true or false", id="ahead"),
+        pytest.param(lambda content: content.update(overlap=-1), "overlap: expected true, false or a", id="overlap"),
+        pytest.param(
+            lambda content: content.update(flow="both"), "flow: expected chained or layered or persistent", id="flow"
+        ),
+        pytest.param(
+            lambda content: content.update(programs=0), "programs: expected a number of at least", id="programs"
+        ),
         pytest.param(lambda content: content.update(tactics=[1]), "no tactic table", id="type"),
     ],
 )
@@ -76,6 +84,7 @@ def test_file_that_is_no_table_is_refused(tmp_path, text):
 
 def test_the_users_table_comes_before_the_packages(tmp_path, monkeypatch):
     monkeypatch.setattr(tactics, "gpu_name", lambda device: "toy")
+    monkeypatch.setattr(tactics, "capability", lambda device: 0)
     monkeypatch.setattr(tactics.resources, "files", lambda package: tmp_path / "package")
     monkeypatch.setenv("XR0_CACHE", str(tmp_path / "cache"))
     device = torch.device("cuda")

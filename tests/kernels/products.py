@@ -23,6 +23,7 @@ EPS = 1e-3
 
 SPLIT = pytest.param(Tactic(16, 64, 32, split_k=2), id="split K")
 LIBRARY = pytest.param(Tactic(16, 64, 32, library=True), id="library")
+STREAM = pytest.param(Tactic(64, 64, 32, split_k=3, schedule="stream"), id="stream")
 TACTICS = [
     pytest.param(Tactic(16, 64, 64), id="whole K"),
     SPLIT,

@@ -11,7 +11,7 @@ import torch
 
 from tests.kernels.support import DEVICE, DTYPES, Frame, assert_as_plain, assert_close, randn
 from xr0_engine.kernels import fused_reference
-from xr0_engine.kernels.arguments import Tactic, Workspace
+from xr0_engine.kernels.arguments import Segments, Tactic, Workspace
 from xr0_engine.kernels.attention import attention
 from xr0_engine.kernels.lambda_attention import lambda_attention
 
@@ -55,6 +55,52 @@ def plain_attention(q, k, v, mask):
     k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
     scores = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).masked_fill(~mask, -torch.inf)
     return scores.softmax(-1) @ v
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("lengths", "heads", "groups", "causal"),
+    [
+        pytest.param((5, 34, 16), 2, 2, False, id="of three lengths"),
+        pytest.param((7, 7), 4, 2, True, id="of one length, causal"),
+        pytest.param((19,), 2, 2, False, id="one"),
+    ],
+)
+@pytest.mark.parametrize("library", [False, True], ids=["kernel", "library"])
+def test_rows_see_their_own_segment(lengths, heads, groups, causal, dtype, library, workspace):
+    torch.manual_seed(0)
+    rows, dim = sum(lengths), 16
+    q = randn(1, rows, heads, dim, dtype=dtype, scale=2).transpose(1, 2)
+    k, v = (randn(1, groups, rows, dim, dtype=dtype) for _ in range(2))
+    tactic, segments = Tactic(library=library, **SMALL), Segments.of(lengths, DEVICE)
+    common = {"causal": causal, "segments": segments, "tactic": tactic, "workspace": workspace}
+    out, exact = Frame(1, rows, heads * dim, dtype=dtype), torch.empty(1, rows, heads * dim, device=DEVICE)
+    attention(q, k, v, out.view, **common)
+    fused_reference.attention(q, k, v, exact, **common)
+    mask = torch.block_diag(*(torch.ones(length, length, device=DEVICE) for length in lengths)).bool()
+    plain = plain_attention(q, k, v, mask.tril() if causal else mask).transpose(1, 2).flatten(2)
+    assert_as_plain(out.result(), exact, plain)
+
+
+def test_the_longest_segment_starts_first():
+    segments = Segments.of((4, 9, 4, 9), DEVICE)
+    assert segments.spans == ((4, 13), (17, 26), (0, 4), (13, 17))
+    assert segments.bounds.tolist() == [list(span) for span in segments.spans]
+    assert segments.lengths == (9, 9, 4, 4)
+    with pytest.raises(ValueError, match=r"lengths: expected at least one, all positive; got \[3, 0\]"):
+        Segments.of((3, 0), DEVICE)
+
+
+@pytest.mark.parametrize(
+    ("batch", "queries", "keys", "lengths"),
+    [(1, 8, 8, (4, 3)), (2, 8, 8, (8,)), (1, 7, 8, (8,))],
+    ids=["rows left over", "a batch", "a kept preamble"],
+)
+def test_segments_are_of_all_rows_of_one_sequence(batch, queries, keys, lengths, workspace):
+    q, k, out = torch.zeros(batch, 2, queries, 16), torch.zeros(batch, 2, keys, 16), torch.zeros(batch, queries, 32)
+    segments = Segments.of(lengths, q.device)
+    with pytest.raises(ValueError, match="segments: expected those of all rows of one sequence"):
+        attention(q, k, k, out, causal=False, segments=segments, tactic=Tactic(), workspace=workspace)
 
 
 @pytest.mark.parametrize("lambda_shaped", [False, True], ids=["attention", "lambda_attention"])

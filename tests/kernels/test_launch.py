@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tests.kernels.products import meta, meta_float
 from xr0_engine.kernels.launch import Launch, Signature, variants
@@ -25,7 +27,10 @@ class How(NamedTuple):
 
 PARAMETERS = {"program": False, "pair": False, "out": False, "HOW": True, "PDL": True}
 KERNEL = SimpleNamespace(
-    __name__="kernel", params=[SimpleNamespace(name=name, is_constexpr=is_it) for name, is_it in PARAMETERS.items()]
+    __name__="kernel",
+    params=[
+        SimpleNamespace(name=name, is_constexpr=is_it, do_not_specialize=False) for name, is_it in PARAMETERS.items()
+    ],
 )
 
 
@@ -49,6 +54,13 @@ def test_none_and_one_are_compiled_in():
     assert signature.types["pair"] == Pair("constexpr", "constexpr", "fp32")
     assert signature.constants == {(0,): None, (1, 0): None, (1, 1): 1, (3,): How(16), (4,): False}
     assert signature.named_constants == {"program": None, "x": None, "rows": 1, "BLOCK": 16, "PDL": False}
+
+
+def test_a_descriptor_is_told_by_its_block():
+    described = TensorDescriptor(meta(8, 64), [8, 64], [64, 1], [4, 64])
+    signature = Signature(replace(call(Pair(None, 1)), arguments=call(Pair(None, 1)).arguments | {"out": described}))
+    assert signature.types["out"] == "tensordesc<bf16[4, 64]>"
+    assert ("out", "tensordesc<bf16[4, 64]>", described) in signature.given
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from torch import Tensor
 from tests.kernels.products import LIBRARY, SPLIT, statistics, workspace
 from tests.kernels.support import DEVICE, DTYPES, FLOAT32_ERROR, LOW_PRECISION_FACTOR, randn
 from xr0_engine.kernels import fused_reference
-from xr0_engine.kernels.arguments import InputNorm, Residual, StatsOut, Weight
+from xr0_engine.kernels.arguments import InputNorm, Residual, StatsOut, Tactic, Weight
 from xr0_engine.kernels.linear import linear, swiglu
 from xr0_engine.kernels.qkv import qkv
 
@@ -48,21 +48,41 @@ def test_layer_norm_of_rows_far_from_zero(rows, tactic, dtype):
     """The rows are written, with their statistics, by one product, and read by another."""
     torch.manual_seed(0)
     stream = ROWS[rows](torch.randn(2, 9, INPUTS, device=DEVICE))
-    x, sums = torch.empty_like(stream, dtype=dtype), torch.full((18, 2, 9, 2), torch.nan, device=DEVICE)
-    nothing, zeros = (
-        torch.zeros(2, 9, 16, dtype=dtype, device=DEVICE),
-        torch.zeros(INPUTS, 16, dtype=dtype, device=DEVICE),
-    )
-    run = {"tactic": tactic, "workspace": workspace()}
+    sums = torch.full((18, 2, 9, 2), torch.nan, device=DEVICE)
+    assert_normalised(written(stream, sums, dtype, tactic), sums, tactic)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tactic", [SPLIT, LIBRARY])
+def test_layer_norm_of_merged_rows(tactic, dtype):
+    """Four neighbouring rows are read as one, whose slots theirs are: 36, more than are taken at once."""
+    torch.manual_seed(0)
+    stream = ROWS["large channels"](torch.randn(1, 12, INPUTS, device=DEVICE))[..., :576].contiguous()
+    slots = torch.full((1, 12, 9, 2), torch.nan, device=DEVICE)
+    x = written(stream, slots.permute(2, 0, 1, 3), dtype, tactic)
+    assert_normalised(x.view(1, 3, -1), slots.view(1, 3, 36, 2).permute(2, 0, 1, 3), tactic)
+
+
+def written(stream: Tensor, sums: Tensor, dtype: torch.dtype, tactic: Tactic) -> Tensor:
+    """The rows as a product leaves them, with their statistics in sums."""
+    batch, rows, columns = stream.shape
+    nothing, zeros = (torch.zeros(*shape, 16, dtype=dtype, device=DEVICE) for shape in ((batch, rows), (columns,)))
+    x, run = torch.empty_like(stream, dtype=dtype), {"tactic": tactic, "workspace": workspace()}
     linear(nothing, Weight(zeros), x, residual=Residual(stream), stats=StatsOut(sums, centred=True), **run)
-    data = randn(OUTPUTS, INPUTS, dtype=dtype, scale=INPUTS**-0.5)
+    return x
+
+
+def assert_normalised(x: Tensor, sums: Tensor, tactic: Tactic) -> None:
+    """The product of a layer norm's rows is as near to float64 as PyTorch's, but for their means."""
+    columns, run = x.shape[-1], {"tactic": tactic, "workspace": workspace()}
+    data = randn(OUTPUTS, columns, dtype=x.dtype, scale=columns**-0.5)
     norm = InputNorm(sums, EPS, "layer", data.float().sum(1))
-    out, oracle = (torch.empty(2, 9, OUTPUTS, device=DEVICE) for _ in range(2))
+    out, oracle = (torch.empty(*x.shape[:2], OUTPUTS, device=DEVICE) for _ in range(2))
     for op, target in ((linear, out), (fused_reference.linear, oracle)):
         op(x, Weight(data), target, norm=norm, **run)
 
-    exact = F.layer_norm(x.double(), (INPUTS,), eps=EPS) @ data.double().T
-    plain = F.layer_norm(x, (INPUTS,), eps=EPS) @ data.T
+    exact = F.layer_norm(x.double(), (columns,), eps=EPS) @ data.double().T
+    plain = F.layer_norm(x, (columns,), eps=EPS) @ data.T
     ratio = x.double().mean(-1).abs() / (x.double().var(-1, correction=0) + EPS).sqrt()
     rounding = LOW_PRECISION_FACTOR * largest_error(plain, exact) + FLOAT32_ERROR * exact.abs().max()
     allowed = rounding + UNCENTRED_ERROR * ratio.max()

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from tests.kernels.support import DEVICE
+from xr0_engine.kernels.device import gdc_begin
 from xr0_engine.kernels.launch import INTERPRETED, launch, processors
 from xr0_engine.kernels.stages import arrive, leave, wait
 
@@ -22,6 +23,7 @@ def _pass_on(
 ):
     """In every round a program takes the next one's words of the round before, backwards, and adds 1."""
     program, count = tl.program_id(0), tl.num_programs(0)
+    gdc_begin(PDL)
     word = tl.arange(0, WORDS)
     place = (program + 1) % count * WORDS + WORDS - 1 - word
     for stage in range(1, rounds + 1):

@@ -177,13 +177,21 @@ class _Decoder:
         if opcode.startswith("ld.param."):
             return self._parameters(opcode, operands)
         if len(operands) == 4 and opcode.endswith(".f32") and opcode.startswith(("min.", "max.")):
-            # Of three: first of two, into a register that nobody else has.
-            between = f"{operands[0]}@{len(self.registers)}"
-            self.registers[between] = len(self.registers)
-            self.classes.append("n")
-            form = form_of(opcode)
+            # Of three: first of two.
+            between, form = self._register("n"), form_of(opcode)
             return [form((between, *operands[1:3])), form((operands[0], between, operands[3]))]
+        if opcode == "cvta.param.u64":
+            # In their own memory, parameters begin at 0.
+            begin = self._register("w")
+            return [Bound("param.address", ["=w"], [begin]), form_of("add.u64")((operands[0], begin, operands[1]))]
         return [form_of(opcode)(operands)]
+
+    def _register(self, kind: str) -> str:
+        """One that nobody else has."""
+        name = f"@{len(self.registers)}"
+        self.registers[name] = len(self.registers)
+        self.classes.append(kind)
+        return name
 
     def _parameters(self, opcode: str, operands: tuple[str, ...]) -> list[Bound]:
         *vector, kind = opcode.split(".")[2:]
@@ -253,7 +261,7 @@ class _Decoder:
         return -2 - self.constants.setdefault((value, kind), len(self.constants))
 
     def _value(self, token: str, kind: str) -> int:
-        """Of a number or a place in shared memory, as bits. Raises NotImplementedError for what is none."""
+        """Of a number, or of a place in shared memory or among parameters, as bits. Raises NotImplementedError else."""
         mask = (1 << (64 if kind == "w" else 32)) - 1
         if kind == "p" and token in ("true", "false", "1", "0", "-1"):
             return 0 if token in ("false", "0") else mask
@@ -263,6 +271,8 @@ class _Decoder:
             return int(found[1] or found[2], 16)
         if token in self.function.shared and kind != "p":
             return self.function.shared[token]
+        if token in self.function.parameters and kind != "p":
+            return self.function.parameters[token].offset
         what = self.function.unsupported.get(token)
         raise NotImplementedError(f"with operand {token}{f', {what}' if what else ''}")
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tests.fused.test_head import SPLIT, make_head, make_inputs
 from tests.kernels.products import EPS, Product, statistics
+from xr0_engine.env import emulated_arch
 from xr0_engine.fused.ops import FusedOps
 from xr0_engine.kernels.arguments import Residual, StatsOut, Tactic, Workspace
 from xr0_engine.kernels.attention import attention
@@ -28,6 +29,8 @@ CPU = torch.device("cpu")
 DTYPE = torch.bfloat16
 WHOLE_WARPGROUP = Tactic(64, 64, 64, split_k=2, warps=4, stages=3)
 """Products of 64 rows are wgmma on sm_90."""
+BULK = Tactic(128, 64, 64, split_k=4, warps=4, stages=3, schedule="tma")
+"""Tiles that come by TMA, each shared by two programs; of 72 rows 64 are the MMA's rows, the rest among 16 columns."""
 SKINNY = Tactic(16, 64, 64, split_k=2, warps=4, stages=3)
 """A flow step's products: mma.sync everywhere."""
 
@@ -68,10 +71,10 @@ def _outputs(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
     return torch.full(shape, torch.nan, dtype=dtype)
 
 
-def _linear(tactic: Tactic) -> tuple[Tensor, ...]:
+def _linear(tactic: Tactic, rows: int = 80, inputs: int = 320) -> tuple[Tensor, ...]:
     torch.manual_seed(0)
-    rows, columns = 80, 128
-    product = Product.make((1, rows, 320, columns), DTYPE, "rms", bias=True)
+    columns = 128
+    product = Product.make((1, rows, inputs, columns), DTYPE, "rms", bias=True)
     stream, sums = torch.randn(1, rows, columns), torch.zeros(columns // 64, 1, rows, 2)
     out = _outputs(1, rows, columns, dtype=torch.float32)
     (x, ahead), workspace = _writer(product.x), _workspace()
@@ -210,7 +213,7 @@ def _flow_loop() -> tuple[Tensor, ...]:
     inputs, buffers = make_inputs(head, 1), head.buffers(1, 6)
     ops = FusedOps("triton", CPU)
     ops.default = lambda kind, shape: SPLIT  # type: ignore[method-assign]
-    chunk = head.run(ops, inputs, buffers, persistent=True)
+    chunk = head.run(ops, inputs, buffers, flow="persistent")
     return chunk, ops.workspace.counters(ops.workspace.size[1])
 
 
@@ -218,6 +221,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
         "linear": Family("_linear", lambda: _linear(SKINNY)),
         "linear, 64 rows": Family("_linear", lambda: _linear(WHOLE_WARPGROUP)),
+        **({} if emulated_arch() == 89 else {"linear, tma": Family("_bulk_product", lambda: _linear(BULK, 72, 640))}),
         "swiglu": Family("_swiglu", _swiglu),
         "qkv": Family("_qkv", _qkv),
         "attention": Family("_attention", _attention),

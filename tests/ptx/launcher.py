@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tests.ptx import machine
 from tests.ptx.decoder import Program, decode
@@ -33,6 +35,9 @@ DECODING = ("parser", "instructions", "transfers", "clusters", "decoder", "regis
 POISON = 0xFF
 HIDDEN_PARAMETER_BYTES = 16
 """Triton's own, behind a kernel's: addresses of scratch memory that no kernel of ours uses."""
+MAP_ALIGNMENT, MAP_MAGIC = 64, 0x70616D74
+MAP_TYPES = {torch.float16: 6, torch.float32: 7, torch.bfloat16: 9}
+"""Of a tensor map, as cpp/abi.h has it. Other dtypes of one byte are 0."""
 SHOWN = 12
 """Reports that an error tells; the rest are counted."""
 WITHOUT_ACCESS = frozenset(f"aten::{name}" for name in ("empty", "empty_strided", "new_empty", "empty_like", "detach"))
@@ -59,6 +64,10 @@ class Totals:
     running_s: float = 0.0
 
 
+Boxes = Sequence[dict[str, Any]]
+"""Of each tensor descriptor, in the order of the parameters: what the compiler made of its block, which TMA copies."""
+
+
 @dataclass(frozen=True)
 class Queued:
     """A launch that is ready to run, with the tensors that it may touch."""
@@ -72,7 +81,7 @@ class Queued:
 totals = Totals()
 altered: Callable[[str, str], str] | None = None
 """(kernel's name, its PTX) -> the PTX that runs instead: how the emulator itself is proven."""
-_loaded: dict[tuple[Any, ...], tuple[LoadedProgram, int]] = {}
+_loaded: dict[tuple[Any, ...], tuple[LoadedProgram, int, Boxes]] = {}
 _stream: Stream | None = None
 
 
@@ -151,9 +160,10 @@ def prepare(call: Launch, arch: int, dependent: bool) -> Queued:
         totals.compiling_s += time.perf_counter() - begin
         text = binary.asm["ptx"]
         _loaded[key] = (
-            LoadedProgram(decoded(altered(call.name, text) if altered else text)), binary.metadata.shared
+            LoadedProgram(decoded(altered(call.name, text) if altered else text)), binary.metadata.shared,
+            getattr(binary.metadata, "tensordesc_meta", None) or (),
         )  # fmt: skip
-    loaded, shared = _loaded[key]
+    loaded, shared, boxes = _loaded[key]
     program = loaded.program
     grid = machine.Grid(
         program=loaded,
@@ -161,11 +171,12 @@ def prepare(call: Launch, arch: int, dependent: bool) -> Queued:
         cluster=(*program.cluster, 1, 1, 1)[:3],
         warps=-(-int(np.prod(program.threads)) // 32) if program.threads else call.warps,
         shared_bytes=shared + program.static_shared,
-        parameters=_packed(signature, program),
+        parameters=_packed(signature, program, boxes),
         early=dependent,
         cooperative=call.cooperative,
     )
-    tensors = [value for _, _, value in signature.given if isinstance(value, Tensor)]
+    given = [value.base if isinstance(value, TensorDescriptor) else value for _, _, value in signature.given]
+    tensors = [value for value in given if isinstance(value, Tensor)]
     # Between launches, what is in the scratch memory of split sums is undefined.
     scratch = [value for name, _, value in signature.given if name == "partials"]
     return Queued(call, grid, [*tensors, *call.reached], scratch)
@@ -199,18 +210,51 @@ def _decoder_digest() -> bytes:
     return _digest
 
 
-def _packed(signature: Signature, program: Program) -> bytes:
-    """The parameters as the driver lays them out, each at a multiple of its size."""
-    data = b""
+def _packed(signature: Signature, program: Program, boxes: Boxes) -> bytes:
+    """The parameters as the driver lays them out, each at a multiple of its size.
+
+    Raises NotImplementedError for a tensor descriptor of a chip without TMA, where it is something else.
+    """
+    data, left = b"", iter(boxes)
+    if not boxes and any(kind[0] == "t" for _, kind, _ in signature.given):
+        raise NotImplementedError(f"{program.name}: a tensor descriptor without TMA")
     for _, kind, value in signature.given:
-        if kind[0] == "*":
-            item = struct.pack("<Q", value.data_ptr())
-        else:
-            item = struct.pack("<f" if kind == "fp32" else "<i", value)
-        data += bytes(-len(data) % len(item)) + item
+        for alignment, item in _descriptor(value, next(left)) if kind[0] == "t" else [_item(kind, value)]:
+            data += bytes(-len(data) % alignment) + item
     hidden = program.parameter_bytes - (len(data) + 7) // 8 * 8
     assert 0 <= hidden <= HIDDEN_PARAMETER_BYTES, (program.name, program.parameter_bytes, len(data))
     return data.ljust(program.parameter_bytes, b"\0")
+
+
+def _item(kind: str, value: Any) -> tuple[int, bytes]:
+    """(alignment, bytes) of an argument."""
+    if kind[0] == "*":
+        return 8, struct.pack("<Q", value.data_ptr())
+    return 4, struct.pack("<f" if kind == "fp32" else "<i", value)
+
+
+def _descriptor(descriptor: TensorDescriptor, box: dict[str, Any]) -> list[tuple[int, bytes]]:
+    """_item of what Triton makes of a tensor descriptor: TensorMap of cpp/abi.h, then its sizes and strides.
+
+    Raises NotImplementedError for maps that are not of plain tiles.
+    """
+    if box["fp4_padded"] or box.get("is_im2col", False):
+        raise NotImplementedError(f"a tensor map of {box}")
+    element, rank = descriptor.base.element_size(), len(descriptor.shape)
+    sizes, strides, block = (list(each)[::-1] for each in (descriptor.shape, descriptor.strides, box["block_size"]))
+    bytes_apart = [element * stride for stride in strides[1:]]
+    dtype = MAP_TYPES.get(descriptor.base.dtype, 0 if element == 1 else -1)
+    encoded = struct.pack(
+        "<5Q5I10HI4B40x", descriptor.base.data_ptr(), *_five(bytes_apart)[:4], *_five(sizes), *_five(block),
+        *_five([1] * rank), MAP_MAGIC, rank, dtype, box["swizzle"], descriptor.padding == "nan",
+    )  # fmt: skip
+    numbers = [(4, struct.pack("<i", size)) for size in descriptor.shape]
+    return [(MAP_ALIGNMENT, encoded), *numbers, *((8, struct.pack("<q", stride)) for stride in descriptor.strides)]
+
+
+def _five(numbers: list[int]) -> list[int]:
+    """Those of five dimensions, zero behind the last."""
+    return numbers + [0] * (5 - len(numbers))
 
 
 def execute(queue: Sequence[Queued], arch: int) -> None:

@@ -104,7 +104,13 @@ RULES = (
     _rule("address of a store, 4 bytes on", rf"(?<=st\.global)([^\[;]*){ADDRESS}", _moved(4)),
     _rule("address in shared memory, 16 bytes on", rf"(?<=(?:ld|st)\.shared)([^\[;]*){ADDRESS}", _moved(16)),
     _rule("address of ldmatrix, 16 bytes on", rf"(?<=ldmatrix)([^\[;]*){ADDRESS}", _moved(16)),
-    _rule("target of a copy, 16 bytes on", rf"(?<=cp\.async)([^\[;]*){ADDRESS}", _moved(16)),
+    _rule("target of a copy, 16 bytes on", rf"(?<=cp\.async\.c[ag])([^\[;]*){ADDRESS}", _moved(16)),
+    _rule("mbarrier not initialised", r"(?<=\s)@%p\d+ mbarrier\.init[^;]*;"),
+    _rule(
+        "wait at an mbarrier dropped", r"mbarrier\.try_wait\S* complete,[^;]*", _replaced("setp.eq.u32 complete, 0, 0")
+    ),
+    _rule("an mbarrier's bytes: one more", r"(?<=mbarrier\.arrive\.expect_tx)[^;]*, (\d+)", _later),
+    _rule("tensor copy dropped", r"(?<=\s)@%p\d+ cp\.async\.bulk\.tensor[^;]*;"),
 )
 
 HARMLESS = {
@@ -113,6 +119,7 @@ HARMLESS = {
     "wait for copies: one more may be under way": "no further group is under way there: the last turn of a loop",
     "wait for copies dropped": "nothing is read of what is still under way: groups without copies",
     "group of copies not closed": "its copies join the next group, and both are waited for at once",
+    "fence before products dropped": "the products just before it have one, and others' accumulators",
     "proxy fence dropped": "another fence stands between the copies and the product",
     "mask of a load dropped": "what it reads is in the same tensor, and is multiplied by zero or not stored",
     "mask of a store dropped": "the lanes that it holds back would store the same value in the same word",

@@ -1,4 +1,5 @@
-"""Golden cases through the kernels as they are compiled, every launch executed and checked, chained and persistent."""
+"""Golden cases through the kernels as they are compiled, every launch executed and checked, chained, a
+launch a layer, and one for all."""
 
 from __future__ import annotations
 
@@ -39,8 +40,13 @@ def assert_passed(comparisons: list[golden.Comparison]) -> None:
     assert [each for each in comparisons if not each.passed] == []
 
 
-@pytest.mark.parametrize("overlapped", [False, True], ids=["one by one", "overlapped"])
-@pytest.mark.parametrize("flow", ["chained", "persistent"])
+@pytest.mark.parametrize(
+    ("flow", "overlapped"),
+    [
+        pytest.param("chained", False, id="chained, one by one"),
+        *(pytest.param(flow, True, id=f"{flow}, overlapped") for flow in ("chained", "layered", "persistent")),
+    ],
+)
 def test_a_case_passes_whichever_way_it_runs(flow, overlapped, monkeypatch, tmp_path):
     folder = one_case(tmp_path, "grouped", "prefix1")
     with stream() if overlapped else nullcontext():

@@ -153,7 +153,7 @@ def test_the_backend_is_the_chips(monkeypatch):
     assert resolve_backend("triton", CPU) == "triton"
     assert ops.has_dependent_launch(CPU)
     assert not ops.has_dependent_launch(torch.device("meta"))
-    fused, shape = ops.FusedOps("triton", CPU), (12, 1024, 4096)
+    fused, shape = ops.FusedOps("triton", CPU), (208, 2560, 4096)
     assert fused.arch == 90
     assert fused.default("linear", shape) == default_tactic("linear", *shape, arch=90)
     told = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["doctor"]).output

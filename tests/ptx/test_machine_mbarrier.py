@@ -170,6 +170,21 @@ def test_bulk_copies_that_nobody_waited_for():
         assert kinds(outcome) & {"unwaited-copy", "shared-race", "shared-unwritten"}
 
 
+THROUGH = """
+@!%p1 bra ISSUED; mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r10], 256;
+cp.async.bulk.shared::cta.global.mbarrier::complete_tx::bytes [%r13], [%d0], 256, [%r10];
+ISSUED: WAIT add.s64 %d11, %d0, 1024; @!%p1 bra END;
+cp.async.bulk.global.shared::cta.bulk_group [%d11], [%r13], 256; cp.async.bulk.commit_group;
+cp.async.bulk.wait_group 0; END: mov.b32 %r21, 0;
+"""
+
+
+def test_what_all_lanes_have_waited_for_the_warp_may_read():
+    for outcome, out in every_schedule(bulk(text=THROUGH), warps=2):
+        assert not outcome.reports, outcome
+        np.testing.assert_array_equal(out[256:320], np.arange(64))
+
+
 def test_a_phase_tells_nothing_of_the_next_one():
     again = f"""
     bar.sync 0; @!%p1 bra AGAIN; mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r10], 256; add.s32 %r14, %r13, 512;

@@ -165,6 +165,16 @@ def test_what_the_parser_refuses(text, message):
         parse(text)
 
 
+def test_branches_go_to_statements_that_are_several_records():
+    """The minimum of three is two."""
+    least = "min.f32 %r1, %r2, %r3, %r4;"
+    body = f".reg .pred %p<2>; .reg .b32 %r<9>;\n{least} @%p1 bra LAST; AGAIN: {least} bra AGAIN; LAST: {least} ret;"
+    program = decode(entry(body))
+    ops = [program.ops[record["op"]] for record in program.records]
+    assert ops == ["min.f32", "min.f32", "bra", "min.f32", "min.f32", "bra", "min.f32", "min.f32", "ret", "ret"]
+    assert [record["target"] for record in program.records if record["target"] >= 0] == [6, 3]
+
+
 @pytest.mark.parametrize(
     ("statement", "message"),
     [
@@ -190,6 +200,7 @@ def test_what_the_parser_refuses(text, message):
         ("mov.b32 5, %r1;", "writes 5, which is no register"),
         ("mma.sync.aligned.m16n8k16.row.row.f32.bf16.bf16.f32 {%r1}, {%r1}, {%r1}, {%r1};", "is not known"),
         ("cp.async.bulk.tensor.2d.shared::cta.global.im2col.mbarrier::complete_tx::bytes [%r1];", "is not known"),
+        ("ldmatrix.sync.aligned.m16n16.x1.trans.shared.b8 {%r1, %r2}, [%r3];", "is not known"),
         ("tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r1], 128;", "is not known"),
         (".reg .b128 %q<2>; ret;", "register %q0 of type b128"),
     ],

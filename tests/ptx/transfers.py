@@ -269,8 +269,8 @@ def _policy(match: re.Match[str]) -> Form:
 WGMMA = r"wgmma\.mma_async\.sync\.aligned\.m64n(?P<n>\d+)k\d+\.(?P<kinds>\w+\.\w+\.\w+)"
 TABLE = [
     (r"lop3\.b32", _lop3),
-    (r"(?P<op>(?:ld|st)matrix)\.sync\.aligned\.(?P<shape>m8n8|m16n16|m16n8)\.x(?P<count>[124])(?P<trans>\.trans)?"
-     r"\.shared(?:::cta)?\.(?P<kind>b16|b8)", _matrix_move),
+    (r"(?P<op>(?:ld|st)matrix)\.sync\.aligned\.(?P<shape>m8n8)\.x(?P<count>[124])(?P<trans>\.trans)?"
+     r"\.shared(?:::cta)?\.(?P<kind>b16)", _matrix_move),
     (r"mma\.sync\.aligned\.(?P<shape>m\d+n\d+k\d+)\.row\.col(?P<satfinite>\.satfinite)?"
      r"\.(?P<kinds>\w+\.\w+\.\w+\.\w+)", _mma),
     (WGMMA, _wgmma),
@@ -281,7 +281,8 @@ TABLE = [
     (r"fence\.(?P<order>sc|acq_rel|acquire|release)\.(?P<scope>cta|cluster|gpu|sys)", _fence),
     (r"fence\.mbarrier_init\.(?P<order>release)\.(?P<scope>cluster)", _fence),
     (r"createpolicy\.\S+", _policy),
-    (r"(?:prefetch|prefetchu|discard|applypriority|nanosleep|cp\.async\.bulk\.prefetch)\.\S+", _ignored),
+    (r"nanosleep\.u32", lambda match: lambda operands: Bound("nanosleep")),
+    (r"(?:prefetch|prefetchu|discard|applypriority|cp\.async\.bulk\.prefetch)\.\S+", _ignored),
 ]  # fmt: skip
 PATTERNS = [(re.compile(pattern), make) for pattern, make in TABLE]
 NUMBERS = {

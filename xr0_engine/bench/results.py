@@ -20,7 +20,10 @@ from xr0_engine.env import emulated_arch
 from xr0_engine.files import write_whole
 
 SCHEMA = 1
-KINDS = ("latency", "throughput", "coldstart", "jitter", "kernels", "images", "ablate", "finetune", "roofline")
+KINDS = (
+    *("latency", "throughput", "coldstart", "jitter", "kernels", "images", "ablate", "finetune"),
+    *("roofline", "predict"),
+)
 DEADLINES_HZ = (30, 100)
 PERCENTILES = {"p50": 50.0, "p90": 90.0, "p99": 99.0, "p99_9": 99.9}
 PACKAGES = ("torch", "triton", "transformers", "numpy")

@@ -228,6 +228,34 @@ def roofline(
     return (module.measure(setup, chip, _command()), None), show
 
 
+@_measuring(backend=None, size=(Size, "4b"))
+def predict(
+    setup: Setup,
+    chip: Annotated[str, typer.Option(help="a100, rtx3090, rtx4090, l40s, h100, h200, b200 or rtx5090.")] = "rtx4090",
+    flow: Annotated[str | None, typer.Option(help="How the flow runs; the table's way if not given.")] = None,
+    table: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.json", help="Tactics of `xr0 bench tune`; the stated defaults if not given."),
+    ] = None,
+    kernels: Annotated[bool, typer.Option("--kernels", help="List every kind of launch, not only the stages.")] = False,
+    validate: Annotated[
+        bool, typer.Option("--validate", help="Instead: the model against what others measured and published.")
+    ] = False,
+) -> Measured:
+    """What a step takes on a chip that need not be here, by a model: kernel by kernel, with a range. Times nothing.
+
+    Compiles every kernel for the chip, which takes a minute or two. docs/benchmarks.md tells how far to trust it.
+    """
+    from xr0_engine.bench.predict import run as module
+
+    if validate:
+        from xr0_engine.bench.predict import validate as published
+
+        return (published.measure(_command()), None), published.show
+    show = functools.partial(module.show, list_kernels=kernels)
+    return (module.measure(setup, chip, flow, table, _command()), None), show
+
+
 @app.command("compile")
 def compile_(
     arch: Annotated[int, typer.Option(help="Compute capability: 80, 86, 89 (RTX 4090), 90 (H200), 100, 120.")],
@@ -258,6 +286,10 @@ def tune(
     dtype: Dtype = "bfloat16",
     minutes: Annotated[float, typer.Option(help="After so many no further op is begun; the rest keep defaults.")] = 5.0,
     out: Annotated[Path | None, typer.Option(metavar="FILE.json", help="Instead of XR0_CACHE/tactics.")] = None,
+    predicted: Annotated[
+        bool, typer.Option("--predict", help="By a model, for a chip that need not be here: into the package's tables.")
+    ] = False,
+    chip: Annotated[str, typer.Option(help="With --predict: as `xr0 bench predict` has it.")] = "h200",
 ) -> None:
     """Measure which kernel variant is fastest for each op of a step on this GPU, and write the table that says so.
 
@@ -269,6 +301,11 @@ def tune(
     if out is not None:
         check_file(out, "--out")
     found = [find_case(name.strip()) for name in cases.split(",")]
+    if predicted:
+        from xr0_engine.bench.predict import tables
+
+        tables.run(_setup(found[0].name, size, checkpoint, "cpu", dtype, None, "triton"), found, chip, minutes, out)
+        return
     module.run(_setup(found[0].name, size, checkpoint, device, dtype, None, "triton"), found, minutes, out)
 
 

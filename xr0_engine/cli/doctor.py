@@ -128,11 +128,13 @@ def _compute(has_torch: bool) -> tuple[list[str], dict[str, str | None]]:
     import torch
 
     from xr0_engine.backend import backend_status
+    from xr0_engine.fused.tactics import tactics_for
 
     gpus = []
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
-        gpus.append(f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, compute capability {gpu.major}.{gpu.minor}")
+        memory, origin = f"{gpu.total_memory / 2**30:.0f} GiB", tactics_for(torch.device("cuda", index)).origin
+        gpus.append(f"{gpu.name}, {memory}, compute capability {gpu.major}.{gpu.minor}; tactics: {origin}")
     return gpus, backend_status()
 
 

@@ -21,8 +21,8 @@ def verify(
     way: Annotated[
         str,
         typer.Option(
-            help="With triton, how the flow runs: table (as this GPU's table says), chained, persistent, overlap or "
-            "separate (chained, no kernel starting before the one ahead has ended)."
+            help="With triton, how the flow runs: table (as this GPU's table says), chained, layered, persistent, "
+            "overlap or separate (chained, no kernel starting before the one ahead has ended)."
         ),
     ] = "table",
     as_json: Annotated[bool, typer.Option("--json", help="Print the comparisons as JSON instead of a table.")] = False,

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from xr0_engine.fused.ops import (
+    Flow,
     FlowBuffers,
     FlowInputs,
     FlowWeights,
     FusedOps,
     HalfBlock,
+    Heads,
     InputNorm,
     Residual,
     StatsOut,
@@ -28,6 +30,9 @@ from xr0_engine.fused.vlm import new_sums, packed
 from xr0_engine.model.dit import DIT_RMS_EPS, ActionHead, DiTLayer, Projector
 from xr0_engine.model.flow import Trace, flow_times
 from xr0_engine.model.layers import inverse_frequencies, mrope_axes, parts_of
+
+SLOT_COLUMNS = 16
+"""Of a slot of the streams' sums: as many as the narrowest tiles that write them have."""
 
 
 class FusedHead:
@@ -64,7 +69,7 @@ class FusedHead:
 
         def stream() -> tuple[Tensor, Tensor]:
             rows = empty(batch, tokens, width, dtype=torch.float32)
-            return rows, new_sums((batch, tokens), width, sink.device)
+            return rows, new_sums((batch, tokens), width, sink.device, SLOT_COLUMNS)
 
         def table() -> Tensor:
             return empty(batch, tokens, config.head_dim // 2, dtype=torch.float32)
@@ -85,6 +90,7 @@ class FusedHead:
             q=empty(*heads),
             k=empty(*heads),
             v=empty(*heads),
+            raw=empty(batch, tokens, 3 * config.num_heads * config.head_dim, dtype=torch.float32),
             mixed=empty(batch, tokens, width),
             hidden=empty(batch, tokens, config.intermediate_size),
             embedded=empty(batch, chunk_length, width),
@@ -101,24 +107,35 @@ class FusedHead:
         b: FlowBuffers,
         trace: Trace = None,
         *,
-        persistent: bool = False,
+        flow: Flow = "chained",
     ) -> Tensor:
         """Returns the half of b.z that then holds the chunk, (B, T, A) float32, in the model's units.
 
-        trace, if given, receives a copy of z before each step and after the last. persistent: all steps in one kernel,
-        which leaves no trace.
+        trace, if given, receives a copy of z before each step and after the last; only a chained flow leaves one.
         """
-        assert not (persistent and trace is not None)
         self.begin(ops, inputs, b)
-        if persistent:
-            ops.flow_loop(
-                self._weights, inputs, b, eps=DIT_RMS_EPS, context=self.context, window=self.config.local_window
-            )
-            return b.z[self.steps % 2]
-        return self.finish(ops, inputs, b, 0, trace)
+        return self.finish(ops, inputs, b, 0, trace, flow)
 
-    def finish(self, ops: FusedOps, inputs: FlowInputs, b: FlowBuffers, first: int, trace: Trace = None) -> Tensor:
+    def finish(
+        self,
+        ops: FusedOps,
+        inputs: FlowInputs,
+        b: FlowBuffers,
+        first: int,
+        trace: Trace = None,
+        flow: Flow = "chained",
+    ) -> Tensor:
         """The steps from `first` on. As run."""
+        assert flow == "chained" or trace is None
+        if flow != "chained":
+            layers = self.config.num_layers
+            end, width = self.steps * layers, 1 if flow == "layered" else self.steps * layers
+            for place in range(first * layers, end, width):
+                ops.flow_loop(
+                    self._weights, inputs, b, eps=DIT_RMS_EPS, context=self.context, window=self.config.local_window,
+                    places=(place, min(place + width, end)),
+                )  # fmt: skip
+            return b.z[self.steps % 2]
         for step in range(first, self.steps):
             if trace is not None:
                 trace.append(b.z[step % 2].clone())
@@ -153,16 +170,23 @@ class FusedHead:
         else:
             norm = InputNorm(b.end_sums, DIT_RMS_EPS, "double_rms")
             residual = Residual(b.end, attention.gate, b.end_sums, weights.final_norms[index - 1], DIT_RMS_EPS)
-        attn = layer.attn
-        ops.qkv(
-            residual.x, Weight(attn.qkv_proj.weight), b.q, b.k, b.v, bias=attention.bias, col_scale=attention.scale,
-            norm=norm, q_weight=weights.q_norms[index], k_weight=weights.k_norms[index], eps=DIT_RMS_EPS, cos=b.cos,
-            sin=b.sin,
-        )  # fmt: skip
-        ops.lambda_attention(
-            b.q, b.k, b.v, inputs.keys[index], inputs.values[index], inputs.begin, inputs.end, b.mixed,
-            window=self.config.local_window, context=self.context,
-        )  # fmt: skip
+        attn, window = layer.attn, self.config.local_window
+        kv_block = inputs.keys[index], inputs.values[index], inputs.begin, inputs.end
+        heads = Heads(weights.q_norms[index], weights.k_norms[index], DIT_RMS_EPS, b.cos, b.sin)
+        if ops.finishes_heads((*b.q.shape[:3], *inputs.keys.shape[2:]), inputs.keys.dtype):
+            ops.linear(
+                residual.x, Weight(attn.qkv_proj.weight), b.raw, bias=attention.bias, col_scale=attention.scale,
+                norm=norm,
+            )  # fmt: skip
+            q, k, v = b.raw.unflatten(-1, (3, *b.q.shape[1::2])).permute(2, 0, 3, 1, 4)
+            ops.lambda_attention(q, k, v, *kv_block, b.mixed, window=window, context=self.context, heads=heads)
+        else:
+            ops.qkv(
+                residual.x, Weight(attn.qkv_proj.weight), b.q, b.k, b.v, bias=attention.bias,
+                col_scale=attention.scale, norm=norm, q_weight=heads.q_weight, k_weight=heads.k_weight,
+                eps=heads.eps, cos=heads.cos, sin=heads.sin,
+            )  # fmt: skip
+            ops.lambda_attention(b.q, b.k, b.v, *kv_block, b.mixed, window=window, context=self.context)
         ops.linear(
             b.mixed, Weight(attn.o_proj.weight), b.middle, residual=residual, stats=StatsOut(b.middle_sums, middle_norm)
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from xr0_engine.fused.lookahead import Launched, Lookahead
 from xr0_engine.fused.parts import FusedParts
 from xr0_engine.fused.prompts import SessionKey, bucket, left_padded, session_key
 from xr0_engine.fused.session import FlowSession, Session
@@ -24,12 +25,13 @@ MAX_SESSIONS = 8
 
 
 class FusedModel(FusedParts):
-    """A Network: `step` replays a graph, its stages run op by op."""
+    """A Network: `step` replays a graph, its stages run op by op. lookahead: where the table has it, of a GPU."""
 
     def __init__(self, model: XR0Model, backend: str, table: TacticTable, graphs: bool) -> None:
         super().__init__(model, backend, table, graphs)
         self._sessions: Kept[SessionKey, Session] = Kept(MAX_SESSIONS, Session.close)
         self._flows: Kept[tuple[int, int, int], FlowSession] = Kept(MAX_SESSIONS, FlowSession.close)
+        self.lookahead = Lookahead(self.device) if table.ahead and self.device.type == "cuda" else None
 
     def patch_buffer(self, grids: Grids) -> Tensor:
         """One frame's patches in the model's dtype: on the GPU where they can be made there, else for it to copy."""
@@ -63,8 +65,7 @@ class FusedModel(FusedParts):
         key = (batch, bucket(tokens), noise.shape[1])
 
         def make() -> FlowSession:
-            persistent = self.table.flow == "persistent"
-            return FlowSession(self.head, self.ops(), *key, graphs=self.graphs, persistent=persistent)
+            return FlowSession(self.head, self.ops(), *key, graphs=self.graphs, flow=self.table.flow)
 
         return self._flows.get(key, make).sample(kv, state, noise, prefix, prefix_length, trace)
 
@@ -78,6 +79,12 @@ class FusedModel(FusedParts):
         session.replay()
         mark("step")
         return session.chunk
+
+    def launch(self, inputs: ModelInputs, noise: Tensor, prefix: Tensor, prefix_length: Tensor) -> Launched:
+        """As step, bit by bit, but waits for nothing: the next launch's vision runs beside this one's flow. For a model
+        with lookahead."""
+        assert self.lookahead is not None
+        return self.lookahead.launch(self.session(inputs), inputs, noise, prefix, prefix_length)
 
     def session(self, inputs: ModelInputs) -> Session:
         """The buffers and graphs for these inputs, made on first use."""

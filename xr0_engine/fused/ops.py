@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from xr0_engine.backend import interpreted
-from xr0_engine.env import emulated_arch
+from xr0_engine.fused.backends import LOOP, Flow, Shape, capability, compiler_faults, kernels_of, loop_shapes
 from xr0_engine.kernels.arguments import (
     SHARED_LIMIT,
     STATS_COLUMNS,
@@ -24,8 +24,10 @@ from xr0_engine.kernels.arguments import (
     FlowInputs,
     FlowWeights,
     HalfBlock,
+    Heads,
     InputNorm,
     Residual,
+    Segments,
     StatsOut,
     Tactic,
     Weight,
@@ -38,13 +40,16 @@ if TYPE_CHECKING:
 __all__ = [
     "SHARED_LIMIT",
     "STATS_COLUMNS",
+    "Flow",
     "FlowBuffers",
     "FlowInputs",
     "FlowWeights",
     "FusedOps",
     "HalfBlock",
+    "Heads",
     "InputNorm",
     "Residual",
+    "Segments",
     "Shape",
     "StatsOut",
     "Tactic",
@@ -57,24 +62,27 @@ __all__ = [
     "without_dependent_launch",
 ]
 
-Shape: TypeAlias = tuple[int, ...]
-"""As tactic_key has it."""
-
 
 class FusedOps:
     """The fused ops of one backend, in the order of one stream.
 
     tactics: key -> tactic, as measured on this GPU; an op without an entry runs with the stated default of its kernel.
-    arch: compute capability (90 for an H200) that defaults are chosen for; None is the device's own.
+    arch: compute capability (90 for an H200) that defaults are chosen for; None is the device's own. programs: at most
+    so many run a flow loop, what they leave of the chip is free for other kernels; None: as many as it has processors.
     """
 
     def __init__(
-        self, backend: str, device: torch.device, tactics: Mapping[str, Tactic] | None = None, arch: int | None = None
+        self,
+        backend: str,
+        device: torch.device,
+        tactics: Mapping[str, Tactic] | None = None,
+        arch: int | None = None,
+        programs: int | None = None,
     ) -> None:
-        self.backend, self.tactics = backend, dict(tactics or {})
+        self.backend, self.tactics, self.programs = backend, dict(tactics or {}), programs
         self.workspace = Workspace(device)
-        self._kernels = _kernels(backend)
-        self.arch = arch if arch is not None else _capability(device)
+        self._kernels = kernels_of(backend)
+        self.arch = arch if arch is not None else capability(device)
 
     def linear(
         self,
@@ -133,10 +141,16 @@ class FusedOps:
         shape = (x.shape[0] * x.shape[1], *weight.data.shape, *dim)
         self.run(kind, shape, weight.data.dtype, (x, weight, *outs), options)
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, *, causal: bool) -> None:
-        """As kernels/attention.py: attention."""
-        shape = (*q.shape[:3], *k.shape[1:])
-        self.run("attention", shape, q.dtype, (q, k, v, out), {"causal": causal})
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, *, causal: bool, segments: Segments | None = None
+    ) -> None:
+        """As kernels/attention.py: attention. The key of segments is that of a batch of the longest."""
+        (batch, heads, rows, dim), (_, groups, keys, _) = q.shape, k.shape
+        if segments is not None:
+            batch, rows = len(segments.spans), segments.lengths[0]
+            keys = rows
+        shape = (batch, heads, rows, groups, keys, dim)
+        self.run("attention", shape, q.dtype, (q, k, v, out), {"causal": causal, "segments": segments})
 
     def lambda_attention(
         self,
@@ -151,11 +165,16 @@ class FusedOps:
         *,
         window: int | None,
         context: int,
+        heads: Heads | None = None,
     ) -> None:
-        """As kernels/lambda_attention.py: lambda_attention."""
+        """As kernels/lambda_attention.py: lambda_attention. Its key has the dtype of the KV block."""
         arguments = (q, k, v, kv_keys, kv_values, begin, end, out)
-        shape = (*q.shape[:3], *kv_keys.shape[1:])
-        self.run("lambda_attention", shape, q.dtype, arguments, {"window": window, "context": context})
+        shape, options = (*q.shape[:3], *kv_keys.shape[1:]), {"window": window, "context": context, "heads": heads}
+        self.run("lambda_attention", shape, kv_keys.dtype, arguments, options)
+
+    def finishes_heads(self, shape: Shape, dtype: torch.dtype) -> bool:
+        """Whether lambda_attention of this shape takes queries and keys before norms and RoPE: with "whole" it does."""
+        return self.tactic("lambda_attention", shape, dtype).schedule == "whole"
 
     def start_flow(
         self,
@@ -199,28 +218,33 @@ class FusedOps:
         eps: float,
         context: int,
         window: int | None,
+        places: tuple[int, int],
     ) -> None:
-        """All steps of the flow. As kernels/persistent.py: flow_loop.
+        """A run of the flow's layers and steps. As kernels/persistent.py: flow_loop.
 
-        Its stages have the default tiles: those of the table won as kernels of their own. Raises NotImplementedError
-        for the reference, which has no such kernel.
+        Its stages have tactics of their own: tiles that won as kernels of their own need not win here. Raises
+        NotImplementedError for the reference, which has no such kernel.
         """
+        options = {"eps": eps, "context": context, "window": window, "places": places}
+        self._loop(weights, inputs, buffers, options, {})
+
+    def _loop(
+        self,
+        weights: FlowWeights,
+        inputs: FlowInputs,
+        buffers: FlowBuffers,
+        options: Mapping[str, Any],
+        given: Mapping[str, Tactic],
+    ) -> None:
+        """given: stage -> tactic, in the place of the table's."""
         if self.backend == "reference":
-            raise NotImplementedError("flow 'persistent': the reference runs op by op; the triton backend has it")
-        batch, heads, tokens, dim = buffers.q.shape
-        columns, inner = buffers.mixed.shape[-1], buffers.hidden.shape[-1]
-        rows, action_rows = batch * tokens, batch * buffers.embedded.shape[1]
-        shapes = {
-            "qkv": ("qkv", (rows, 3 * heads * dim, columns, dim)),
-            "attention": ("lambda_attention", (batch, heads, tokens, *inputs.keys.shape[2:])),
-            "out": ("linear", (rows, columns, columns)),
-            "gate_up": ("swiglu", (rows, 2 * inner, columns)),
-            "down": ("linear", (rows, columns, inner)),
-            "tokens": ("linear", (action_rows, columns, columns)),
+            raise NotImplementedError("a flow as one kernel: the reference runs op by op; the triton backend has it")
+        shapes, dtype = loop_shapes(inputs, buffers), buffers.q.dtype
+        tactics = {
+            stage: given.get(stage) or self.tactic(LOOP + stage, shape, dtype) for stage, shape in shapes.items()
         }
-        tactics = {name: self.default(kind, shape) for name, (kind, shape) in shapes.items()}
-        options = {"eps": eps, "context": context, "window": window}
-        self._kernels.flow_loop(weights, inputs, buffers, **options, tactics=tactics, workspace=self.workspace)
+        options = {**options, "programs": self.programs, "tactics": tactics, "workspace": self.workspace}
+        self._kernels.flow_loop(weights, inputs, buffers, **options)
 
     def dit_rope_tables(
         self,
@@ -253,12 +277,16 @@ class FusedOps:
         self._kernels.layer_norm(x, weight, bias, eps, out)
 
     def call(self, kind: str, arguments: tuple[Any, ...], options: Mapping[str, Any], tactic: Tactic) -> None:
-        """Run the op `kind` with a tactic of the caller's: how tuning tries candidates."""
+        """Run the op `kind` with a tactic of the caller's: how tuning tries candidates. Of a loop's stage: the loop."""
+        if kind.startswith(LOOP):
+            weights, inputs, buffers = arguments
+            self._loop(weights, inputs, buffers, options, {kind.removeprefix(LOOP): tactic})
+            return
         getattr(self._kernels, kind)(*arguments, **options, tactic=tactic, workspace=self.workspace)
 
     def refusal(self, kind: str, arguments: tuple[Any, ...], options: Mapping[str, Any], tactic: Tactic) -> str | None:
         """Run as `call` does; why the kernel, the compiler or the chip cannot have this tactic, None if it ran."""
-        refusals: tuple[type[Exception], ...] = (ValueError, NotImplementedError, *_compiler_faults(self.backend))
+        refusals: tuple[type[Exception], ...] = (ValueError, NotImplementedError, *compiler_faults(self.backend))
         try:
             self.call(kind, arguments, options, tactic)
         except refusals as error:
@@ -274,12 +302,20 @@ class FusedOps:
         """What runs where the table has no entry: a stated rule, never a guess at run time."""
         return self._kernels.default_tactic(kind, shape, self.arch)
 
+    def tactic(self, kind: str, shape: Shape, dtype: torch.dtype) -> Tactic:
+        """That of the table for its key, else the default."""
+        found = self.tactics.get(tactic_key(kind, shape, dtype))
+        if found is not None:
+            return found
+        default = self.default(kind, shape)
+        # In float32 keys and values are more than one program of the schedule "whole" holds.
+        return replace(default, schedule="tiled") if (kind, dtype) == ("lambda_attention", torch.float32) else default
+
     def run(
         self, kind: str, shape: Shape, dtype: torch.dtype, arguments: tuple[Any, ...], options: Mapping[str, Any]
     ) -> None:
-        """Where every op that has tactics comes through: with that of the table for its key, else the default."""
-        tactic = self.tactics.get(tactic_key(kind, shape, dtype)) or self.default(kind, shape)
-        self.call(kind, arguments, options, tactic)
+        """Where every op that has tactics comes through."""
+        self.call(kind, arguments, options, self.tactic(kind, shape, dtype))
 
 
 def tactic_key(kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> str:
@@ -330,7 +366,7 @@ def has_dependent_launch(device: torch.device) -> bool:
     """Whether a kernel may start there before the one ahead of it has ended."""
     from xr0_engine.kernels.launch import DEPENDENT_LAUNCH_FROM
 
-    return _capability(device) >= DEPENDENT_LAUNCH_FROM
+    return capability(device) >= DEPENDENT_LAUNCH_FROM
 
 
 def without_dependent_launch() -> AbstractContextManager[None]:
@@ -338,55 +374,3 @@ def without_dependent_launch() -> AbstractContextManager[None]:
     from xr0_engine.kernels import launch
 
     return launch.without_dependent_launch()
-
-
-def _compiler_faults(backend: str) -> tuple[type[Exception], ...]:
-    if backend == "reference":
-        return ()
-    from xr0_engine.kernels.launch import COMPILER_FAULTS
-
-    return COMPILER_FAULTS
-
-
-def _kernels(backend: str) -> SimpleNamespace:
-    if backend == "reference":
-        from xr0_engine.kernels import fused_reference
-
-        return SimpleNamespace(**vars(fused_reference), default_tactic=lambda kind, shape, arch: Tactic())
-    from xr0_engine.kernels.attention import attention
-    from xr0_engine.kernels.embed import embed, layer_norm, rope_tables
-    from xr0_engine.kernels.flow import dit_rope_tables, euler_step, start_flow
-    from xr0_engine.kernels.lambda_attention import lambda_attention
-    from xr0_engine.kernels.linear import linear, swiglu
-    from xr0_engine.kernels.persistent import flow_loop
-    from xr0_engine.kernels.qkv import qkv
-
-    ops: list[Callable[..., None]] = [linear, swiglu, qkv, attention, lambda_attention, start_flow, euler_step]
-    ops += [flow_loop, dit_rope_tables, rope_tables, embed, layer_norm]
-    return SimpleNamespace(**{op.__name__: op for op in ops}, default_tactic=_default_tactic)
-
-
-FEW_PROGRAMS = Tactic(block_m=64, block_n=128, block_k=128, split_k=2)
-"""For the interpreter, which runs one program after the other."""
-
-
-def _default_tactic(kind: str, shape: tuple[int, ...], arch: int) -> Tactic:
-    if interpreted():
-        return FEW_PROGRAMS
-    from xr0_engine.kernels.attention import attention_tactic
-    from xr0_engine.kernels.lambda_attention import lambda_tactic
-    from xr0_engine.kernels.linear import default_tactic
-
-    if kind == "attention":
-        return attention_tactic(shape, arch)
-    if kind == "lambda_attention":
-        return lambda_tactic(shape, arch)
-    return default_tactic(kind, shape[0], shape[1], shape[2], arch)
-
-
-def _capability(device: torch.device) -> int:
-    """90 for an H200, and for the CPU that emulates one; 0 without a GPU."""
-    if device.type != "cuda":
-        return emulated_arch() or 0 if device.type == "cpu" else 0
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor

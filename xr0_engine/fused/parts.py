@@ -35,4 +35,5 @@ class FusedParts:
 
     def ops(self, table: TacticTable | None = None) -> FusedOps:
         """Fused ops for one stream, with scratch memory of their own. table: None is the model's."""
-        return FusedOps(self.backend, self.device, (table or self.table).tactics)
+        table = table or self.table
+        return FusedOps(self.backend, self.device, table.tactics, programs=table.programs)

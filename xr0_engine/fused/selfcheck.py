@@ -318,7 +318,7 @@ def _ways(fused: FusedModel) -> Iterator[tuple[str, TacticTable, bool]]:
     """Name, table, whether with graphs: op by op as a chain, and as the engine runs it where that is something else."""
     table = fused.table
     yield "op by op", replace(table, flow="chained", overlap=False), False
-    words = ["CUDA graph"] * fused.graphs + ["persistent flow"] * (table.flow == "persistent")
+    words = ["CUDA graph"] * fused.graphs + [f"{table.flow} flow"] * (table.flow != "chained")
     words += ["overlapped flow"] * (table.overlap and fused.graphs)
     if words:
         yield " and ".join(words), table, fused.graphs

@@ -14,7 +14,7 @@ from torch import Tensor
 from xr0_engine.config import ModelConfig
 from xr0_engine.fused.graph import Graph, wait_for_stream
 from xr0_engine.fused.head import FusedHead
-from xr0_engine.fused.ops import FlowInputs, FusedOps
+from xr0_engine.fused.ops import Flow, FlowInputs, FusedOps
 from xr0_engine.fused.parts import FusedParts
 from xr0_engine.fused.prompts import SessionKey, right_padded, visible_range
 from xr0_engine.fused.sizing import reserve
@@ -28,7 +28,10 @@ PARTS = ("step", "vision", "prefill", "flow")
 
 
 class Session:
-    """The buffers of one case, and its graphs. chunk: (B, T, A) float32, where a step leaves its result."""
+    """The buffers of one case, and its graphs. chunk: (B, T, A) float32, where a step leaves its result.
+
+    vision_free: on a GPU, the event behind what was queued last of all that reads or writes the vision's buffers.
+    """
 
     def __init__(
         self,
@@ -75,8 +78,10 @@ class Session:
         self.chunk = self.flow.z[model.head.steps % 2]
         reserve(self.ops, self._encode, self._prefill)
         # The flow that begins beside the prefill is chained, whatever the table says.
-        flows = {self.table.flow} | ({"chained"} if self.overlapped else set())
-        reserve(self.flow_ops, *(partial(self._sample, persistent=flow == "persistent") for flow in flows))
+        flows: set[Flow] = {self.table.flow} | ({"chained"} if self.overlapped else set())
+        reserve(self.flow_ops, *(partial(self._sample, flow=flow) for flow in flows))
+        self.vision_free = torch.cuda.Event() if model.device.type == "cuda" else None
+        self._note_vision()
 
     # Here too: buffers that were made in inference mode can be written in it alone.
     @torch.inference_mode()
@@ -85,10 +90,20 @@ class Session:
 
         Raises ValueError for pixel_values of another shape than the session's.
         """
+        self.update_patches(inputs)
+        self.update_rest(inputs, noise, prefix, prefix_length)
+
+    @torch.inference_mode()
+    def update_patches(self, inputs: ModelInputs) -> None:
+        """What the vision reads. As update."""
         if inputs.pixel_values.shape != self.patches.shape:
             given = tuple(inputs.pixel_values.shape)
             raise ValueError(f"pixel_values: expected shape {tuple(self.patches.shape)}, got {given}")
         self.patches.copy_(inputs.pixel_values, non_blocking=True)
+
+    @torch.inference_mode()
+    def update_rest(self, inputs: ModelInputs, noise: Tensor, prefix: Tensor, prefix_length: Tensor) -> None:
+        """What the prefill and the flow read. As update."""
         self._upload(
             inputs,
             state=inputs.state,
@@ -106,6 +121,12 @@ class Session:
         for own, given in zip(self.vision.deepstack, vision.deepstack, strict=True):
             own.copy_(given)
         self.prefill()
+        self._note_vision()
+
+    def chunk_on_host(self) -> Tensor:
+        """A copy of the chunk, which is there once the current stream is."""
+        copy = torch.empty(self.chunk.shape, pin_memory=self.chunk.is_cuda)
+        return copy.copy_(self.chunk, non_blocking=True)
 
     def _upload(self, inputs: ModelInputs, **fields: Tensor) -> None:
         self.staging.wait()
@@ -118,9 +139,12 @@ class Session:
         self.staging.upload()
 
     @property
-    def overlapped(self) -> bool:
-        """Whether the flow's first step runs beside the prefill, which takes two streams."""
-        return self.table.overlap and self.model.device.type == "cuda"
+    def overlapped(self) -> int:
+        """Beside how many of the VLM's last layers the flow's first step runs; none without a GPU's streams."""
+        if self.model.device.type != "cuda":
+            return 0
+        layers = self.model.head.config.num_layers
+        return layers if self.table.overlap is True else min(self.table.overlap, layers)
 
     def replay(self, part: str = "step") -> None:
         """The whole step on what was uploaded last, or one stage of PARTS on what the stages before it left.
@@ -131,6 +155,12 @@ class Session:
             self.graph(part).replay()
         else:
             self._work(part)()
+        if part != "flow":
+            self._note_vision()
+
+    def _note_vision(self) -> None:
+        if self.vision_free is not None:
+            self.vision_free.record(torch.cuda.current_stream(self.model.device))
 
     def graph(self, part: str = "step") -> Graph:
         """The captured graph of a part. Raises NotImplementedError where there is no CUDA GPU."""
@@ -147,7 +177,7 @@ class Session:
         """The whole step, op by op."""
         self.encode()
         if self.overlapped:
-            self._prefill_beside_flow()
+            self._prefill_beside_flow(self.overlapped)
         else:
             self.prefill()
             self.sample()
@@ -162,7 +192,7 @@ class Session:
 
     @torch.inference_mode()
     def sample(self) -> None:
-        self._sample(self.flow_ops, persistent=self.table.flow == "persistent")
+        self._sample(self.flow_ops, self.table.flow)
 
     def close(self) -> None:
         """Wait for the work queued on the current stream and for the last replays, and free the graphs.
@@ -177,8 +207,8 @@ class Session:
     def _encode(self, ops: FusedOps) -> None:
         self.model.vision.run(ops, self.patches, self.vision)
 
-    def _sample(self, ops: FusedOps, persistent: bool) -> None:
-        self.model.head.run(ops, self.flow_inputs, self.flow, persistent=persistent)
+    def _sample(self, ops: FusedOps, flow: Flow) -> None:
+        self.model.head.run(ops, self.flow_inputs, self.flow, flow=flow)
 
     def _prefill(self, ops: FusedOps, layer_done: Callable[[int], None] = lambda index: None) -> None:
         on_device = self.staging.device
@@ -187,16 +217,20 @@ class Session:
             tuple(tap[0] for tap in self.vision.deepstack), self.text, layer_done,
         )  # fmt: skip
 
-    def _prefill_beside_flow(self) -> None:
-        """Layer i of the flow's first step starts when the VLM layer that it reads has left its keys and values."""
+    def _prefill_beside_flow(self, layers: int) -> None:
+        """Layer i of the flow's first step starts when the VLM layer that it reads has left its keys and values, and
+        none before the last `layers` of the VLM: sooner, they only wait, and are in the way of its own kernels."""
         head, first = self.model.head, self._first_read
+        begin = head.config.num_layers - layers
         main, side = torch.cuda.current_stream(self.model.device), self._side_stream
 
         def chase(index: int) -> None:
-            if index >= first:
+            last = index - first
+            if last >= begin:
                 side.wait_stream(main)
                 with torch.cuda.stream(side):
-                    head.layer(self.flow_ops, self.flow_inputs, self.flow, 0, index - first)
+                    for layer in range(0 if last == begin else last, last + 1):
+                        head.layer(self.flow_ops, self.flow_inputs, self.flow, 0, layer)
 
         side.wait_stream(main)
         try:
@@ -217,7 +251,7 @@ class Session:
 class FlowSession:
     """The flow alone, on KV blocks that were kept: static buffers for one batch, bucket and chunk length.
 
-    graphs: capture and replay (a CUDA GPU), or run op by op. persistent: all steps as one kernel.
+    graphs: capture and replay (a CUDA GPU), or run op by op.
     """
 
     def __init__(
@@ -229,7 +263,7 @@ class FlowSession:
         chunk_length: int,
         *,
         graphs: bool = False,
-        persistent: bool = False,
+        flow: Flow = "chained",
     ) -> None:
         config, sink = head.config, head.head.sink.weight
 
@@ -251,11 +285,12 @@ class FlowSession:
             action_mask=zeros(*chunk),
         )
         self._buffers, self._ops, self._head = head.buffers(batch, chunk_length), ops, head
-        self._persistent, self._graphs = persistent, graphs
+        self._flow, self._graphs = flow, graphs
         self._graph: Graph | None = None
         if graphs:
-            # As one kernel and, for a trace, as a chain, whichever comes first.
-            reserve(ops, *(partial(self._run, persistent=flow) for flow in {persistent, False}))
+            # As it is to run and, for a trace, as a chain, whichever comes first.
+            ways: set[Flow] = {flow, "chained"}
+            reserve(ops, *(partial(self._run, flow=way) for way in ways))
 
     @torch.inference_mode()
     def sample(
@@ -294,11 +329,11 @@ class FlowSession:
 
     @torch.inference_mode()
     def run(self, trace: Trace = None) -> None:
-        """Op by op; with a trace, which one kernel leaves none of, as a chain of kernels."""
-        self._run(self._ops, persistent=self._persistent and trace is None, trace=trace)
+        """Op by op; with a trace, which nothing else leaves, as a chain of kernels."""
+        self._run(self._ops, self._flow if trace is None else "chained", trace)
 
-    def _run(self, ops: FusedOps, persistent: bool, trace: Trace = None) -> None:
-        self._head.run(ops, self.inputs, self._buffers, trace, persistent=persistent)
+    def _run(self, ops: FusedOps, flow: Flow, trace: Trace = None) -> None:
+        self._head.run(ops, self.inputs, self._buffers, trace, flow=flow)
 
 
 def _fields(config: ModelConfig, key: SessionKey, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

@@ -1,4 +1,5 @@
-"""Tactic tables: which kernel variant runs for which shape, as measured on one kind of GPU (`xr0 bench tune`)."""
+"""Tactic tables: which kernel variant runs for which shape, as measured on one kind of GPU (`xr0 bench tune`), or, for
+chips that were not at hand, as a model predicts it (`xr0 bench tune --predict`). What was measured always wins."""
 
 from __future__ import annotations
 
@@ -8,34 +9,46 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 
 from xr0_engine.env import cache_dir
 from xr0_engine.files import write_whole
-from xr0_engine.fused.ops import Tactic
+from xr0_engine.fused.backends import capability
+from xr0_engine.fused.ops import Flow, Tactic
 
 SCHEMA = 1
-Flow = Literal["chained", "persistent"]
-"""All steps of the flow as a chain of kernels, or as one kernel."""
 
 
 @dataclass(frozen=True)
 class TacticTable:
-    """What was measured on one kind of GPU.
+    """What was measured on one kind of GPU, or predicted for a compute capability.
 
-    tactics: key (ops.tactic_key) -> tactic. overlap: the flow's first step runs beside the VLM's last layers; its
-    kernels are chained then. flow: how it runs otherwise.
-    measured: key -> {candidate: microseconds}, winner first. environment: versions, driver, commit.
+    tactics: key (ops.tactic_key) -> tactic. overlap: beside how many of the VLM's last layers the flow's first step
+    runs, True for all that it reads, False for none; its kernels are chained then. flow: how it runs otherwise. ahead:
+    where calls wait for each other, the next one's vision runs beside this one's flow (lookahead.py), overlap or not.
+    programs: as FusedOps has it.
+    measured: key -> {candidate: microseconds}, winner first; predicted: they, and what follows from them, are a
+    model's. environment: versions, driver, commit.
     """
 
     gpu: str
     tactics: Mapping[str, Tactic] = field(default_factory=dict)
-    overlap: bool = False
+    overlap: bool | int = False
     measured: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
     flow: Flow = "chained"
+    ahead: bool = False
+    programs: int | None = None
+    predicted: bool = False
+
+    @property
+    def origin(self) -> str:
+        """In words: where its tactics come from."""
+        if self.predicted:
+            return f"predicted for {self.gpu}"
+        return f"measured on {self.gpu}" if self.tactics or self.measured else "stated defaults"
 
 
 def gpu_name(device: torch.device) -> str:
@@ -46,18 +59,25 @@ def gpu_name(device: torch.device) -> str:
 
 
 def tactics_for(device: torch.device) -> TacticTable:
-    """The user's own table for this GPU (in XR0_CACHE/tactics), else the package's, else an empty one: defaults.
+    """The user's own table for this GPU (in XR0_CACHE/tactics), else the package's, measured on one of its kind, else
+    that predicted for its compute capability, else an empty one: defaults. A CPU that emulates a chip has the predicted
+    one.
 
     Raises ValueError for a table that cannot be read.
     """
-    name = gpu_name(device)
-    if not name:
-        return TacticTable(gpu="")
-    for folder in (own_folder(), Path(str(resources.files("xr0_engine"))) / "tactics"):
-        path = folder / f"{name}.json"
+    name, shipped = gpu_name(device), Path(str(resources.files("xr0_engine"))) / "tactics"
+    paths = [folder / f"{name}.json" for folder in (own_folder(), shipped)] if name else []
+    if arch := capability(device):
+        paths.append(predicted_path(shipped, arch))
+    for path in paths:
         if path.is_file():
             return read_tactics(path)
     return TacticTable(gpu=name)
+
+
+def predicted_path(folder: Path, arch: int) -> Path:
+    """Where the table predicted for a compute capability lies in a folder of tables."""
+    return folder / "predicted" / f"sm_{arch}.json"
 
 
 def own_folder() -> Path:
@@ -78,6 +98,12 @@ def read_tactics(path: Path) -> TacticTable:
         table = TacticTable(tactics=tactics, **content)
         if table.flow not in get_args(Flow):
             raise ValueError(f"flow: expected {' or '.join(get_args(Flow))}, got {table.flow!r}")
+        if table.programs is not None and (not isinstance(table.programs, int) or table.programs < 1):
+            raise ValueError(f"programs: expected a number of at least 1 or null, got {table.programs!r}")
+        if not isinstance(table.ahead, bool):
+            raise ValueError(f"ahead: expected true or false, got {table.ahead!r}")
+        if not isinstance(table.overlap, int) or table.overlap < 0:
+            raise ValueError(f"overlap: expected true, false or a number of layers, got {table.overlap!r}")
         return table
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no tactic table: {error}; `xr0 bench tune` makes one") from None

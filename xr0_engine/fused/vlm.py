@@ -10,20 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 
-from xr0_engine.fused.ops import STATS_COLUMNS, FusedOps, InputNorm, Residual, StatsOut, Weight
+from xr0_engine.fused.ops import STATS_COLUMNS, FusedOps, InputNorm, Residual, Segments, StatsOut, Weight
 from xr0_engine.model.layers import PackedLinears, RMSNorm, mrope_axes, parts_of
 from xr0_engine.model.vision import LAYER_NORM_EPS, PatchMerger, VisionBlock, VisionTower
 from xr0_engine.model.vlm import LanguageModel, TextLayer
 
 
-def new_sums(rows: tuple[int, int], columns: int, device: torch.device) -> Tensor:
-    """(slots, B, M, 2) float32, for the statistics of (B, M, columns)."""
-    return torch.zeros(-(-columns // STATS_COLUMNS), *rows, 2, device=device)
+def new_sums(rows: tuple[int, int], columns: int, device: torch.device, width: int = STATS_COLUMNS) -> Tensor:
+    """(slots, B, M, 2) float32, for the statistics of (B, M, columns). width: of a slot, as StatsOut has it."""
+    return torch.zeros(-(-columns // width), *rows, 2, device=device)
 
 
 def fold_rms_norm(norm: RMSNorm, weights: list[Tensor]) -> None:
@@ -59,18 +58,20 @@ def fold_frames(kernel: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class VisionBuffers:
-    """One set of image sizes. runs: (images, patches each) of equal neighbours.
+    """One set of image sizes. segments: the patches of each image.
 
     positions: (1, P, C); cos, sin: (1, P, D / 2) float32; x, mixed, normed: (1, P, C); q, k, v: (1, H, P, D); hidden:
-    (1, P, MLP); merged: (1, I, 4 C); tokens and each of deepstack: (1, I, out).
+    (1, P, MLP); merged: (1, I, 4 C); tokens and each of deepstack: (1, I, out). sums, merged_sums: of x's rows, and of
+    its rows merged, (1, I, 4 C): the same memory.
     """
 
-    runs: list[tuple[int, int]]
+    segments: Segments
     positions: Tensor
     cos: Tensor
     sin: Tensor
     x: Tensor
     sums: Tensor
+    merged_sums: Tensor
     q: Tensor
     k: Tensor
     v: Tensor
@@ -99,6 +100,12 @@ class FusedVision:
             fold_layer_norm(block.norm2, block.mlp.linear_fc1)
             qkv, fc1 = (linear.weight.float().sum(1) for linear in (block.attn.qkv, block.mlp.linear_fc1))
             self._column_sums.append((qkv, fc1))
+        # Slots of statistics that are full add up to those of merged rows.
+        self._merger_sums: list[Tensor | None] = [None] * len(self._mergers)
+        if self.config.hidden_size % STATS_COLUMNS == 0:
+            for tap, merger in enumerate(self._mergers):
+                fold_layer_norm(merger.norm, merger.linear_fc1)
+                self._merger_sums[tap] = merger.linear_fc1.weight.float().sum(1)
 
     def buffers(self, grids: tuple[tuple[int, int], ...]) -> VisionBuffers:
         config = self.config
@@ -112,13 +119,16 @@ class FusedVision:
         heads = (1, config.num_heads, patches, config.hidden_size // config.num_heads)
         width, merge = config.hidden_size, config.spatial_merge_size**2
         tokens = patches // merge
+        # A row's slots lie beside each other, so that neighbouring rows' are those of the rows merged.
+        slots = torch.zeros(1, patches, -(-width // STATS_COLUMNS), 2, device=device)
         return VisionBuffers(
-            runs=[(len(list(run)), height * columns) for (height, columns), run in groupby(grids)],
+            segments=Segments.of([height * columns for height, columns in grids], device),
             positions=positions[None],
             cos=cos[None, :, 0, :half].contiguous(),
             sin=sin[None, :, 0, :half].contiguous(),
             x=empty(1, patches, width),
-            sums=new_sums((1, patches), width, device),
+            sums=slots.permute(2, 0, 1, 3),
+            merged_sums=slots.view(1, tokens, -1, 2).permute(2, 0, 1, 3),
             q=empty(*heads),
             k=empty(*heads),
             v=empty(*heads),
@@ -146,7 +156,7 @@ class FusedVision:
                 b.x, Weight(attn.qkv.weight), b.q, b.k, b.v, bias=attn.qkv.bias, cos=b.cos, sin=b.sin,
                 norm=InputNorm(b.sums, LAYER_NORM_EPS, "layer", qkv_sums),
             )  # fmt: skip
-            self._attention(ops, b)
+            ops.attention(b.q, b.k, b.v, b.mixed, causal=False, segments=b.segments)
             ops.linear(b.mixed, Weight(attn.proj.weight), b.x, bias=attn.proj.bias, residual=Residual(b.x), stats=stats)
             ops.linear(
                 b.x, Weight(mlp.linear_fc1.weight), b.hidden, bias=mlp.linear_fc1.bias, activation="gelu_tanh",
@@ -158,23 +168,22 @@ class FusedVision:
             )  # fmt: skip
             if index in config.deepstack_layers:
                 tap = config.deepstack_layers.index(index)
-                self._merge(ops, self._mergers[tap], b, b.deepstack[tap])
-        self._merge(ops, tower.merger, b, b.tokens)
+                self._merge(ops, self._mergers[tap], b, b.deepstack[tap], self._merger_sums[tap])
+        # Normalised before it is merged: a row of its product has a mean and a scale for each of its patches.
+        self._merge(ops, tower.merger, b, b.tokens, None)
 
-    def _attention(self, ops: FusedOps, b: VisionBuffers) -> None:
-        start = 0
-        for images, patches in b.runs:
-            part = slice(start, start + images * patches)
-            q, k, v = (t[0, :, part].unflatten(1, (images, patches)).transpose(0, 1) for t in (b.q, b.k, b.v))
-            ops.attention(q, k, v, b.mixed[0, part].unflatten(0, (images, patches)), causal=False)
-            start = part.stop
-
-    def _merge(self, ops: FusedOps, merger: PatchMerger, b: VisionBuffers, out: Tensor) -> None:
-        shape = b.merged.shape if merger.norm_after_merge else b.x.shape
-        norm, normed = merger.norm, b.normed.view(b.merged.shape)
-        ops.layer_norm(b.x.view(shape), norm.weight, norm.bias, LAYER_NORM_EPS, b.normed.view(shape))
-        first, second = merger.linear_fc1, merger.linear_fc2
-        ops.linear(normed, Weight(first.weight), b.merged, bias=first.bias, activation="gelu")
+    def _merge(
+        self, ops: FusedOps, merger: PatchMerger, b: VisionBuffers, out: Tensor, column_sums: Tensor | None
+    ) -> None:
+        """column_sums: of the first product's weight, into which the norm was folded; None where it stands apart."""
+        first, second, merged = merger.linear_fc1, merger.linear_fc2, b.merged.shape
+        if column_sums is None:
+            shape, affine = merged if merger.norm_after_merge else b.x.shape, (merger.norm.weight, merger.norm.bias)
+            ops.layer_norm(b.x.view(shape), *affine, LAYER_NORM_EPS, b.normed.view(shape))
+            rows, norm = b.normed.view(merged), None
+        else:
+            rows, norm = b.x.view(merged), InputNorm(b.merged_sums, LAYER_NORM_EPS, "layer", column_sums)
+        ops.linear(rows, Weight(first.weight), b.merged, bias=first.bias, activation="gelu", norm=norm)
         ops.linear(b.merged, Weight(second.weight), out, bias=second.bias)
 
 

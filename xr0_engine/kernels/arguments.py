@@ -5,14 +5,18 @@ Shape legend: B batch, M rows of each, K columns in, N columns out.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 STATS_COLUMNS = 64
-"""One partial sum of a row covers so many columns: whoever writes a row adds them up alone, in one fixed order."""
+"""One partial sum of a row covers so many columns: whoever writes them adds them up alone, in one fixed order."""
+SLOT_WIDTHS = (STATS_COLUMNS, 32, 16)
+"""Where narrower tiles write a row, it covers fewer."""
 
 SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 """Compute capability -> bytes of shared memory that one block may use."""
@@ -67,8 +71,9 @@ class Residual:
 class StatsOut:
     """Where to put partial sums of the rows written, taken in float32 of what stands in out: of rounded values.
 
-    sums: (slots, B, M, 2) float32, slots = ceil(N / STATS_COLUMNS). [..., 0] of x * x. [..., 1] of (weight * x) ** 2
-    where a weight (N,) float32 is given, else it is left alone.
+    sums: (slots, B, M, 2) float32. A slot is of STATS_COLUMNS columns, or of 32 or 16, for narrower tiles: how many
+    there are says which (slot_columns). [..., 0] of x * x. [..., 1] of (weight * x) ** 2 where a weight (N,) float32 is
+    given, else it is left alone.
     centred, without a weight: [..., 0] of (x - m) ** 2, m the mean of the slot's own columns, and [..., 1] of x: from
     them a row's variance comes without a difference of large numbers, however far from zero its mean is.
     """
@@ -78,8 +83,21 @@ class StatsOut:
     centred: bool = False
 
 
+def slot_columns(name: str, sums: Tensor, columns: int) -> int:
+    """How many of so many columns each slot of sums, (slots, B, M, 2), covers. Raises ValueError for no such width."""
+    for width in SLOT_WIDTHS:
+        if -(-columns // width) == sums.shape[0]:
+            return width
+    slots = ", ".join(str(-(-columns // width)) for width in SLOT_WIDTHS)
+    raise ValueError(f"{name}: expected {slots} slots for {columns} columns, got {sums.shape[0]}")
+
+
 Schedule = Literal["tiled", "stream", "whole", "tma"]
-"""tiled: a program computes one tile of rows and columns, over one of split_k parts of K (product.py)."""
+"""tiled: a program computes one tile of rows and columns, over one of split_k parts of K (product.py). stream: tiles
+of up to block_m rows in pieces of mixed heights, shared out evenly over split_k programs, or each its own where that is
+1 (wide.py). whole: its warps share out K, its weight is loaded before the wait (whole.py); of lambda_attention, they
+share out the keys. tma: tiles come by TMA; whole ones in waves of split_k programs, the last of which shares out what
+is left (bulk.py)."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +117,50 @@ class Tactic:
     library: bool = False
     flash: bool = False
     schedule: Schedule = "tiled"
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Rows of one sequence in segments, which attention does not cross: images of any sizes behind each other.
+
+    bounds: (S, 2) int32 on the device, each segment's first row and one past its last; spans: the same on the host. The
+    longest comes first, so that what takes longest starts first.
+    """
+
+    bounds: Tensor
+    spans: tuple[tuple[int, int], ...]
+
+    @staticmethod
+    def of(lengths: Sequence[int], device: torch.device) -> Segments:
+        """Of so many rows each, in the order of the rows. Raises ValueError for lengths that are not positive."""
+        if not lengths or min(lengths) < 1:
+            raise ValueError(f"lengths: expected at least one, all positive; got {list(lengths)}")
+        ends = list(accumulate(lengths))
+        spans = sorted(((end - length, end) for length, end in zip(lengths, ends, strict=True)), key=_longest_first)
+        return Segments(torch.tensor(spans, dtype=torch.int32, device=device), tuple(spans))
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Of each, the longest first."""
+        return tuple(end - first for first, end in self.spans)
+
+
+def _longest_first(span: tuple[int, int]) -> tuple[int, int]:
+    return span[0] - span[1], span[0]
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What an attention's queries and keys still lack where they come as their product left them, in float32.
+
+    q_weight, k_weight: (D,) float32 of a head's RMSNorm with eps; cos, sin: (B, Q, D / 2) float32, halves convention.
+    """
+
+    q_weight: Tensor
+    k_weight: Tensor
+    eps: float
+    cos: Tensor
+    sin: Tensor
 
 
 class HalfBlock(NamedTuple):
@@ -163,9 +225,9 @@ class FlowInputs:
 class FlowBuffers(NamedTuple):
     """One batch size and chunk length, Q = context + T tokens. Streams are (B, Q, C) float32, each with its sums.
 
-    start: the step's input; middle: after a layer's attention; end: after its MLP. q, k, v: (B, H, Q, D); mixed: (B, Q,
-    C); hidden: (B, Q, 4 C); embedded: (B, T, C); state_hidden: (B, state_length, C); cos, sin: (B, Q, D / 2); z: (2, B,
-    T, A) float32, whose halves take turns.
+    start: the step's input; middle: after a layer's attention; end: after its MLP. q, k, v: (B, H, Q, D); raw: (B, Q,
+    3 H D) float32, the three before norms and RoPE; mixed: (B, Q, C); hidden: (B, Q, 4 C); embedded: (B, T, C);
+    state_hidden: (B, state_length, C); cos, sin: (B, Q, D / 2); z: (2, B, T, A) float32, whose halves take turns.
     """
 
     start: Tensor
@@ -184,6 +246,7 @@ class FlowBuffers(NamedTuple):
     cos: Tensor
     sin: Tensor
     z: Tensor
+    raw: Tensor
 
 
 class Workspace:

@@ -10,6 +10,7 @@ Shape legend: B batch, H query heads, G KV heads, M queries, N keys, D head_dim.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -19,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-from xr0_engine.kernels.arguments import SHARED_LIMIT, Tactic, Workspace
+from xr0_engine.kernels.arguments import SHARED_LIMIT, Segments, Tactic, Workspace
 from xr0_engine.kernels.device import gdc_begin
 from xr0_engine.kernels.launch import launch
 from xr0_engine.kernels.shapes import expect, expect_head_dim, expect_tiles, strided
@@ -76,6 +77,7 @@ def _attention(
     out,
     out_b,
     out_m,
+    bounds,
     rows,
     keys,
     scale,
@@ -89,6 +91,14 @@ def _attention(
     # The last tiles see the most keys: they start first.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     group, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    if bounds is not None:
+        first = tl.load(bounds + 2 * batch)
+        rows = tl.load(bounds + 2 * batch + 1) - first
+        keys, batch, first = rows, tl.cast(0, tl.int64), first.to(tl.int64)
+        q, k, v, out = q + first * q_m, k + first * k_n, v + first * v_n, out + first * out_m
+        # The grid has as many tiles of each segment as the longest has.
+        if tile * BLOCK_M >= rows * SHARE:
+            return
     packed = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     # From the tile's first row on, 32 bits are enough.
     first_row, row, head = tile * BLOCK_M // SHARE, packed // SHARE, packed % SHARE
@@ -117,12 +127,21 @@ def _attention(
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, *, causal: bool, tactic: Tactic, workspace: Workspace
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    *,
+    causal: bool,
+    segments: Segments | None = None,
+    tactic: Tactic,
+    workspace: Workspace,
 ) -> None:
     """Softmax attention with scale 1/sqrt(D) and grouped KV. causal: query i sees keys up to i + N - M.
 
-    q: (B, H, M, D); k, v: (B, G, N, D); out: (B, M, H * D). Raises ValueError for shapes that do not fit,
-    NotImplementedError for a tactic of flash-attn where that is not installed.
+    q: (B, H, M, D); k, v: (B, G, N, D); out: (B, M, H * D). segments: of all M = N rows of B = 1; a row sees those of
+    its own segment. Raises ValueError for shapes that do not fit, NotImplementedError for a tactic of flash-attn where
+    that is not installed.
     """
     batch, heads, rows, dim = q.shape
     groups, keys = k.shape[1], k.shape[2]
@@ -134,20 +153,24 @@ def attention(
     expect_groups(heads, groups)
     if causal and keys < rows:
         raise ValueError(f"k: expected at least as many keys as queries, {rows}, if causal; got {keys}")
+    if segments is not None:
+        expect_segments(segments, batch, rows, keys)
     if tactic.library:
-        mixed = _flash(q, k, v, causal) if tactic.flash else _torch_attention(q, k, v, causal)
-        out.unflatten(-1, (heads, dim)).copy_(mixed)
+        for part in [(q, k, v, out)] if segments is None else _batches(q, k, v, out, segments):
+            _by_library(*part, causal, tactic.flash)
         return
     expect_tiles(tactic, "block_m", "block_n")
     share = heads // groups
+    longest = rows if segments is None else segments.lengths[0]
     launch(
         _attention,
-        (triton.cdiv(rows * share, tactic.block_m), groups, batch),
+        (triton.cdiv(longest * share, tactic.block_m), groups, batch if segments is None else len(segments.spans)),
         {
             **strided("q", q, "bhm"),
             **strided("k", k, "bgn"),
             **strided("v", v, "bgn"),
             **strided("out", out, "bm"),
+            "bounds": None if segments is None else segments.bounds,
             "rows": rows,
             "keys": keys,
             "scale": dim**-0.5 * LOG2_E,
@@ -160,6 +183,24 @@ def attention(
         tactic.warps,
         tactic.stages,
     )
+
+
+def _batches(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, segments: Segments
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Views of the segments as batches of their own: one where all are of one length, else one for each."""
+    if len(set(segments.lengths)) == 1:
+        images = (len(segments.spans), segments.lengths[0])
+        heads = (each[0].unflatten(1, images).transpose(0, 1) for each in (q, k, v))
+        yield (*heads, out[0].unflatten(0, images))
+        return
+    for first, end in segments.spans:
+        yield q[:, :, first:end], k[:, :, first:end], v[:, :, first:end], out[:, first:end]
+
+
+def _by_library(q: Tensor, k: Tensor, v: Tensor, out: Tensor, causal: bool, flash: bool) -> None:
+    mixed = _flash(q, k, v, causal) if flash else _torch_attention(q, k, v, causal)
+    out.unflatten(-1, (q.shape[1], q.shape[3])).copy_(mixed)
 
 
 def _torch_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
@@ -179,6 +220,16 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
 def expect_groups(heads: int, groups: int) -> None:
     if heads % groups:
         raise ValueError(f"q: expected a multiple of {groups} KV heads, got {heads} heads")
+
+
+def expect_segments(segments: Segments, batch: int, rows: int, keys: int) -> None:
+    """Raises ValueError unless they are of all rows of one sequence."""
+    expect("segments.bounds", segments.bounds, (len(segments.spans), 2))
+    if (batch, sum(segments.lengths), keys) != (1, rows, rows):
+        raise ValueError(
+            f"segments: expected those of all rows of one sequence, got {sum(segments.lengths)} rows for {batch} x "
+            f"{rows} queries and {keys} keys"
+        )
 
 
 def attention_tactic(shape: tuple[int, ...], arch: int) -> Tactic:

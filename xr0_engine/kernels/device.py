@@ -62,12 +62,24 @@ def paired(first, distance, N: tl.constexpr):
 
 
 @triton.jit
+def with_last(values, value):
+    """values, a tuple, and one more. Triton unpacks no tuple within another."""
+    return values + (value,)  # noqa: RUF005
+
+
+@triton.jit
 def rows_of(row_tile, rows, batch_rows, BLOCK_M: tl.constexpr):
-    """(batch, row, is it one) of a tile's rows; those behind the last are the last again.
+    """(batch, row, is it one) of a tile's rows; those behind the last are the last again."""
+    return rows_from(row_tile * BLOCK_M, rows, batch_rows, BLOCK_M)
+
+
+@triton.jit
+def rows_from(first, rows, batch_rows, BLOCK_M: tl.constexpr):
+    """rows_of, of the rows from first on.
 
     batch and row are int64: a row's place in its batch may be beyond 2^31 elements, in the patches of many images.
     """
-    index = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    index = first + tl.arange(0, BLOCK_M)
     inside = index < rows
     index = tl.minimum(index, rows - 1)
     batch = index // batch_rows

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from xr0_engine.kernels.arguments import STATS_COLUMNS
+from xr0_engine.kernels.arguments import slot_columns
 from xr0_engine.kernels.device import gdc_begin, gelu_tanh, prefetch_l2
 from xr0_engine.kernels.embed import ROPE_ROWS, expect_tables, store_rope
 from xr0_engine.kernels.launch import launch
@@ -247,9 +247,10 @@ def euler_step(
     """
     batch, tokens, columns = x.shape
     actions = out_weight1.shape[0]
-    slots = triton.cdiv(columns, STATS_COLUMNS)
+    slots = sums.shape[0]
     expect("x", x, (batch, tokens, columns))
     expect("sums", sums, (slots, batch, tokens, 2))
+    slot_columns("sums", sums, columns)
     expect("out_weight1", out_weight1, (actions, columns))
     expect("out_weight2", out_weight2, (actions, actions))
     for name, tensor in (("z", z), ("z_next", z_next), ("action_mask", action_mask)):

@@ -14,25 +14,50 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xr0_engine.kernels import reference
-from xr0_engine.kernels.arguments import STATS_COLUMNS, InputNorm, Residual, StatsOut, Tactic, Weight, Workspace
+from xr0_engine.kernels.arguments import (
+    STATS_COLUMNS,
+    Heads,
+    InputNorm,
+    Residual,
+    Segments,
+    StatsOut,
+    Tactic,
+    Weight,
+    Workspace,
+    slot_columns,
+)
 
 
 def write_stats(x: Tensor, stats: StatsOut) -> None:
     """Fill stats from the rows x, (B, M, N) float32, as StatsOut describes."""
-    for slot, part in zip(stats.sums, x.split(STATS_COLUMNS, dim=-1), strict=True):
+    width = slot_columns("stats.sums", stats.sums, x.shape[-1])
+    for slot, part in zip(stats.sums, x.split(width, dim=-1), strict=True):
         centre = part.mean(-1, keepdim=True) if stats.centred else 0.0
         slot[..., 0] = (part - centre).square().sum(-1)
         if stats.centred:
             slot[..., 1] = part.sum(-1)
     if stats.weight is not None:
-        for slot, part in zip(stats.sums, (stats.weight * x).split(STATS_COLUMNS, dim=-1), strict=True):
+        for slot, part in zip(stats.sums, (stats.weight * x).split(width, dim=-1), strict=True):
             slot[..., 1] = part.square().sum(-1)
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, *, causal: bool, tactic: Tactic, workspace: Workspace
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    *,
+    causal: bool,
+    segments: Segments | None = None,
+    tactic: Tactic,
+    workspace: Workspace,
 ) -> None:
     """As kernels/attention.py: attention."""
+    if segments is not None:
+        for first, end in segments.spans:
+            part = (slice(None), slice(None), slice(first, end))
+            attention(q[part], k[part], v[part], out[:, first:end], causal=causal, tactic=tactic, workspace=workspace)
+        return
     rows, keys = q.shape[2], k.shape[2]
     mask = torch.ones(rows, keys, dtype=torch.bool, device=q.device).tril(keys - rows) if causal else None
     mixed = reference.attention(q.float(), k.float(), v.float(), mask)
@@ -51,10 +76,18 @@ def lambda_attention(
     *,
     window: int | None,
     context: int,
+    heads: Heads | None = None,
     tactic: Tactic,
     workspace: Workspace,
 ) -> None:
     """As kernels/lambda_attention.py: lambda_attention."""
+    if heads is not None:
+        cos, sin = (table.repeat(1, 1, 2)[:, None] for table in (heads.cos, heads.sin))
+        q, k = (
+            reference.rotate(reference.rms_norm(x.float(), weight, heads.eps), cos, sin)
+            for x, weight in ((q, heads.q_weight), (k, heads.k_weight))
+        )
+        q, k, v = (x.to(kv_keys.dtype) for x in (q, k, v))
     cached = torch.arange(kv_keys.shape[2], device=q.device)
     valid = (cached >= begin[:, None]) & (cached < end[:, None])
     token = torch.arange(q.shape[2], device=q.device)

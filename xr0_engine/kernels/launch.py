@@ -40,6 +40,9 @@ PROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
 DEPENDENT_LAUNCH_FROM = 90
 """Compute capability from which a kernel may start before the one ahead of it has ended."""
 
+TMA_FROM = 90
+"""Compute capability from which tiles of a tensor are copied by a unit of their own (TMA), as a descriptor has them."""
+
 DTYPES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
@@ -75,7 +78,10 @@ class Launch:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What a kernel takes of a chip. Bytes of shared memory, registers per thread, bytes spilled per thread."""
+    """What a kernel takes of a chip. Bytes of shared memory, registers per thread, bytes spilled per thread.
+
+    constexprs: by parameter's name; of a function, its name.
+    """
 
     name: str
     arch: int
@@ -161,8 +167,8 @@ def launch(
     """Run kernel over grid. arguments: every parameter by name but PDL, which is true where the chip can do it. A
     TensorDescriptor, which TMA reads, is an argument of its own and no field of a named tuple.
 
-    cooperative: all programs run at once, and may wait for each other; such a kernel has no dependent launch. reached:
-    tensors that the kernel reaches through addresses in memory; what it is given is among its arguments.
+    cooperative: all programs run at once, and may wait for each other. reached: tensors that the kernel reaches through
+    addresses in memory; what it is given is among its arguments.
 
     A kernel with PDL calls gdc_wait() before it reads or writes what an earlier kernel may still use, and
     gdc_launch_dependents() once its own successor may start.
@@ -175,7 +181,7 @@ def launch(
     if INTERPRETED:
         kernel[grid](**arguments, PDL=False)
         return
-    dependent = _dependent and capability(device) >= DEPENDENT_LAUNCH_FROM and not cooperative
+    dependent = _dependent and capability(device) >= DEPENDENT_LAUNCH_FROM
     if EMULATED and device.type == "cpu":
         call = Launch(kernel, grid, arguments, warps, stages, cooperative, reached)
         _emulator().run(call, EMULATED, dependent)
@@ -226,10 +232,11 @@ def variants(launches: list[Launch]) -> list[Launch]:
 
 def compile_for(call: Launch, arch: int) -> Compiled:
     """Compile one call for a chip, at hand or not. Raises what Triton raises if the code cannot be compiled."""
-    signature = Signature(call, arch >= DEPENDENT_LAUNCH_FROM and not call.cooperative)
+    signature = Signature(call, arch >= DEPENDENT_LAUNCH_FROM)
     binary = compile_call(call, signature, arch)
     registers, spills = _resources(binary.asm["cubin"])
-    constexprs = signature.named_constants
+    named = signature.named_constants.items()
+    constexprs = {name: value.__name__ if isinstance(value, triton.JITFunction) else value for name, value in named}
     return Compiled(call.name, arch, binary.metadata.shared, registers, spills, 32 * call.warps, constexprs)
 
 
@@ -262,6 +269,8 @@ class Signature:
         for index, parameter in enumerate(call.kernel.params):
             value = dependent if parameter.name == "PDL" else call.arguments[parameter.name]
             type_of = self._constant if parameter.is_constexpr else self._type
+            if parameter.do_not_specialize:
+                type_of = self._as_it_is
             self.types[parameter.name] = type_of((index,), parameter.name, value)
         self.key = (call.name, *self.types.items(), *self.constants.items(), *self.divisible, call.warps, call.stages)
 
@@ -269,6 +278,10 @@ class Signature:
         self.constants[place] = value
         self.named_constants |= value._asdict() if hasattr(value, "_asdict") else {name: value}
         return "constexpr"
+
+    def _as_it_is(self, place: tuple[int, ...], name: str, value: int) -> str:
+        self.given.append((name, "i32", value))
+        return "i32"
 
     def _type(self, place: tuple[int, ...], name: str, value: Any) -> Any:
         if value is None or (type(value) is int and value == 1):

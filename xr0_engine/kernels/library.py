@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from xr0_engine.kernels.arguments import STATS_COLUMNS, InputNorm, Workspace
+from xr0_engine.kernels.arguments import InputNorm, Workspace
 from xr0_engine.kernels.device import gdc_begin, rows_of
 from xr0_engine.kernels.launch import launch
 from xr0_engine.kernels.shapes import strided
@@ -64,7 +64,7 @@ def library_product(
     left = None if norm is None or norm.kind == "layer" or weight.dtype == torch.float16 else norm
     norm = norm if left is None else None
     batch, batch_rows, inputs = x.shape
-    rows, outputs, slots = batch * batch_rows, weight.shape[0], triton.cdiv(inputs, STATS_COLUMNS)
+    rows, outputs, slots = batch * batch_rows, weight.shape[0], 1 if norm is None else norm.sums.shape[0]
     one_matrix = x.stride(1) >= inputs and (batch == 1 or x.stride(0) == batch_rows * x.stride(1))
     copied = norm is not None or col_scale is not None or x.dtype != weight.dtype or not one_matrix
     # Whole rows of 16 bytes keep the second part aligned.

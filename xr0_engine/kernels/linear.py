@@ -6,7 +6,8 @@ Shape legend: B batch, M rows of each, K columns in, N or F columns out.
 from __future__ import annotations
 
 import itertools
-from typing import Literal, NamedTuple
+from dataclasses import replace
+from typing import Literal
 
 import triton
 import triton.language as tl
@@ -21,19 +22,26 @@ from xr0_engine.kernels.arguments import (
     Tactic,
     Weight,
     Workspace,
+    slot_columns,
 )
-from xr0_engine.kernels.device import gelu_tanh, paired
+from xr0_engine.kernels.device import paired
+from xr0_engine.kernels.ends import LinearEnd, SwigluEnd, finish_linear, finish_swiglu
 from xr0_engine.kernels.launch import PROCESSORS
-from xr0_engine.kernels.product import MIN_DOT, check_product, finish, launch_product, multiply, take_tile
+from xr0_engine.kernels.product import MIN_DOT, check_product, finish, multiply, row_pieces, take_tile
+from xr0_engine.kernels.schedules import launch_scheduled
 from xr0_engine.kernels.shapes import expect, strided
-from xr0_engine.kernels.statistics import SLOT, add_slots, store_stats
 
 SKINNY_ROWS = 64
 """Up to so many rows a product is bound by reading its weight."""
 HEAD_COLUMNS = 128
-READ_COST = 64
-"""Reading one factor from the L2 cache takes as long as so many products: about 30 on an RTX 4090, 150 on an H200."""
+READ_COST = {80: 45, 86: 20, 89: 30, 90: 150, 100: 200, 120: 30}
+"""Compute capability -> reading a factor from the L2 cache takes a processor as long as so many products in bfloat16.
+Estimates: peak rate of products over that of reads, neither measured here."""
 MAX_SPLIT = 8
+WARPGROUPS, WARPGROUP_ROWS = (90, 100), 64
+"""Compute capabilities of chips whose warps multiply in groups, and so many rows at least."""
+MOST_SUMS, MOST_SUMS_OF_WARPS = 208 * 128, 160 * 128
+"""Of a program of 8 warps: more leave its epilogue too few registers, or the factors of products of warps."""
 
 
 def default_tactic(kind: str, rows: int, n: int, k: int, arch: int) -> Tactic:
@@ -41,107 +49,62 @@ def default_tactic(kind: str, rows: int, n: int, k: int, arch: int) -> Tactic:
 
     Up to SKINNY_ROWS rows the weight decides: one row tile, narrow column tiles, K split as long as there is a
     processor for every program, since two rounds of half the length win nothing and leave twice as much to add up.
-    Beyond, the tile whose waves over the chip take the least time, padding included; K is split where tiles alone
-    leave processors idle.
+    Beyond, pieces of mixed heights (schedule "stream"): those rows of a program, columns, and programs for which the
+    longest takes the least time, padding included: its products, its reads, and the sums of parts. As many programs as
+    tiles, a multiple that leaves no processor two, or one for each processor.
     n counts weight rows; a head is taken to have HEAD_COLUMNS. For 16-bit factors. Raises ValueError for a chip that
     is not known.
     """
     if arch not in PROCESSORS:
         raise ValueError(f"arch: expected one of {', '.join(map(str, PROCESSORS))}; got {arch}")
-    processors = PROCESSORS[arch]
-    stages = 4 if SHARED_LIMIT[arch] >= 160 * 1024 else 3
+    processors, roomy = PROCESSORS[arch], SHARED_LIMIT[arch] >= 160 * 1024
     if rows <= SKINNY_ROWS:
         block_m = max(MIN_DOT, triton.next_power_of_2(rows))
         width, block_k = (HEAD_COLUMNS, 64) if kind == "qkv" else (64, 128 if k % 128 == 0 else 64)
         tiles, blocks = triton.cdiv(n, width), triton.cdiv(k, block_k)
         split_k = max((split for split in _divisors(blocks) if tiles * split <= processors), default=1)
-        return Tactic(block_m, width // 2 if kind == "swiglu" else width, block_k, split_k, warps=4, stages=stages)
+        return Tactic(
+            block_m, width // 2 if kind == "swiglu" else width, block_k, split_k, warps=4, stages=4 if roomy else 3
+        )
+
+    # Of stages, products of warps hold one less in shared memory.
+    block_k, stages = (64, 4) if roomy else (32, 5)
+    blocks, warpgroups = triton.cdiv(k, block_k), arch in WARPGROUPS
 
     def time(tile: tuple[int, int, int]) -> float:
-        block_m, width, split = tile
-        tiles = triton.cdiv(rows, block_m) * triton.cdiv(n, width)
-        if split > 1 and tiles >= processors:
+        block_m, width, programs = tile
+        pieces, tiles = row_pieces(rows, block_m), tiles_of(block_m, width)
+        height = sum(pieces)
+        if height * width > (MOST_SUMS if warpgroups else MOST_SUMS_OF_WARPS):
             return float("inf")
-        product = k / split * (block_m * width + READ_COST * (block_m + width))
-        # Every program writes a float32 tile, the last of a tile reads all of them: a float32 is two factors.
-        summing = 0 if split == 1 else (1 + split) * 2 * READ_COST * block_m * width
-        return triton.cdiv(tiles * split, processors) * (product + summing)
+        # What has fewer rows than a warpgroup multiplies takes it as long as twice as many: an estimate.
+        slow = sum(piece for piece in pieces if piece < WARPGROUP_ROWS) if warpgroups else 0
+        step = block_k * ((height + slow) * width + READ_COST[arch] * (height + width))
+        if programs == 1:
+            return triton.cdiv(tiles, processors) * blocks * step
+        # Every program writes what it began or ended of tiles, the last of a tile reads all of it: float32 is two
+        # factors.
+        parts = 1 + programs // tiles if programs % tiles == 0 else 2 + 1 + triton.cdiv(programs, tiles)
+        return triton.cdiv(tiles * blocks, programs) * step + parts * 2 * READ_COST[arch] * height * width
 
-    widths = (HEAD_COLUMNS,) if kind == "qkv" else (128, 64)
-    splits = [split for split in _divisors(triton.cdiv(k, 64)) if split <= MAX_SPLIT]
-    block_m, width, split_k = min(itertools.product((128, 64), widths, splits), key=time)
-    warps = 8 if block_m == 128 else 4
-    return Tactic(block_m, width // 2 if kind == "swiglu" else width, 64, split_k, warps, stages)
+    def tiles_of(block_m: int, width: int) -> int:
+        return triton.cdiv(rows, sum(row_pieces(rows, block_m))) * triton.cdiv(n, width)
+
+    found = []
+    for block_m, width in itertools.product((128, 256, 512), (HEAD_COLUMNS,) if kind == "qkv" else (128, 64)):
+        tiles = tiles_of(block_m, width)
+        splits = [
+            tiles * split for split in range(2, MAX_SPLIT + 1) if tiles * split <= min(processors, tiles * blocks)
+        ]
+        found += [(block_m, width, programs) for programs in (1, *splits, min(processors, tiles * blocks))]
+    block_m, width, programs = min(found, key=time)
+    return Tactic(
+        block_m, width // 2 if kind == "swiglu" else width, block_k, programs, warps=8, stages=stages, schedule="stream"
+    )
 
 
 def _divisors(number: int) -> list[int]:
     return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
-
-
-class LinearEnd(NamedTuple):
-    """What a linear layer's epilogue reads and writes, as one argument: as linear, Residual and StatsOut have it."""
-
-    outputs: int
-    out: Tensor
-    out_b: int
-    out_m: int
-    residual: Tensor | None
-    residual_b: int
-    residual_m: int
-    gate: Tensor | None
-    base_sums: Tensor | None
-    base_sums_s: int
-    base_sums_b: int
-    base_sums_m: int
-    base_weight: Tensor | None
-    base_eps: float
-    extra: Tensor | None
-    extra_r: int
-    extra_index: Tensor | None
-    extra_index_b: int
-    stats: Tensor | None
-    stats_s: int
-    stats_b: int
-    stats_m: int
-    stats_weight: Tensor | None
-
-
-@triton.jit
-def finish_linear(
-    y, tile, end, CENTRED: tl.constexpr, ACTIVATION: tl.constexpr, OUT_SLOTS: tl.constexpr, HOW: tl.constexpr
-):
-    """Activation, residual, output and its statistics of a tile's y, (BLOCK_M, BLOCK_N) float32."""
-    batch, row, outputs = tile.batch, tile.row, end.outputs
-    column = tile.column_tile * HOW.BLOCK_N + tl.arange(0, HOW.BLOCK_N)
-    column_inside = column < outputs
-    mask = tile.inside[:, None] & column_inside[None, :]
-    if ACTIVATION == "gelu":
-        y = 0.5 * y * (1.0 + tl.erf(y * 0.7071067811865476))
-    elif ACTIVATION == "gelu_tanh":
-        y = gelu_tanh(y)
-    if end.residual is not None:
-        base_place = end.residual + (batch * end.residual_b + row * end.residual_m)[:, None] + column[None, :]
-        base = tl.load(base_place, mask, 0.0).to(tl.float32)
-        if end.base_sums is not None:
-            sums_place = batch * end.base_sums_b + row * end.base_sums_m
-            squares = add_slots(end.base_sums, end.base_sums_s, sums_place, tl.cdiv(outputs, SLOT), OUT_SLOTS)
-            base *= tl.rsqrt(squares / outputs + end.base_eps)[:, None]
-            base *= tl.load(end.base_weight + column, column_inside, 0.0)[None, :]
-        if end.gate is not None:
-            y *= tl.load(end.gate + column, column_inside, 0.0)[None, :]
-        y += base
-        if end.extra is not None:
-            index = tl.load(end.extra_index + batch * end.extra_index_b + row)
-            extra_mask = mask & (index >= 0)[:, None]
-            extra_place = (index.to(tl.int64) * end.extra_r)[:, None] + column[None, :]
-            y += tl.load(end.extra + extra_place, extra_mask, 0.0).to(tl.float32)
-    written = y.to(end.out.dtype.element_ty)
-    tl.store(end.out + (batch * end.out_b + row * end.out_m)[:, None] + column[None, :], written, mask)
-    if end.stats is not None:
-        place = end.stats + batch * end.stats_b + row * end.stats_m
-        store_stats(
-            written, outputs, tile.column_tile, column, place, end.stats_s, tile.inside, end.stats_weight, CENTRED, HOW
-        )
 
 
 @triton.jit
@@ -192,10 +155,15 @@ def linear(
     outputs = weight.data.shape[0]
     expect("out", out, (batch, rows, outputs))
     _check_residual(residual, batch, rows, outputs)
+    if stats is not None and tactic.schedule == "whole":
+        # Its narrow tiles are made for narrow slots; where slots are wider, so is a tile.
+        width = slot_columns("stats.sums", stats.sums, outputs)
+        tactic = replace(tactic, block_n=max(tactic.block_n, width))
     _check_stats(stats, batch, rows, outputs, tactic)
     base = residual or Residual(out)
-    launch_product(
+    launch_scheduled(
         _linear,
+        finish_linear,
         x,
         weight,
         bias,
@@ -203,6 +171,7 @@ def linear(
         norm,
         triton.cdiv(outputs, tactic.block_n),
         tactic.block_n,
+        None,
         tactic,
         workspace,
         {
@@ -221,9 +190,15 @@ def linear(
             ),
             "CENTRED": stats is not None and stats.centred,
             "ACTIVATION": activation,
-            "OUT_SLOTS": triton.next_power_of_2(triton.cdiv(outputs, STATS_COLUMNS)),
+            "OUT_SLOTS": _out_slots(base, stats, outputs),
         },
     )
+
+
+def _out_slots(residual: Residual, stats: StatsOut | None, outputs: int) -> tuple[int, int]:
+    """As finish_linear has it."""
+    width = STATS_COLUMNS if stats is None else slot_columns("stats.sums", stats.sums, outputs)
+    return 1 if residual.sums is None else residual.sums.shape[0], width
 
 
 def _check_residual(residual: Residual | None, batch: int, rows: int, outputs: int) -> None:
@@ -236,7 +211,8 @@ def _check_residual(residual: Residual | None, batch: int, rows: int, outputs: i
     if (residual.sums is None) != (residual.weight is None):
         raise ValueError("residual.sums, residual.weight: expected both or none, got one")
     if residual.sums is not None:
-        expect("residual.sums", residual.sums, (triton.cdiv(outputs, STATS_COLUMNS), batch, rows, 2))
+        expect("residual.sums", residual.sums, (residual.sums.shape[0], batch, rows, 2))
+        slot_columns("residual.sums", residual.sums, outputs)
     if (residual.extra is None) != (residual.extra_index is None):
         raise ValueError("residual.extra, residual.extra_index: expected both or none, got one")
     if residual.extra is not None and residual.extra_index is not None:
@@ -247,32 +223,16 @@ def _check_residual(residual: Residual | None, batch: int, rows: int, outputs: i
 def _check_stats(stats: StatsOut | None, batch: int, rows: int, outputs: int, tactic: Tactic) -> None:
     if stats is None:
         return
-    expect("stats.sums", stats.sums, (triton.cdiv(outputs, STATS_COLUMNS), batch, rows, 2))
+    expect("stats.sums", stats.sums, (stats.sums.shape[0], batch, rows, 2))
+    width = slot_columns("stats.sums", stats.sums, outputs)
     if stats.weight is not None:
         expect("stats.weight", stats.weight, (outputs,))
         if stats.centred:
             raise ValueError("stats.weight: expected None for centred sums, got a weight")
-    if tactic.block_n % STATS_COLUMNS:
-        raise ValueError(f"tactic.block_n: expected a multiple of {STATS_COLUMNS} with stats, got {tactic.block_n}")
-
-
-class SwigluEnd(NamedTuple):
-    """Where a gated layer's epilogue writes, as one argument. outputs: columns of out."""
-
-    outputs: int
-    out: Tensor
-    out_b: int
-    out_m: int
-
-
-@triton.jit
-def finish_swiglu(y, tile, end, HOW: tl.constexpr):
-    """Gate and output of a tile's y, (BLOCK_M, BLOCK_N) float32, whose columns are pairs of gate and up."""
-    gate, up = tl.split(tl.reshape(y, (HOW.BLOCK_M, HOW.BLOCK_N // 2, 2)))
-    column = tile.column_tile * (HOW.BLOCK_N // 2) + tl.arange(0, HOW.BLOCK_N // 2)
-    target = end.out + (tile.batch * end.out_b + tile.row * end.out_m)[:, None] + column[None, :]
-    value = gate * tl.sigmoid(gate) * up
-    tl.store(target, value.to(end.out.dtype.element_ty), tile.inside[:, None] & (column < end.outputs)[None, :])
+    if stats.centred and width != STATS_COLUMNS:
+        raise ValueError(f"stats.sums: expected slots of {STATS_COLUMNS} columns for centred sums, got {width}")
+    if tactic.block_n % width:
+        raise ValueError(f"tactic.block_n: expected a multiple of {width} with stats, got {tactic.block_n}")
 
 
 @triton.jit
@@ -308,8 +268,9 @@ def swiglu(
     expect("out", out, (batch, rows, columns))
     if weight.data.shape[0] != 2 * columns:
         raise ValueError(f"weight.data: expected {2 * columns} rows for out's {columns}, got {weight.data.shape[0]}")
-    launch_product(
+    launch_scheduled(
         _swiglu,
+        finish_swiglu,
         x,
         weight,
         bias,
@@ -317,6 +278,7 @@ def swiglu(
         norm,
         triton.cdiv(columns, tactic.block_n),
         2 * tactic.block_n,
+        columns,
         tactic,
         workspace,
         {"end": SwigluEnd(outputs=columns, **strided("out", out, "bm"))},

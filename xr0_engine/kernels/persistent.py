@@ -1,8 +1,11 @@
-"""All steps of the flow as one kernel: no launch between its 82 stages a step, a barrier of the whole grid instead.
+"""Steps of the flow as one kernel: no launch between its 82 stages a step, a barrier of the whole grid instead.
 
 There is at most one program per processor, and all of them run at once (a cooperative launch). Every program takes
 its share of a stage's tiles, with the bodies of the kernels that are otherwise launched one after the other. stages.py
 has the barrier and the products.
+
+A launch takes any run of places, one layer of one step each, and what ends a step after its last layer: all of them, or
+one at a time, as many launches as places. Its first stage needs no barrier: what came before is another kernel's.
 
 The layers' weights stay where they are; a table holds their addresses. What depends on step and layer lies stacked.
 
@@ -17,19 +20,26 @@ from collections.abc import Mapping
 import triton
 import triton.language as tl
 
-from xr0_engine.kernels.arguments import STATS_COLUMNS, FlowBuffers, FlowInputs, FlowWeights, Tactic, Workspace
+from xr0_engine.kernels.arguments import FlowBuffers, FlowInputs, FlowWeights, Tactic, Workspace, slot_columns
 from xr0_engine.kernels.attention import LOG2_E
 from xr0_engine.kernels.flow import OUTPUT_BLOCK, _euler_step, flow_tiles
-from xr0_engine.kernels.lambda_attention import OWN_BLOCK, _lambda_attention
+from xr0_engine.kernels.lambda_attention import _lambda_attention
 from xr0_engine.kernels.launch import INTERPRETED, launch, processors
+from xr0_engine.kernels.loop import WARPS, plan_loop
 from xr0_engine.kernels.product import STREAM_ROW_TILES
-from xr0_engine.kernels.shapes import expect, expect_head_dim, expect_tiles, strided
-from xr0_engine.kernels.stages import SLOT, Shared, arrive, leave, linear_stage, qkv_stage, swiglu_stage, wait
-
-STAGES = ("qkv", "attention", "out", "gate_up", "down", "tokens")
-"""What the tactic of each stage is called; the Euler step has none."""
-WARPS = 8
-"""One program has a processor to itself; with fewer warps the stage that needs most registers spills some."""
+from xr0_engine.kernels.shapes import expect, expect_head_dim, strided
+from xr0_engine.kernels.stages import (
+    Shared,
+    arrive,
+    attention_stage,
+    leave,
+    linear_stage,
+    qkv_stage,
+    raw_stage,
+    swiglu_stage,
+    wait,
+)
+from xr0_engine.kernels.whole_attention import Cached, Own
 
 
 @triton.jit
@@ -38,7 +48,8 @@ def _weight(addresses, index, DTYPE: tl.constexpr):
     return tl.multiple_of(tl.load(addresses + index).to(tl.pointer_type(DTYPE), bitcast=True), 16)
 
 
-@triton.jit
+# Else numbers of places that are one, or even, would be kernels of their own.
+@triton.jit(do_not_specialize=("first_place", "last_place"))
 def _flow_loop(
     addresses,
     attention,
@@ -75,7 +86,10 @@ def _flow_loop(
     dt,
     steps,
     layers,
+    first_place,
+    last_place,
     COLUMNS: tl.constexpr,
+    SLOTS: tl.constexpr,
     INNER: tl.constexpr,
     HEADS: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -96,7 +110,6 @@ def _flow_loop(
     COMPILED: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    SLOTS: tl.constexpr = triton.cdiv(COLUMNS, SLOT)
     SHARE: tl.constexpr = HEADS // GROUPS
     DTYPE: tl.constexpr = buffers.mixed.dtype.element_ty
     b, shared = buffers, Shared(barrier, partials, counters, batch, tokens, eps)
@@ -104,36 +117,68 @@ def _flow_loop(
     actions = tokens - context
     stream_b, head_b, head_h = tokens * COLUMNS, HEADS * tokens * DIM, tokens * DIM
     action_rows = batch * actions
-    attention_tiles = tl.cdiv(tokens * SHARE, ATTENTION[0])
-    stage = 0
-    # Left alone, the compiler computes the addresses of all stages ahead of the loops, and keeps them in registers.
-    for step in tl.range(steps, disable_licm=True):
-        keys, values = kv_keys, kv_values
-        for layer in tl.range(layers, disable_licm=True):
-            place = step * layers + layer
-            qkv_weight, out_weight = _weight(addresses, 4 * layer, DTYPE), _weight(addresses, 4 * layer + 1, DTYPE)
-            gate_up_weight = _weight(addresses, 4 * layer + 2, DTYPE)
-            down_weight = _weight(addresses, 4 * layer + 3, DTYPE)
-            q_norm, k_norm = q_norms + layer * DIM, k_norms + layer * DIM
-            bias, col_scale = attention.bias + place * (3 * HEADS * DIM), attention.scale + place * COLUMNS
-            gate, middle_norm = attention.gate + place * COLUMNS, middle_norms + layer * COLUMNS
-            final_norm = final_norms + layer * COLUMNS
-
-            stage += 1
-            if layer == 0:
+    stage = -1
+    # Left alone, the compiler computes the addresses of all stages ahead of the loop, and keeps them in registers.
+    for place in tl.range(first_place, last_place, disable_licm=True):
+        step, layer = place // layers, place % layers
+        # What a stage alone needs is computed there: here it would be kept in registers through the stages ahead of it.
+        qkv_weight = _weight(addresses, 4 * layer, DTYPE)
+        q_norm, k_norm = q_norms + layer * DIM, k_norms + layer * DIM
+        bias, col_scale = attention.bias + place * (3 * HEADS * DIM), attention.scale + place * COLUMNS
+        stage += 1
+        if layer == 0:
+            if QKV.PARTS == 0:
                 qkv_stage(
                     shared, stage, b.start, b.start_sums, qkv_weight, bias, col_scale, b.q, b.k, b.v, q_norm, k_norm,
-                    b.cos, b.sin, "rms", COLUMNS, HEADS, DIM, STREAM, QKV, COMPILED,
+                    b.cos, b.sin, "rms", COLUMNS, SLOTS[0], HEADS, DIM, STREAM, QKV, COMPILED, PDL,
                 )  # fmt: skip
             else:
+                raw_stage(
+                    shared, stage, b.start, b.start_sums, qkv_weight, bias, col_scale, b.raw, "rms", COLUMNS,
+                    3 * HEADS * DIM, SLOTS[0], STREAM, QKV, COMPILED, PDL,
+                )  # fmt: skip
+        else:
+            if QKV.PARTS == 0:
                 qkv_stage(
                     shared, stage, b.end, b.end_sums, qkv_weight, bias, col_scale, b.q, b.k, b.v, q_norm, k_norm,
-                    b.cos, b.sin, "double_rms", COLUMNS, HEADS, DIM, STREAM, QKV, COMPILED,
+                    b.cos, b.sin, "double_rms", COLUMNS, SLOTS[0], HEADS, DIM, STREAM, QKV, COMPILED, PDL,
+                )  # fmt: skip
+            else:
+                raw_stage(
+                    shared, stage, b.end, b.end_sums, qkv_weight, bias, col_scale, b.raw, "double_rms", COLUMNS,
+                    3 * HEADS * DIM, SLOTS[0], STREAM, QKV, COMPILED, PDL,
                 )  # fmt: skip
 
-            stage += 1
+        stage += 1
+        keys, values = kv_keys + layer * kv_keys_l, kv_values + layer * kv_keys_l
+        if len(ATTENTION) == 4:
+            cached_keys = Cached(
+                kv_keys=keys, kv_keys_b=kv_keys_b, kv_keys_g=kv_keys_g, kv_keys_n=kv_keys_n, kv_values=values,
+                kv_values_b=kv_keys_b, kv_values_g=kv_keys_g, kv_values_n=kv_keys_n, begin=begin, end=end_valid,
+                length=cached,
+            )  # fmt: skip
+            if QKV.PARTS == 0:
+                own = Own(
+                    q=b.q, q_b=head_b, q_h=head_h, q_m=DIM, k=b.k, k_b=head_b, k_h=head_h, k_m=DIM, v=b.v, v_b=head_b,
+                    v_h=head_h, v_m=DIM, q_weight=None, k_weight=None, eps=eps, cos=None, cos_b=0, cos_m=0, sin=None,
+                    sin_b=0, sin_m=0,
+                )  # fmt: skip
+            else:
+                raw_m: tl.constexpr = 3 * HEADS * DIM
+                raw_b, table_b = tokens * raw_m, tokens * (DIM // 2)
+                own = Own(
+                    q=b.raw, q_b=raw_b, q_h=DIM, q_m=raw_m, k=b.raw + HEADS * DIM, k_b=raw_b, k_h=DIM, k_m=raw_m,
+                    v=b.raw + 2 * HEADS * DIM, v_b=raw_b, v_h=DIM, v_m=raw_m, q_weight=q_norm, k_weight=k_norm, eps=eps,
+                    cos=b.cos, cos_b=table_b, cos_m=DIM // 2, sin=b.sin, sin_b=table_b, sin_m=DIM // 2,
+                )  # fmt: skip
+            attention_stage(
+                shared, stage, own, cached_keys, b.mixed, window, context, scale, HEADS, GROUPS, DIM, ATTENTION, OWN,
+                COMPILED,
+            )  # fmt: skip
+        else:
             arrive(barrier)
             wait(barrier, stage, COMPILED)
+            attention_tiles = tl.cdiv(tokens * SHARE, ATTENTION[0])
             for program in range(first, attention_tiles * ATTENTION[2] * GROUPS * batch, count):
                 _lambda_attention(
                     program=program, q=b.q, q_b=head_b, q_h=head_h, q_m=DIM, k=b.k, k_b=head_b, k_h=head_h, k_m=DIM,
@@ -145,58 +190,64 @@ def _flow_loop(
                     SPLITS=ATTENTION[2], BLOCK_M=ATTENTION[0], BLOCK_N=ATTENTION[1], OWN=OWN, PDL=False,
                 )  # fmt: skip
 
-            stage += 1
-            if layer == 0:
-                linear_stage(
-                    shared, stage, b.mixed, tokens, out_weight, b.middle, b.start, gate, None, None, b.middle_sums,
-                    middle_norm, COLUMNS, COLUMNS, STREAM, OUT, COMPILED,
-                )  # fmt: skip
-            else:
-                linear_stage(
-                    shared, stage, b.mixed, tokens, out_weight, b.middle, b.end, gate, b.end_sums,
-                    final_norm - COLUMNS, b.middle_sums, middle_norm, COLUMNS, COLUMNS, STREAM, OUT, COMPILED,
-                )  # fmt: skip
-
-            stage += 1
-            swiglu_stage(
-                shared, stage, b.middle, b.middle_sums, gate_up_weight, mlp.bias + place * (2 * INNER),
-                mlp.scale + place * COLUMNS, b.hidden, "double_rms", COLUMNS, INNER, STREAM, GATE_UP, COMPILED,
-            )  # fmt: skip
-
-            stage += 1
+        stage += 1
+        out_weight, gate = _weight(addresses, 4 * layer + 1, DTYPE), attention.gate + place * COLUMNS
+        middle_norm = middle_norms + layer * COLUMNS
+        if layer == 0:
             linear_stage(
-                shared, stage, b.hidden, tokens, down_weight, b.end, b.middle, mlp.gate + place * COLUMNS,
-                b.middle_sums, middle_norm, b.end_sums, final_norm, INNER, COLUMNS, STREAM, DOWN, COMPILED,
+                shared, stage, b.mixed, tokens, out_weight, b.middle, b.start, gate, None, None, b.middle_sums,
+                middle_norm, COLUMNS, COLUMNS, SLOTS, STREAM, OUT, COMPILED,
             )  # fmt: skip
-            keys += kv_keys_l
-            values += kv_keys_l
+        else:
+            norm_before = final_norms + (layer - 1) * COLUMNS
+            linear_stage(
+                shared, stage, b.mixed, tokens, out_weight, b.middle, b.end, gate, b.end_sums, norm_before,
+                b.middle_sums, middle_norm, COLUMNS, COLUMNS, SLOTS, STREAM, OUT, COMPILED,
+            )  # fmt: skip
 
         stage += 1
-        arrive(barrier)
-        wait(barrier, stage, COMPILED)
-        turn = step % 2
-        column_tiles: tl.constexpr = triton.cdiv(COLUMNS, HIDDEN)
-        z_b, z_size = actions * ACTION_COLUMNS, action_rows * ACTION_COLUMNS
-        for program in range(first, tl.cdiv(action_rows, ROWS) * column_tiles, count):
-            _euler_step(
-                program=program, x=b.end + context * COLUMNS, x_b=stream_b, x_t=COLUMNS, sums=b.end_sums + 2 * context,
-                sums_s=2 * batch * tokens, sums_b=2 * tokens, sums_t=2, eps=eps, out_weight1=out_weight1,
-                out_weight1_a=COLUMNS, out_weight2=out_weight2, out_weight2_a=ACTION_COLUMNS, z=b.z + turn * z_size,
-                z_b=z_b, z_t=ACTION_COLUMNS, z_next=b.z + (1 - turn) * z_size, z_next_b=z_b, z_next_t=ACTION_COLUMNS,
-                prefix_length=prefix_length, action_mask=action_mask, action_mask_b=z_b,
-                action_mask_t=ACTION_COLUMNS, dt=dt, in_weight=in_weight, in_weight_c=ACTION_COLUMNS,
-                hidden=b.embedded, hidden_b=actions * COLUMNS, hidden_t=COLUMNS, rows=action_rows, tokens=actions,
-                actions=ACTION_COLUMNS, columns=COLUMNS, slots=SLOTS, hidden_columns=COLUMNS,
-                column_tiles=column_tiles, ROWS=ROWS, ACTIONS=ACTIONS, HIDDEN=HIDDEN, OUTPUT=OUTPUT,
-                SLOTS=triton.next_power_of_2(SLOTS), PDL=False,
-            )  # fmt: skip
+        gate_up_weight = _weight(addresses, 4 * layer + 2, DTYPE)
+        swiglu_stage(
+            shared, stage, b.middle, b.middle_sums, gate_up_weight, mlp.bias + place * (2 * INNER),
+            mlp.scale + place * COLUMNS, b.hidden, "double_rms", COLUMNS, SLOTS[0], INNER, STREAM, GATE_UP, COMPILED,
+        )  # fmt: skip
 
-        if step + 1 < steps:
+        stage += 1
+        down_weight = _weight(addresses, 4 * layer + 3, DTYPE)
+        linear_stage(
+            shared, stage, b.hidden, tokens, down_weight, b.end, b.middle, mlp.gate + place * COLUMNS, b.middle_sums,
+            middle_norms + layer * COLUMNS, b.end_sums, final_norms + layer * COLUMNS, INNER, COLUMNS, SLOTS, STREAM,
+            DOWN, COMPILED,
+        )  # fmt: skip
+
+        if layer == layers - 1:
             stage += 1
-            linear_stage(
-                shared, stage, b.embedded, actions, tokens_weight, b.start + context * COLUMNS, None, None, None, None,
-                b.start_sums + 2 * context, None, COLUMNS, COLUMNS, STREAM, TOKENS, COMPILED,
-            )  # fmt: skip
+            arrive(barrier)
+            wait(barrier, stage, COMPILED)
+            turn = step % 2
+            column_tiles: tl.constexpr = triton.cdiv(COLUMNS, HIDDEN)
+            z_b, z_size = actions * ACTION_COLUMNS, action_rows * ACTION_COLUMNS
+            for program in range(first, tl.cdiv(action_rows, ROWS) * column_tiles, count):
+                _euler_step(
+                    program=program, x=b.end + context * COLUMNS, x_b=stream_b, x_t=COLUMNS,
+                    sums=b.end_sums + 2 * context, sums_s=2 * batch * tokens, sums_b=2 * tokens, sums_t=2, eps=eps,
+                    out_weight1=out_weight1, out_weight1_a=COLUMNS, out_weight2=out_weight2,
+                    out_weight2_a=ACTION_COLUMNS, z=b.z + turn * z_size, z_b=z_b, z_t=ACTION_COLUMNS,
+                    z_next=b.z + (1 - turn) * z_size, z_next_b=z_b, z_next_t=ACTION_COLUMNS,
+                    prefix_length=prefix_length, action_mask=action_mask, action_mask_b=z_b,
+                    action_mask_t=ACTION_COLUMNS, dt=dt, in_weight=in_weight, in_weight_c=ACTION_COLUMNS,
+                    hidden=b.embedded, hidden_b=actions * COLUMNS, hidden_t=COLUMNS, rows=action_rows, tokens=actions,
+                    actions=ACTION_COLUMNS, columns=COLUMNS, slots=SLOTS[0], hidden_columns=COLUMNS,
+                    column_tiles=column_tiles, ROWS=ROWS, ACTIONS=ACTIONS, HIDDEN=HIDDEN, OUTPUT=OUTPUT,
+                    SLOTS=triton.next_power_of_2(SLOTS[0]), PDL=False,
+                )  # fmt: skip
+
+            if step + 1 < steps:
+                stage += 1
+                linear_stage(
+                    shared, stage, b.embedded, actions, tokens_weight, b.start + context * COLUMNS, None, None, None,
+                    None, b.start_sums + 2 * context, None, COLUMNS, COLUMNS, SLOTS, STREAM, TOKENS, COMPILED,
+                )  # fmt: skip
     leave(barrier, stage)
 
 
@@ -208,48 +259,35 @@ def flow_loop(
     eps: float,
     context: int,
     window: int | None,
+    places: tuple[int, int],
+    programs: int | None = None,
     tactics: Mapping[str, Tactic],
     workspace: Workspace,
 ) -> None:
-    """All steps of the flow: what lambda_attention, qkv, linear, swiglu and euler_step give in the model's sequence.
+    """Places of the flow: what lambda_attention, qkv, linear, swiglu and euler_step give in the model's sequence.
 
-    buffers: contiguous; start, cos, sin and z[0] hold the first step's input; z[S % 2] then holds the chunk. eps: of
-    all norms. context: sink and state tokens. window: as lambda_attention. tactics: of STAGES, none of
-    them the library's; the kernel gets the stages of the one with the most. Raises ValueError for shapes that
-    do not fit.
+    Place s L + l is layer l of step s, and the step's end with its last layer. places: the first, and one past the
+    last, of one launch. buffers: contiguous; start, cos, sin and z[0] hold the first step's input; z[S % 2] holds the
+    chunk after the last place. eps: of all norms. context: sink and state tokens. window: as lambda_attention.
+    programs: at most so many, None for as many as there are processors: what they leave is free for other kernels.
+    tactics: of loop.py's STAGES, none of them the library's; the kernel gets the stages of the one with the most.
+    Raises ValueError for shapes that do not fit and places that are none, NotImplementedError as plan_loop.
     """
     steps, layers, columns = weights.attention.scale.shape
     batch, heads, tokens, dim = buffers.q.shape
     groups, cached = inputs.keys.shape[2:4]
-    inner, actions = buffers.hidden.shape[-1], buffers.z.shape[-1]
+    inner, actions, slots = buffers.hidden.shape[-1], buffers.z.shape[-1], buffers.start_sums.shape[0]
     _check(weights, inputs, buffers, context)
-    for name in STAGES:
-        if tactics[name].library:
-            raise ValueError(f"tactics[{name!r}]: expected one of our own kernels, got the library's")
-        expect_tiles(tactics[name], "block_m", "block_n", "block_k")
-    rows, share = batch * tokens, heads // groups
-    # Rows, weight rows and depth of a stage's product; a gated layer's tile holds as many rows of gate as of up.
-    products = {
-        "qkv": (rows, 3 * heads * dim, columns, dim),
-        "out": (rows, columns, columns, tactics["out"].block_n),
-        "gate_up": (rows, 2 * inner, columns, 2 * tactics["gate_up"].block_n),
-        "down": (rows, columns, inner, tactics["down"].block_n),
-        "tokens": (batch * (tokens - context), columns, columns, tactics["tokens"].block_n),
-    }
-    tiles, attention = {}, tactics["attention"]
-    row_tiles = triton.cdiv(tokens * share, attention.block_m)
-    # Of each stage: tiles, programs, float32 partial results.
-    work = [(batch * groups * row_tiles, attention.split_k, attention.block_m * (dim + 2))]
-    for name, (product_rows, outputs, _, width) in products.items():
-        tactic = tactics[name]
-        tiles[name.upper()] = (tactic.block_m, width, tactic.block_k, tactic.split_k)
-        count = triton.cdiv(product_rows, tactic.block_m) * triton.cdiv(outputs, width)
-        work.append((count, tactic.split_k, tactic.block_m * width))
-    counters = workspace.counters(1 + max(count for count, _, _ in work))
-    programs = max(count * split for count, split, _ in work)
+    if not 0 <= places[0] < places[1] <= steps * layers:
+        raise ValueError(f"places: expected a run within {steps * layers}, got {places}")
+    if programs is not None and programs < 1:
+        raise ValueError(f"programs: expected at least 1, got {programs}")
+    rows, plan = batch * tokens, plan_loop(inputs, buffers, context, tactics)
+    counters = workspace.counters(1 + plan.counters)
+    most = min(plan.programs, programs or processors(buffers.q.device))
     launch(
         _flow_loop,
-        (min(programs, processors(buffers.q.device)),),
+        (min(most, processors(buffers.q.device)),),
         {
             "addresses": weights.addresses,
             "attention": weights.attention,
@@ -266,7 +304,7 @@ def flow_loop(
             "prefix_length": inputs.prefix_length,
             "action_mask": inputs.action_mask,
             "buffers": buffers,
-            "partials": workspace.partials(max(count * split * size for count, split, size in work)),
+            "partials": workspace.partials(plan.partials),
             "counters": counters[1:],
             "barrier": counters[:1],
             "batch": batch,
@@ -279,18 +317,20 @@ def flow_loop(
             "dt": 1.0 / steps,
             "steps": steps,
             "layers": layers,
+            "first_place": places[0],
+            "last_place": places[1],
             "COLUMNS": columns,
+            "SLOTS": (slots, slot_columns("start_sums", buffers.start_sums, columns)),
             "INNER": inner,
             "HEADS": heads,
             "GROUPS": groups,
             "DIM": dim,
             "ACTION_COLUMNS": actions,
-            **tiles,
-            "ATTENTION": (attention.block_m, attention.block_n, attention.split_k),
+            **plan.tiles,
             **flow_tiles(batch * (tokens - context), actions),
             "OUTPUT": OUTPUT_BLOCK,
-            "OWN": OWN_BLOCK,
-            "STREAM": triton.cdiv(rows, min(tactics[name].block_m for name in products)) <= STREAM_ROW_TILES,
+            "OWN": plan.own_keys,
+            "STREAM": triton.cdiv(rows, plan.tiles["DOWN"].BLOCK_M) <= STREAM_ROW_TILES,
             "COMPILED": not INTERPRETED,
         },
         WARPS,
@@ -309,7 +349,7 @@ def _check(weights: FlowWeights, inputs: FlowInputs, b: FlowBuffers, context: in
     if heads % groups or heads * dim != columns:
         raise ValueError(f"q: expected {columns} columns, heads a multiple of {groups}; got {heads} heads of {dim}")
     chunk = (batch, tokens - context, actions)
-    stream, sums = (batch, tokens, columns), (triton.cdiv(columns, STATS_COLUMNS), batch, tokens, 2)
+    stream, sums = (batch, tokens, columns), (b.start_sums.shape[0], batch, tokens, 2)
     shapes = {
         "weights.addresses": (weights.addresses, (layers, 4)),
         **{
@@ -326,6 +366,7 @@ def _check(weights: FlowWeights, inputs: FlowInputs, b: FlowBuffers, context: in
         **{name: (getattr(b, name), stream) for name in ("start", "middle", "end", "mixed")},
         **{f"{name}_sums": (getattr(b, f"{name}_sums"), sums) for name in ("start", "middle", "end")},
         **{name: (getattr(b, name), (batch, heads, tokens, dim)) for name in ("q", "k", "v")},
+        "raw": (b.raw, (batch, tokens, 3 * heads * dim)),
         **{name: (getattr(b, name), (batch, tokens, dim // 2)) for name in ("cos", "sin")},
         "hidden": (b.hidden, (batch, tokens, inner)),
         "embedded": (b.embedded, (batch, tokens - context, columns)),

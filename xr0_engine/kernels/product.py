@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from xr0_engine.kernels.arguments import STATS_COLUMNS, InputNorm, Tactic, Weight, Workspace
+from xr0_engine.kernels.arguments import STATS_COLUMNS, InputNorm, Tactic, Weight, Workspace, slot_columns
 from xr0_engine.kernels.device import gdc_begin, prefetch_l2, rows_of, tile_of
 from xr0_engine.kernels.launch import launch
 from xr0_engine.kernels.library import library_product
@@ -34,6 +34,10 @@ STREAM_ROW_TILES = 2
 """Up to so many row tiles, which run side by side, read a weight block: it need not stay in the cache."""
 MIN_DOT = 16
 """Smallest side of a tile that tl.dot takes."""
+
+
+MOST_WASTE = 0.08
+"""Of the rows that pieces of mixed heights hold, at most so many are none, where multiples of MIN_DOT allow it."""
 
 
 class Product(NamedTuple):
@@ -84,6 +88,12 @@ class How(NamedTuple):
     STREAM: bool
 
 
+@triton.constexpr_function
+def of_rows(how, rows):
+    """How, of a piece of a tile that has so many rows."""
+    return How(**{name: getattr(how, name) for name in How._fields} | {"BLOCK_M": rows})
+
+
 class Tile(NamedTuple):
     """A program's share of a product, on the device. batch, row, inside: (BLOCK_M,), as rows_of has them."""
 
@@ -132,7 +142,7 @@ def prefetch_weight(w, w_n, n, split, inputs, SPLIT_K: tl.constexpr, BLOCK_K: tl
 
 
 @triton.jit
-def _norm_of(product, tile, HOW: tl.constexpr):
+def norm_of(product, tile, HOW: tl.constexpr):
     """row_norm of a tile's rows."""
     # A name of its own, since Triton 3.6 passes no text of a named tuple on.
     NORM: tl.constexpr = HOW.NORM
@@ -143,35 +153,59 @@ def _norm_of(product, tile, HOW: tl.constexpr):
 
 
 @triton.jit
-def _multiply(product, tile, n, HOW: tl.constexpr):
-    """(BLOCK_M, BLOCK_N) float32: a tile's rows times weight rows n, over one split's part of K."""
-    compute: tl.constexpr = compute_type(product.x.dtype.element_ty, product.w.dtype.element_ty)
+def first_norm(product, tile, HOW: tl.constexpr):
+    """norm_of where it comes before the product, else two numbers that nobody reads."""
     NORM_FIRST: tl.constexpr = norm_comes_first(
         HOW.NORM, product.x.dtype.element_ty, product.w.dtype.element_ty, product.col_scale is not None
     )
-    policy: tl.constexpr = "evict_first" if HOW.STREAM else ""
-    step, inputs, split = tl.arange(0, HOW.BLOCK_K), product.inputs, tile.split
+    row_scale, mean = 0.0, 0.0
     if NORM_FIRST:
-        row_scale, mean = _norm_of(product, tile, HOW)
+        row_scale, mean = norm_of(product, tile, HOW)
+    return row_scale, mean
+
+
+@triton.jit
+def load_rows(product, place, start, row_scale, mean, HOW: tl.constexpr):
+    """(BLOCK_M, BLOCK_K) of the input's rows from column start on, as a factor. place: of their first columns."""
+    NORM_FIRST: tl.constexpr = norm_comes_first(
+        HOW.NORM, product.x.dtype.element_ty, product.w.dtype.element_ty, product.col_scale is not None
+    )
+    k = start + tl.arange(0, HOW.BLOCK_K)
+    a = tl.load(place + start) if HOW.EVEN_K else tl.load(place + start, (k < product.inputs)[None, :], 0.0)
+    if NORM_FIRST:
+        a = (a.to(tl.float32) - mean[:, None]) * row_scale[:, None]
+    if product.col_scale is not None:
+        scale = tl.load(product.col_scale + k, k < product.inputs, 0.0)
+        a = a.to(tl.float32) * scale.to(tl.float32)[None, :]
+    return a.to(compute_type(product.x.dtype.element_ty, product.w.dtype.element_ty))
+
+
+@triton.jit
+def load_weights(product, place, start, HOW: tl.constexpr):
+    """(BLOCK_K, BLOCK_N) of the weight from column start on, transposed: the other factor."""
+    policy: tl.constexpr = "evict_first" if HOW.STREAM else ""
+    if HOW.EVEN_K:
+        b = tl.load(place + start, eviction_policy=policy)
+    else:
+        inside = start + tl.arange(0, HOW.BLOCK_K) < product.inputs
+        b = tl.load(place + start, inside[:, None], 0.0, eviction_policy=policy)
+    return b.to(compute_type(product.x.dtype.element_ty, product.w.dtype.element_ty))
+
+
+@triton.jit
+def _multiply(product, tile, n, HOW: tl.constexpr):
+    """(BLOCK_M, BLOCK_N) float32: a tile's rows times weight rows n, over one split's part of K."""
+    step, inputs, split = tl.arange(0, HOW.BLOCK_K), product.inputs, tile.split
+    row_scale, mean = first_norm(product, tile, HOW)
     x_tile = product.x + (tile.batch * product.x_b + tile.row * product.x_m)[:, None] + step[None, :]
     w_tile = product.w + n[None, :].to(tl.int64) * product.w_n + step[:, None]
     part = tl.cdiv(tl.cdiv(inputs, HOW.BLOCK_K), HOW.SPLIT_K) * HOW.BLOCK_K
     # Not tl.zeros, which in Triton 3.6 takes no numbers of a named tuple.
     total = tl.full((HOW.BLOCK_M, HOW.BLOCK_N), 0.0, tl.float32)
     for start in range(split * part, tl.minimum(split * part + part, inputs), HOW.BLOCK_K):
-        if HOW.EVEN_K:
-            a = tl.load(x_tile + start)
-            b = tl.load(w_tile + start, eviction_policy=policy)
-        else:
-            inside = start + step < inputs
-            a = tl.load(x_tile + start, inside[None, :], 0.0)
-            b = tl.load(w_tile + start, inside[:, None], 0.0, eviction_policy=policy)
-        if NORM_FIRST:
-            a = (a.to(tl.float32) - mean[:, None]) * row_scale[:, None]
-        if product.col_scale is not None:
-            scale = tl.load(product.col_scale + start + step, start + step < inputs, 0.0)
-            a = a.to(tl.float32) * scale.to(tl.float32)[None, :]
-        total = tl.dot(a.to(compute), b.to(compute), total, input_precision="ieee")
+        a = load_rows(product, x_tile, start, row_scale, mean, HOW)
+        b = load_weights(product, w_tile, start, HOW)
+        total = tl.dot(a, b, total, input_precision="ieee")
     return total
 
 
@@ -191,12 +225,12 @@ def multiply(product, tile, n, HOW: tl.constexpr, PDL: tl.constexpr):
         y = _multiply(product, tile, n, HOW)
     complete = HOW.SPLIT_K == 1
     if HOW.SPLIT_K > 1:
-        complete = _deposit(y, product, tile, HOW) == HOW.SPLIT_K - 1
+        complete = deposit(y, product, tile, HOW) == HOW.SPLIT_K - 1
     return y, complete
 
 
 @triton.jit
-def _deposit(total, product, tile, HOW: tl.constexpr):
+def deposit(total, product, tile, HOW: tl.constexpr):
     """Leave one split's part of a tile in memory. Returns how many of the tile's splits had done so before."""
     index = tile.column_tile * product.row_tiles + tile.row_tile
     place = tl.arange(0, HOW.BLOCK_M)[:, None] * HOW.BLOCK_N + tl.arange(0, HOW.BLOCK_N)[None, :]
@@ -232,13 +266,25 @@ def finish(y, product, tile, n, HOW: tl.constexpr):
         HOW.NORM, product.x.dtype.element_ty, product.w.dtype.element_ty, product.col_scale is not None
     )
     if HOW.NORM is not None and not NORM_FIRST:
-        row_scale, mean = _norm_of(product, tile, HOW)
+        row_scale, mean = norm_of(product, tile, HOW)
         if HOW.NORM == "layer":
             y -= mean[:, None] * tl.load(product.column_sums + n)[None, :]
         y *= row_scale[:, None]
     if product.bias is not None:
         y += tl.load(product.bias + n).to(tl.float32)[None, :]
     return y
+
+
+def row_pieces(rows: int, block_m: int) -> tuple[int, ...]:
+    """Heights of the pieces of a group of rows, all of whose groups are alike and hold at most block_m.
+
+    Powers of two, the fewest that keep to MOST_WASTE, or whose waste is the least if none do.
+    """
+    groups = triton.cdiv(rows, block_m)
+    heights = range(triton.cdiv(triton.cdiv(rows, groups), MIN_DOT) * MIN_DOT, block_m + 1, MIN_DOT)
+    within = [height for height in heights if groups * height - rows <= MOST_WASTE * groups * height]
+    height = min(within or heights[:1], key=lambda height: (height.bit_count(), height))
+    return tuple(1 << bit for bit in reversed(range(height.bit_length())) if height >> bit & 1)
 
 
 def check_product(
@@ -263,17 +309,24 @@ def check_product(
         if tensor is not None:
             expect(name, tensor, (size,))
     if norm is not None:
-        expect("norm.sums", norm.sums, (triton.cdiv(inputs, STATS_COLUMNS), batch, rows, 2))
+        expect("norm.sums", norm.sums, (norm.sums.shape[0], batch, rows, 2))
+        width = slot_columns("norm.sums", norm.sums, inputs)
+        if norm.kind == "layer" and width != STATS_COLUMNS:
+            raise ValueError(f"norm.sums: expected slots of {STATS_COLUMNS} columns for kind 'layer', got {width}")
         if (norm.kind == "layer") != (norm.column_sums is not None):
             raise ValueError(f"norm.column_sums: expected for kind 'layer' alone, got kind {norm.kind!r}")
     if weight.data.element_size() == 1 and weight.scale is None:
         raise ValueError(f"weight.scale: expected for {weight.data.dtype}, got None")
     for name in ("block_m", "block_n", "block_k"):
-        size = getattr(tactic, name)
-        if size < MIN_DOT or size & (size - 1):
-            raise ValueError(f"tactic.{name}: expected a power of two of at least {MIN_DOT}, got {size}")
+        size, least = getattr(tactic, name), MIN_DOT
+        if name == "block_n" and tactic.schedule == "whole":
+            least = MIN_DOT // 2
+        if size < least or size & (size - 1):
+            raise ValueError(f"tactic.{name}: expected a power of two of at least {least}, got {size}")
     if tactic.split_k < 1:
         raise ValueError(f"tactic.split_k: expected at least 1, got {tactic.split_k}")
+    if tactic.library and tactic.schedule != "tiled":
+        raise ValueError(f"tactic.schedule: expected 'tiled' with library, got {tactic.schedule!r}")
     if tactic.library and weight.data.element_size() == 1:
         raise NotImplementedError(f"library: {weight.data.dtype} weights; a tactic without library takes them")
 
@@ -298,7 +351,7 @@ def launch_product(
     tiles, split_k = row_tiles * column_tiles, 1 if tactic.library else tactic.split_k
     if tactic.library:
         (x, norm), col_scale = library_product(x, weight.data, col_scale, norm, workspace), None
-    split = split_k > 1
+    split, slots = split_k > 1, 1 if norm is None else norm.sums.shape[0]
     launch(
         kernel,
         (tiles * split_k,),
@@ -318,13 +371,13 @@ def launch_product(
                 rows=rows,
                 batch_rows=batch_rows,
                 inputs=inputs,
-                slots=triton.cdiv(inputs, STATS_COLUMNS),
+                slots=slots,
                 row_tiles=row_tiles,
             ),
             **epilogue,
             "HOW": How(
                 NORM=None if norm is None else norm.kind,
-                SLOTS=triton.next_power_of_2(triton.cdiv(inputs, STATS_COLUMNS)),
+                SLOTS=triton.next_power_of_2(slots),
                 LIBRARY=tactic.library,
                 SPLIT_K=split_k,
                 BLOCK_M=tactic.block_m,

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from xr0_engine.kernels.arguments import InputNorm, Tactic, Weight, Workspace
 from xr0_engine.kernels.device import paired
-from xr0_engine.kernels.product import check_product, finish, launch_product, multiply, take_tile
+from xr0_engine.kernels.product import check_product, finish, multiply, take_tile
+from xr0_engine.kernels.schedules import launch_scheduled
 from xr0_engine.kernels.shapes import expect, expect_head_dim, strided
 
 
@@ -138,8 +139,9 @@ def qkv(
     tiles = heads + 2 * groups
     if weight.data.shape[0] != tiles * dim:
         raise ValueError(f"weight.data: expected {tiles} heads of {dim} rows, got {weight.data.shape[0]} rows")
-    launch_product(
+    launch_scheduled(
         _qkv,
+        finish_qkv,
         x,
         weight,
         bias,
@@ -147,6 +149,7 @@ def qkv(
         norm,
         tiles,
         dim,
+        dim // 2,
         tactic,
         workspace,
         {

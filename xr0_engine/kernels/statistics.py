@@ -11,30 +11,46 @@ import triton.language as tl
 from xr0_engine.kernels.arguments import STATS_COLUMNS
 
 SLOT = tl.constexpr(STATS_COLUMNS)
+SLOTS_AT_ONCE = tl.constexpr(16)
+"""A layer norm's slots, two sums each, that a program holds in registers beside its tile: a block's, not a merger's."""
 
 
 @triton.jit
 def store_stats(
-    x, outputs, column_tile, column, rows, stats_s, inside, weight, CENTRED: tl.constexpr, HOW: tl.constexpr
+    x,
+    outputs,
+    column_tile,
+    column,
+    rows,
+    stats_s,
+    inside,
+    weight,
+    CENTRED: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HOW: tl.constexpr,
 ):
-    """Of a tile's rows x, (BLOCK_M, BLOCK_N): these columns of `outputs`. rows: (BLOCK_M,), where slot 0 goes."""
-    SLOTS: tl.constexpr = HOW.BLOCK_N // SLOT
-    parts: tl.constexpr = (HOW.BLOCK_M, SLOTS, SLOT)
+    """Of a tile's rows x, (BLOCK_M, BLOCK_N): these columns of `outputs`. rows: (BLOCK_M,), where slot 0 goes.
+
+    weight: (BLOCK_N,), read where WEIGHTED. WIDTH: columns of a slot; of a centred one SLOT.
+    """
+    SLOTS: tl.constexpr = HOW.BLOCK_N // WIDTH
+    parts: tl.constexpr = (HOW.BLOCK_M, SLOTS, WIDTH)
     column_inside = column < outputs
     x = tl.where(column_inside[None, :], x.to(tl.float32), 0.0)
     slot = column_tile * SLOTS + tl.arange(0, SLOTS)
     place = rows[:, None] + slot[None, :] * stats_s
-    mask = inside[:, None] & (slot * SLOT < outputs)[None, :]
+    mask = inside[:, None] & (slot * WIDTH < outputs)[None, :]
     if CENTRED:
         total = tl.sum(tl.reshape(x, parts), 2)
         tl.store(place + 1, total, mask)
         distance = tl.reshape(x, parts) - (total / columns_of(slot, outputs)[None, :])[:, :, None]
-        distance = tl.where(tl.reshape(column_inside, (1, SLOTS, SLOT)), distance, 0.0)
+        distance = tl.where(tl.reshape(column_inside, (1, SLOTS, WIDTH)), distance, 0.0)
         tl.store(place, tl.sum(distance * distance, 2), mask)
     else:
         tl.store(place, tl.sum(tl.reshape(x * x, parts), 2), mask)
-    if weight is not None:
-        x *= tl.load(weight + column, column_inside, 0.0)[None, :]
+    if WEIGHTED:
+        x *= weight[None, :]
         tl.store(place + 1, tl.sum(tl.reshape(x * x, parts), 2), mask)
 
 
@@ -55,16 +71,26 @@ def add_slots(sums, slots_stride, place, slots, SLOTS: tl.constexpr):
 def _row_moments(sums, slots_stride, place, slots, inputs, SLOTS: tl.constexpr):
     """(variance, mean) of rows from centred sums, (rows,) each: a slot's own deviations, and its mean's from the row's.
 
-    All terms are positive: nothing cancels.
+    All terms are positive: nothing cancels. Many slots are taken part by part, and a part like a slot.
     """
-    slot = tl.arange(0, SLOTS)[:, None]
-    inside = slot < slots
-    target = sums + slot * slots_stride + place[None, :]
-    total = tl.load(target + 1, inside, 0.0)
-    mean = tl.sum(total, 0) / inputs
-    count = columns_of(slot, inputs)
-    distance = tl.where(inside, total / count - mean[None, :], 0.0)
-    return tl.sum(tl.load(target, inside, 0.0) + count * distance * distance, 0) / inputs, mean
+    PART: tl.constexpr = min(SLOTS, SLOTS_AT_ONCE)
+    seen, mean, squares = 0.0, tl.zeros_like(place).to(tl.float32), tl.zeros_like(place).to(tl.float32)
+    for first in tl.static_range(0, SLOTS, PART):
+        slot = first + tl.arange(0, PART)[:, None]
+        inside = slot < slots
+        target = sums + slot * slots_stride + place[None, :]
+        total = tl.load(target + 1, inside, 0.0)
+        # A power of two of slots may end with parts that have none.
+        columns = tl.maximum(tl.minimum(tl.cast(inputs - first * SLOT, tl.float32), PART * SLOT), 0.0)
+        part_mean = tl.sum(total, 0) / tl.maximum(columns, 1.0)
+        count = columns_of(slot, inputs)
+        distance = tl.where(inside, total / count - part_mean[None, :], 0.0)
+        squares += tl.sum(tl.load(target, inside, 0.0) + count * distance * distance, 0)
+        apart, share = part_mean - mean, columns / (seen + columns)
+        squares += apart * apart * (seen * share)
+        mean += apart * share
+        seen += columns
+    return squares / inputs, mean
 
 
 @triton.jit

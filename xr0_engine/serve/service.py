@@ -69,8 +69,8 @@ class Service:
     """One backend among its clients.
 
     busy: numbers of the clients with an unanswered request, which shutting down waits for. turns: one is held while the
-    backend works on a request; whoever waits longest gets the next. network_backend: what runs the network and why,
-    empty before it is known.
+    backend works on a request; whoever waits longest gets the next; none before it is ready. network_backend: what runs
+    the network and why, empty before it is known.
     """
 
     def __init__(self, backend: Backend, config: ServerConfig) -> None:
@@ -80,7 +80,7 @@ class Service:
         self.metadata: PolicyMetadata | None = None
         self.network_backend = ""
         self.busy: set[int] = set()
-        self.turns = asyncio.Semaphore(backend.slots)
+        self.turns = asyncio.Semaphore(0)
         self._backend = backend
         self._ready = asyncio.Event()
         self._failures = 0
@@ -139,6 +139,7 @@ class Service:
     async def start(self) -> None:
         """Warm up the backend; from then on there are chunks to be had. Raises what the backend raises."""
         served = await self._backend.start()
+        self.turns = asyncio.Semaphore(self._backend.slots)
         self.metadata, self.network_backend = _metadata(served, self.config), served.backend
         self.state = "ready"
         self.monitor.set_ready(True)

@@ -6,8 +6,11 @@ An Engine is not shared between threads, so one thread makes it, warms it up and
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+import queue
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -15,7 +18,11 @@ import numpy as np
 
 from xr0_engine.robot.embodiment import Embodiment
 from xr0_engine.serve.protocol import Request
-from xr0_engine.types import ActionChunk, Observation, RobotInfo, TokenizedObservation
+from xr0_engine.types import ActionChunk, Inference, Observation, RobotInfo, TokenizedObservation
+
+LOOK_S = 0.0002
+"""While an inference runs, whether a request has come to run beside it is looked at so often, and whether it has ended.
+"""
 
 
 class ServedEngine(Protocol):
@@ -48,6 +55,16 @@ class TakesTokens(Protocol):
 
 
 @runtime_checkable
+class InfersAhead(Protocol):
+    """An engine that, where infers_ahead, begins with the next call while one is at work. As Engine.infer_all."""
+
+    @property
+    def infers_ahead(self) -> bool: ...
+
+    def infer_all(self, calls: Iterable[Inference | None]) -> Iterator[ActionChunk | Exception]: ...
+
+
+@runtime_checkable
 class TellsBackend(Protocol):
     """An engine that says what runs its network, and why."""
 
@@ -69,7 +86,8 @@ class Served:
 
 
 class Backend(Protocol):
-    """Where chunks come from. slots: how many requests it works on at once; infer is never called for more."""
+    """Where chunks come from. slots: how many requests it works on at once, told when it has started; infer is never
+    called for more."""
 
     slots: int
 
@@ -124,10 +142,8 @@ class EngineThread:
     """A Backend: one engine on one thread.
 
     load: makes the engine, on that thread. image_size: (height, width) to warm up with. robot_type: serve this one
-    alone, so that requests need not name it; None serves all.
+    alone, so that requests need not name it; None serves all. slots: two for an engine that infers ahead.
     """
-
-    slots = 1
 
     def __init__(
         self,
@@ -135,26 +151,73 @@ class EngineThread:
         image_size: tuple[int, int] = (480, 640),
         robot_type: str | None = None,
     ) -> None:
+        self.slots = 1
         self._load = load
         self._robot_type = robot_type
         self._image_size = image_size
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="xr0-engine")
         self._engine: ServedEngine | None = None
+        self._ahead: InfersAhead | None = None
+        self._waiting: queue.SimpleQueue[tuple[Request, Future[ActionChunk]]] = queue.SimpleQueue()
 
     async def start(self) -> Served:
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._start)
 
     async def infer(self, request: Request) -> ActionChunk:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._infer, request)
+        if self._ahead is None:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, self._infer, request)
+        future: Future[ActionChunk] = Future()
+        self._waiting.put((request, future))
+        self._thread.submit(self._infer_waiting, self._ahead)
+        return await asyncio.wrap_future(future)
 
     async def close(self) -> None:
         """Waits for the inference that runs."""
+        with suppress(queue.Empty):
+            while True:
+                self._waiting.get_nowait()[1].cancel()
         await asyncio.to_thread(self._thread.shutdown, cancel_futures=True)
 
     def _start(self) -> Served:
         self._engine = self._load()
-        return describe(self._engine, self._image_size, self._robot_type)
+        served = describe(self._engine, self._image_size, self._robot_type)
+        if isinstance(self._engine, InfersAhead) and self._engine.infers_ahead:
+            self._ahead, self.slots = self._engine, 2
+            examples = [self._engine.example(robot_type, self._image_size) for robot_type in served.robots]
+            for outcome in self._ahead.infer_all(Inference(example, seed=0) for example in examples):
+                if isinstance(outcome, Exception):
+                    raise outcome
+        return served
 
     def _infer(self, request: Request) -> ActionChunk:
         assert self._engine is not None
         return infer_one(self._engine, request)
+
+    def _infer_waiting(self, engine: InfersAhead) -> None:
+        """All requests that wait, and those that come while one of them is at work."""
+        taken: deque[Future[ActionChunk]] = deque()
+        try:
+            for outcome in engine.infer_all(self._calls(taken)):
+                if isinstance(outcome, Exception):
+                    taken.popleft().set_exception(outcome)
+                else:
+                    taken.popleft().set_result(outcome)
+        except BaseException as error:
+            # Whoever waits is told what nobody expected.
+            for future in taken:
+                future.set_exception(error)
+            raise
+
+    def _calls(self, taken: deque[Future[ActionChunk]]) -> Iterator[Inference | None]:
+        """taken: of those that are at work."""
+        while True:
+            try:
+                request, future = self._waiting.get(timeout=LOOK_S) if taken else self._waiting.get_nowait()
+            except queue.Empty:
+                if not taken:
+                    return
+                yield None
+            else:
+                if future.set_running_or_notify_cancel():
+                    taken.append(future)
+                    yield Inference(request.observation, request.prefix, seed=request.seed)

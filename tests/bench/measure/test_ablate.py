@@ -163,8 +163,9 @@ def test_graph_switches_and_is_captured_within_the_scope(tuned, monkeypatch):
 def test_overlap_switches(overlap, expected):
     done = []
     parts = {"encode": "encode", "prefill": "prefill", "sample": "sample", "_prefill_beside_flow": "beside"}
-    calls = {part: partial(done.append, name) for part, name in parts.items()}
-    on_gpu = SimpleNamespace(device=torch.device("cuda"))
+    calls = {part: partial(lambda name, *layers: done.append(name), name) for part, name in parts.items()}
+    head = SimpleNamespace(config=SimpleNamespace(num_layers=2))
+    on_gpu = SimpleNamespace(device=torch.device("cuda"), head=head)
     session = SimpleNamespace(model=on_gpu, table=TacticTable("", overlap=overlap), **calls)
     session.overlapped = Session.overlapped.fget(session)
     Session.run(session)

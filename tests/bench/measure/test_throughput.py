@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import pytest
 
+from tests.fused.cuda_on_paper import GPU
+from tests.fused.test_lookahead import PaperEngine
 from xr0_engine.bench.cases import CASES, Setup, Subject
 from xr0_engine.bench.measure import throughput
+from xr0_engine.fused.lookahead import Lookahead
+from xr0_engine.fused.model import FusedModel
+from xr0_engine.fused.session import Session
+from xr0_engine.fused.tactics import TacticTable
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +29,38 @@ def test_every_batch_has_its_series(setup, capsys):
     assert result.facts["batches"] == {"batch 1": 1, "batch 3": 3}
     throughput.show(result)
     assert "chunks per second" in capsys.readouterr().out
+
+
+def ahead_on_paper(monkeypatch) -> None:
+    """The engine looks ahead though there is no GPU."""
+    PaperEngine().install(monkeypatch)
+    monkeypatch.setattr(throughput, "_lookahead", lambda model: Lookahead(GPU))
+    monkeypatch.setattr(throughput, "QUEUED", 2)
+    load = Subject.load
+
+    def fused(setup: Setup) -> Subject:
+        subject = load(setup)
+        subject.engine.model = FusedModel(subject.engine.model, "reference", TacticTable(""), graphs=False)
+        return subject
+
+    monkeypatch.setattr(Subject, "load", fused)
+
+
+def test_calls_that_wait_for_each_other_are_timed_both_ways(setup, monkeypatch, capsys):
+    ahead_on_paper(monkeypatch)
+    result, _ = throughput.measure(setup, [1], 2, "typed")
+    assert list(result.series) == ["batch 1", "in turn", "ahead"]
+    assert result.facts["queues"] == {"in turn": 2, "ahead": 2}
+    throughput.show(result)
+    assert "2 ahead" in capsys.readouterr().out
+
+
+def test_nothing_is_timed_if_looking_ahead_changes_the_chunks(setup, monkeypatch):
+    ahead_on_paper(monkeypatch)
+    monkeypatch.setattr(throughput, "run", lambda *arguments: pytest.fail("timed"))
+    monkeypatch.setattr(Session, "chunk_on_host", lambda session: session.chunk + 1)
+    with pytest.raises(RuntimeError, match="nothing was timed: calls give other actions"):
+        throughput.measure(setup, [1], 1, "")
 
 
 @pytest.mark.parametrize("batches", [[], [0], [2, -1], [2, 2]])

@@ -8,10 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from xr0_engine.bench.step.recorder import PaperOps, parts_on_meta, step_calls, step_on_meta
+from xr0_engine.bench.step.recorder import META, PaperOps, parts_on_meta, step_calls, step_on_meta
 from xr0_engine.bench.step.workload import Workload
 from xr0_engine.checkpoint import published_config, tiny_config
-from xr0_engine.fused.ops import Weight
+from xr0_engine.fused import backends
+from xr0_engine.fused.ops import FusedOps, Weight
+from xr0_engine.fused.session import FlowSession
 
 WORK = Workload(((16, 16), (16, 16)), 194, 10)
 
@@ -58,3 +60,26 @@ def test_a_preamble_takes_no_rows():
     step_on_meta(parts, replace(WORK, preamble_tokens=15), ops, WORK.tokens, columns)
     rows = {call.shape[0] for call in ops.calls.values() if (call.stage, call.kind) == ("prefill", "swiglu")}
     assert rows == {194 - 15}
+
+
+@pytest.mark.parametrize(("flow", "launches"), [("layered", 85), ("persistent", 6)])
+def test_launches_and_split_combines_of_a_published_flow(flow, launches, monkeypatch):
+    """As loops: what begins a flow has 5 launches of its own. Of a loop's stages attention alone is split."""
+    pytest.importorskip("triton")
+    from xr0_engine.kernels.launch import recording
+
+    monkeypatch.setattr(backends, "interpreted", lambda: False)
+    published = published_config()
+    # Of the VLM, what the head reads.
+    few = {
+        "text": replace(published.text, num_layers=16),
+        "vision": replace(published.vision, depth=2, deepstack_layers=()),
+    }
+    parts = parts_on_meta(replace(published, **few))
+    with recording() as calls:
+        FlowSession(parts.head, FusedOps("triton", META, arch=90), 1, 320, 30, flow=flow).run()
+    assert len(calls) == launches
+    loops = [call.arguments for call in calls if call.name == "_flow_loop"]
+    assert sum(each["last_place"] - each["first_place"] for each in loops) == 80
+    for each in loops:
+        assert all(each[stage].SPLIT_K == 1 for stage in ("QKV", "OUT", "GATE_UP", "DOWN", "TOKENS"))

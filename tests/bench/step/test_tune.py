@@ -16,6 +16,7 @@ import torch
 from tests.support import CPU, ROOT, make_config, random_inputs
 from xr0_engine.bench.cases import StepInputs
 from xr0_engine.bench.step import candidates, tune
+from xr0_engine.bench.step.chain import Chain
 from xr0_engine.bench.step.race import FULL, ONCE, Trial, race
 from xr0_engine.bench.step.recorder import Call
 from xr0_engine.checkpoint import write_checkpoint
@@ -59,11 +60,11 @@ def test_candidates_are_bounded_different_and_begin_with_the_default(kind):
     default = Tactic(split_k=7)
     found = candidates.tiles(kind, SHAPES[kind], default, 132)
     assert found[0] == default
-    assert len(set(found)) == len(found) <= 32
+    assert len(set(found)) == len(found) <= 40
     assert len({candidates.name(tactic) for tactic in found}) == len(found)
     assert any(tactic.library for tactic in found) == (kind != "lambda_attention")
-    assert len(candidates.schedules(found[1])) <= 8
-    assert found[1] not in candidates.schedules(found[1])
+    assert len(candidates.schedules(kind, found[1])) <= 8
+    assert found[1] not in candidates.schedules(kind, found[1])
 
 
 def test_splits_share_k_evenly():
@@ -73,7 +74,7 @@ def test_splits_share_k_evenly():
 
 
 def test_library_has_one_schedule():
-    assert candidates.schedules(Tactic(library=True)) == []
+    assert candidates.schedules("linear", Tactic(library=True)) == []
 
 
 def test_unknown_op_is_refused():
@@ -88,6 +89,9 @@ class Chip(FusedOps):
         super().__init__("reference", CPU)
         self.took = 0.0
 
+    def chain(self, call) -> Chain:
+        return Chain(self, "key", [{"key": call}], {})
+
     def call(self, kind, arguments, options, tactic):
         if tactic.block_n == 128:
             raise ValueError("too large")
@@ -97,6 +101,7 @@ class Chip(FusedOps):
         self.took = 1.0 if tactic == Tactic() else 0.5 + tactic.stages / 100 + tactic.block_n / 1000
 
     def timer(self, call):
+        self.took = 0.0
         call()
         return self.took
 
@@ -112,7 +117,7 @@ def residual_call() -> Call:
 def test_the_fastest_that_is_right_wins_and_the_residual_stream_is_as_before():
     chip, call = Chip(), residual_call()
     before = call.arguments[2].clone()
-    outcome = race(chip, call, 4, chip.timer, GATE, 1, FULL)
+    outcome = race(chip, call, chip.chain(call), 4, chip.timer, GATE, 1, FULL)
     assert outcome.winner.block_n == 32
     assert outcome.winner.stages == 2
     assert next(iter(outcome.microseconds)) == outcome.winner
@@ -126,10 +131,9 @@ def test_a_gain_within_the_noise_keeps_the_default():
     chip, call = Chip(), residual_call()
 
     def nearly_equal(work):
-        work()
-        return 1.0 if chip.took == 1 else 0.99
+        return {0.0: 0.0, 1.0: 1.0}.get(chip.timer(work), 0.99)
 
-    outcome = race(chip, call, 4, nearly_equal, GATE, 1, FULL)
+    outcome = race(chip, call, chip.chain(call), 4, nearly_equal, GATE, 1, FULL)
     assert outcome.winner == outcome.default == Tactic()
 
 
@@ -146,7 +150,7 @@ def few(monkeypatch):
     monkeypatch.setattr(
         candidates, "tiles", lambda kind, shape, default, processors: [default, replace(default, warps=8)]
     )
-    monkeypatch.setattr(candidates, "schedules", lambda best: [])
+    monkeypatch.setattr(candidates, "schedules", lambda kind, best: [])
 
 
 def tuned(model, given, minutes=5.0, **options):
@@ -183,6 +187,17 @@ def test_steps_that_disagree_give_no_table(model, given, few, monkeypatch):
     with pytest.raises(tune.Disagreement, match="toy, default: the chunk differs"):
         tuned(model, given, minutes=0)
     assert model.table == TacticTable("toy")
+
+
+def test_a_flow_that_the_machine_refuses_takes_no_part(model, given, few, monkeypatch):
+    rivals = tune._rivals(TacticTable("toy"), model)
+    layered = {"tuned, layered flow": TacticTable("toy", flow="layered")}
+    monkeypatch.setattr(tune, "_rivals", lambda table, model: {**rivals, **layered})
+    table, outcomes, _ = tuned(model, given, minutes=0)
+    assert "a flow as one kernel" in table.environment[tune.REFUSED]["tuned, layered flow"]
+    assert set(table.measured["step toy"]) == set(rivals)
+    assert table.flow == "chained"
+    tune.show(table, outcomes)
 
 
 class Killed(BaseException):

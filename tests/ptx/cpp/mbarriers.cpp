@@ -169,6 +169,15 @@ void wait(Warp& warp, const Instruction& instruction, Lanes lanes) {
     warp.again = false;
     Lanes complete = 0;
     Mbarrier* missing = nullptr;
+    // Lanes that wait for the same one learn the same at once: all of them, and so does the warp.
+    const Mbarrier* common = nullptr;
+    Lanes together = 0;
+    const auto learn = [&] {
+        if (together) {
+            acquire(warp, together, common->released);
+        }
+        together = 0;
+    };
     for_lanes(lanes, [&](int lane) {
         const FoundMbarrier found = find_mbarrier(warp, instruction, address_of(warp, instruction, 1, lane), lane);
         if (!found.mbarrier) {
@@ -186,7 +195,11 @@ void wait(Warp& warp, const Instruction& instruction, Lanes lanes) {
         }
         complete |= 1u << lane;
         if (instruction.has(kAcquire)) {
-            acquire(warp, 1u << lane, mbarrier.released);
+            if (common != &mbarrier) {
+                learn();
+            }
+            common = &mbarrier;
+            together |= 1u << lane;
             std::vector<u32>& proxied = warp.order.proxied;
             proxied.resize(std::max(proxied.size(), mbarrier.released_proxied.size()));
             for (size_t i = 0; found.block == warp.block && i < mbarrier.released_proxied.size(); ++i) {
@@ -194,6 +207,7 @@ void wait(Warp& warp, const Instruction& instruction, Lanes lanes) {
             }
         }
     });
+    learn();
     if (kBlocks && !complete) {
         warp.again = true;
         warp.state = State::kMbarrier;

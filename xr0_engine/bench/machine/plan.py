@@ -184,6 +184,7 @@ class _Plan:
         steps = [self._printed(SELF_CHECK, "correct", what, "doctor", "--check", "--json", most_s=150)]
         ways = {
             "chained": "the flow as a chain of kernels",
+            "layered": "the flow as one kernel a layer",
             "persistent": "the flow as one kernel",
             "overlap": "the flow's first step beside the VLM's last layers",
             "separate": "no kernel starts before the one ahead of it has ended",

@@ -78,8 +78,8 @@ def variants(model: FusedModel) -> dict[str, Variant]:
     elif model.device.type == "cuda":
         instead = "the flow's first step, chained, runs beside the VLM's last layers"
         found["flow after prefill"] = Variant(instead, replace(table, overlap=True), graphs)
-    if has["flow"] == "persistent":
-        found["persistent flow"] = Variant("the flow is a chain of kernels", chained, graphs, "flow")
+    if has["flow"] != "chained":
+        found[f"{has['flow']} flow"] = Variant("the flow is a chain of kernels", chained, graphs, "flow")
     elif model.backend == "triton":
         # The reference has no such kernel.
         found["chained flow"] = Variant("the flow is one kernel, after the prefill", persistent, graphs, "flow")

@@ -1,4 +1,4 @@
-"""Chunks per second against batch size: the batches take turns in one run."""
+"""Chunks per second against batch size, and of calls that wait for each other: all take turns in one run."""
 
 from __future__ import annotations
 
@@ -15,13 +15,22 @@ from xr0_engine.bench.measure.latency import GATE, relative_rms
 from xr0_engine.bench.results import Result, environment, summary
 from xr0_engine.bench.tell.tables import footer, number
 from xr0_engine.bench.timing import CallTimer, StageTimes, peak_memory_bytes, reset_peak_memory, run
+from xr0_engine.fused.lookahead import Lookahead
+from xr0_engine.fused.model import FusedModel
+from xr0_engine.model.network import Network
+from xr0_engine.types import ActionChunk, Inference
+
+QUEUED = 8
+"""Calls that wait for each other."""
 
 
 def measure(setup: Setup, batches: Sequence[int], rounds: int, command: str) -> tuple[Result, BaseException | None]:
-    """The result, and what cut it short, if anything did. Its series are `batch N`, in milliseconds per call.
+    """The result, and what cut it short, if anything did. Its series are `batch N`, in milliseconds per call; on a GPU
+    with backend triton also `in turn` and `ahead`: QUEUED calls, without and with the next one's vision beside a flow.
 
-    facts["batches"]: series -> observations per call. Raises ValueError for a wrong argument, RuntimeError if a batch
-    does not give the actions of its observations alone: nothing is timed then.
+    facts["batches"], facts["queues"]: series -> observations per call. Raises ValueError for a wrong argument,
+    RuntimeError if a batch does not give the actions of its observations alone, or looking ahead others than without:
+    nothing is timed then.
     """
     if not batches or min(batches) < 1 or len(set(batches)) < len(batches):
         raise ValueError(f"batches: expected different numbers from 1, got {list(batches)}")
@@ -35,8 +44,14 @@ def measure(setup: Setup, batches: Sequence[int], rounds: int, command: str) -> 
     def rival(batch: int) -> Callable[[], StageTimes]:
         return lambda: {"total": timer(lambda: _infer(subject, batch))}
 
+    queues = _queues(subject)
+
+    def queue(infer: Callable[[], list[ActionChunk]]) -> Callable[[], StageTimes]:
+        return lambda: {"total": timer(infer)}
+
     reset_peak_memory(device)
-    series, reason = run({f"batch {batch}": rival(batch) for batch in batches}, rounds)
+    rivals = {f"batch {batch}": rival(batch) for batch in batches}
+    series, reason = run(rivals | {name: queue(infer) for name, infer in queues.items()}, rounds)
     result = Result(
         kind="throughput",
         command=command,
@@ -47,6 +62,7 @@ def measure(setup: Setup, batches: Sequence[int], rounds: int, command: str) -> 
         series=series,
         facts={
             "batches": {f"batch {batch}": batch for batch in batches},
+            "queues": dict.fromkeys(queues, QUEUED),
             "peak_memory_bytes": peak_memory_bytes(device),
         },
         complete=reason is None,
@@ -57,6 +73,40 @@ def measure(setup: Setup, batches: Sequence[int], rounds: int, command: str) -> 
 def _infer(subject: Subject, batch: int) -> np.ndarray:
     chunks = subject.engine.infer(subject.observations[:batch], subject.prefixes[:batch], subject.noise[:batch])
     return np.stack([chunk.normalized for chunk in chunks])
+
+
+def _lookahead(model: Network) -> Lookahead | None:
+    """The model's, a new one where its table has none, None for a model that cannot look ahead."""
+    if not isinstance(model, FusedModel) or model.device.type != "cuda":
+        return None
+    return model.lookahead or Lookahead(model.device)
+
+
+def _queues(subject: Subject) -> dict[str, Callable[[], list[ActionChunk]]]:
+    """Both ways to infer QUEUED calls, once they have given the same. Raises RuntimeError if they do not."""
+    engine, model = subject.engine, subject.engine.model
+    lookahead = _lookahead(model)
+    if lookahead is None:
+        return {}
+    calls = [Inference(subject.observations[0], subject.prefixes[0], seed=seed) for seed in range(QUEUED)]
+
+    def infer(way: Lookahead | None) -> list[ActionChunk]:
+        assert isinstance(model, FusedModel)
+        before, model.lookahead = model.lookahead, way
+        try:
+            outcomes = list(engine.infer_all(calls))
+        finally:
+            model.lookahead = before
+        for outcome in outcomes:
+            if isinstance(outcome, Exception):
+                raise outcome
+        return [outcome for outcome in outcomes if isinstance(outcome, ActionChunk)]
+
+    ways = {"in turn": lambda: infer(None), "ahead": lambda: infer(lookahead)}
+    alone, ahead = (way() for way in ways.values())
+    if not all(np.array_equal(one.actions, other.actions) for one, other in zip(alone, ahead, strict=True)):
+        raise RuntimeError("nothing was timed: calls give other actions with the next one's vision beside their flow")
+    return ways
 
 
 def _gate(subject: Subject, batches: Sequence[int]) -> None:
@@ -76,12 +126,14 @@ def show(result: Result) -> None:
     table = Table(title=f"{case['name']}, {case['size']}, {case['dtype']}", box=None)
     for column in ("batch", "ms p50", "p90", "max", "ms per chunk", "chunks per second"):
         table.add_column(column, justify="right")
-    for name, batch in result.facts["batches"].items():
+    named = {str(batch): (f"batch {batch}", batch) for batch in result.facts["batches"].values()}
+    queues = {f"{calls} {name}": (name, calls) for name, calls in result.facts.get("queues", {}).items()}
+    for label, (name, batch) in (named | queues).items():
         found = summary(result.series[name]["total"])
         p50 = found["p50"]
         assert p50 is not None
         table.add_row(
-            str(batch),
+            label,
             number(p50),
             number(found["p90"]),
             number(found["max"]),

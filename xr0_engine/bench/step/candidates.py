@@ -10,7 +10,9 @@ import math
 from collections.abc import Iterable
 from dataclasses import replace
 from importlib.util import find_spec
+from itertools import product
 
+from xr0_engine.fused.backends import LOOP, LOOP_STAGES
 from xr0_engine.fused.ops import Tactic
 
 SKINNY_ROWS = 64
@@ -20,6 +22,20 @@ SKINNY_TILES = ((32, 128), (32, 256), (64, 64), (64, 128), (64, 256), (128, 64),
 WIDE_TILES = ((32, 128, 64), (64, 64, 64), (64, 128, 64), (64, 128, 128), (64, 256, 64), (128, 64, 64), (128, 128, 64),
               (128, 128, 128), (128, 256, 64))  # fmt: skip
 """(rows, weight rows, columns of K)."""
+WHOLE_WIDTHS, WHOLE_STEPS, WHOLE_WARPS = (16, 32, 64), (512, 1024, 2048), 8
+"""Weight rows of a program whose warps share out K, up to SKINNY_ROWS rows, and columns of K at a time."""
+WHOLE_HELD = 64 * 512
+"""Numbers of the weight that it may have in registers at a time."""
+CROWD, EMPTY = 2, 0.25
+"""Programs for each processor: more wait for others, fewer leave too many idle."""
+LOOP_TILES = ((64, 128), (64, 64), (32, 128))
+"""As SKINNY_TILES, of a stage of a flow loop, where each costs compiling the whole loop; and the same of WHOLE_*."""
+LOOP_WHOLE = ((16, 256), (16, 512), (32, 128), (32, 512), (64, 128))
+STREAM_TILES = ((128, 64), (128, 128), (256, 64), (256, 128), (512, 64))
+"""(rows at most, weight rows) of a program that has pieces of mixed heights, for more than SKINNY_ROWS rows."""
+TMA_TILES = ((256, 128), (128, 128), (256, 64), (128, 64), (64, 64))
+"""(rows, weight rows) of one that TMA feeds."""
+SHARED_OUT_WARPS = 8
 SPLITS_TRIED = 3
 MAX_WIDE_SPLIT = 8
 LIBRARY_ROWS = (16, 64)
@@ -34,7 +50,9 @@ def tiles(kind: str, shape: tuple[int, ...], default: Tactic, processors: int) -
 
     shape: as tactic_key has it. processors: of the chip. Raises ValueError for an unknown kind.
     """
-    if kind == "attention":
+    if kind.startswith(LOOP):
+        found = _loop_tiles(LOOP_STAGES[kind.removeprefix(LOOP)], shape, default, processors)
+    elif kind == "attention":
         found = [*_attention_tiles(default), replace(default, library=True)]
         if find_spec("flash_attn") is not None:
             found.append(replace(default, library=True, flash=True))
@@ -47,39 +65,44 @@ def tiles(kind: str, shape: tuple[int, ...], default: Tactic, processors: int) -
     return list(dict.fromkeys((default, *found)))
 
 
-def schedules(best: Tactic) -> list[Tactic]:
-    """The second round: the same tile with other warps and stages."""
-    if best.library:
+def schedules(kind: str, best: Tactic) -> list[Tactic]:
+    """The second round: the same tile, other warps and stages, of which a flow loop has one number for all its own."""
+    if best.library or kind.startswith(LOOP):
         return []
-    found = [replace(best, warps=warps, stages=stages) for warps in WARPS for stages in STAGES]
+    # Where warps share out K, nothing is loaded in stages.
+    stages_tried = (best.stages,) if best.schedule == "whole" else STAGES
+    found = [replace(best, warps=warps, stages=stages) for warps in WARPS for stages in stages_tried]
     return [tactic for tactic in found if tactic != best]
 
 
 def named(kind: str, shape: tuple[int, ...], default: Tactic, processors: int) -> dict[str, Tactic]:
     """Name -> tactic, of all that both rounds may try: what the names in a table mean. Raises as tiles."""
     first = tiles(kind, shape, default, processors)
-    every = [*first, *(tactic for tile in first for tactic in schedules(tile))]
+    every = [*first, *(tactic for tile in first for tactic in schedules(kind, tile))]
     return {name(tactic): tactic for tactic in every}
 
 
 def name(tactic: Tactic) -> str:
-    """`64x128x64 split 2, 4 warps, 3 stages`."""
+    """`64x128x64 split 2, 4 warps, 3 stages`, behind a schedule other than tiles."""
     if tactic.flash:
         return "flash-attn"
     if tactic.library:
         return f"library, {tactic.block_m}x{tactic.block_n} after it"
     tile = f"{tactic.block_m}x{tactic.block_n}x{tactic.block_k} split {tactic.split_k}"
-    return f"{tile}, {tactic.warps} warps, {tactic.stages} stages"
+    schedule = "" if tactic.schedule == "tiled" else f"{tactic.schedule} "
+    return f"{schedule}{tile}, {tactic.warps} warps, {tactic.stages} stages"
 
 
 def _product_tiles(kind: str, shape: tuple[int, ...], default: Tactic, processors: int) -> list[Tactic]:
     rows, n, k = shape[:3]
-    found = []
+    found, tiled = [], replace(default, schedule="tiled", library=False)
     if rows <= SKINNY_ROWS:
         block_m = max(16, _power_of_two(rows))
         for width, block_k in _widths(SKINNY_TILES, kind, shape):
             for split in _splits(math.ceil(n / width), math.ceil(k / block_k), processors):
-                found.append(replace(default, block_m=block_m, block_n=width, block_k=block_k, split_k=split))
+                found.append(replace(tiled, block_m=block_m, block_n=width, block_k=block_k, split_k=split))
+        if kind != "qkv":
+            found += _whole_tiles(shape, block_m, tiled, processors)
     else:
         for block_m, (width, block_k) in (
             (m, tile) for m, *rest in WIDE_TILES for tile in _widths([rest], kind, shape)
@@ -90,7 +113,48 @@ def _product_tiles(kind: str, shape: tuple[int, ...], default: Tactic, processor
             for split in {1, *(split for split in splits if split <= MAX_WIDE_SPLIT)}:
                 tile = Tactic(block_m, width, block_k, split, warps, default.stages)
                 found.append(tile)
+        shared_out = replace(tiled, warps=SHARED_OUT_WARPS)
+        found += _shared_out(replace(shared_out, schedule="stream"), STREAM_TILES, kind, shape, processors)
+        found += _shared_out(replace(shared_out, schedule="tma"), TMA_TILES, kind, shape, processors)
     # A gated product's tile counts its own columns: it reads as many weight rows of the gate as of the other half.
+    return [replace(tactic, block_n=tactic.block_n // 2) for tactic in found] if kind == "swiglu" else found
+
+
+def _whole_tiles(shape: tuple[int, ...], block_m: int, tiled: Tactic, processors: int) -> list[Tactic]:
+    """Of the schedule "whole": K in whole steps."""
+    _, n, k = shape[:3]
+    tactic, found = replace(tiled, block_m=block_m, warps=WHOLE_WARPS, schedule="whole"), []
+    for width, block_k in product(WHOLE_WIDTHS, WHOLE_STEPS):
+        for split in sorted({1, 2, k // block_k} if k % block_k == 0 and width * block_k <= WHOLE_HELD else ()):
+            programs = math.ceil(n / width) * split / processors
+            if k % (block_k * split) == 0 and EMPTY <= programs <= CROWD:
+                found.append(replace(tactic, block_n=width, block_k=block_k, split_k=split))
+    return found
+
+
+def _shared_out(
+    tactic: Tactic, sizes: Iterable[tuple[int, int]], kind: str, shape: tuple[int, ...], processors: int
+) -> list[Tactic]:
+    """A program a tile, and as many programs as processors, among whom all of the work is shared out."""
+    tiles = dict.fromkeys((m, width) for m, n in sizes for width, _ in _widths([(n, tactic.block_k)], kind, shape))
+    return [replace(tactic, block_m=m, block_n=width, split_k=split) for m, width in tiles for split in (1, processors)]
+
+
+def _loop_tiles(kind: str, shape: tuple[int, ...], default: Tactic, processors: int) -> list[Tactic]:
+    if kind == "lambda_attention":
+        whole = replace(default, block_m=16, block_n=16, split_k=1, schedule="whole")
+        found = [replace(default, block_m=block_m, block_n=block_n) for block_m, block_n in product((16, 32), (16, 32))]
+        return [*found, whole]
+    rows, n, k = shape[:3]
+    block_m, tiled = max(16, _power_of_two(rows)), replace(default, schedule="tiled")
+    if rows > SKINNY_ROWS:
+        return []
+    found = []
+    for width, block_k in _widths(LOOP_TILES, kind, shape):
+        split = _splits(math.ceil(n / width), math.ceil(k / block_k), processors)[0]
+        found.append(replace(tiled, block_m=block_m, block_n=width, block_k=block_k, split_k=split))
+    whole = replace(tiled, block_m=block_m, split_k=1, schedule="whole")
+    found += [replace(whole, block_n=width, block_k=depth) for width, depth in LOOP_WHOLE if k % depth == 0]
     return [replace(tactic, block_n=tactic.block_n // 2) for tactic in found] if kind == "swiglu" else found
 
 
@@ -107,7 +171,8 @@ def _splits(tiles: int, blocks: int, processors: int) -> list[int]:
 
 
 def _library(default: Tactic) -> list[Tactic]:
-    return [replace(default, block_m=rows, block_n=64, split_k=1, library=True) for rows in LIBRARY_ROWS]
+    plain = replace(default, split_k=1, library=True, schedule="tiled")
+    return [replace(plain, block_m=rows, block_n=64) for rows in LIBRARY_ROWS]
 
 
 def _attention_tiles(default: Tactic) -> list[Tactic]:
@@ -121,13 +186,15 @@ def _attention_tiles(default: Tactic) -> list[Tactic]:
 def _lambda_tiles(shape: tuple[int, ...], default: Tactic, processors: int) -> list[Tactic]:
     batch, heads, queries, groups, cached, _ = shape
     rows, found = queries * heads // groups, []
+    whole = replace(default, split_k=1, warps=WHOLE_WARPS, schedule="whole")
+    found += [replace(whole, block_m=block_m, block_n=block_n) for block_m, block_n in product((16, 32), (16, 32))]
     for block_m in (16, 32, 64):
         programs = batch * groups * math.ceil(rows / block_m)
         for block_n in (16, 32, 64):
             most = math.ceil(cached / block_n)
             wanted = (processors / programs * factor for factor in (0.5, 1, 2))
             for split in {min(most, max(1, round(count))) for count in wanted}:
-                found.append(replace(default, block_m=block_m, block_n=block_n, split_k=split))
+                found.append(replace(default, block_m=block_m, block_n=block_n, split_k=split, schedule="tiled"))
     return found
 
 

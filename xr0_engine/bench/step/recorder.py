@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from xr0_engine.bench.step.workload import Workload
 from xr0_engine.config import ModelConfig
-from xr0_engine.fused.ops import FusedOps, Shape, Weight, tactic_key
+from xr0_engine.fused.backends import LOOP, loop_shapes
+from xr0_engine.fused.ops import Flow, FlowBuffers, FlowInputs, FlowWeights, FusedOps, Shape, Weight, tactic_key
 from xr0_engine.fused.parts import FusedParts
 from xr0_engine.fused.session import FlowSession
 from xr0_engine.fused.tactics import TacticTable
@@ -27,6 +28,12 @@ META = torch.device("meta")
 STAGES = ("vision", "prefill", "flow")
 WRITTEN = {"linear": (2,), "swiglu": (2,), "qkv": (2, 3, 4), "attention": (3,), "lambda_attention": (7,)}
 """Kind -> which of its arguments it writes."""
+LOOP_READS = ("state_hidden", "cos", "sin")
+"""Buffers that no flow loop writes."""
+LOOP_HANDS_ON = ("start", "start_sums", "end", "end_sums", "z")
+"""Buffers that one launch of a flow loop takes over from the one ahead."""
+LOOP_SCRATCH = ("q", "k", "v", "raw", "mixed", "hidden", "embedded")
+"""Buffers that only stages of one launch hand to each other, some of them or others."""
 LABELS = {
     "patch_embed.proj": "patch embedding",
     **dict.fromkeys(("attn.qkv", "attn.qkv_proj", "self_attn"), "QKV"),
@@ -63,6 +70,9 @@ class Call:
     name: str = ""
 
     def written(self) -> list[Tensor]:
+        if self.kind.startswith(LOOP):
+            buffers = self.arguments[2]._asdict()
+            return [tensor for name, tensor in buffers.items() if name not in LOOP_READS]
         outputs = [self.arguments[place] for place in WRITTEN[self.kind]]
         stats = self.options.get("stats")
         if stats is not None:
@@ -70,25 +80,57 @@ class Call:
             outputs.append(stats.sums if stats.centred or stats.weight is not None else stats.sums[..., :1])
         return [output for output in outputs if output is not None]
 
+    def scratch(self) -> set[int]:
+        """Addresses of what is written and is no result."""
+        if not self.kind.startswith(LOOP):
+            return set()
+        return {getattr(self.arguments[2], name).data_ptr() for name in LOOP_SCRATCH}
+
     def read_and_written(self) -> set[int]:
-        """Addresses of outputs that are inputs too: the residual stream."""
+        """Addresses of outputs that are inputs too: the residual stream, what launches of a flow loop hand on."""
+        if self.kind.startswith(LOOP):
+            return {getattr(self.arguments[2], name).data_ptr() for name in LOOP_HANDS_ON}
         residual = self.options.get("residual")
         return set() if residual is None else {residual.x.data_ptr()}
 
 
 class RecordingOps(FusedOps):
-    """Runs as FusedOps, with defaults alone, and keeps each key's first call."""
+    """Runs as FusedOps, with defaults alone, and keeps each key's first call, and all of them in their order.
+
+    sequence: key -> call, one entry for each; a launch of a flow loop has the keys of all stages that run in it.
+    """
 
     def __init__(self, backend: str, device: torch.device) -> None:
         super().__init__(backend, device)
         self.calls: dict[str, Call] = {}
+        self.sequence: list[dict[str, Call]] = []
 
     def run(
         self, kind: str, shape: Shape, dtype: torch.dtype, arguments: tuple[Any, ...], options: Mapping[str, Any]
     ) -> None:
-        call = self.calls.setdefault(tactic_key(kind, shape, dtype), Call(kind, shape, arguments, options))
-        call.count += 1
+        self._keep({tactic_key(kind, shape, dtype): Call(kind, shape, arguments, options)})
         super().run(kind, shape, dtype, arguments, options)
+
+    def flow_loop(self, weights: FlowWeights, inputs: FlowInputs, buffers: FlowBuffers, **options: Any) -> None:
+        """Of the next step's tokens, which end a step, a launch has a call only if there are some."""
+        steps, layers, _ = weights.attention.scale.shape
+        first, last = options["places"]
+        has_tokens = first // layers < min(last // layers, steps - 1)
+        self._keep(
+            {
+                tactic_key(LOOP + stage, shape, buffers.q.dtype): Call(
+                    LOOP + stage, shape, (weights, inputs, buffers), options
+                )
+                for stage, shape in loop_shapes(inputs, buffers).items()
+                if stage != "tokens" or has_tokens
+            }
+        )
+        super().flow_loop(weights, inputs, buffers, **options)
+
+    def _keep(self, calls: dict[str, Call]) -> None:
+        self.sequence.append(calls)
+        for key, call in calls.items():
+            self.calls.setdefault(key, call).count += 1
 
 
 class PaperOps(FusedOps):
@@ -164,7 +206,9 @@ def parts_on_meta(config: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> F
     return FusedParts(model, "reference", TacticTable(""), graphs=False)
 
 
-def step_on_meta(parts: FusedParts, work: Workload, ops: FusedOps, tokens: int, patch_columns: int) -> None:
+def step_on_meta(
+    parts: FusedParts, work: Workload, ops: FusedOps, tokens: int, patch_columns: int, flow: Flow = "chained"
+) -> None:
     """Call the ops of a whole step, prompts of `tokens` tokens. ops: PaperOps are told the stages.
 
     patch_columns: patch_dim, as the released code multiplies patches, or frame_dim, as the engine does.
@@ -187,7 +231,7 @@ def step_on_meta(parts: FusedParts, work: Workload, ops: FusedOps, tokens: int, 
     ids, index, positions = (empty(*shape, dtype=torch.int32) for shape in (own, own, (3, *own)))
     parts.text.run(ops, ids, positions, index, images.tokens[0], tuple(tap[0] for tap in images.deepstack), prompt)
     begin("flow")
-    FlowSession(parts.head, ops, batch, tokens, work.chunk_length).run()
+    FlowSession(parts.head, ops, batch, tokens, work.chunk_length, flow=flow).run()
 
 
 @lru_cache(maxsize=8)

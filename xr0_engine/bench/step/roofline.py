@@ -107,7 +107,9 @@ def cost(call: Call, precision: Precision) -> Operator:
         return precision.linear(call.stage, call.name, call.count, rows, inputs, outputs)
     batch, heads, queries, groups, keys, dim = call.shape
     cached = 2 * batch * groups * keys * dim
-    if call.kind == "attention":
+    if segments := call.options.get("segments"):
+        pairs, moved = sum(rows**2 for rows in segments.lengths), 4 * sum(segments.lengths) * heads * dim
+    elif call.kind == "attention":
         hidden = queries * (queries - 1) // 2 if call.options["causal"] else 0
         pairs, moved = batch * (queries * keys - hidden), 2 * batch * heads * queries * dim + cached
     elif call.kind == "lambda_attention":

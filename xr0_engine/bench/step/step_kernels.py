@@ -28,7 +28,9 @@ from xr0_engine.fused.session import Session
 def recorded(model: FusedModel, subject: Subject) -> dict[str, dict[str, Call]]:
     """Stage -> key -> call, of a step of the subject's case."""
     given = subject.step_inputs()
-    session = Session(model, session_key(given.inputs), given.inputs)
+    # Stages of a flow loop are no kernels of their own.
+    chained = replace(model.table, flow="chained")
+    session = Session(model, session_key(given.inputs), given.inputs, chained)
     session.update(given.inputs, given.noise, given.prefix, given.prefix_length)
     calls = {}
     for stage, work in zip(REPLAYED, (session.encode, session.prefill, session.sample), strict=True):

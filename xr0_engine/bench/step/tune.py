@@ -1,10 +1,10 @@
 """Tactic tables: every op of a step, at the shapes of some cases, with every candidate of candidates.py.
 
 The step runs once with the stated defaults; the first call of every tactic key is kept. Then each key's candidates run
-on the very buffers of that call: a candidate must give what the default gives, and only then is it timed, by the
-device's own clock, its L2 cache overwritten before. The keys that take most of the step come first, until the time is
-up; the rest keep their default. Last, whole steps take turns: defaults, winners, and winners with the flow's first step
-beside the VLM's last layers. The table holds what wins there.
+on the very buffers of that call: a candidate must give what the default gives, and only then is it timed, in a chain of
+the step's own calls around it (chain.py), by the device's own clock, its L2 cache overwritten before. The keys that
+take most of the step come first, until the time is up; the rest keep their default. Last, whole steps take turns:
+defaults, winners, and winners with other ways to run the flow. The table holds what wins there.
 
 The table is written after every key, so that a run that is cut short leaves what it measured, for the engine to use and
 for the next run to go on from.
@@ -31,9 +31,10 @@ from xr0_engine.bench.measure.latency import GATE as STEP_GATE
 from xr0_engine.bench.measure.latency import relative_rms
 from xr0_engine.bench.results import current_commit, environment
 from xr0_engine.bench.step import candidates
+from xr0_engine.bench.step.chain import Chain, Timer, chain_of
 from xr0_engine.bench.step.kernels import GATE
-from xr0_engine.bench.step.race import FULL, ONCE, Effort, Outcome, Timer, Trial, race
-from xr0_engine.bench.step.recorder import Call, RecordingOps
+from xr0_engine.bench.step.race import FULL, ONCE, Effort, Outcome, race
+from xr0_engine.bench.step.recorder import RecordingOps
 from xr0_engine.bench.timing import CallTimer, take_turns
 from xr0_engine.env import emulated_arch
 from xr0_engine.fused.model import FusedModel
@@ -42,10 +43,14 @@ from xr0_engine.fused.prompts import session_key
 from xr0_engine.fused.session import Session
 from xr0_engine.fused.tactics import TacticTable, gpu_name, own_folder, read_tactics, write_tactics
 
+OVERLAPS = (8, 4)
+"""Of the VLM's last layers, beside which the flow's first step is tried, besides all that it reads."""
 SAME = ("device", "driver", "torch", "triton", "commit", "emulated")
 """What must be as it was for an earlier run's times to be gone on from."""
 UNFINISHED = "unfinished"
 """In a table's environment: key -> how many runs ended while they measured it."""
+REFUSED = "refused"
+"""In a table's environment: way to run the step -> why this machine cannot."""
 MOST_TRIES = 2
 """A key in which so many runs ended keeps its default: one of its candidates may well have ended them."""
 
@@ -146,6 +151,10 @@ def _run_recorded(
     session.encode()
     session.prefill()
     session.sample()
+    if model.backend == "triton":
+        # A launch a layer, whose stages have keys of their own. The reference has no such kernel.
+        session.table = replace(table, flow="layered")
+        session.sample()
 
 
 def _race_all(
@@ -162,23 +171,25 @@ def _race_all(
     processors = _processors(recording.workspace.device)
     end = time.monotonic() + 60 * minutes
 
-    def share(call: Call) -> float:
+    def chain(key: str) -> Chain:
+        return chain_of(recording, key, keys.table().tactics, effort.chain)
+
+    def share(key: str) -> float:
+        call = recording.calls[key]
         default = recording.default(call.kind, call.shape)
-        trial = Trial(recording, call, default, gate)
-        taken = trial.microseconds(timer, [default], effort.quick)[default]
-        trial.restore()
-        return call.count * taken
+        return call.count * chain(key).microseconds(timer, [default], effort.quick)[default]
 
     total = len(recording.calls)
     unknown = [key for key in recording.calls if key not in keys.outcomes and keys.tries.get(key, 0) < MOST_TRIES]
-    shares = {key: share(recording.calls[key]) for key in unknown} if minutes > 0 else {}
+    shares = {key: share(key) for key in unknown} if minutes > 0 else {}
     for key in sorted(shares, key=lambda key: -shares[key]):
         if time.monotonic() > end:
             break
         done(len(keys.outcomes), total, key)
         keys.begin(key)
         try:
-            outcome = race(recording, recording.calls[key], processors, timer, gate, threads, effort)
+            call = recording.calls[key]
+            outcome = race(recording, call, chain(key), processors, timer, gate, threads, effort)
         except KeyboardInterrupt:
             keys.leave(key)
             raise
@@ -189,20 +200,24 @@ def _race_all(
 def _whole_steps(
     model: FusedModel, cases: Mapping[str, StepInputs], table: TacticTable, timer: Timer, gate: float, effort: Effort
 ) -> TacticTable:
-    """The table as its steps win: with or without its tactics, overlap, a persistent flow; with what each took."""
-    defaults = TacticTable(table.gpu)
-    rivals = {"default": defaults, "tuned": table, "tuned, overlap": replace(table, overlap=True)}
-    if model.backend == "triton":
-        # The reference has no such kernel.
-        rivals["tuned, persistent flow"] = replace(table, flow="persistent")
+    """The table as its steps win: with or without its tactics, however the flow runs; with what each took."""
+    rivals = _rivals(table, model)
     measured: dict[str, Mapping[str, float]] = {}
+    refused: dict[str, str] = {}
     for case, given in cases.items():
         sessions = {}
         for name, rival in rivals.items():
             session = Session(model, session_key(given.inputs), given.inputs, rival)
             session.update(given.inputs, given.noise, given.prefix, given.prefix_length)
-            session.replay()
-            sessions[name] = session
+            try:
+                session.replay()
+            except RuntimeError as reason:
+                if rival.flow == "chained":
+                    raise
+                # Programs that wait for each other need a driver that starts all of them.
+                refused[name] = str(reason).strip().partition("\n")[0]
+            else:
+                sessions[name] = session
         expected = sessions["default"].chunk.cpu().numpy()
         for name, session in sessions.items():
             error = relative_rms(session.chunk.cpu().numpy(), expected)
@@ -213,12 +228,24 @@ def _whole_steps(
         measured[f"step {case}"] = {name: round(1e3 * float(np.median(s["total"])), 1) for name, s in samples.items()}
         for session in sessions.values():
             session.close()
-    totals = {name: sum(times[name] for times in measured.values()) for name in rivals}
-    best = "default"
-    for name in list(rivals)[1:]:
-        if totals[name] < totals[best]:
-            best = name
-    return replace(rivals[best], measured={**table.measured, **measured}, environment=table.environment)
+    ran = [name for name in rivals if name not in refused]
+    totals = {name: sum(times[name] for times in measured.values()) for name in ran}
+    best = min(ran, key=totals.__getitem__)
+    told = {REFUSED: refused} if refused else {}
+    return replace(rivals[best], measured={**table.measured, **measured}, environment={**table.environment, **told})
+
+
+def _rivals(table: TacticTable, model: FusedModel) -> dict[str, TacticTable]:
+    """Name -> table: the defaults first."""
+    rivals = {"default": TacticTable(table.gpu), "tuned": table, "tuned, overlap": replace(table, overlap=True)}
+    layers = model.config.head.num_layers
+    for few in OVERLAPS:
+        if few < layers:
+            rivals[f"tuned, overlap {few}"] = replace(table, overlap=few)
+    if model.backend == "triton":
+        # The reference has no such kernels.
+        rivals |= {f"tuned, {flow} flow": replace(table, flow=flow) for flow in ("layered", "persistent")}
+    return rivals
 
 
 def _processors(device: torch.device) -> int:
@@ -287,6 +314,10 @@ def _gone_on_from(path: Path, told: Mapping[str, Any]) -> TacticTable | None:
     return table if all(table.environment.get(name) == told.get(name) for name in SAME) else None
 
 
+def _layers(overlap: bool | int) -> str:
+    return ("on" if overlap else "off") if isinstance(overlap, bool) else f"of {overlap} layers"
+
+
 def show(table: TacticTable, outcomes: Mapping[str, Outcome]) -> None:
     view = Table("op", "winner", "us", "default", "saved us / step", "tried", "refused", box=None)
     for key, outcome in sorted(outcomes.items(), key=lambda item: -item[1].saved_us):
@@ -300,7 +331,7 @@ def show(table: TacticTable, outcomes: Mapping[str, Outcome]) -> None:
         if key.startswith("step "):
             told = ", ".join(f"{name} {us / 1000:.3f} ms" for name, us in times.items())
             console.print(f"{key}: {told}", highlight=False)
+    for name, reason in table.environment.get(REFUSED, {}).items():
+        console.print(f"{name}: refused here: {reason}", markup=False, highlight=False)
     kept = "the winners" if table.tactics else "the defaults, which no table beat"
-    console.print(
-        f"The table holds {kept}; overlap {'on' if table.overlap else 'off'}; {table.flow} flow.", highlight=False
-    )
+    console.print(f"The table holds {kept}; overlap {_layers(table.overlap)}; {table.flow} flow.", highlight=False)

@@ -30,6 +30,7 @@ TITLES = {
     "ablate": "What each optimisation buys",
     "finetune": "Fine-tuning step",
     "roofline": "Bounds",
+    "predict": "Predicted step",
 }
 ON_TIME = ("latency", "jitter")
 """Kinds whose total a deadline is held against."""

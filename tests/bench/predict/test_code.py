@@ -1,0 +1,42 @@
+"""What is read from a listing of machine code."""
+
+from __future__ import annotations
+
+from xr0_engine.bench.predict.code import Counts, count
+
+LISTING = """
+        Function : _linear
+        /*0000*/                   S2R R0, SR_CTAID.X ;                       /* 0x0000000000007919 */
+        /*0010*/                   LDG.E.128 R4, desc[UR4][R2.64] ;           /* 0x0000000402047981 */
+        /*0020*/                   MUFU.EX2 R5, R5 ;                          /* 0x0000000500057308 */
+        /*0030*/              @!P0 BRA 0x20 ;                                 /* 0xfffffffc00f08947 */
+        /*0040*/                   LDGSTS.E.BYPASS.128 [R9], desc[UR4][R6.64], P0 ;   /* 0x0000000006097fae */
+        /*0050*/                   LDSM.16.M88.4 R8, [R10] ;                  /* 0x000000000a08783b */
+        /*0060*/                   HMMA.16816.F32.BF16 R4, R8, R12, R4 ;      /* 0x0000000c0804723c */
+        /*0070*/               @P2 BRA 0x40 ;                                 /* 0xfffffffc00c02947 */
+        /*0080*/                   STG.E desc[UR4][R2.64], R4 ;               /* 0x0000000402007986 */
+        /*0090*/                   EXIT ;                                     /* 0x000000000000794d */
+        /*00a0*/                   BRA 0xa0;                                  /* 0xfffffffc00fc7947 */
+        /*00b0*/                   NOP ;                                      /* 0x0000000000007918 */
+"""
+
+
+def test_the_main_loop_is_that_of_the_matrix_units():
+    loop, outside = count(LISTING)
+    assert loop == Counts(3, mma_operations=2 * 16 * 8 * 16, shared_bytes=2 * 512)
+    assert outside.mma_operations == 0
+    assert outside.special == 1
+
+
+def test_a_warpgroups_product_is_shared_by_four_warps():
+    loop, _ = count(
+        LISTING.replace("HMMA.16816.F32.BF16 R4, R8, R12, R4", "HGMMA.64x32x16.F32.BF16 R24, gdesc[UR8], R24")
+    )
+    assert loop.mma_operations == loop.grouped == 2 * 64 * 32 * 16 / 4
+    assert loop.paid == 2 * loop.grouped
+
+
+def test_code_without_a_product_has_no_main_loop():
+    loop, outside = count(LISTING.replace("HMMA.16816.F32.BF16", "FFMA"))
+    assert loop == Counts()
+    assert outside.shared_bytes == 2 * 512

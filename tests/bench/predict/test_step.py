@@ -1,0 +1,71 @@
+"""A step on paper: every launch has its op, and a flow as one kernel has the ops of the chain behind barriers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.support import ROOT
+
+pytest.importorskip("triton")
+
+SCRIPT = """
+import json, sys, torch
+from xr0_engine.bench.cases import Setup, find_case
+from xr0_engine.bench.predict.figures import find_chip
+from xr0_engine.bench.predict.step import predict_step, record, total_ms
+from xr0_engine.bench.step.workload import Workload
+
+chip = find_chip("h200")
+config, work = Workload.of_case(Setup(find_case("libero"), "4b"))
+told = {}
+for flow in ("chained", "layered", "persistent"):
+    ops = record(config, work, torch.bfloat16, {}, chip, flow)
+    lines = predict_step(ops, chip, {})
+    told[flow] = {
+        "ops": len(ops),
+        "kernels": sum(len(op.launches) for op in ops),
+        "launches": sum(line.launches for line in lines if line.stage == "flow"),
+        "stages": sum(line.count for line in lines if line.stage == "flow"),
+        "layers": sum(line.count for line in lines if "lambda_attention" in line.name),
+        "ms": {stage: total_ms(lines, stage) for stage in ("vision", "prefill", "flow", "")},
+    }
+json.dump(told, sys.stdout)
+"""
+
+
+@pytest.fixture(scope="module")
+def told():
+    """In a process of its own: this one may have Triton's interpreter in the compiler's place."""
+    environment = {key: value for key, value in os.environ.items() if key not in ("TRITON_INTERPRET", "XR0_EMULATE")}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_every_launch_of_a_chain_is_an_ops(told):
+    chained = told["chained"]
+    assert chained["ops"] == chained["kernels"]
+    assert chained["launches"] == chained["stages"] > 240
+    assert chained["layers"] == 80
+
+
+@pytest.mark.parametrize("flow", ["layered", "persistent"])
+def test_a_loop_does_what_the_chain_does_in_fewer_launches(told, flow):
+    loop, chained = told[flow], told["chained"]
+    assert loop["layers"] == chained["layers"]
+    assert loop["launches"] <= (120 if flow == "layered" else 12)
+    assert loop["stages"] == chained["stages"]
+
+
+@pytest.mark.parametrize("flow", ["chained", "layered", "persistent"])
+def test_a_stage_has_a_range_and_the_step_is_their_sum(told, flow):
+    ms = told[flow]["ms"]
+    assert all(0 < low < central < high for low, central, high in ms.values())
+    assert ms[""][1] == pytest.approx(sum(ms[stage][1] for stage in ("vision", "prefill", "flow")))

@@ -1,0 +1,90 @@
+"""How schedules share work out: nothing is lost, padding and parts are counted."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from xr0_engine.bench.predict.work import attention_work, lambda_work, op_work
+from xr0_engine.fused.ops import Tactic
+
+GATE_UP = (208, 19456, 2560)
+DOWN = (208, 2560, 9728)
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "tactic"),
+    [
+        ("linear", DOWN, Tactic(128, 128, 64, 2, 8, 4)),
+        ("swiglu", GATE_UP, Tactic(128, 64, 64, 1, 8, 4)),
+        ("linear", DOWN, Tactic(256, 64, 64, 1, 8, 4, schedule="stream")),
+        ("linear", DOWN, Tactic(256, 64, 64, 132, 8, 4, schedule="stream")),
+        ("linear", DOWN, Tactic(256, 128, 64, 132, 8, 4, schedule="tma")),
+        ("qkv", (208, 6144, 2560, 128), Tactic(128, 128, 64, 1, 8, 4)),
+        ("linear", (32, 1024, 4096), Tactic(32, 16, 1024, 1, 8, 2, schedule="whole")),
+    ],
+    ids=lambda value: "x".join(map(str, value)) if isinstance(value, tuple) else getattr(value, "schedule", value),
+)
+def test_programs_do_all_of_a_product(kind, shape, tactic):
+    work = op_work(kind, shape, tactic)
+    done = work.programs * work.busy * work.mma_operations
+    assert done * (1 - work.wasted) == pytest.approx(work.useful, rel=0.03)
+    assert work.memory_bytes == 2 * shape[1] * shape[2]
+    assert work.ahead_bytes <= work.memory_bytes
+
+
+def test_rows_of_tiles_are_padding_and_mixed_heights_have_less():
+    assert op_work("linear", (194, 2560, 9728), Tactic(128, 128)).wasted == pytest.approx(1 - 194 / 256)
+    assert op_work("linear", (194, 2560, 9728), Tactic(256, 128, schedule="stream")).wasted <= 0.08
+
+
+def test_a_split_tile_is_combined_and_moved_through_memory():
+    whole, split = (op_work("linear", (12, 1024, 4096), Tactic(16, 64, 128, parts)) for parts in (1, 8))
+    assert (whole.combines, split.combines, split.parts) == (0, 16, 8)
+    assert split.programs == 8 * whole.programs
+    assert split.all_end_bytes - whole.all_end_bytes == 2 * 16 * 8 * (16 * 64 * 4)
+
+
+def test_a_line_of_tiles_is_cut_between_programs():
+    # 20 tiles of 152 blocks over 132 programs: only a cut between tiles leaves them whole.
+    work = op_work("linear", DOWN, Tactic(256, 128, 64, 132, schedule="stream"))
+    assert (work.programs, work.combines) == (132, 20)
+    assert op_work("linear", DOWN, Tactic(256, 128, 64, 20, schedule="stream")).combines == 0
+    assert op_work("linear", DOWN, Tactic(256, 128, 64, 10, schedule="stream")).combines == 0
+
+
+def test_a_warp_wide_split_of_k_needs_no_combine_and_has_its_weight_ahead():
+    work = op_work("linear", (12, 1024, 1024), Tactic(16, 16, 1024, 1, 8, schedule="whole"))
+    assert work.combines == 0
+    assert work.ahead_bytes == work.memory_bytes
+
+
+def test_causal_attention_is_half_of_it_and_segments_are_not_the_longests():
+    shape = (1, 32, 256, 8, 256, 128)
+    causal, full = (attention_work(shape, Tactic(64, 64), causal) for causal in (True, False))
+    assert causal.useful == pytest.approx(full.useful / 2, rel=0.01)
+    assert causal.busy < full.busy == 1
+    uneven = attention_work((2, 16, 320, 16, 320, 64), Tactic(64, 64), lengths=(320, 256))
+    assert uneven.useful == 4 * (320**2 + 256**2) * 16 * 64
+    assert uneven.busy < 1
+
+
+def test_cached_keys_are_shared_out():
+    shape = (1, 8, 12, 8, 224, 128)
+    whole, split = (lambda_work(shape, Tactic(16, 32, split_k=parts)) for parts in (1, 7))
+    assert (split.programs, split.combines) == (56, 8)
+    assert split.trips < whole.trips
+    assert lambda_work(shape, replace(Tactic(16, 32, warps=8), schedule="whole")).combines == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "tactic", "complaint"),
+    [
+        ("convolution", Tactic(), "kind: expected an op that has tactics, got 'convolution'"),
+        ("linear", replace(Tactic(), schedule="woven"), "tactic.schedule: expected tiled, .*; got 'woven'"),
+    ],
+)
+def test_what_is_not_known_is_refused_by_name(kind, tactic, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        op_work(kind, (32, 1024, 1024), tactic)

@@ -1,0 +1,129 @@
+"""What a kernel is compiled to, read from its machine code: resources, and instructions in its main loop and around it.
+
+The main loop is the innermost one with the most operations of matrix units. What is counted is kept by the code's hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from xr0_engine.env import cache_dir
+from xr0_engine.files import write_whole
+from xr0_engine.fused.paper import compile_launch
+
+if TYPE_CHECKING:
+    from xr0_engine.fused.paper import Launch
+
+FULL_COLUMNS = 64
+"""From so many columns on wgmma reaches its rate (figures.py: dissecting)."""
+WARPS_OF_A_GROUP = 4
+"""Warps that issue one wgmma together."""
+INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", re.MULTILINE)
+MMA_SHAPE = re.compile(r"\.(\d+)x(\d+)x(\d+)")
+SYNC_SHAPES = {"16816": 16 * 8 * 16, "1688": 16 * 8 * 8, "16832": 16 * 8 * 32, "1684": 16 * 8 * 4}
+SHARED_BYTES = {"LDSM": 512, "STSM": 512, "LDS": 128, "STS": 128, "LDGSTS": 128}
+"""Of a warp's instruction that names no width: LDSM's matrices are counted as four."""
+VERSION = 4
+"""Of what is kept."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of one warp. instructions: issued; mma_operations: a multiplication and an addition are two; grouped: those of
+    wgmma, its share of the group's; paid: the same, as many as take as long at FULL_COLUMNS. shared_bytes: moved
+    between registers and shared memory, or into it; special: of the unit for exponentials and roots."""
+
+    instructions: int = 0
+    mma_operations: float = 0.0
+    grouped: float = 0.0
+    paid: float = 0.0
+    shared_bytes: int = 0
+    special: int = 0
+
+
+@dataclass(frozen=True)
+class Code:
+    """Bytes of shared memory and spilled, registers per thread; loop, outside: of the main loop once, and of the rest,
+    every instruction as if it ran once."""
+
+    name: str
+    shared: int
+    registers: int
+    spills: int
+    warps: int
+    loop: Counts = field(default_factory=Counts)
+    outside: Counts = field(default_factory=Counts)
+
+
+def compiled_code(call: Launch, arch: int) -> Code:
+    """Raises what compile_launch raises for what cannot be compiled."""
+    binary = compile_launch(call, arch)
+    path = cache_dir() / "predict" / f"{hashlib.sha256(binary.cubin).hexdigest()[:32]}.json"
+    if path.is_file():
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content.pop("version") == VERSION:
+            return Code(**content | {name: Counts(**content[name]) for name in ("loop", "outside")})
+    report = _read(binary.cubin)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", report)
+    assert found, f"cuobjdump's report was not understood: {report[:1000]}"
+    loop, outside = count(report)
+    code = Code(call.name, binary.shared, int(found[1]), int(found[2]), binary.warps, loop, outside)
+    write_whole(path, json.dumps({"version": VERSION, **asdict(code)}) + "\n")
+    return code
+
+
+def _read(cubin: bytes) -> str:
+    """Resources and listing, by the cuobjdump that comes with Triton."""
+    import triton
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", path]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def count(listing: str) -> tuple[Counts, Counts]:
+    """Of the main loop and of the rest, from what `cuobjdump -sass` writes of one kernel."""
+    found = [(int(at, 16), name, rest) for at, name, rest in INSTRUCTION.findall(listing)]
+    loops = []
+    for at, name, rest in found:
+        target = re.search(r"0x([0-9a-f]+)", rest)
+        if name.startswith("BRA") and target and int(target[1], 16) < at:
+            loops.append((int(target[1], 16), at))
+    inside = {loop: [each for each in found if loop[0] <= each[0] <= loop[1]] for loop in loops}
+    innermost = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    main = max(innermost, key=lambda loop: _count(inside[loop]).mma_operations, default=None)
+    if main is None or _count(inside[main]).mma_operations == 0:
+        return Counts(), _count(found)
+    return _count(inside[main]), _count(each for each in found if not main[0] <= each[0] <= main[1])
+
+
+def _count(found: Iterable[tuple[int, str, str]]) -> Counts:
+    instructions = special = shared = 0
+    operations = grouped = paid = 0.0
+    for _, name, _ in found:
+        head, _, options = name.partition(".")
+        if head in ("NOP", "EXIT") or (head == "BRA" and not options):
+            continue
+        instructions += 1
+        special += head == "MUFU"
+        if head in SHARED_BYTES:
+            wide = 4 if "128" in options and head != "LDSM" else 2 if "64" in options else 1
+            shared += SHARED_BYTES[head] * wide
+        if head.endswith("GMMA") and (shape := MMA_SHAPE.search(name)):
+            rows, columns, depth = map(int, shape.groups())
+            share = 2 * rows * columns * depth / WARPS_OF_A_GROUP
+            operations, grouped = operations + share, grouped + share
+            paid += share * max(1.0, FULL_COLUMNS / columns)
+        elif head in ("HMMA", "IMMA", "QMMA"):
+            operations += 2 * SYNC_SHAPES.get(options.split(".")[0], 0)
+    return Counts(instructions, operations, grouped, paid, shared, special)

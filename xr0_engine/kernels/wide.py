@@ -1,0 +1,347 @@
+"""Products of 65 to 1024 rows: the schedule "stream". product.py has the rest of the algorithm.
+
+One program holds all rows of a column tile, or of a group of rows whose groups are alike, in pieces of mixed heights:
+194 rows are 16 + 64 + 128. They share each block of the weight, so that it crosses the L2 cache once and few rows are
+none.
+
+The blocks of K of all tiles lie behind one another on a line, which is shared out over the programs as evenly as it
+goes: each takes one run, in which tiles end and begin, and all end together however many tiles there are. Of a tile
+that several programs computed, each leaves its part in float32 in the workspace; the last to arrive adds them up in the
+order of K, whoever it is, and goes on to the epilogue: replays are bit-identical.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from xr0_engine.kernels.arguments import InputNorm, Tactic, Weight, Workspace
+from xr0_engine.kernels.device import gdc_begin, paired, rows_from, with_last
+from xr0_engine.kernels.launch import launch
+from xr0_engine.kernels.product import (
+    STREAM_ROW_TILES,
+    How,
+    Product,
+    Tile,
+    finish,
+    first_norm,
+    load_rows,
+    load_weights,
+    of_rows,
+    prefetch_weight,
+    row_pieces,
+)
+from xr0_engine.kernels.shapes import strided
+
+UPRIGHT = tl.constexpr(64)
+"""Pieces of fewer rows are the MMA's columns, and the weight its rows, as warpgroups multiply 64 rows at least. A loop
+with products of warpgroups and of single warps is compiled with too few buffers (Triton 3.6 and 3.9)."""
+MOST_BLOCKS = 2**31
+"""Places on the line, times programs, are counted in 32 bits."""
+
+
+class Line(NamedTuple):
+    """All tiles' blocks of K, and who takes which, as one argument.
+
+    tiles, of blocks each, over programs; column_tiles: those of a group of rows. Groups of the same columns lie beside
+    each other. height: of a group, once more: what the epilogue computes of its rows shall not be found to have been
+    computed before the product, and kept in registers through it. column_step: weight rows from a tile's first to the
+    next one's; distance: between the rows of a pair; weights: rows of the weight.
+    """
+
+    tiles: int
+    blocks: int
+    programs: int
+    column_tiles: int
+    height: int
+    column_step: int
+    distance: int
+    weights: int
+
+
+@triton.jit
+def _weight_rows(line, column_tile, PAIRED: tl.constexpr, BLOCK_N: tl.constexpr):
+    first = column_tile * line.column_step
+    n = paired(first, line.distance, BLOCK_N) if PAIRED else first + tl.arange(0, BLOCK_N)
+    return tl.minimum(n, line.weights - 1)
+
+
+@triton.jit
+def _tile(product, group, column_tile, row, HOW: tl.constexpr):
+    """The Tile of a piece of a group's rows, from row on."""
+    batch, index, inside = rows_from(row, product.rows, product.batch_rows, HOW.BLOCK_M)
+    return Tile(group, 0, column_tile, batch, index, inside)
+
+
+@triton.jit
+def _zeros(ROWS: tl.constexpr, HOW: tl.constexpr):
+    """Of a piece's sums: (its rows, BLOCK_N), or transposed where UPRIGHT says so."""
+    if ROWS < UPRIGHT:
+        zeros = tl.full((HOW.BLOCK_N, ROWS), 0.0, tl.float32)
+    else:
+        zeros = tl.full((ROWS, HOW.BLOCK_N), 0.0, tl.float32)
+    return zeros
+
+
+@triton.jit
+def _multiply(product, group, column_tile, n, begin, end, HEIGHTS: tl.constexpr, HOW: tl.constexpr):
+    """Each piece of a group's rows times weight rows n, blocks begin to end of K; float32, shaped as _zeros has it."""
+    BLOCK_K: tl.constexpr = HOW.BLOCK_K
+    step = tl.arange(0, BLOCK_K)
+    w_tile = product.w + n[None, :].to(tl.int64) * product.w_n + step[:, None]
+    x_tiles, scales, means, totals = (), (), (), ()
+    row = group * product.row_tiles
+    for i in tl.static_range(len(HEIGHTS)):
+        tile = _tile(product, group, column_tile, row, of_rows(HOW, HEIGHTS[i]))
+        x_place = (tile.batch * product.x_b + tile.row * product.x_m)[:, None]
+        x_tiles = with_last(x_tiles, product.x + x_place + step[None, :])
+        row_scale, mean = first_norm(product, tile, of_rows(HOW, HEIGHTS[i]))
+        scales, means = with_last(scales, row_scale), with_last(means, mean)
+        totals = with_last(totals, _zeros(HEIGHTS[i], HOW))
+        row += HEIGHTS[i]
+    for start in range(begin * BLOCK_K, end * BLOCK_K, BLOCK_K):
+        b = load_weights(product, w_tile, start, HOW)
+        added = ()
+        for i in tl.static_range(len(HEIGHTS)):
+            a = load_rows(product, x_tiles[i], start, scales[i], means[i], of_rows(HOW, HEIGHTS[i]))
+            if HEIGHTS[i] < UPRIGHT:
+                added = with_last(added, tl.dot(b.T, a.T, totals[i], input_precision="ieee"))
+            else:
+                added = with_last(added, tl.dot(a, b, totals[i], input_precision="ieee"))
+        totals = added
+    return totals
+
+
+@triton.jit
+def _part(product, part, rows_before, HOW: tl.constexpr):
+    """Where a piece of a part of a tile lies among the partials, shaped as its sums."""
+    ROWS: tl.constexpr = HOW.BLOCK_N if HOW.BLOCK_M < UPRIGHT else HOW.BLOCK_M
+    COLUMNS: tl.constexpr = HOW.BLOCK_M if HOW.BLOCK_M < UPRIGHT else HOW.BLOCK_N
+    begin = product.partials + (part.to(tl.int64) * product.row_tiles + rows_before) * HOW.BLOCK_N
+    return begin + tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+
+
+@triton.jit
+def _deposit(totals, product, part, counter, HEIGHTS: tl.constexpr, HOW: tl.constexpr):
+    """Leave a part of a tile in memory. Returns how many of the tile's parts were there before."""
+    rows_before = 0
+    for i in tl.static_range(len(HEIGHTS)):
+        tl.store(_part(product, part, rows_before, of_rows(HOW, HEIGHTS[i])), totals[i])
+        rows_before += HEIGHTS[i]
+    # The counter is touched by one thread: every thread's part must be there before.
+    tl.debug_barrier()
+    return tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
+
+
+@triton.jit
+def _collect(product, part, parts, HEIGHTS: tl.constexpr, HOW: tl.constexpr):
+    """Of each piece of a tile: its parts, added up in the order of K."""
+    totals = ()
+    for i in tl.static_range(len(HEIGHTS)):
+        totals = with_last(totals, _zeros(HEIGHTS[i], HOW))
+    for index in range(parts):
+        added = ()
+        rows_before = 0
+        for i in tl.static_range(len(HEIGHTS)):
+            place = _part(product, part + index, rows_before, of_rows(HOW, HEIGHTS[i]))
+            added = with_last(added, totals[i] + tl.load(place, cache_modifier=".cg"))
+            rows_before += HEIGHTS[i]
+        totals = added
+    return totals
+
+
+@triton.jit
+def _finish(
+    totals,
+    product,
+    line,
+    group,
+    column_tile,
+    n,
+    end,
+    CENTRED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    OUT_SLOTS: tl.constexpr,
+    FINISH: tl.constexpr,
+    HEIGHTS: tl.constexpr,
+    HOW: tl.constexpr,
+):
+    """What follows a tile's product, piece by piece."""
+    row = group * line.height
+    for i in tl.static_range(len(HEIGHTS)):
+        tile = _tile(product, group, column_tile, row, of_rows(HOW, HEIGHTS[i]))
+        y = totals[i].T if HEIGHTS[i] < UPRIGHT else totals[i]
+        y = finish(y, product, tile, n, of_rows(HOW, HEIGHTS[i]))
+        if OUT_SLOTS is None:
+            FINISH(y, tile, end, of_rows(HOW, HEIGHTS[i]))
+        else:
+            FINISH(y, tile, end, CENTRED, ACTIVATION, OUT_SLOTS, of_rows(HOW, HEIGHTS[i]))
+        row += HEIGHTS[i]
+
+
+@triton.jit
+def _wide(
+    product,
+    line,
+    end,
+    CENTRED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    OUT_SLOTS: tl.constexpr,
+    FINISH: tl.constexpr,
+    PAIRED: tl.constexpr,
+    SHARED: tl.constexpr,
+    EVEN: tl.constexpr,
+    HEIGHTS: tl.constexpr,
+    HOW: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    BLOCK_N: tl.constexpr = HOW.BLOCK_N
+    BLOCK_K: tl.constexpr = HOW.BLOCK_K
+    program, blocks = tl.program_id(0), line.blocks
+    # Not an argument: where it is 1, what depends on rows alone would be kept in registers from tile to tile.
+    groups = line.tiles // line.column_tiles
+    places = line.tiles * blocks
+    if SHARED:
+        first, last = program * places // line.programs, (program + 1) * places // line.programs
+    else:
+        first, last = program * blocks, (program + 1) * blocks
+    if PDL:
+        tile = first // blocks
+        if tile % groups == 0:
+            n = _weight_rows(line, tile // groups, PAIRED, BLOCK_N)
+            begin = first % blocks * BLOCK_K
+            length = tl.minimum(tl.minimum(last - first, blocks) * BLOCK_K, product.inputs - begin)
+            prefetch_weight(product.w + begin, product.w_n, n, 0, length, 1, BLOCK_K)
+    gdc_begin(PDL)
+    if SHARED:
+        # A loop of one round is none.
+        rounds = 1 if EVEN else tl.cdiv(last, blocks) - first // blocks
+        for index in tl.range(rounds, disable_licm=True):
+            tile = first // blocks + index
+            group, column_tile = tile % groups, tile // groups
+            n = _weight_rows(line, column_tile, PAIRED, BLOCK_N)
+            begin, stop = tl.maximum(first - tile * blocks, 0), tl.minimum(last - tile * blocks, blocks)
+            totals = _multiply(product, group, column_tile, n, begin, stop, HEIGHTS, HOW)
+            # The programs that hold the tile's first block and its last.
+            opening = ((tile * blocks + 1) * line.programs - 1) // places
+            closing = ((tile + 1) * blocks * line.programs - 1) // places
+            parts, complete = closing - opening + 1, True
+            if parts > 1:
+                # Along the line each new part has a new program or a new tile: the sum of both counts parts.
+                arrived = _deposit(totals, product, program + tile, product.counters + tile, HEIGHTS, HOW)
+                complete = arrived == parts - 1
+                if complete:
+                    totals = _collect(product, opening + tile, parts, HEIGHTS, HOW)
+                    tl.store(product.counters + tile, 0)
+            if complete:
+                _finish(
+                    totals, product, line, group, column_tile, n, end, CENTRED, ACTIVATION, OUT_SLOTS, FINISH, HEIGHTS,
+                    HOW
+                )  # fmt: skip
+    else:
+        group, column_tile = program % groups, program // groups
+        n = _weight_rows(line, column_tile, PAIRED, BLOCK_N)
+        totals = _multiply(product, group, column_tile, n, 0, blocks, HEIGHTS, HOW)
+        _finish(totals, product, line, group, column_tile, n, end, CENTRED, ACTIVATION, OUT_SLOTS, FINISH, HEIGHTS, HOW)
+
+
+def launch_wide(
+    finish_tile: Any,
+    x: Tensor,
+    weight: Weight,
+    bias: Tensor | None,
+    col_scale: Tensor | None,
+    norm: InputNorm | None,
+    column_tiles: int,
+    tile_weights: int,
+    distance: int | None,
+    tactic: Tactic,
+    workspace: Workspace,
+    epilogue: dict[str, Any],
+) -> None:
+    """launch_product in tiles of mixed heights. finish_tile: the epilogue's function, as finish_linear.
+
+    distance: a tile's weight rows are tile_weights / 2 pairs (n, n + distance); None: they follow each other.
+    tactic.block_m: most rows of a program. split_k: how many programs share all tiles out; 1: each tile has its own.
+    With an exact gelu, no more programs than make up a multiple of the tiles, and at least as many as tiles.
+
+    Of fewer than UPRIGHT weight rows: fewer rows too, so that all pieces are products of warps.
+
+    Raises ValueError for more blocks and programs than are counted in 32 bits.
+    """
+    batch, batch_rows, inputs = x.shape
+    rows = batch * batch_rows
+    # The largest last: its epilogue has the registers of the others.
+    most_rows = tactic.block_m if tile_weights >= UPRIGHT.value else min(tactic.block_m, UPRIGHT.value // 2)
+    heights = row_pieces(rows, most_rows)[::-1]
+    height = sum(heights)
+    groups, blocks = triton.cdiv(rows, height), triton.cdiv(inputs, tactic.block_k)
+    tiles = groups * column_tiles
+    programs = tiles if tactic.split_k == 1 else min(tactic.split_k, tiles * blocks)
+    if epilogue.get("ACTIVATION") == "gelu":
+        # Its lanes part, and where code is executed in the order of addresses they do not meet before a loop's end.
+        programs = max(1, programs // tiles) * tiles
+    # Programs that are as many as tiles have a whole one each.
+    shared = programs != tiles
+    if shared and (tiles * blocks + 1) * programs >= MOST_BLOCKS:
+        raise ValueError(
+            f"tactic.split_k: expected 1 for {tiles} tiles of {blocks} blocks each, got {tactic.split_k}, whose shares "
+            "32 bits do not count"
+        )
+    slots = 1 if norm is None else norm.sums.shape[0]
+    launch(
+        _wide,
+        (programs,),
+        {
+            "product": Product(
+                **strided("x", x, "bm"),
+                **strided("w", weight.data, "n"),
+                scale=weight.scale,
+                bias=bias,
+                col_scale=col_scale,
+                **strided("sums", None if norm is None else norm.sums, "sbm"),
+                column_sums=None if norm is None else norm.column_sums,
+                norm_eps=0.0 if norm is None else norm.eps,
+                partials=workspace.partials((programs + tiles - 1) * height * tile_weights) if shared else None,
+                counters=workspace.counters(tiles) if shared else None,
+                rows=rows,
+                batch_rows=batch_rows,
+                inputs=inputs,
+                slots=slots,
+                row_tiles=height,
+            ),
+            "line": Line(
+                tiles=tiles,
+                blocks=blocks,
+                programs=programs,
+                column_tiles=column_tiles,
+                height=height,
+                column_step=tile_weights if distance is None or 2 * distance == tile_weights else tile_weights // 2,
+                distance=distance or 0,
+                weights=weight.data.shape[0],
+            ),
+            "end": epilogue["end"],
+            **{name: epilogue.get(name) for name in ("CENTRED", "ACTIVATION", "OUT_SLOTS")},
+            "FINISH": finish_tile,
+            "PAIRED": distance is not None,
+            "SHARED": shared,
+            "EVEN": programs % tiles == 0,
+            "HEIGHTS": heights,
+            "HOW": How(
+                NORM=None if norm is None else norm.kind,
+                SLOTS=triton.next_power_of_2(slots),
+                LIBRARY=False,
+                SPLIT_K=1,
+                BLOCK_M=height,
+                BLOCK_N=tile_weights,
+                BLOCK_K=tactic.block_k,
+                EVEN_K=inputs % tactic.block_k == 0,
+                STREAM=groups <= STREAM_ROW_TILES,
+            ),
+        },
+        tactic.warps,
+        tactic.stages,
+    )
