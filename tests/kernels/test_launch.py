@@ -12,7 +12,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tests.kernels.products import meta, meta_float
-from xr0_engine.kernels.launch import Launch, Signature, variants
+from xr0_engine.kernels import launch
+from xr0_engine.kernels.launch import COMPILER_FAULTS, Launch, PassesFailed, Signature, compile_call, variants
 
 
 class Pair(NamedTuple):
@@ -61,6 +62,23 @@ def test_a_descriptor_is_told_by_its_block():
     signature = Signature(replace(call(Pair(None, 1)), arguments=call(Pair(None, 1)).arguments | {"out": described}))
     assert signature.types["out"] == "tensordesc<bf16[4, 64]>"
     assert ("out", "tensordesc<bf16[4, 64]>", described) in signature.given
+
+
+@pytest.mark.parametrize(
+    ("message", "error"), [("PassManager::run failed", PassesFailed), ("no space left", RuntimeError)]
+)
+def test_only_the_compilers_passes_are_the_compilers_fault(message, error, monkeypatch):
+    """Whoever tries candidates goes on after those, and stops for anything else."""
+
+    def fail(*arguments, **options):
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(launch.triton, "compile", fail)
+    monkeypatch.setattr(launch, "ASTSource", lambda *arguments, **options: None)
+    tried = call(Pair(meta(4, 4), 32))
+    with pytest.raises(error):
+        compile_call(tried, Signature(tried), 90)
+    assert (error in COMPILER_FAULTS) == (error is PassesFailed)
 
 
 @pytest.mark.parametrize(

@@ -291,11 +291,6 @@ class FusedOps:
             self.call(kind, arguments, options, tactic)
         except refusals as error:
             return str(error).strip().partition("\n")[0] or type(error).__name__
-        except RuntimeError as error:
-            # The compiler's passes have no exception of their own.
-            if "PassManager::run failed" not in str(error):
-                raise
-            return "the compiler failed"
         return None
 
     def default(self, kind: str, shape: tuple[int, ...]) -> Tactic:

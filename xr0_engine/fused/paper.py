@@ -36,21 +36,13 @@ def variant(call: Launch) -> Hashable:
 
 
 def compile_launch(call: Launch, arch: int) -> Binary:
-    """For a compute capability. Raises COMPILER_FAULTS of kernels/launch.py for what cannot be compiled."""
+    """For a compute capability. Raises compiler_faults (backends.py) for what cannot be compiled."""
     from xr0_engine.kernels.launch import DEPENDENT_LAUNCH_FROM, Signature, compile_call
 
     binary = compile_call(call, Signature(call, arch >= DEPENDENT_LAUNCH_FROM), arch)
     # Specialised warps come on top of those that were asked for.
     warps = getattr(binary.metadata, "total_num_warps", None) or call.warps
     return Binary(binary.asm["cubin"], int(binary.metadata.shared), int(warps))
-
-
-def compiler_faults() -> tuple[type[Exception], ...]:
-    """What compile_launch raises."""
-    from xr0_engine.kernels.launch import COMPILER_FAULTS
-
-    # Of the compiler's passes, which have none of their own.
-    return (*COMPILER_FAULTS, RuntimeError)
 
 
 def row_pieces(rows: int, block_m: int) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ keeps so much of the epilogue in registers from one to the next that accumulator
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -24,11 +24,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from xr0_engine.kernels.arguments import STATS_COLUMNS, InputNorm, Tactic, Weight, Workspace
+from xr0_engine.kernels.calls import ProductCall
 from xr0_engine.kernels.device import gdc_begin, paired, rows_from, with_last
 from xr0_engine.kernels.launch import INTERPRETED, TMA_FROM, capability, launch
-from xr0_engine.kernels.product import MIN_DOT, How, Product, Tile, finish, of_rows, prefetch_weight, row_pieces
-from xr0_engine.kernels.shapes import strided
+from xr0_engine.kernels.product import MIN_DOT, Tile, finish, of_rows, prefetch_weight, row_pieces
 
 MOST_ROWS = 256
 """Of a program, and of an MMA's columns."""
@@ -238,96 +237,52 @@ def _bulk_product(
             row += HEIGHTS[i]
 
 
-def launch_bulk(
-    finish_tile: Any,
-    x: Tensor,
-    weight: Weight,
-    bias: Tensor | None,
-    col_scale: Tensor | None,
-    norm: InputNorm | None,
-    column_tiles: int,
-    tile_weights: int,
-    distance: int | None,
-    tactic: Tactic,
-    workspace: Workspace,
-    epilogue: dict[str, Any],
-) -> None:
-    """launch_product by TMA. finish_tile: the epilogue's function, as finish_linear; what it takes is in epilogue.
-
-    distance: a tile's weight rows are tile_weights / 2 pairs (n, n + distance); None: they follow each other.
-    tactic.block_m: most rows of a program. split_k: how many programs run at once; 1: as many as there are tiles.
+def launch_bulk(call: ProductCall) -> None:
+    """A product by TMA. tactic.block_m: most rows of a program. split_k: how many programs run at once; 1: as many as
+    there are tiles.
 
     Raises NotImplementedError for chips without TMA, for factors that it cannot multiply as they lie in memory (of
     different dtypes, of 8 bits or float32, to be scaled by column; rows that are no multiples of 16 bytes apart, or
     whose batches do not follow each other), ValueError for more than MOST_ROWS.
     """
-    batch, batch_rows, inputs = x.shape
-    rows = batch * batch_rows
-    _check(x, weight.data, col_scale, tile_weights, distance, tactic)
+    _check(call)
+    x, weight, tactic, rows = call.x, call.weight.data, call.tactic, call.rows
     pieces = tuple(_cut(row_pieces(rows, tactic.block_m)))
     height = sum(pieces)
-    groups = triton.cdiv(rows, height)
-    tiles, blocks = groups * column_tiles, triton.cdiv(inputs, tactic.block_k)
+    groups, inputs = triton.cdiv(rows, height), x.shape[2]
+    tiles, blocks = groups * call.column_tiles, triton.cdiv(inputs, tactic.block_k)
     full = tiles if tactic.split_k == 1 else tiles // tactic.split_k * tactic.split_k
     shared = tiles - full
     sharers = min(tactic.split_k, shared * blocks)
     if max(shared, blocks) * (sharers + 1) >= COUNTED:
         raise ValueError(f"tactic.split_k: expected programs that 32 bits count, got {tactic.split_k}")
-    halves = 1 if distance is None else 2
-    step = tile_weights if distance is None or 2 * distance == tile_weights else tile_weights // 2
-    flat = x.as_strided((rows, inputs), (x.stride(1), 1)) if batch > 1 else x[0]
+    halves = 1 if call.distance is None else 2
+    flat = x.as_strided((rows, inputs), (x.stride(1), 1)) if x.shape[0] > 1 else x[0]
     described: dict[str, TensorDescriptor | None] = {f"x_{index}": None for index in range(PIECES)}
-    described |= {f"x_{index}": _described(flat, rows, tactic.block_k) for index, rows in enumerate(pieces)}
-    slots = triton.cdiv(inputs, STATS_COLUMNS)
+    described |= {f"x_{index}": _described(flat, piece, tactic.block_k) for index, piece in enumerate(pieces)}
+    partials = call.workspace.partials(sharers * height * call.tile_weights) if shared else None
+    counters = call.workspace.counters(shared) if shared else None
     launch(
         _bulk_product,
         (full + sharers,),
         {
             **described,
-            "w": _described(weight.data, tile_weights // halves, tactic.block_k),
-            "product": Product(
-                **strided("x", x, "bm"),
-                **strided("w", weight.data, "n"),
-                scale=None,
-                bias=bias,
-                col_scale=None,
-                **strided("sums", None if norm is None else norm.sums, "sbm"),
-                column_sums=None if norm is None else norm.column_sums,
-                norm_eps=0.0 if norm is None else norm.eps,
-                partials=workspace.partials(sharers * height * tile_weights) if shared else None,
-                counters=workspace.counters(shared) if shared else None,
-                rows=rows,
-                batch_rows=batch_rows,
-                inputs=inputs,
-                slots=slots,
-                row_tiles=groups,
-            ),
+            "w": _described(weight, call.tile_weights // halves, tactic.block_k),
+            "product": call.product(groups, partials, counters),
             "walk": Walk(
                 full=full,
                 shared=shared,
                 sharers=sharers,
                 height=height,
-                column_step=step,
-                distance=distance or 0,
-                weights=weight.data.shape[0],
+                column_step=call.column_step,
+                distance=call.distance or 0,
+                weights=weight.shape[0],
             ),
-            "end": epilogue["end"],
-            **{name: epilogue.get(name) for name in ("CENTRED", "ACTIVATION", "OUT_SLOTS")},
-            "FINISH": finish_tile,
+            **call.finishing,
             "SHARED": shared > 0,
-            "PAIRED": distance is not None,
+            "PAIRED": call.distance is not None,
             "HEIGHTS": pieces,
-            "HOW": How(
-                NORM=None if norm is None else norm.kind,
-                SLOTS=triton.next_power_of_2(slots),
-                LIBRARY=False,
-                SPLIT_K=1,
-                BLOCK_M=height,
-                BLOCK_N=tile_weights,
-                BLOCK_K=tactic.block_k,
-                EVEN_K=True,
-                STREAM=False,
-            ),
+            "HOW": call.how(height, groups),
         },
         tactic.warps,
         tactic.stages,
@@ -345,9 +300,8 @@ def _described(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
     return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])
 
 
-def _check(
-    x: Tensor, weight: Tensor, col_scale: Tensor | None, tile_weights: int, distance: int | None, tactic: Tactic
-) -> None:
+def _check(call: ProductCall) -> None:
+    x, weight, tactic = call.x, call.weight.data, call.tactic
     if x.device.type != "meta" and not INTERPRETED and capability(x.device) < TMA_FROM:
         raise NotImplementedError(
             f"tactic.schedule 'tma': expected a chip from sm_{TMA_FROM} on, got sm_{capability(x.device)}"
@@ -356,7 +310,7 @@ def _check(
         raise NotImplementedError(
             f"tactic.schedule 'tma': expected x and weight both in bfloat16 or float16, got {x.dtype}, {weight.dtype}"
         )
-    if col_scale is not None:
+    if call.col_scale is not None:
         raise NotImplementedError("tactic.schedule 'tma': expected no col_scale, got one")
     if x.shape[0] > 1 and x.stride(0) != x.shape[1] * x.stride(1):
         raise NotImplementedError(
@@ -371,5 +325,5 @@ def _check(
             )
     if tactic.block_m > MOST_ROWS:
         raise ValueError(f"tactic.block_m: expected at most {MOST_ROWS} for schedule 'tma', got {tactic.block_m}")
-    if distance is not None and tile_weights < 2 * MIN_DOT:
-        raise ValueError(f"tactic.block_n: expected pairs of at least {MIN_DOT}, got {tile_weights // 2}")
+    if call.distance is not None and call.tile_weights < 2 * MIN_DOT:
+        raise ValueError(f"tactic.block_n: expected pairs of at least {MIN_DOT}, got {call.tile_weights // 2}")

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import triton
@@ -55,7 +55,11 @@ DTYPES = {
 }
 
 
-COMPILER_FAULTS = (CompilationError, OutOfResources, PTXASError)
+class PassesFailed(Exception):
+    """Of the compiler, whose passes raise a RuntimeError like any other."""
+
+
+COMPILER_FAULTS = (CompilationError, OutOfResources, PTXASError, PassesFailed)
 """What a kernel raises that does not fit the chip or cannot be compiled."""
 
 
@@ -189,10 +193,13 @@ def launch(
     options = _options(warps, stages, dependent, cooperative)
     # Triton takes the current GPU, whichever the tensors are on.
     with torch.cuda.device(device):
-        if _compile_only:
-            kernel.warmup(**arguments, PDL=dependent, grid=grid, **options)
-        else:
-            kernel[grid](**arguments, PDL=dependent, **options)
+        try:
+            if _compile_only:
+                kernel.warmup(**arguments, PDL=dependent, grid=grid, **options)
+            else:
+                kernel[grid](**arguments, PDL=dependent, **options)
+        except RuntimeError as error:
+            raise_named(error)
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
@@ -249,7 +256,17 @@ def compile_call(call: Launch, signature: Signature, arch: int) -> Any:
         attrs={place: [["tt.divisibility", 16]] for place in signature.divisible},
     )
     options = _options(call.warps, call.stages, signature.named_constants["PDL"], call.cooperative)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    try:
+        return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    except RuntimeError as error:
+        raise_named(error)
+
+
+def raise_named(error: RuntimeError) -> NoReturn:
+    """Raises PassesFailed for what the compiler's passes raise, else the error itself."""
+    if "PassManager::run failed" in str(error):
+        raise PassesFailed("the compiler failed") from error
+    raise error
 
 
 class Signature:

@@ -24,10 +24,11 @@ from xr0_engine.kernels.arguments import (
     Workspace,
     slot_columns,
 )
+from xr0_engine.kernels.calls import ProductCall, check_product
 from xr0_engine.kernels.device import paired
 from xr0_engine.kernels.ends import LinearEnd, SwigluEnd, finish_linear, finish_swiglu
 from xr0_engine.kernels.launch import PROCESSORS
-from xr0_engine.kernels.product import MIN_DOT, check_product, finish, multiply, row_pieces, take_tile
+from xr0_engine.kernels.product import MIN_DOT, finish, multiply, row_pieces, take_tile
 from xr0_engine.kernels.schedules import launch_scheduled
 from xr0_engine.kernels.shapes import expect, strided
 
@@ -163,35 +164,37 @@ def linear(
     base = residual or Residual(out)
     launch_scheduled(
         _linear,
-        finish_linear,
-        x,
-        weight,
-        bias,
-        col_scale,
-        norm,
-        triton.cdiv(outputs, tactic.block_n),
-        tactic.block_n,
-        None,
-        tactic,
-        workspace,
-        {
-            "end": LinearEnd(
-                outputs=outputs,
-                **strided("out", out, "bm"),
-                **strided("residual", None if residual is None else residual.x, "bm"),
-                gate=base.gate,
-                **strided("base_sums", base.sums, "sbm"),
-                base_weight=base.weight,
-                base_eps=base.eps,
-                **strided("extra", base.extra, "r"),
-                **strided("extra_index", base.extra_index, "b"),
-                **strided("stats", None if stats is None else stats.sums, "sbm"),
-                stats_weight=None if stats is None else stats.weight,
-            ),
-            "CENTRED": stats is not None and stats.centred,
-            "ACTIVATION": activation,
-            "OUT_SLOTS": _out_slots(base, stats, outputs),
-        },
+        ProductCall(
+            x=x,
+            weight=weight,
+            bias=bias,
+            col_scale=col_scale,
+            norm=norm,
+            column_tiles=triton.cdiv(outputs, tactic.block_n),
+            tile_weights=tactic.block_n,
+            distance=None,
+            finish_tile=finish_linear,
+            tactic=tactic,
+            workspace=workspace,
+            epilogue={
+                "end": LinearEnd(
+                    outputs=outputs,
+                    **strided("out", out, "bm"),
+                    **strided("residual", None if residual is None else residual.x, "bm"),
+                    gate=base.gate,
+                    **strided("base_sums", base.sums, "sbm"),
+                    base_weight=base.weight,
+                    base_eps=base.eps,
+                    **strided("extra", base.extra, "r"),
+                    **strided("extra_index", base.extra_index, "b"),
+                    **strided("stats", None if stats is None else stats.sums, "sbm"),
+                    stats_weight=None if stats is None else stats.weight,
+                ),
+                "CENTRED": stats is not None and stats.centred,
+                "ACTIVATION": activation,
+                "OUT_SLOTS": _out_slots(base, stats, outputs),
+            },
+        ),
     )
 
 
@@ -270,16 +273,18 @@ def swiglu(
         raise ValueError(f"weight.data: expected {2 * columns} rows for out's {columns}, got {weight.data.shape[0]}")
     launch_scheduled(
         _swiglu,
-        finish_swiglu,
-        x,
-        weight,
-        bias,
-        col_scale,
-        norm,
-        triton.cdiv(columns, tactic.block_n),
-        2 * tactic.block_n,
-        columns,
-        tactic,
-        workspace,
-        {"end": SwigluEnd(outputs=columns, **strided("out", out, "bm"))},
+        ProductCall(
+            x=x,
+            weight=weight,
+            bias=bias,
+            col_scale=col_scale,
+            norm=norm,
+            column_tiles=triton.cdiv(columns, tactic.block_n),
+            tile_weights=2 * tactic.block_n,
+            distance=columns,
+            finish_tile=finish_swiglu,
+            tactic=tactic,
+            workspace=workspace,
+            epilogue={"end": SwigluEnd(outputs=columns, **strided("out", out, "bm"))},
+        ),
     )

@@ -20,11 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from xr0_engine.kernels.arguments import STATS_COLUMNS, InputNorm, Tactic, Weight, Workspace, slot_columns
 from xr0_engine.kernels.device import gdc_begin, prefetch_l2, rows_of, tile_of
-from xr0_engine.kernels.launch import launch
-from xr0_engine.kernels.library import library_product
-from xr0_engine.kernels.shapes import expect, strided
 from xr0_engine.kernels.statistics import row_norm
 
 PREFETCH_BLOCKS = tl.constexpr(8)
@@ -34,8 +30,6 @@ STREAM_ROW_TILES = 2
 """Up to so many row tiles, which run side by side, read a weight block: it need not stay in the cache."""
 MIN_DOT = 16
 """Smallest side of a tile that tl.dot takes."""
-
-
 MOST_WASTE = 0.08
 """Of the rows that pieces of mixed heights hold, at most so many are none, where multiples of MIN_DOT allow it."""
 
@@ -285,108 +279,3 @@ def row_pieces(rows: int, block_m: int) -> tuple[int, ...]:
     within = [height for height in heights if groups * height - rows <= MOST_WASTE * groups * height]
     height = min(within or heights[:1], key=lambda height: (height.bit_count(), height))
     return tuple(1 << bit for bit in reversed(range(height.bit_length())) if height >> bit & 1)
-
-
-def check_product(
-    x: Tensor,
-    weight: Weight,
-    bias: Tensor | None,
-    col_scale: Tensor | None,
-    norm: InputNorm | None,
-    tactic: Tactic,
-) -> None:
-    """Raises ValueError for shapes that do not belong together and for tiles that cannot be."""
-    batch, rows, inputs = x.shape
-    outputs = weight.data.shape[0]
-    expect("x", x, (batch, rows, inputs))
-    expect("weight.data", weight.data, (outputs, inputs))
-    for name, tensor, size in (
-        ("weight.scale", weight.scale, outputs),
-        ("bias", bias, outputs),
-        ("col_scale", col_scale, inputs),
-        ("norm.column_sums", None if norm is None else norm.column_sums, outputs),
-    ):
-        if tensor is not None:
-            expect(name, tensor, (size,))
-    if norm is not None:
-        expect("norm.sums", norm.sums, (norm.sums.shape[0], batch, rows, 2))
-        width = slot_columns("norm.sums", norm.sums, inputs)
-        if norm.kind == "layer" and width != STATS_COLUMNS:
-            raise ValueError(f"norm.sums: expected slots of {STATS_COLUMNS} columns for kind 'layer', got {width}")
-        if (norm.kind == "layer") != (norm.column_sums is not None):
-            raise ValueError(f"norm.column_sums: expected for kind 'layer' alone, got kind {norm.kind!r}")
-    if weight.data.element_size() == 1 and weight.scale is None:
-        raise ValueError(f"weight.scale: expected for {weight.data.dtype}, got None")
-    for name in ("block_m", "block_n", "block_k"):
-        size, least = getattr(tactic, name), MIN_DOT
-        if name == "block_n" and tactic.schedule == "whole":
-            least = MIN_DOT // 2
-        if size < least or size & (size - 1):
-            raise ValueError(f"tactic.{name}: expected a power of two of at least {least}, got {size}")
-    if tactic.split_k < 1:
-        raise ValueError(f"tactic.split_k: expected at least 1, got {tactic.split_k}")
-    if tactic.library and tactic.schedule != "tiled":
-        raise ValueError(f"tactic.schedule: expected 'tiled' with library, got {tactic.schedule!r}")
-    if tactic.library and weight.data.element_size() == 1:
-        raise NotImplementedError(f"library: {weight.data.dtype} weights; a tactic without library takes them")
-
-
-def launch_product(
-    kernel: Any,
-    x: Tensor,
-    weight: Weight,
-    bias: Tensor | None,
-    col_scale: Tensor | None,
-    norm: InputNorm | None,
-    column_tiles: int,
-    tile_weights: int,
-    tactic: Tactic,
-    workspace: Workspace,
-    epilogue: dict[str, Any],
-) -> None:
-    """Launch a kernel of column_tiles tiles of tile_weights weight rows; epilogue: its further arguments."""
-    batch, batch_rows, inputs = x.shape
-    rows = batch * batch_rows
-    row_tiles = triton.cdiv(rows, tactic.block_m)
-    tiles, split_k = row_tiles * column_tiles, 1 if tactic.library else tactic.split_k
-    if tactic.library:
-        (x, norm), col_scale = library_product(x, weight.data, col_scale, norm, workspace), None
-    split, slots = split_k > 1, 1 if norm is None else norm.sums.shape[0]
-    launch(
-        kernel,
-        (tiles * split_k,),
-        {
-            "program": None,
-            "product": Product(
-                **strided("x", x, "bm"),
-                **strided("w", weight.data, "n"),
-                scale=weight.scale,
-                bias=bias,
-                col_scale=col_scale,
-                **strided("sums", None if norm is None else norm.sums, "sbm"),
-                column_sums=None if norm is None else norm.column_sums,
-                norm_eps=0.0 if norm is None else norm.eps,
-                partials=workspace.partials(tiles * split_k * tactic.block_m * tile_weights) if split else None,
-                counters=workspace.counters(tiles) if split else None,
-                rows=rows,
-                batch_rows=batch_rows,
-                inputs=inputs,
-                slots=slots,
-                row_tiles=row_tiles,
-            ),
-            **epilogue,
-            "HOW": How(
-                NORM=None if norm is None else norm.kind,
-                SLOTS=triton.next_power_of_2(slots),
-                LIBRARY=tactic.library,
-                SPLIT_K=split_k,
-                BLOCK_M=tactic.block_m,
-                BLOCK_N=tile_weights,
-                BLOCK_K=tactic.block_k,
-                EVEN_K=inputs % tactic.block_k == 0,
-                STREAM=row_tiles <= STREAM_ROW_TILES,
-            ),
-        },
-        tactic.warps,
-        tactic.stages,
-    )

@@ -15,8 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from xr0_engine.kernels.arguments import InputNorm, Tactic, Weight, Workspace
+from xr0_engine.kernels.calls import ProductCall, check_product
 from xr0_engine.kernels.device import paired
-from xr0_engine.kernels.product import check_product, finish, multiply, take_tile
+from xr0_engine.kernels.product import finish, multiply, take_tile
 from xr0_engine.kernels.schedules import launch_scheduled
 from xr0_engine.kernels.shapes import expect, expect_head_dim, strided
 
@@ -141,29 +142,31 @@ def qkv(
         raise ValueError(f"weight.data: expected {tiles} heads of {dim} rows, got {weight.data.shape[0]} rows")
     launch_scheduled(
         _qkv,
-        finish_qkv,
-        x,
-        weight,
-        bias,
-        col_scale,
-        norm,
-        tiles,
-        dim,
-        dim // 2,
-        tactic,
-        workspace,
-        {
-            "end": HeadsEnd(
-                query_heads=heads,
-                kv_heads=groups,
-                **strided("q", q, "bhm"),
-                **strided("k", k, "bhm"),
-                **strided("v", v, "bhm"),
-                q_weight=q_weight,
-                k_weight=k_weight,
-                eps=eps,
-                **strided("cos", cos, "bm"),
-                **strided("sin", sin, "bm"),
-            )
-        },
+        ProductCall(
+            x=x,
+            weight=weight,
+            bias=bias,
+            col_scale=col_scale,
+            norm=norm,
+            column_tiles=tiles,
+            tile_weights=dim,
+            distance=dim // 2,
+            finish_tile=finish_qkv,
+            tactic=tactic,
+            workspace=workspace,
+            epilogue={
+                "end": HeadsEnd(
+                    query_heads=heads,
+                    kv_heads=groups,
+                    **strided("q", q, "bhm"),
+                    **strided("k", k, "bhm"),
+                    **strided("v", v, "bhm"),
+                    q_weight=q_weight,
+                    k_weight=k_weight,
+                    eps=eps,
+                    **strided("cos", cos, "bm"),
+                    **strided("sin", sin, "bm"),
+                )
+            },
+        ),
     )

@@ -12,13 +12,13 @@ epilogue. A kernel of many stages puts its own barrier between the two.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from xr0_engine.kernels.arguments import InputNorm, Tactic, Weight, Workspace
+from xr0_engine.kernels.arguments import Tactic
+from xr0_engine.kernels.calls import ProductCall, launch_tiles
 from xr0_engine.kernels.device import gdc_begin, paired, prefetch_l2, with_last
 from xr0_engine.kernels.ends import finish_linear, finish_swiglu, load_base, load_vectors, write_linear
 from xr0_engine.kernels.launch import PROCESSORS
@@ -27,7 +27,6 @@ from xr0_engine.kernels.product import (
     MIN_DOT,
     compute_type,
     deposit,
-    launch_product,
     norm_comes_first,
     norm_of,
     take_tile,
@@ -306,34 +305,20 @@ def whole_tactic(kind: str, rows: int, n: int, k: int, arch: int) -> Tactic | No
     return Tactic(block_m, width // 2 if kind == "swiglu" else width, block_k, split_k, warps, 2, schedule="whole")
 
 
-def launch_whole(
-    finish_tile: Any,
-    x: Tensor,
-    weight: Weight,
-    bias: Tensor | None,
-    col_scale: Tensor | None,
-    norm: InputNorm | None,
-    column_tiles: int,
-    tile_weights: int,
-    distance: int | None,
-    tactic: Tactic,
-    workspace: Workspace,
-    epilogue: dict[str, Any],
-) -> None:
-    """launch_product by this schedule. finish_tile: finish_linear, or finish_swiglu, whose weight rows come in pairs.
+def launch_whole(call: ProductCall) -> None:
+    """A product by this schedule, of linear layers or gated ones.
 
     tactic.block_k counts columns of 16-bit weights; of float32 ones a step has a quarter.
 
     Raises ValueError for tiles that cannot be, NotImplementedError for tiles that are heads.
     """
-    kernel = {finish_linear: _whole_linear, finish_swiglu: _whole_swiglu}.get(finish_tile)
+    kernel = {finish_linear: _whole_linear, finish_swiglu: _whole_swiglu}.get(call.finish_tile)
     if kernel is None:
         raise NotImplementedError("schedule 'whole': has no tiles of whole heads; 'tiled' has")
-    sizes = x.element_size(), weight.data.element_size()
-    whole = whole_steps(*sizes, x.shape[-1], tile_weights, tactic)
-    if weight.data.element_size() == 4:
+    sizes, inputs, tactic = (call.x.element_size(), call.weight.data.element_size()), call.x.shape[2], call.tactic
+    whole = whole_steps(*sizes, inputs, call.tile_weights, tactic)
+    if call.weight.data.element_size() == 4:
         # Twice as many bytes, and sums without tensor cores: what holds a step of 16 bits holds a quarter of one.
         tactic = replace(tactic, block_k=max(MIN_DOT * tactic.warps, tactic.block_k // 4))
-        whole = whole_steps(*sizes, x.shape[-1], tile_weights, tactic)
-    arguments = (x, weight, bias, col_scale, norm, column_tiles, tile_weights, tactic, workspace)
-    launch_product(kernel, *arguments, epilogue | {"WHOLE": whole})
+        whole = whole_steps(*sizes, inputs, call.tile_weights, tactic)
+    launch_tiles(kernel, replace(call, tactic=tactic), {"WHOLE": whole})

@@ -12,19 +12,15 @@ order of K, whoever it is, and goes on to the epilogue: replays are bit-identica
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from xr0_engine.kernels.arguments import InputNorm, Tactic, Weight, Workspace
+from xr0_engine.kernels.calls import ProductCall
 from xr0_engine.kernels.device import gdc_begin, paired, rows_from, with_last
 from xr0_engine.kernels.launch import launch
 from xr0_engine.kernels.product import (
-    STREAM_ROW_TILES,
-    How,
-    Product,
     Tile,
     finish,
     first_norm,
@@ -34,7 +30,6 @@ from xr0_engine.kernels.product import (
     prefetch_weight,
     row_pieces,
 )
-from xr0_engine.kernels.shapes import strided
 
 UPRIGHT = tl.constexpr(64)
 """Pieces of fewer rows are the MMA's columns, and the weight its rows, as warpgroups multiply 64 rows at least. A loop
@@ -248,23 +243,9 @@ def _wide(
         _finish(totals, product, line, group, column_tile, n, end, CENTRED, ACTIVATION, OUT_SLOTS, FINISH, HEIGHTS, HOW)
 
 
-def launch_wide(
-    finish_tile: Any,
-    x: Tensor,
-    weight: Weight,
-    bias: Tensor | None,
-    col_scale: Tensor | None,
-    norm: InputNorm | None,
-    column_tiles: int,
-    tile_weights: int,
-    distance: int | None,
-    tactic: Tactic,
-    workspace: Workspace,
-    epilogue: dict[str, Any],
-) -> None:
-    """launch_product in tiles of mixed heights. finish_tile: the epilogue's function, as finish_linear.
+def launch_wide(call: ProductCall) -> None:
+    """A product in tiles of mixed heights.
 
-    distance: a tile's weight rows are tile_weights / 2 pairs (n, n + distance); None: they follow each other.
     tactic.block_m: most rows of a program. split_k: how many programs share all tiles out; 1: each tile has its own.
     With an exact gelu, no more programs than make up a multiple of the tiles, and at least as many as tiles.
 
@@ -272,16 +253,16 @@ def launch_wide(
 
     Raises ValueError for more blocks and programs than are counted in 32 bits.
     """
-    batch, batch_rows, inputs = x.shape
-    rows = batch * batch_rows
+    tactic, width, workspace = call.tactic, call.tile_weights, call.workspace
     # The largest last: its epilogue has the registers of the others.
-    most_rows = tactic.block_m if tile_weights >= UPRIGHT.value else min(tactic.block_m, UPRIGHT.value // 2)
-    heights = row_pieces(rows, most_rows)[::-1]
+    most_rows = tactic.block_m if width >= UPRIGHT.value else min(tactic.block_m, UPRIGHT.value // 2)
+    heights = row_pieces(call.rows, most_rows)[::-1]
     height = sum(heights)
-    groups, blocks = triton.cdiv(rows, height), triton.cdiv(inputs, tactic.block_k)
-    tiles = groups * column_tiles
+    outputs, inputs = call.weight.data.shape
+    groups, blocks = triton.cdiv(call.rows, height), triton.cdiv(inputs, tactic.block_k)
+    tiles = groups * call.column_tiles
     programs = tiles if tactic.split_k == 1 else min(tactic.split_k, tiles * blocks)
-    if epilogue.get("ACTIVATION") == "gelu":
+    if call.epilogue.get("ACTIVATION") == "gelu":
         # Its lanes part, and where code is executed in the order of addresses they do not meet before a loop's end.
         programs = max(1, programs // tiles) * tiles
     # Programs that are as many as tiles have a whole one each.
@@ -291,56 +272,29 @@ def launch_wide(
             f"tactic.split_k: expected 1 for {tiles} tiles of {blocks} blocks each, got {tactic.split_k}, whose shares "
             "32 bits do not count"
         )
-    slots = 1 if norm is None else norm.sums.shape[0]
+    partials = workspace.partials((programs + tiles - 1) * height * width) if shared else None
+    counters = workspace.counters(tiles) if shared else None
     launch(
         _wide,
         (programs,),
         {
-            "product": Product(
-                **strided("x", x, "bm"),
-                **strided("w", weight.data, "n"),
-                scale=weight.scale,
-                bias=bias,
-                col_scale=col_scale,
-                **strided("sums", None if norm is None else norm.sums, "sbm"),
-                column_sums=None if norm is None else norm.column_sums,
-                norm_eps=0.0 if norm is None else norm.eps,
-                partials=workspace.partials((programs + tiles - 1) * height * tile_weights) if shared else None,
-                counters=workspace.counters(tiles) if shared else None,
-                rows=rows,
-                batch_rows=batch_rows,
-                inputs=inputs,
-                slots=slots,
-                row_tiles=height,
-            ),
+            "product": call.product(height, partials, counters),
             "line": Line(
                 tiles=tiles,
                 blocks=blocks,
                 programs=programs,
-                column_tiles=column_tiles,
+                column_tiles=call.column_tiles,
                 height=height,
-                column_step=tile_weights if distance is None or 2 * distance == tile_weights else tile_weights // 2,
-                distance=distance or 0,
-                weights=weight.data.shape[0],
+                column_step=call.column_step,
+                distance=call.distance or 0,
+                weights=outputs,
             ),
-            "end": epilogue["end"],
-            **{name: epilogue.get(name) for name in ("CENTRED", "ACTIVATION", "OUT_SLOTS")},
-            "FINISH": finish_tile,
-            "PAIRED": distance is not None,
+            **call.finishing,
+            "PAIRED": call.distance is not None,
             "SHARED": shared,
             "EVEN": programs % tiles == 0,
             "HEIGHTS": heights,
-            "HOW": How(
-                NORM=None if norm is None else norm.kind,
-                SLOTS=triton.next_power_of_2(slots),
-                LIBRARY=False,
-                SPLIT_K=1,
-                BLOCK_M=height,
-                BLOCK_N=tile_weights,
-                BLOCK_K=tactic.block_k,
-                EVEN_K=inputs % tactic.block_k == 0,
-                STREAM=groups <= STREAM_ROW_TILES,
-            ),
+            "HOW": call.how(height, groups),
         },
         tactic.warps,
         tactic.stages,

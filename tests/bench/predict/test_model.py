@@ -49,6 +49,15 @@ def test_code_adds_instructions_and_takes_registers():
     assert resident(Launched(PRODUCT, CODE, barrier=True), H200) == 1
 
 
+def test_products_of_single_warps_and_narrow_ones_of_warpgroups_take_longer():
+    """On Hopper, whose mma.sync reaches a part of the rate, as does a wgmma of few columns."""
+    single = replace(CODE, loop=replace(CODE.loop, grouped=0.0, paid=0.0))
+    narrow = replace(CODE, loop=replace(CODE.loop, paid=2 * CODE.loop.paid))
+    whole = seconds(PRODUCT, code=CODE)
+    assert seconds(PRODUCT, code=single) > whole
+    assert seconds(PRODUCT, code=narrow) > whole
+
+
 def test_blocks_fit_beside_others_where_they_leave_room():
     work = replace(PRODUCT, programs=H200.processors)
     small, large = Launched(work, CODE), Launched(work, replace(CODE, shared=200 * 1024))

@@ -17,9 +17,10 @@ from xr0_engine.bench.predict.code import Code, compiled_code
 from xr0_engine.bench.predict.figures import Chip
 from xr0_engine.bench.predict.model import Launched, chain_seconds, spread
 from xr0_engine.bench.predict.work import Work, glue_work, op_work
-from xr0_engine.bench.step.recorder import META, PaperOps, parts_on_meta, step_on_meta
+from xr0_engine.bench.step.recorder import META, StagedOps, parts_on_meta, step_on_meta
 from xr0_engine.bench.step.workload import Workload
 from xr0_engine.config import ModelConfig
+from xr0_engine.fused.backends import LOOP, LOOP_STAGES, loop_shapes
 from xr0_engine.fused.ops import Flow, FusedOps, Shape, Tactic, tactic_key
 from xr0_engine.fused.paper import recording, variant
 from xr0_engine.fused.prompts import bucket
@@ -53,24 +54,21 @@ class Op:
         return variant(self.launches[-1])
 
 
-class LaunchOps(PaperOps):
+class LaunchOps(StagedOps):
     """Fused ops of the kernels, on paper: keeps what each op launches. recorded: what recording() yields."""
 
-    run = FusedOps.run
-    start_flow, euler_step = FusedOps.start_flow, FusedOps.euler_step
-    embed, layer_norm = FusedOps.embed, FusedOps.layer_norm
-    rope_tables, dit_rope_tables = FusedOps.rope_tables, FusedOps.dit_rope_tables
-
     def __init__(self, recorded: list[Any], tactics: Mapping[str, Tactic], arch: int) -> None:
-        FusedOps.__init__(self, "triton", META, tactics, arch)
-        self.stage, self.recorded = "", recorded
+        super().__init__("triton", META, tactics, arch)
+        self.recorded = recorded
         self.ops: list[Op] = []
         self._taken = 0
 
-    def call(self, kind: str, arguments: tuple[Any, ...], options: Mapping[str, Any], tactic: Tactic) -> None:
+    def run(
+        self, kind: str, shape: Shape, dtype: torch.dtype, arguments: tuple[Any, ...], options: Mapping[str, Any]
+    ) -> None:
         self.take_glue()
-        super().call(kind, arguments, options, tactic)
-        shape = _shape_of(kind, arguments, options)
+        tactic = self.tactic(kind, shape, dtype)
+        self.call(kind, arguments, options, tactic)
         self.ops.append(Op(self.stage, kind, shape, tactic, arguments, options, self._rest()))
 
     def flow_loop(self, *arguments: Any, **options: Any) -> None:
@@ -89,19 +87,6 @@ class LaunchOps(PaperOps):
         return found
 
 
-def _shape_of(kind: str, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> Shape:
-    """As tactic_key has it."""
-    if kind in ("linear", "swiglu", "qkv"):
-        x, weight = arguments[:2]
-        dim = (arguments[3].shape[-1],) if kind == "qkv" else ()
-        return (x.shape[0] * x.shape[1], *weight.data.shape, *dim)
-    q, keys = arguments[0], arguments[1 if kind == "attention" else 3]
-    if (segments := options.get("segments")) is not None:
-        rows = segments.lengths[0]
-        return (len(segments.spans), q.shape[1], rows, keys.shape[1], rows, q.shape[3])
-    return (*q.shape[:3], *keys.shape[1:])
-
-
 def record(
     config: ModelConfig, work: Workload, dtype: torch.dtype, tactics: Mapping[str, Tactic], chip: Chip, flow: Flow
 ) -> list[Op]:
@@ -111,9 +96,7 @@ def record(
     def written(flow: Flow, tactics: Mapping[str, Tactic]) -> list[Op]:
         with recording() as recorded:
             ops = LaunchOps(recorded, tactics, chip.arch)
-            # A checkout of before knows the chain alone.
-            how = {} if flow == "chained" else {"flow": flow}
-            step_on_meta(parts, work, ops, bucket(work.tokens), config.vision.frame_dim, **how)
+            step_on_meta(parts, work, ops, bucket(work.tokens), config.vision.frame_dim, flow)
             ops.take_glue()
         return ops.ops
 
@@ -127,8 +110,6 @@ def record(
 
 def loop_tactics(loop: Op, tactics: Mapping[str, Tactic], chip: Chip) -> dict[str, Tactic]:
     """Those of a flow loop's stages, by the keys of the ops that they are."""
-    from xr0_engine.fused.backends import LOOP, LOOP_STAGES, loop_shapes
-
     ops, (inputs, buffers) = FusedOps("triton", META, tactics, chip.arch), loop.arguments[1:3]
     dtype = buffers.q.dtype
     return {

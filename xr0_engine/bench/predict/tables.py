@@ -27,9 +27,9 @@ from xr0_engine.bench.results import current_commit, environment
 from xr0_engine.bench.step import candidates
 from xr0_engine.bench.step.recorder import META
 from xr0_engine.bench.step.workload import Workload
-from xr0_engine.fused.backends import LOOP, LOOP_STAGES, loop_shapes
+from xr0_engine.fused.backends import LOOP, LOOP_STAGES, compiler_faults, loop_shapes
 from xr0_engine.fused.ops import SHARED_LIMIT, Flow, FusedOps, Tactic, tactic_key
-from xr0_engine.fused.paper import compiler_faults, recording, variant
+from xr0_engine.fused.paper import recording, variant
 from xr0_engine.fused.tactics import TacticTable, predicted_path, write_tactics
 
 FLOWS: tuple[Flow, ...] = ("chained", "layered", "persistent")
@@ -56,7 +56,7 @@ class Search:
     def __init__(self, chip: Chip) -> None:
         self.chip, self._at = chip, chip.settings()[0]
         self._ops = FusedOps("triton", META, arch=chip.arch)
-        self._refusals: tuple[type[Exception], ...] = (ValueError, NotImplementedError, *compiler_faults())
+        self._refusals: tuple[type[Exception], ...] = (ValueError, NotImplementedError, *compiler_faults("triton"))
         self.codes: dict[Hashable, Code] = {}
 
     def choose(self, op: Op, kind: str) -> Choice:

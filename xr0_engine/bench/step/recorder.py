@@ -133,12 +133,17 @@ class RecordingOps(FusedOps):
             self.calls.setdefault(key, call).count += 1
 
 
-class PaperOps(FusedOps):
-    """Computes nothing, and keeps what is called for which weight of the model, in order. stage: what is being run."""
+class StagedOps(FusedOps):
+    """Is told by step_on_meta what is being run. stage: of STAGES."""
+
+    stage = ""
+
+
+class PaperOps(StagedOps):
+    """Computes nothing, and keeps what is called for which weight of the model, in order."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__("reference", META)
-        self.stage = ""
         self.calls: dict[tuple[Any, ...], Call] = {}
         self._owners = _owners(model)
 
@@ -209,7 +214,7 @@ def parts_on_meta(config: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> F
 def step_on_meta(
     parts: FusedParts, work: Workload, ops: FusedOps, tokens: int, patch_columns: int, flow: Flow = "chained"
 ) -> None:
-    """Call the ops of a whole step, prompts of `tokens` tokens. ops: PaperOps are told the stages.
+    """Call the ops of a whole step, prompts of `tokens` tokens. ops: StagedOps are told the stages.
 
     patch_columns: patch_dim, as the released code multiplies patches, or frame_dim, as the engine does.
     """
@@ -219,7 +224,7 @@ def step_on_meta(
         return torch.empty(shape, dtype=dtype, device=META)
 
     def begin(stage: str) -> None:
-        if isinstance(ops, PaperOps):
+        if isinstance(ops, StagedOps):
             ops.stage = stage
 
     begin("vision")
