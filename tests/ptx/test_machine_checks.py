@@ -136,6 +136,20 @@ def test_divergent_code_where_a_warp_must_be_whole(instruction):
     assert "divergent" in outcome.reports[-1].text
 
 
+def test_lanes_may_meet_before_the_branch_that_parted_them():
+    """A compiler may put the end of a loop's body, where all its lanes meet, above it."""
+    body = """
+    setp.lt.u32 %p1, %r0, 16; bra.uni START;
+    JOIN: bar.sync 0; bra.uni END;
+    START: @%p1 bra JOIN; {others} bra.uni JOIN;
+    END: st.global.b32 [%d0+128], %r0;
+    """
+    assert found(body.format(others="mov.b32 %r11, 0;"), asynchronous="waited").status == "finished"
+    apart = found(body.format(others="bar.sync 0;"))
+    assert apart.status == "fault"
+    assert "divergent" in apart.reports[-1].text
+
+
 def test_barriers_of_some_warps():
     """Two and two of four warps meet at barriers of their own; a wrong count is told."""
     body = "shr.u32 %r11, %r0, 6; add.s32 %r11, %r11, 1; bar.sync %r11, {};"

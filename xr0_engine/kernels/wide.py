@@ -247,7 +247,6 @@ def launch_wide(call: ProductCall) -> None:
     """A product in tiles of mixed heights.
 
     tactic.block_m: most rows of a program. split_k: how many programs share all tiles out; 1: each tile has its own.
-    With an exact gelu, no more programs than make up a multiple of the tiles, and at least as many as tiles.
 
     Of fewer than UPRIGHT weight rows: fewer rows too, so that all pieces are products of warps.
 
@@ -262,9 +261,6 @@ def launch_wide(call: ProductCall) -> None:
     groups, blocks = triton.cdiv(call.rows, height), triton.cdiv(inputs, tactic.block_k)
     tiles = groups * call.column_tiles
     programs = tiles if tactic.split_k == 1 else min(tactic.split_k, tiles * blocks)
-    if call.epilogue.get("ACTIVATION") == "gelu":
-        # Its lanes part, and where code is executed in the order of addresses they do not meet before a loop's end.
-        programs = max(1, programs // tiles) * tiles
     # Programs that are as many as tiles have a whole one each.
     shared = programs != tiles
     if shared and (tiles * blocks + 1) * programs >= MOST_BLOCKS:

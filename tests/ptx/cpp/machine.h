@@ -24,10 +24,12 @@ struct Machine;
 
 enum class State : uint8_t { kRunning, kBarrier, kClusterBarrier, kDependency, kMbarrier, kDone };
 
-// Lanes that diverged and wait for their turn.
+// Lanes that diverged and wait for their turn. held: until others meet them, or cannot, since they stand before what
+// only a whole warp can execute.
 struct Path {
     uint32_t pc;
     Lanes lanes;
+    bool held = false;
 };
 
 struct Warp {
@@ -234,7 +236,7 @@ inline uint32_t Warp::number(const Instruction& instruction, uint8_t traits) {
 // Refuses what only a whole warp can execute.
 inline void require_whole_warp(const Warp& warp, const Instruction& instruction, Lanes lanes, const char* what) {
     if (lanes != kAllLanes) {
-        throw Fault(warp.place(instruction), std::string(what) + " in divergent code");
+        throw Diverged(warp.place(instruction), std::string(what) + " in divergent code");
     }
 }
 

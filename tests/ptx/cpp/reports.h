@@ -59,6 +59,11 @@ class Fault : public std::runtime_error {
     Place place;
 };
 
+// Some lanes stand before what only a whole warp can execute. No fault as long as the others may still come to them.
+class Diverged : public Fault {
+    using Fault::Fault;
+};
+
 [[gnu::format(printf, 1, 2)]] std::string text(const char* format, ...);
 
 class Reports {

@@ -7,28 +7,42 @@
 namespace ptx {
 namespace {
 
-// Diverged lanes go on from the lowest instruction, and meet there.
+// Diverged lanes go on from the lowest instruction, but for those that are held, and meet there.
 void choose_path(Warp& warp) {
-    for (;;) {
-        size_t lowest = 0;
-        for (size_t i = 1; i < warp.paths.size(); ++i) {
-            lowest = warp.paths[i].pc < warp.paths[lowest].pc ? i : lowest;
+    std::vector<Path>& paths = warp.paths;
+    for (size_t i = 0; i < paths.size();) {
+        if (paths[i].pc == warp.pc) {
+            warp.active |= paths[i].lanes;
+            paths.erase(paths.begin() + static_cast<std::ptrdiff_t>(i));
+        } else {
+            ++i;
         }
-        Path& path = warp.paths[lowest];
-        if (path.pc == warp.pc) {
-            warp.active |= path.lanes;
-            warp.paths.erase(warp.paths.begin() + static_cast<std::ptrdiff_t>(lowest));
-            if (warp.paths.empty()) {
-                return;
-            }
-            continue;
-        }
-        if (path.pc < warp.pc) {
-            std::swap(path.pc, warp.pc);
-            std::swap(path.lanes, warp.active);
-        }
-        return;
     }
+    Path* lowest = nullptr;
+    for (Path& path : paths) {
+        if (!path.held && path.pc < (lowest ? lowest->pc : warp.pc)) {
+            lowest = &path;
+        }
+    }
+    if (lowest) {
+        std::swap(lowest->pc, warp.pc);
+        std::swap(lowest->lanes, warp.active);
+        choose_path(warp);
+    }
+}
+
+// The lanes wait for the others, which go on: a compiler may put the place where all meet below that of a branch, and
+// the lowest instruction is theirs then. False if all others wait as well, or have returned.
+bool hold(Warp& warp) {
+    for (size_t i = 0; i < warp.paths.size(); ++i) {
+        if (!warp.paths[i].held) {
+            std::swap(warp.paths[i].pc, warp.pc);
+            std::swap(warp.paths[i].lanes, warp.active);
+            warp.paths[i].held = true;
+            return true;
+        }
+    }
+    return false;
 }
 
 void branch(Warp& warp, const Instruction& instruction, Lanes taken) {
@@ -61,6 +75,19 @@ bool all_returned(Warp& warp, Lanes lanes) {
     return false;
 }
 
+// False if its lanes are held instead.
+bool execute(Warp& warp, const Instruction& instruction, Lanes lanes) {
+    try {
+        instruction.handler(warp, instruction, lanes);
+    } catch (const Diverged&) {
+        if (!hold(warp)) {
+            throw;
+        }
+        return false;
+    }
+    return true;
+}
+
 // Executes until the warp has to wait, gives its turn away, or has used up its quantum at a branch.
 void run_turn(Warp& warp, uint64_t quantum) {
     Machine& machine = *warp.machine;
@@ -86,10 +113,9 @@ void run_turn(Warp& warp, uint64_t quantum) {
         switch (instruction.control) {
             case Control::kPlain:
             case Control::kWgmma:
-                if (lanes) {
-                    instruction.handler(warp, instruction, lanes);
+                if (!lanes || execute(warp, instruction, lanes)) {
+                    ++warp.pc;
                 }
-                ++warp.pc;
                 continue;
             case Control::kBranch:
                 branch(warp, instruction, lanes);
@@ -108,8 +134,8 @@ void run_turn(Warp& warp, uint64_t quantum) {
                 ++warp.pc;
                 continue;
             case Control::kYields:
-                if (lanes) {
-                    instruction.handler(warp, instruction, lanes);
+                if (lanes && !execute(warp, instruction, lanes)) {
+                    continue;
                 }
                 warp.pc += warp.again ? 0 : 1;
                 if (warp.state != State::kRunning || warp.turn_over) {
