@@ -163,16 +163,21 @@ class AlohaEnv:
 
 
 def choose_renderer() -> None:
-    """Make MuJoCo render without a window: set MUJOCO_GL to what works here, EGL before OSMesa before GLFW.
-
-    A value that is already set is only tried out. Linux only; elsewhere MuJoCo's default is right. Call it before
-    mujoco or dm_control is first imported: they read it then. Raises RuntimeError with what failed, and the remedy.
-    """
+    """choose_gl for this simulator. Raises RuntimeError, with the remedy, if it is not installed or cannot render."""
     if find_spec("gym_aloha") is None:
         # dm-control needs labmaze, which has no wheels for later versions.
         if sys.version_info >= (3, 13):
             raise RuntimeError("the simulator needs Python 3.12 or older: make the environment with one")
         raise RuntimeError("the simulator is not installed: pip install 'xr0-engine[sim]'")
+    choose_gl()
+
+
+def choose_gl() -> None:
+    """Make MuJoCo render without a window: set MUJOCO_GL to what works here, EGL before OSMesa before GLFW.
+
+    A value that is already set is only tried out. Linux only; elsewhere MuJoCo's default is right. Call it before
+    mujoco or dm_control is first imported: they read it then. Raises RuntimeError with what failed, and the remedy.
+    """
     if sys.platform != "linux":
         return
     given = os.environ.get("MUJOCO_GL")
