@@ -49,6 +49,18 @@ def test_code_adds_instructions_and_takes_registers():
     assert resident(Launched(PRODUCT, CODE, barrier=True), H200) == 1
 
 
+def test_a_loop_has_what_is_not_multiplied_outside_of_it():
+    """As in whole_attention, whose loop is for own keys beyond those that stand before it."""
+    dozen = replace(CODE, loop=replace(CODE.loop, instructions=10_000))
+    all_outside = Counts(1000, PRODUCT.mma_operations / CODE.warps)
+    half_outside = replace(all_outside, mma_operations=all_outside.mma_operations / 2)
+    none, half, full = (
+        seconds(PRODUCT, code=replace(dozen, outside=outside)) for outside in (all_outside, half_outside, CODE.outside)
+    )
+    assert none < half < full
+    assert none == seconds(PRODUCT, code=replace(CODE, outside=all_outside, loop=replace(CODE.loop, instructions=0)))
+
+
 def test_products_of_single_warps_and_narrow_ones_of_warpgroups_take_longer():
     """On Hopper, whose mma.sync reaches a part of the rate, as does a wgmma of few columns."""
     single = replace(CODE, loop=replace(CODE.loop, grouped=0.0, paid=0.0))

@@ -125,7 +125,10 @@ def launch_time(launched: Launched, chip: Chip, at: Settings, ahead_share: float
     if code:
         trips = work.trips
         if code.loop.mma_operations:
-            trips = work.mma_operations / (code.loop.mma_operations * code.warps)
+            # What is multiplied outside the loop is not multiplied in it as well: of few own keys or one step of cached
+            # ones nothing is left for a loop that is there for more.
+            left = max(0.0, work.mma_operations - code.outside.mma_operations * code.warps)
+            trips = left / (code.loop.mma_operations * code.warps)
         parts["instructions"] = load * trips * warps * code.loop.instructions / issue * cycle
         parts["shared memory"] = load * trips * warps * code.loop.shared_bytes / SHARED_BYTES_CYCLE * cycle
         special = warps * 32 * trips * code.loop.special
