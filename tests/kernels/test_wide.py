@@ -6,16 +6,17 @@ import pytest
 import torch
 
 from tests.kernels.products import META_WORKSPACE, STREAM, meta, workspace
-from tests.kernels.support import DEVICE, DTYPES, randn
-from tests.kernels.test_linear import USES, check_linear, check_swiglu
+from tests.kernels.support import DEVICE, DTYPES, Frame, assert_close, randn
+from tests.kernels.test_linear import USES, check_linear, check_swiglu, make_case, run_oracle
 from tests.kernels.test_qkv import USES as QKV_USES
 from tests.kernels.test_qkv import check_qkv
-from xr0_engine.kernels.arguments import Tactic, Weight
+from xr0_engine.kernels.arguments import Residual, StatsOut, Tactic, Weight
 from xr0_engine.kernels.launch import recording
 from xr0_engine.kernels.linear import linear
 from xr0_engine.kernels.product import row_pieces
 
 TACTIC = STREAM.values[0]
+WARPGROUPS = Tactic(128, 64, 64, 3, stages=3, schedule="stream")
 MIXED = (2, 20, 72, 72)
 """40 rows, in pieces of 16 and 32, each with rows of both batches; three blocks of K, the last of which is not full."""
 
@@ -29,7 +30,20 @@ def test_linear(use, dtype):
 @pytest.mark.parametrize("dtype", [p for p in DTYPES if p.id != "float32"])
 def test_warpgroups_have_a_tail(dtype):
     """Pieces of 64 rows and of 16, and blocks of K enough to come back to the first one's place."""
-    check_linear((1, 80, 320, 72), dtype, USES["vision fc2"], Tactic(128, 64, 64, 3, stages=3, schedule="stream"))
+    check_linear((1, 80, 320, 72), dtype, USES["vision fc2"], WARPGROUPS)
+
+
+@pytest.mark.compiled
+def test_shared_pieces_of_warpgroups_may_have_every_part_of_an_epilogue():
+    """Norm, bias, a float32 stream and its statistics: Triton 3.9 is particular about where such parts are added up."""
+    use = {"kind": "rms", "bias": True, "stats": "plain"}
+    product, epilogue, stats_options = make_case((1, 80, 320, 128), torch.bfloat16, use)
+    epilogue["residual"] = Residual(randn(1, 80, 128))
+    out, sums = Frame(1, 80, 128), torch.zeros(2, 1, 80, 2, device=DEVICE)
+    stats = StatsOut(sums, **stats_options)
+    arguments = {**product.arguments, **epilogue, "stats": stats, "tactic": WARPGROUPS, "workspace": workspace()}
+    linear(product.x, product.weight, out.view, **arguments)
+    assert_close(out.result(), run_oracle(product, epilogue, stats_options)[0])
 
 
 @pytest.mark.parametrize("dtype", [p for p in DTYPES if p.id != "float32"])

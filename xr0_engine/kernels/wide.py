@@ -228,10 +228,11 @@ def _wide(
                 # Along the line each new part has a new program or a new tile: the sum of both counts parts.
                 arrived = _deposit(totals, product, program + tile, product.counters + tile, HEIGHTS, HOW)
                 complete = arrived == parts - 1
-                if complete:
+            if complete:
+                # Inside of the branch above, Triton 3.9 fails on some epilogues of pieces for warpgroups.
+                if parts > 1:
                     totals = _collect(product, opening + tile, parts, HEIGHTS, HOW)
                     tl.store(product.counters + tile, 0)
-            if complete:
                 _finish(
                     totals, product, line, group, column_tile, n, end, CENTRED, ACTIVATION, OUT_SLOTS, FINISH, HEIGHTS,
                     HOW

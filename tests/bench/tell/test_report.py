@@ -329,6 +329,27 @@ def test_table_holds_the_latest_of_each(tmp_path):
     assert "## made up, 1 thread\n" in text
 
 
+def test_a_predicted_step_is_a_row_a_stage_and_stays_beside_the_one_before(tmp_path):
+    launch = {
+        "launches": 2, "split_launches": 1, "wasted_rows": 0.25, "l2_bytes": 3e9, "memory_bytes": 1e9,
+        "processors": 120, "ms": [1.0, 2.0, 4.0], "limit": "L2",
+    }  # fmt: skip
+    other = {**launch, "stage": "flow", "launches": 6, "wasted_rows": 0.05, "ms": [1.0, 6.0, 8.0], "limit": "memory"}
+    facts = {
+        "part": "chained", "ms": {"vision": [1, 2, 4], "flow": [1, 6, 8], "total": [2, 8, 12]}, "bound_ms": BOUND,
+        "launches": [{**launch, "stage": "vision"}, other],
+    }  # fmt: skip
+    changes = {"facts": facts, "created": "2026-01-01T00:00:00+00:00", "commit": "a" * 40}
+    before = replace(make("roofline"), kind="predict", **changes)
+    save(tmp_path, zero=before, after=replace(before, created="2026-01-02T00:00:00+00:00", commit="b" * 40))
+    lines = [line for line in readme.render(tmp_path).splitlines() if line.startswith("| [Predicted step]")]
+    assert [re.search(r"\((\w+)\.json\)", line)[1] for line in lines] == ["zero"] * 3 + ["after"] * 3
+    assert lines[0].endswith(
+        "| 2 | 1 | 25% | 3.00 | 1.00 | 120 | 2.00 | 1.00 | 4.00 | 6.00 | L2 | 2026-01-01, aaaaaaa |"
+    )
+    assert "| total | 8 | 2 | 10% | 6.00 | 2.00 | 120 | 8.00 | 2.00 | 12.00 | 25.00 | memory |" in lines[2]
+
+
 def test_table_keeps_hostile_text_in_its_cell(tmp_path):
     save(tmp_path, x=make(case={**CASE, "name": HOSTILE}, environment={**ENVIRONMENT, "processor": "a\n# b"}))
     text = readme.render(tmp_path)

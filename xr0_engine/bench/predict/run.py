@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -20,6 +20,7 @@ from xr0_engine.bench.step.candidates import name as tactic_name
 from xr0_engine.bench.step.recorder import STAGES
 from xr0_engine.bench.step.roofline import bounds_ms, operators
 from xr0_engine.bench.step.workload import Workload
+from xr0_engine.bench.tell.predicted import CELLS, row, stages
 from xr0_engine.fused.ops import Flow
 from xr0_engine.fused.prompts import bucket
 from xr0_engine.fused.tactics import TacticTable, read_tactics
@@ -120,35 +121,18 @@ def show(result: Result, list_kernels: bool = False) -> None:
     view = Table(box=None, padding=(0, 2, 0, 0))
     view.title = f"{case['name']}, {case['size']}, {case['dtype']}, {facts['chip']}, {facts['part']}: predicted"
     view.add_column("", no_wrap=True)
-    for column in ("launches", "splits", "waste", "L2 GB", "mem GB", "SMs", "ms", "from", "to", "bound"):
-        view.add_column(column, justify="right", no_wrap=True)
-    view.add_column("limit", no_wrap=True)
-    for stage in (*STAGES, "total"):
-        part = [each for each in facts["launches"] if stage in (each["stage"], "total")]
-        if list_kernels and stage != "total":
-            for each in part:
-                _row(view, f"  {each['name']}", [each], each["ms"], each["bound_ms"])
-        _row(view, stage, part, facts["ms"][stage], facts["bound_ms"][stage])
-    console = Console(width=120 if list_kernels else 100)
+    for name in CELLS[:-1]:
+        view.add_column(name, justify="right", no_wrap=True)
+    view.add_column(CELLS[-1], no_wrap=True)
+    for stage, together in stages(facts).items():
+        for each in facts["launches"] if list_kernels else ():
+            if each["stage"] == stage:
+                view.add_row(f"  {each['name']}", *row([each], each["ms"], each["bound_ms"]).cells())
+        view.add_row(stage, *together.cells())
+    console = Console(width=132 if list_kernels else 100)
     console.print(view)
     console.print(
         "A model's figures, nothing measured: docs/benchmarks.md tells how far to trust them. From, to: what each "
         "figure of the chip alone changes, in quadrature.",
         highlight=False,
     )
-
-
-def _row(view: Table, name: str, part: Sequence[Mapping[str, Any]], ms: Sequence[float], bound: float) -> None:
-    def summed(key: str) -> float:
-        return sum(each[key] for each in part)
-
-    wasted = sum(each["ms"][1] * each["wasted_rows"] for each in part) / sum(each["ms"][1] for each in part)
-    processors = sum(each["ms"][1] * each["processors"] for each in part) / sum(each["ms"][1] for each in part)
-    limits: dict[str, float] = {}
-    for each in part:
-        limits[each["limit"]] = limits.get(each["limit"], 0.0) + each["ms"][1]
-    view.add_row(
-        name, f"{summed('launches'):.0f}", f"{summed('split_launches'):.0f}", f"{wasted:.0%}",
-        f"{summed('l2_bytes') / 1e9:.2f}", f"{summed('memory_bytes') / 1e9:.2f}", f"{processors:.0f}",
-        *(f"{ms[i]:.2f}" for i in (1, 0, 2)), f"{bound:.2f}", max(limits, key=lambda limit: limits[limit]),
-    )  # fmt: skip

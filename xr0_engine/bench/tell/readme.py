@@ -8,6 +8,7 @@ from pathlib import Path
 
 from xr0_engine.bench import results
 from xr0_engine.bench.results import DEADLINES_HZ, PERCENTILES, Result, summary
+from xr0_engine.bench.tell import predicted
 from xr0_engine.bench.tell.bounds import bounds_of
 from xr0_engine.bench.tell.charts import milliseconds
 from xr0_engine.bench.tell.report import TITLES, TOTAL, machine
@@ -15,7 +16,8 @@ from xr0_engine.bench.tell.report import TITLES, TOTAL, machine
 Named = tuple[str, Result]
 
 IN_TABLE = ("latency", "throughput", "coldstart", "jitter")
-"""Kinds whose whole calls are a row each. The others are listed: `xr0 bench report` draws them."""
+"""Kinds whose whole calls are a row each. Predicted steps have a table of their own, with a row a stage. The others are
+listed: `xr0 bench report` draws them."""
 
 INTRODUCTION = """# Measured
 
@@ -29,6 +31,9 @@ LEGEND = """
 Milliseconds. A dash: too few rounds to tell, or no bound known. Missed: rounds longer than 33.3 ms (30 Hz) and 10 ms
 (100 Hz). Of bound: the bound of the same case with this machine's measured ceilings, over p50. A random checkpoint's
 tokenizer makes prompts a few tokens shorter than the bound counts.
+
+Predicted: a model's times, nothing measured, from and to ([how far to trust it](../../../docs/benchmarks.md)); columns
+as `xr0 bench predict` has them.
 """
 
 
@@ -69,6 +74,9 @@ def _latest(named: Sequence[Named]) -> list[Named]:
     for pair in sorted(named, key=lambda pair: pair[1].created):
         result = pair[1]
         same = [result.kind, machine(result), result.boundary, result.backend, result.facts.get("part"), result.case]
+        if result.kind == "predict":
+            # What a change is predicted to buy is told by both.
+            same += [result.commit, result.facts.get("table")]
         found[json.dumps(same, sort_keys=True)] = pair
     kinds = list(TITLES)
     return sorted(
@@ -91,13 +99,33 @@ def _tables(named: Sequence[Named]) -> str:
             row += [f"{found[f'missed_{rate}hz']:.1%}" if on_time else "" for rate in DEADLINES_HZ]
             reached = bounds.reached(TOTAL, found["p50"])
             lines.append([*row, "–" if reached is None else f"{reached:.0%}", _when(result)])
-    table = "".join(f"| {' | '.join(map(_cell, line))} |\n" for line in lines)
     further = [
         f"- [{TITLES[result.kind]}]({name}): {_cell(_case(result))} ({_when(result)})\n"
         for name, result in named
-        if result.kind not in IN_TABLE
+        if result.kind not in IN_TABLE and not _is_step(result)
     ]
-    return (f"\n{table}" if len(lines) > 2 else "") + ("\n" + "".join(further) if further else "")
+    tables = [_markdown(table) for table in (lines, _steps(named)) if len(table) > 2]
+    return "".join(f"\n{part}" for part in (*tables, "".join(further)) if part)
+
+
+def _is_step(result: Result) -> bool:
+    return result.kind == "predict" and "launches" in result.facts
+
+
+def _steps(named: Sequence[Named]) -> list[list[str]]:
+    """Predicted steps, the older one of a case first."""
+    head = ["predicted", "case", "flow", "stage", *predicted.CELLS, "when, commit"]
+    lines = [head, ["---"] * 4 + ["---:"] * (len(predicted.CELLS) - 1) + ["---"] * 2]
+    steps = [pair for pair in named if _is_step(pair[1])]
+    for name, result in sorted(steps, key=lambda pair: (_case(pair[1]), pair[1].created)):
+        for stage, row in predicted.stages(result.facts).items():
+            link = f"[{TITLES[result.kind]}]({name})"
+            lines.append([link, _case(result), str(result.facts["part"]), stage, *row.cells(), _when(result)])
+    return lines
+
+
+def _markdown(lines: Sequence[Sequence[str]]) -> str:
+    return "".join(f"| {' | '.join(map(_cell, line))} |\n" for line in lines)
 
 
 def _case(result: Result) -> str:
