@@ -70,8 +70,8 @@ def make_inputs(head: FusedHead, batch: int) -> FlowInputs:
     [
         pytest.param("layered", SPLIT, SPLIT, None, id="layered"),
         pytest.param("persistent", SPLIT, SPLIT, 5, id="persistent, 5 programs"),
-        pytest.param("persistent", WHOLE, WHOLE, None, id="persistent, K whole"),
-        pytest.param("persistent", SPLIT, WHOLE, None, id="persistent, keys whole"),
+        pytest.param("persistent", WHOLE, WHOLE, None, id="persistent, K whole", marks=pytest.mark.one_chip),
+        pytest.param("persistent", SPLIT, WHOLE, None, id="persistent, keys whole", marks=pytest.mark.one_chip),
     ],
 )
 def test_loops_compute_the_flow(flow, tactic, attention, programs):

@@ -32,7 +32,14 @@ WHOLE_WARPGROUP = Tactic(64, 64, 64, split_k=2, warps=4, stages=3)
 BULK = Tactic(128, 64, 64, split_k=4, warps=4, stages=3, schedule="tma")
 """Tiles that come by TMA, each shared by two programs; of 72 rows 64 are the MMA's rows, the rest among 16 columns."""
 SKINNY = Tactic(16, 64, 64, split_k=2, warps=4, stages=3)
-"""A flow step's products: mma.sync everywhere."""
+"""Products of few rows: mma.sync everywhere."""
+STREAM = Tactic(128, 64, 64, split_k=3, warps=4, stages=3, schedule="stream")
+"""Pieces of 16 and 64 rows, blocks of K shared out over three programs."""
+WHOLE = Tactic(16, 16, 128, split_k=2, warps=4, stages=2, schedule="whole")
+"""A flow step's products: two steps of K, each over four warps, behind two programs."""
+SPLIT_KEYS = Tactic(32, 32, split_k=2, warps=4, stages=2)
+WHOLE_KEYS = Tactic(16, 16, warps=4, stages=2, schedule="whole")
+"""A flow step's attention: two steps of 64 keys, each over four warps; of 20 queries the own keys are two as well."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +82,7 @@ def _linear(tactic: Tactic, rows: int = 80, inputs: int = 320) -> tuple[Tensor, 
     torch.manual_seed(0)
     columns = 128
     product = Product.make((1, rows, inputs, columns), DTYPE, "rms", bias=True)
-    stream, sums = torch.randn(1, rows, columns), torch.zeros(columns // 64, 1, rows, 2)
+    stream, sums = torch.randn(1, rows, columns), torch.zeros(columns // min(64, tactic.block_n), 1, rows, 2)
     out = _outputs(1, rows, columns, dtype=torch.float32)
     (x, ahead), workspace = _writer(product.x), _workspace()
     ahead()
@@ -122,13 +129,12 @@ def _attention() -> tuple[Tensor, ...]:
     return (out,)
 
 
-def _lambda_attention() -> tuple[Tensor, ...]:
+def _lambda_attention(tactic: Tactic, queries: int = 12) -> tuple[Tensor, ...]:
     torch.manual_seed(0)
-    q, k, v = torch.randn(3, 1, 2, 12, 64).to(DTYPE)
+    q, k, v = torch.randn(3, 1, 2, queries, 64).to(DTYPE)
     keys, values = torch.randn(2, 1, 1, 75, 64).to(DTYPE)
     begin, end = torch.tensor([3], dtype=torch.int32), torch.tensor([70], dtype=torch.int32)
-    out, (q, ahead) = _outputs(1, 12, 128), _writer(q)
-    tactic, workspace = Tactic(32, 32, split_k=2, warps=4, stages=2), _workspace()
+    out, (q, ahead), workspace = _outputs(1, queries, 128), _writer(q), _workspace()
     ahead()
     lambda_attention(q, k, v, keys, values, begin, end, out, window=4, context=2, tactic=tactic, workspace=workspace)
     return out, workspace.counters(COUNTERS)
@@ -221,11 +227,14 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
         "linear": Family("_linear", lambda: _linear(SKINNY)),
         "linear, 64 rows": Family("_linear", lambda: _linear(WHOLE_WARPGROUP)),
+        "linear, stream": Family("_wide", lambda: _linear(STREAM)),
+        "linear, whole": Family("_whole_linear", lambda: _linear(WHOLE, 12, 512)),
         **({} if emulated_arch() == 89 else {"linear, tma": Family("_bulk_product", lambda: _linear(BULK, 72, 640))}),
         "swiglu": Family("_swiglu", _swiglu),
         "qkv": Family("_qkv", _qkv),
         "attention": Family("_attention", _attention),
-        "lambda_attention": Family("_lambda_attention", _lambda_attention),
+        "lambda_attention": Family("_lambda_attention", lambda: _lambda_attention(SPLIT_KEYS)),
+        "lambda_attention, whole": Family("_whole_attention", lambda: _lambda_attention(WHOLE_KEYS, 20)),
         "start_flow": Family("_start_flow", _start_flow),
         "euler_step": Family("_euler_step", _euler_step),
         "embed": Family("_embed", _embed),

@@ -20,6 +20,7 @@ LEAST_NOTICED = 0.5
 """Share, of a kernel's mutants by the rules of HARMLESS, some of which change nothing."""
 
 
+@pytest.mark.one_chip
 @pytest.mark.parametrize("name", SMALL)
 def test_what_is_broken_is_noticed(name):
     found = [outcome for outcome in outcomes(FAMILIES[name], PLACES) if outcome.executed]

@@ -1,0 +1,42 @@
+"""The table of docs/benchmarks.md: what the committed predictions of before and after say, nothing else."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+
+from tests.support import ROOT
+from xr0_engine.bench import results
+from xr0_engine.bench.tell.predicted import CELLS, Row, stages
+
+FOLDER = ROOT / "bench" / "results"
+DOCUMENT = ROOT / "docs" / "benchmarks.md"
+CHIPS, CASES = ("h200", "rtx4090", "rtx5090"), ("libero", "bimanual")
+DAY = "2026-11-29"
+
+
+def rows(chip: str, case: str) -> list[str]:
+    before, after = (
+        results.read(FOLDER / f"predicted-{DAY}-{when}-{chip}-{case}.json") for when in ("before", "after")
+    )
+    assert before.case == after.case
+    assert before.facts["chip"] == after.facts["chip"] == chip
+    assert before.facts["table"] is after.facts["table"] is None, "of the stated defaults"
+    pairs = zip(stages(before.facts).items(), stages(after.facts).values(), strict=True)
+    return [line(f"{chip}, {case}, {stage}", first, second) for (stage, first), second in pairs]
+
+
+def line(name: str, before: Row, after: Row) -> str:
+    """Columns as the document's: both, where they differ, as they are shown."""
+    cells = []
+    for column, (first, second) in zip(CELLS, zip(before.cells(), after.cells(), strict=True), strict=True):
+        if column not in ("from", "to"):
+            cells.append(first if first == second else f"{first} → {second}")
+    return f"| {name} | {' | '.join(cells)} | {after.ms[0]:.2f} to {after.ms[2]:.2f} |"
+
+
+@pytest.mark.parametrize(("chip", "case"), list(product(CHIPS, CASES)))
+def test_the_document_says_what_the_predictions_say(chip, case):
+    lines = DOCUMENT.read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if line.startswith(f"| {chip}, {case}, ")] == rows(chip, case)
