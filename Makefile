@@ -18,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint emulate gpu-test bench bench-gpu sanitize fuzz soak clean
+.PHONY: help demo test lint emulate gpu-test bench bench-gpu sanitize fuzz attack soak eval-libero clean
 
 help:
 	@echo "make demo      install, then drive a simulated two-armed robot with a small random model"
@@ -29,8 +29,10 @@ help:
 	@echo "make bench     install, then time every kernel; results go to outputs/kernels.json"
 	@echo "make bench-gpu a GPU's first hour (docs/benchmarks.md): is it right, how fast; results and a page go to $(GPU_RESULTS)"
 	@echo "make sanitize  test the native module under AddressSanitizer and UndefinedBehaviorSanitizer"
-	@echo "make fuzz      fuzz the native module, then the server's readers of bytes, each for FUZZ_SECONDS (now: $(FUZZ_SECONDS))"
+	@echo "make fuzz      fuzz the native module, the server's readers of bytes and all that reads files, each for FUZZ_SECONDS (now: $(FUZZ_SECONDS))"
+	@echo "make attack    a server on this machine under fifteen attacks, and what a good client notices of them (docs/reliability.md)"
 	@echo "make soak      a server and an executor at 30 Hz for SOAK_SECONDS (now: $(SOAK_SECONDS)); report in outputs/soak"
+	@echo "make eval-libero  LIBERO in $(LIBERO), then an episode of each suite with a small random model; results in outputs/libero"
 	@echo "make clean     remove what was built; $(VENV) stays"
 	@echo
 	@echo "The installation goes to $(VENV). PYTHON chooses the interpreter (now: $(PYTHON), 3.10 to 3.13)."
@@ -43,14 +45,16 @@ test: $(INSTALLED)-cpu $(VENV)/.renders
 	$(call need,command -v openssl,openssl)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 ifeq ($(origin PYTEST_ARGS),file)
-	$(foreach chip,$(TESTED_CHIPS),$(call emulated,$(chip),$(PYTEST_ARGS) $(COMPILED_TESTS)) &&) true
+	$(foreach chip,$(TESTED_CHIPS),$(call emulated,$(chip),$(PYTEST_ARGS) $(COMPILED_TESTS) $(ONLY_$(chip))) &&) true
 endif
 
-# Kernels as compiled code, executed on this CPU: tests/ptx/README.md. `make test` has one schedule of two chips of it.
+# Kernels as compiled code, executed on this CPU: tests/ptx/README.md. `make test` has one schedule of two chips of it,
+# of sm_89 only what tells something of its own.
 # Another Triton need only come first on the path.
 COMPILED_TESTS := tests/kernels tests/fused/test_head.py $(patsubst %,tests/ptx/test_%.py,golden launcher mutations schedules) \
   --ignore tests/kernels/test_ahead_of_time.py
 TESTED_CHIPS := 89 90
+ONLY_89 := -m "not one_chip"
 CHIPS ?= 89 90 120
 SEEDS ?= 1 2 3
 TRITON_VERSIONS ?= 3.6.0 3.7.1 3.8.0
@@ -108,6 +112,10 @@ fuzz: build/fuzz
 	mkdir -p $</corpus
 	$</fuzz_patches -max_total_time=$(FUZZ_SECONDS) -timeout=10 -max_len=40 -len_control=0 $</corpus
 	$(BIN)/python -m tests.serve.fuzz $(FUZZ_SECONDS)
+	$(BIN)/python -m tests.fuzz_files $(FUZZ_SECONDS)
+
+attack: $(INSTALLED)-cpu
+	$(BIN)/python -m tests.serve.attack 5
 
 build/fuzz: $(INSTALLED)-cpu $(CSRC) CMakeLists.txt
 	$(call need,command -v clang++,clang)
@@ -130,6 +138,36 @@ soak: $(INSTALLED)-cpu
 	  --record outputs/soak/session.jsonl --json > outputs/soak/report.json || missed=$$?; \
 	$(BIN)/xr0 replay outputs/soak/session.jsonl --out outputs/soak/session.png; \
 	$(BIN)/python -m json.tool outputs/soak/report.json; exit $${missed:-0}
+
+# LIBERO wants an older MuJoCo than the other simulations, so it has an environment of its own, without torch: the policy is
+# a server in ours. tests/conftest.py looks for torch.
+LIBERO := .venv-libero
+LIBERO_PORT ?= 8769
+eval-libero: $(INSTALLED)-cpu $(LIBERO)/.renders
+	OMP_NUM_THREADS=1 $(LIBERO)/bin/python -m pytest --noconftest tests/evaluation/test_libero.py tests/evaluation/test_libero_real.py
+	rm -rf outputs/libero && mkdir -p outputs/libero
+	$(BIN)/xr0 init --out outputs/libero/tiny
+	set -e; export OMP_NUM_THREADS=1; \
+	$(BIN)/xr0 serve outputs/libero/tiny --robot-type libero_all --image-size 256x256 --port $(LIBERO_PORT) \
+	  2> outputs/libero/server.log & \
+	server=$$!; trap "kill $$server" EXIT; \
+	$(LIBERO)/bin/xr0 eval libero --server ws://127.0.0.1:$(LIBERO_PORT) --suite spatial,object,goal,10,90 --task 0 --trials 1 \
+	  --video all --out outputs/libero/tiny-policy; \
+	$(LIBERO)/bin/xr0 eval libero --expert --suite object --task 0 --trials 1 --out outputs/libero/expert
+
+$(LIBERO)/.installed: pyproject.toml constraints.txt setup.py CMakeLists.txt MANIFEST.in $(CSRC)
+	$(call need,$(PYTHON) -c "import ensurepip",python3-venv)
+	$(call need,command -v c++,g++)
+	$(PYTHON) -m venv $(LIBERO)
+	grep -v '^mujoco==' constraints.txt > $(LIBERO)/constraints.txt
+	$(LIBERO)/bin/python -m pip install --quiet --constraint $(LIBERO)/constraints.txt pip
+	$(LIBERO)/bin/python -m pip install --quiet --constraint $(LIBERO)/constraints.txt --editable '.[libero]' pytest
+	@touch $@
+
+# OpenCV, which LIBERO imports, needs glib.
+$(LIBERO)/.renders: $(LIBERO)/.installed
+	$(call need,$(LIBERO)/bin/python -c 'import cv2; from xr0_engine.sim import choose_gl; choose_gl()',libegl1 libgl1 libglib2.0-0)
+	@touch $@
 
 clean:
 	rm -rf build dist *.egg-info outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis xr0_engine/_C.*.so

@@ -91,7 +91,7 @@ def test_what_it_says_of_prefixes():
     # Released checkpoints do not say it.
     del hf["max_prefix"]
     assert ModelConfig.from_hf(hf).head.max_prefix == 6
-    with pytest.raises(CheckpointError, match="max_prefix -1 is negative"):
+    with pytest.raises(CheckpointError, match=r"head\.max_prefix is -1, expected 0 to 1024"):
         ModelConfig.from_hf({**hf, "max_prefix": -1})
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 
 import pytest
 from transformers import Qwen3VLConfig
 
-from xr0_engine.checkpoint import tiny_config
+from xr0_engine.checkpoint import published_config, small_config, tiny_config
 from xr0_engine.config import ModelConfig
+from xr0_engine.model.weights import checkpoint_shapes
+from xr0_engine.part_configs import least_parameters
 from xr0_engine.types import CheckpointError
 
 SECTION = [6, 5, 5]
@@ -140,8 +143,58 @@ def test_std_epsilon_is_a_number_that_std_can_grow_by(value):
 
 
 def test_positions_do_not_go_back():
-    with pytest.raises(CheckpointError, match="position_offset -10 is negative"):
+    with pytest.raises(CheckpointError, match=r"head.position_offset is -10, expected 0 to 1048576"):
         ModelConfig.from_hf({**tiny_config().to_hf(), "position_offset": -10})
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "told"),
+    [
+        ("vlm_config.text_config.num_attention_heads", 0, "num_attention_heads: expected 1 or more, got 0"),
+        ("vlm_config.text_config.num_hidden_layers", 10**9, "text.num_layers is 1000000000, expected 1 to 128"),
+        ("vlm_config.vision_config.depth", 10**9, "vision.depth is 1000000000, expected 1 to 128"),
+        ("vlm_config.text_config.vocab_size", 2**63, "text.vocab_size is 9223372036854775808, expected"),
+        ("vlm_config.text_config.vocab_size", 10**400, "vocab_size is 1000.*, not a number"),
+        ("vlm_config.text_config.rms_norm_eps", 2.0, "text.rms_eps is 2.0, expected 1e-12 to 0.1"),
+        ("vlm_config.text_config.rms_norm_eps", -1e-6, "text.rms_eps is -1e-06"),
+        ("vlm_config.text_config", [], "text_config is .*, not an object"),
+        ("vlm_config.vision_config", None, "vision_config is None, not an object"),
+        ("vlm_config.vision_config.patch_size", 10**6, "vision.patch_size is 1000000"),
+        ("vlm_config.vision_config.deepstack_visual_indexes", [0] * 99, "not a list of at most 64 whole numbers"),
+        ("vlm_config.vision_config.deepstack_visual_indexes", "012", "not a list of at most 64 whole numbers"),
+        ("vlm_config.text_config.rope_parameters.mrope_section", [6.5, 5, 5], "mrope_section"),
+        ("dit_config", 3, "dit_config is 3, not an object"),
+        ("flow_steps", 10**12, "head.flow_steps is 1000000000000, expected 1 to 256"),
+        ("flow_steps", 0, "head.flow_steps is 0"),
+        ("position_offset", 10**12, "head.position_offset is 1000000000000, expected 0 to 1048576"),
+        ("action_length", 10**6, "head.action_length is 1000000"),
+        ("std_epsilon", 1.0, "std_epsilon is 1.0, expected 0.0 to 0.01"),
+        ("normalize_instruction", "yes", "normalize_instruction is 'yes', not true or false"),
+    ],
+)
+def test_absurd_values_are_refused_before_any_module_is_made(place, value, told):
+    hf = json.loads(json.dumps(tiny_config().to_hf()))
+    inner = hf
+    *path, last = place.split(".")
+    for key in path:
+        inner = inner[key]
+    inner[last] = value
+    with pytest.raises(CheckpointError, match=told):
+        ModelConfig.from_hf(hf)
+
+
+@pytest.mark.parametrize("theta", [0.5, 1e13, -5e6])
+def test_frequencies_fall(theta):
+    with pytest.raises(CheckpointError, match=rf"text.rope_theta is {theta}, expected 1.0 to".replace("+", ".")):
+        ModelConfig.from_hf(with_rope(scaling=QWEN3, theta=theta))
+
+
+@pytest.mark.parametrize("config", [tiny_config, small_config, published_config])
+def test_least_parameters_are_nearly_all(config):
+    held = sum(math.prod(shape) for shape in checkpoint_shapes(config()).values())
+    least = least_parameters(config().text, config().vision, config().head)
+    # A tiny model's small tables weigh more.
+    assert 0.6 * held < least <= held
 
 
 @pytest.mark.parametrize("taps", [[1, 1, 2], [0, 1, 99]])

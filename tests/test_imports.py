@@ -20,18 +20,19 @@ LAYERS = (
     ("golden", "drive"),
     ("bench",),
     ("export", "training", "exchange", "serve", "plot"),
-    ("engine", "checkpoint", "sim"),
+    ("engine", "checkpoint", "embodiment", "sim"),
     ("fused", "exported"),
     ("model", "executor"),
     ("robot",),
     ("kernels", "_C"),
     ("backend", "comparison", "config"),
-    ("files", "part_configs"),
+    ("files", "part_configs", "whole"),
+    ("yaml_loader",),
     ("types", "env"),
 )
 
 # Parts that see less of the package than the rows below theirs: these modules and what is inside them.
-SEES_ONLY = {"executor": {"types", "robot.decode", "robot.layouts"}, "kernels": set[str]()}
+SEES_ONLY = {"executor": {"files", "types", "robot.decode", "robot.layouts"}, "kernels": set[str]()}
 
 # Modules that few parts may import. The oracles in kernels.reference are the reference backend: everyone's.
 SEEN_ONLY_BY = {"kernels": {"fused"}, "kernels.reference": {"model", "fused", "bench"}, "_C": {"robot"}}

@@ -6,13 +6,8 @@ the statistics are random, so its actions are aimless.
 
 from __future__ import annotations
 
-import errno
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +23,7 @@ from xr0_engine.robot.embodiment import builtin_embodiments, load_embodiment
 from xr0_engine.robot.limits import RELEASED_LIMITS
 from xr0_engine.robot.normalize import STATISTICS_FILE
 from xr0_engine.robot.prompt import build_prompt
+from xr0_engine.whole import whole_folder
 
 SHARD_BYTES = 2 * 2**30
 DTYPE = torch.bfloat16
@@ -120,7 +116,7 @@ def write_checkpoint(folder: Path, config: ModelConfig, seed: int = 0) -> None:
     """As init_checkpoint, for any configuration; the folder must be absent or empty."""
     shapes = checkpoint_shapes(config)
     num_bytes = sum(torch.Size(shape).numel() for shape in shapes.values()) * DTYPE.itemsize
-    with all_or_nothing(folder, num_bytes) as target:
+    with whole_folder(folder, num_bytes) as target:
         (target / "config.json").write_text(json.dumps(config.to_hf(), indent=2), encoding="utf-8")
         preprocessor = {**preprocessor_config(config), "action_config": _random_statistics(config, seed)}
         (target / STATISTICS_FILE).write_text(json.dumps(preprocessor), encoding="utf-8")
@@ -244,24 +240,3 @@ def _write_tokenizer(folder: Path, config: ModelConfig) -> None:
         "clean_up_tokenization_spaces": False,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
-
-
-@contextmanager
-def all_or_nothing(folder: Path, num_bytes: int) -> Iterator[Path]:
-    """A temporary sibling that becomes folder on success and vanishes on any failure.
-
-    folder: absent or empty. Raises OSError if its disk has less than num_bytes free.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder.parent).free
-    if free < num_bytes:
-        message = f"{folder.parent} has {free / 2**30:.1f} GiB free; {folder.name} takes {num_bytes / 2**30:.1f} GiB"
-        raise OSError(errno.ENOSPC, message)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        yield partial
-        partial.chmod(0o755)
-        os.replace(partial, folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise

@@ -7,8 +7,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from xr0_engine.files import flag, number, read_json, section, whole
-from xr0_engine.part_configs import TRAINED_PREFIX, ActionHeadConfig, TextConfig, TokenIds, VisionConfig
+from xr0_engine.files import FAULTS, flag, number, one_line, read_json, section, whole
+from xr0_engine.part_configs import (
+    STD_EPSILON,
+    TRAINED_PREFIX,
+    ActionHeadConfig,
+    TextConfig,
+    TokenIds,
+    VisionConfig,
+    out_of_range,
+)
 from xr0_engine.types import CheckpointError
 
 __all__ = [
@@ -51,6 +59,8 @@ VARIANT = {"stream_norms": True, "mlp_width": None, "output_width": None}
 """Keys of dit_config that only other families of action heads have, and what XR-0 has in their place."""
 ROPE_KEYS = ("rope_type", "type", "rope_theta", "mrope_section", "mrope_interleaved")
 VISION_ROPE_THETA = 10_000.0
+LISTED = 64
+"""Numbers in a list of config.json; the published have 3."""
 
 
 @dataclass(frozen=True)
@@ -96,10 +106,10 @@ class ModelConfig:
             return _read(hf)
         except KeyError as error:
             raise CheckpointError(f"config.json lacks {error.args[0]!r}") from None
-        except (TypeError, ValueError, AttributeError) as error:
-            if isinstance(error, CheckpointError):
-                raise
-            raise CheckpointError(f"config.json holds a value of the wrong kind: {error}") from None
+        except CheckpointError:
+            raise
+        except FAULTS as error:
+            raise CheckpointError(f"config.json holds a value of the wrong kind: {one_line(error)}") from None
 
     def to_hf(self) -> dict[str, Any]:
         """The inverse of from_hf; readable by transformers 4 (rope_theta) and 5 (rope_parameters)."""
@@ -150,15 +160,15 @@ def read_hf_config(folder: Path) -> Any:
 
 
 def _read(hf: Mapping[str, Any]) -> ModelConfig:
-    vlm = hf["vlm_config"]
+    vlm, text, vision, dit = _parts(hf)
     for outer in (hf, vlm):
         # transformers reads text_config's alone: a scaling that stands outside of it was meant for it.
         for place in ("rope_scaling", "rope_parameters"):
             _check_rope(place, section(outer, place))
     return ModelConfig(
-        text=_read_text(vlm["text_config"]),
-        vision=_read_vision(vlm["vision_config"]),
-        head=_read_head(hf, hf["dit_config"]),
+        text=_read_text(text),
+        vision=_read_vision(vision),
+        head=_read_head(hf, dit),
         tokens=TokenIds(
             image=whole(vlm, "image_token_id"),
             vision_start=whole(vlm, "vision_start_token_id"),
@@ -170,16 +180,30 @@ def _read(hf: Mapping[str, Any]) -> ModelConfig:
     )
 
 
+def _parts(hf: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+    """vlm_config, its text_config and vision_config, dit_config. Raises KeyError for one that is missing, TypeError for
+    one that is no object."""
+    vlm = hf["vlm_config"]
+    found = {"vlm_config": vlm, "dit_config": hf["dit_config"]}
+    if isinstance(vlm, Mapping):
+        found |= {f"vlm_config.{name}": vlm[name] for name in ("text_config", "vision_config")}
+    for name, value in found.items():
+        if not isinstance(value, Mapping):
+            raise TypeError(f"{name} is {value!r:.80}, not an object")
+    return vlm, vlm["text_config"], vlm["vision_config"], hf["dit_config"]
+
+
 def _read_text(text: Mapping[str, Any]) -> TextConfig:
     rope = _read_rope(text)
     _insist("text hidden_act", text.get("hidden_act", "silu"), "silu")
     _insist("text attention_bias", text.get("attention_bias", False), False)
-    given = {"head_dim": text["hidden_size"] // text["num_attention_heads"], "rms_norm_eps": 1e-6, **text}
+    heads = whole(text, "num_attention_heads", least=1)
+    given = {"head_dim": whole(text, "hidden_size") // heads, "rms_norm_eps": 1e-6, **text}
     return TextConfig(
         **{name: whole(given, key) for name, key in TEXT_KEYS.items() if name != "rms_eps"},
         rms_eps=number(given, "rms_norm_eps"),
         rope_theta=number(rope, "rope_theta"),
-        mrope_section=tuple(int(part) for part in rope["mrope_section"]),  # type: ignore[arg-type]
+        mrope_section=_whole_numbers(rope, "mrope_section"),  # type: ignore[arg-type]
     )
 
 
@@ -230,8 +254,16 @@ def _read_vision(vision: Mapping[str, Any]) -> VisionConfig:
     _insist("vision rope_theta", rope.get("rope_theta") or VISION_ROPE_THETA, VISION_ROPE_THETA)
     return VisionConfig(
         **{name: whole({"in_channels": 3, **vision}, name) for name in VISION_KEYS},
-        deepstack_layers=tuple(int(layer) for layer in vision["deepstack_visual_indexes"]),
+        deepstack_layers=_whole_numbers(vision, "deepstack_visual_indexes"),
     )
+
+
+def _whole_numbers(values: Mapping[str, Any], name: str) -> tuple[int, ...]:
+    """A list of at most LISTED of them. Raises TypeError for anything else."""
+    found = values[name]
+    if not isinstance(found, list | tuple) or len(found) > LISTED:
+        raise TypeError(f"{name} is {found!r:.80}, not a list of at most {LISTED} whole numbers")
+    return tuple(whole({name: item}, name) for item in found)
 
 
 def _read_head(hf: Mapping[str, Any], dit: Mapping[str, Any]) -> ActionHeadConfig:
@@ -262,14 +294,13 @@ def _insist(name: str, value: object, supported: object) -> None:
 
 def _contradictions(config: ModelConfig) -> list[str]:
     text, vision, head = config.text, config.vision, config.head
-    not_positive = [
-        f"{part}.{name} is {value}"
-        for part, sizes in (("text", text), ("vision", vision), ("head", head))
-        for name, value in vars(sizes).items()
-        if type(value) in (int, float) and name not in ("local_window", "position_offset", "max_prefix") and value <= 0
-    ]
-    if not_positive:
-        return not_positive
+    strange = [fault for name in ("text", "vision", "head") for fault in out_of_range(name, getattr(config, name))]
+    least, most = STD_EPSILON
+    if not least <= config.std_epsilon <= most:
+        strange.append(f"std_epsilon is {config.std_epsilon}, expected {least} to {most}")
+    if strange:
+        # The rest divides by them.
+        return strange
     checks = [
         (head.head_dim == text.head_dim, f"head_dim is {head.head_dim} in the DiT, {text.head_dim} in the VLM"),
         (
@@ -296,9 +327,5 @@ def _contradictions(config: ModelConfig) -> list[str]:
             and len(set(vision.deepstack_layers)) == len(vision.deepstack_layers),
             f"deepstack_visual_indexes {list(vision.deepstack_layers)} are not some of {vision.depth} blocks once",
         ),
-        (head.local_window is None or head.local_window >= 0, f"local_window {head.local_window} is negative"),
-        (head.max_prefix >= 0, f"max_prefix {head.max_prefix} is negative"),
-        (head.position_offset >= 0, f"position_offset {head.position_offset} is negative"),
-        (config.std_epsilon >= 0, f"std_epsilon {config.std_epsilon} is negative"),
     ]
     return [message for holds, message in checks if not holds]

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-import time
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TypeVar, overload
+from typing import NoReturn, TypeVar, overload
 
 import numpy as np
-import torch
+
+try:
+    import torch
+except ModuleNotFoundError as error:
+    if error.name != "torch":
+        raise
+    remedy = "pip install 'xr0-engine[cpu]', or 'xr0-engine[cuda]' for an NVIDIA GPU"
+    raise ModuleNotFoundError(f"an Engine needs torch, which is not installed: {remedy}", name="torch") from None
 from torch import Tensor
 
 from xr0_engine.backend import resolve_backend, resolve_device, resolve_dtype
@@ -20,7 +28,7 @@ from xr0_engine.fused.graph import wait_for_stream
 from xr0_engine.fused.lookahead import Launched
 from xr0_engine.fused.model import FusedModel
 from xr0_engine.fused.tactics import tactics_for
-from xr0_engine.model.network import Network
+from xr0_engine.model.network import Network, StageClock
 from xr0_engine.model.weights import load_model, read_index, resolve_checkpoint
 from xr0_engine.robot.calls import Given, checked, chunks, start_noise, take
 from xr0_engine.robot.embodiment import Embodiment, load_embodiment
@@ -45,10 +53,14 @@ Result = TypeVar("Result")
 
 
 class Engine:
-    """Make one with `Engine.from_pretrained`. One call at a time: an engine is not shared between threads.
+    """Make one with `Engine.from_pretrained`. One call at a time: an engine is not shared between threads, nor with
+    processes that are forked after its first call (RuntimeError), nor pickled (TypeError): each makes its own.
 
-    A refused call (ValueError) changes nothing; the engine serves the next. backend: what runs the network;
-    backend_reason: why, in one line.
+    Nothing that a program sets for torch changes a result: default dtype and device, autocast, autograd. A refused call
+    (ValueError) changes nothing; the engine serves the next. backend: what runs the network; backend_reason: why, in
+    one line. plausible_std: None, or how many standard deviations from the statistics' mean an action may be; a chunk
+    with one that is further away is not given out (RuntimeError). To be set by whoever knows the robot: released
+    checkpoints go to 5 and more at a gripper.
     """
 
     def __init__(
@@ -58,7 +70,15 @@ class Engine:
         self.config: ModelConfig = model.config
         self.statistics = preprocess.statistics
         self.backend, self.backend_reason = backend, backend_reason
+        self.plausible_std: float | None = None
         self._preprocess = preprocess
+        self._process: int | None = None
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "an Engine cannot be pickled or copied, it holds a device's memory: pass the checkpoint's path on and call "
+            "Engine.from_pretrained there, or serve it (xr0 serve) and pass the URL"
+        )
 
     @classmethod
     def from_pretrained(
@@ -184,7 +204,8 @@ class Engine:
         back unchanged as the chunk's first P. With a batch: one per observation, each an array or None.
         noise: (T, A) float32, with a batch (B, T, A), where the flow starts; else seed (an int; row i of a batch uses
         seed + i; or a list with one for each, None for none) gives it; else it is drawn anew. Raises ValueError for a
-        wrong input, before the model runs.
+        wrong input, before the model runs; RuntimeError for actions that are not finite, or not plausible if
+        plausible_std is set: none of them leaves.
         """
         if isinstance(observation, Observation):
             return self._infer([observation], [prefix], noise, seed)[0]
@@ -202,7 +223,7 @@ class Engine:
         seed: int | None = None,
     ) -> ActionChunk:
         """The next action chunk of an observation that came as tokens and patches; all else as in infer."""
-        clock = _StageClock(self.model.device)
+        clock = self._clock()
         return self._run(clock, self._tokenized(observation), [observation], [prefix], noise, seed)[0]
 
     @property
@@ -236,6 +257,7 @@ class Engine:
 
     def prefill(self, observation: Observation | Sequence[Observation]) -> KVBlock:
         """What the DiT reads of an observation (or batch), kept so that several chunks can be sampled from it."""
+        self._check_process()
         observations = [observation] if isinstance(observation, Observation) else list(observation)
         inputs = self._preprocess(observations, self.model.patch_buffer)
         return self.model.prefill(inputs, self.model.encode_images(inputs))
@@ -253,17 +275,34 @@ class Engine:
         state: (B, state_length, S); prefix: (B, P, A) in the model's units; noise: (B, T, A), else from seed as in
         infer. Raises ValueError for wrong shapes or values that are not finite.
         """
+        self._check_process()
         head = self.config.head
         batch, length, width = kv_block.action_mask.shape
         state_ = checked("state", state, (batch, head.state_length, head.state_dim))
         shape = (batch, 0, width) if prefix is None else np.shape(prefix)
         if len(shape) != 3 or shape[1] > length:
             raise ValueError(f"prefix: expected (batch {batch}, at most {length}, {width}), got {tuple(shape)}")
-        given = torch.zeros(shape) if prefix is None else checked("prefix", prefix, (batch, shape[1], width))
-        padded = torch.zeros(batch, length, width)
-        padded[:, : given.shape[1]] = given
+        padded = torch.zeros(batch, length, width, dtype=torch.float32, device="cpu")
+        if prefix is not None:
+            padded[:, : shape[1]] = checked("prefix", prefix, (batch, shape[1], width))
+        lengths = torch.full((batch,), shape[1], dtype=torch.long, device="cpu")
         start = start_noise(noise, seed, (batch, length, width))
-        return self.model.sample(kv_block, state_, start, padded, torch.full((batch,), given.shape[1]))
+        return self.model.sample(kv_block, state_, start, padded, lengths)
+
+    def _clock(self) -> StageClock:
+        """Each mark waits for the work that was queued on a GPU before it."""
+        return StageClock(partial(wait_for_stream, self.model.device))
+
+    def _check_process(self) -> None:
+        """After its first call an engine has threads, and on a GPU a context, that a fork does not take along: the next
+        call there would wait for them for ever."""
+        if self._process is None:
+            self._process = os.getpid()
+        elif self._process != os.getpid():
+            raise RuntimeError(
+                f"this engine has worked in process {self._process}, of which {os.getpid()} is a fork: make an engine "
+                "in the new process, started by multiprocessing's `spawn`"
+            )
 
     def _infer(
         self,
@@ -272,7 +311,7 @@ class Engine:
         noise: np.ndarray | None,
         seed: int | Sequence[int | None] | None,
     ) -> list[ActionChunk]:
-        clock = _StageClock(self.model.device)
+        clock = self._clock()
         inputs = self._preprocess(observations, self.model.patch_buffer)
         return self._run(clock, inputs, observations, prefixes, noise, seed)
 
@@ -291,7 +330,7 @@ class Engine:
         assert isinstance(self.model, FusedModel)
         assert self.model.lookahead is not None
         # Nothing is waited for: its marks are the host's.
-        clock, observation = _StageClock(torch.device("cpu")), call.observation
+        clock, observation = StageClock(), call.observation
         with self.model.lookahead.beside():
             if isinstance(observation, Observation):
                 inputs = self._preprocess([observation], self.model.patch_buffer)
@@ -308,7 +347,7 @@ class Engine:
 
     def _run(
         self,
-        clock: _StageClock,
+        clock: StageClock,
         inputs: ModelInputs,
         observations: Sequence[Observation | TokenizedObservation],
         prefixes: Sequence[np.ndarray | None],
@@ -328,45 +367,24 @@ class Engine:
         noise: np.ndarray | None,
         seed: int | Sequence[int | None] | None,
     ) -> Given:
+        self._check_process()
         robot_types = [self._preprocess.resolve(observation.robot_type)[0] for observation in observations]
         batch, length, width = inputs.action_mask.shape
         return take(observations, prefixes, robot_types, noise, seed, (batch, length, width), self.statistics)
 
-    def _chunks(self, clock: _StageClock, given: Given, chunk: Tensor) -> list[ActionChunk]:
+    def _chunks(self, clock: StageClock, given: Given, chunk: Tensor) -> list[ActionChunk]:
         # A copy: the network's next call may overwrite its chunk.
-        decoded = chunks(chunk.numpy().copy(), given, self.statistics)
+        decoded = chunks(chunk.numpy().copy(), given, self.statistics, self.plausible_std)
         clock.mark("decode")
         timing = clock.finish()
         return [replace(each, timing_ms=timing) for each in decoded]
-
-
-class _StageClock:
-    """Wall-clock milliseconds from mark to mark; on a GPU each mark waits for the work queued before it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._marks = [("start", self._now())]
-
-    def mark(self, stage: str) -> None:
-        self._marks.append((stage, self._now()))
-
-    def finish(self) -> dict[str, float]:
-        spans = {
-            stage: 1e3 * (end - begin)
-            for (_, begin), (stage, end) in zip(self._marks[:-1], self._marks[1:], strict=True)
-        }
-        return spans | {"total": 1e3 * (self._marks[-1][1] - self._marks[0][1])}
-
-    def _now(self) -> float:
-        wait_for_stream(self._device)
-        return time.perf_counter()
 
 
 @dataclass(frozen=True)
 class _Underway:
     """A call of infer_all at work."""
 
-    clock: _StageClock
+    clock: StageClock
     given: Given
     launched: Launched
 

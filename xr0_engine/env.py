@@ -18,7 +18,7 @@ def api_keys() -> str:
 
 
 def api_key() -> str | None:
-    """XR0_API_KEY: the key that `xr0 drive` gives its server; default none."""
+    """XR0_API_KEY: the key that `xr0 drive` and `xr0 eval` give an `xr0 serve`; default none."""
     return os.environ.get("XR0_API_KEY")
 
 

@@ -26,7 +26,7 @@ from xr0_engine.backend import resolve_backend, resolve_device, resolve_dtype
 from xr0_engine.checkpoint import published_config
 from xr0_engine.comparison import FLOAT32_LOSS_ERROR, FLOAT32_SEEDED_MAX_ERROR, Comparison, compare, tolerance
 from xr0_engine.config import ModelConfig
-from xr0_engine.files import read_json, refuse_pointer
+from xr0_engine.files import read_json, reading, refuse_pointer
 from xr0_engine.fused.head import FusedHead
 from xr0_engine.fused.model import FusedModel
 from xr0_engine.fused.ops import FusedOps, without_dependent_launch
@@ -38,8 +38,9 @@ from xr0_engine.model.flow import prefix_positions, training_pair
 from xr0_engine.model.layers import pack_linears
 from xr0_engine.model.network import Network
 from xr0_engine.model.weights import head_shapes, load_model, read_headers
+from xr0_engine.part_configs import POSITIONS
 from xr0_engine.training.losses import error_weights, frequency_loss, mse_loss
-from xr0_engine.types import CheckpointError, KVBlock, ModelInputs
+from xr0_engine.types import CheckpointError, FileError, KVBlock, ModelInputs
 
 TABLE = "table"
 WAYS: dict[str, dict[str, Any]] = {
@@ -53,6 +54,31 @@ WAYS: dict[str, dict[str, Any]] = {
 """How the flow runs: as this GPU's tactic table has it; as a chain of kernels; as one kernel a layer; as one kernel;
 with its first step beside the VLM's last layers; as a chain of kernels, none of which starts before the one ahead of it
 has ended."""
+CASE_SHAPES = {
+    "input_ids": "BN",
+    "attention_mask": "BN",
+    "vlm_position_ids": "3BN",
+    "image_grid_thw": "I3",
+    "pixel_values": "PC",
+    "state": "BSs",
+    "noise": "BTA",
+    "action_mask": "BTA",
+    "prefix": "BpA",
+    "vision_tokens": "VH",
+    "flow_trace": "FBTA",
+    "actions": "BTA",
+}
+TRAINING_SHAPES = {
+    "train.action": "BTA",
+    "train.t": "B11",
+    "train.velocity": "BTA",
+    "train.loss": "1",
+    "train.loss_mse": "1",
+    "train.loss_with_freq": "1",
+}
+"""Of a case: B batch, N tokens, I images, P patches, C columns of a patch, S states, s their columns, T actions, A
+their columns, p those of the prefix, V image tokens, H hidden size, F flow steps and one, which may be others."""
+WHOLE_NUMBERS = ("input_ids", "attention_mask", "vlm_position_ids", "image_grid_thw")
 SEEDED_MODES = {"windowed": (4, 10), "full": (None, 0)}
 SEEDED_RESULT = re.compile(r"(windowed|full)\.prefix(\d+)\.actions")
 
@@ -117,8 +143,8 @@ def golden_config(golden: Mapping[str, Any]) -> ModelConfig:
 def golden_inputs(case: Mapping[str, Tensor], config: ModelConfig) -> ModelInputs:
     ids, mask = case["input_ids"], case["attention_mask"].bool()
     rows = [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]
-    common = 0
-    while len({row[common] for row in rows}) == 1 and rows[0][common] != config.tokens.image:
+    common, shortest = 0, min(map(len, rows))
+    while common < shortest and len({row[common] for row in rows}) == 1 and rows[0][common] != config.tokens.image:
         common += 1
     return ModelInputs(
         input_ids=ids,
@@ -133,7 +159,9 @@ def golden_inputs(case: Mapping[str, Tensor], config: ModelConfig) -> ModelInput
 
 
 def _verify_model(path: Path, backend: str, device: torch.device, dtype: torch.dtype, way: str) -> Iterator[Comparison]:
-    config = golden_config(read_json(path))
+    golden = read_json(path)
+    with reading(path):
+        config = golden_config(golden)
     weights = path.with_suffix(".weights.safetensors")
     stored, faults = read_headers([weights])
     if faults:
@@ -146,6 +174,8 @@ def _verify_model(path: Path, backend: str, device: torch.device, dtype: torch.d
         if file == weights:
             continue
         case = _load(file)
+        with reading(file, FileError):
+            _check_case(case, config)
         inputs = golden_inputs(case, config)
         kv = yield from _verify_stages(file.stem, network, inputs, case, dtype)
         if backend != "reference":
@@ -262,6 +292,42 @@ def _verify_seeded(
             actions = session.sample(kv, inputs["state"], inputs["noise"], prefix, lengths)
         case = f"{path.stem}.{matched[1]}.prefix{length}"
         yield compare(case, "actions", actions, expected, dtype, FLOAT32_SEEDED_MAX_ERROR)
+
+
+def _check_case(case: Mapping[str, Tensor], config: ModelConfig) -> None:
+    """Raises KeyError for a tensor that is missing, ValueError for one that is not as CASE_SHAPES has it, or whose
+    values the model has no place for."""
+    text, vision, head = config.text, config.vision, config.head
+    sizes = {"1": 1, "3": 3, "S": head.state_length, "s": head.state_dim, "A": head.action_dim, "C": vision.patch_dim}
+    sizes |= {"K": text.num_kv_heads, "D": text.head_dim, "H": text.hidden_size}
+    shapes = {**CASE_SHAPES, **(TRAINING_SHAPES if "train.loss" in case else {})}
+    if "train.loss" in case and "prefix" in case and case["prefix"].numel():
+        shapes["train.l1_error"] = "BqA"
+    shapes |= {f"kv.{layer}.{part}": "BKND" for layer in range(head.num_layers) for part in ("key", "value")}
+    for name, letters in shapes.items():
+        tensor = case[name]
+        # What the configuration does not say, the first tensor that has it does.
+        for letter, size in zip(letters, tensor.shape, strict=False):
+            sizes.setdefault(letter, size)
+        expected = [sizes[letter] for letter in letters if letter in sizes]
+        if list(tensor.shape) != expected or (0 in expected and "p" not in letters):
+            raise ValueError(f"{name}: expected shape {expected}, got {list(tensor.shape)}")
+        if tensor.is_floating_point() == (name in WHOLE_NUMBERS) or tensor.dtype == torch.bool:
+            raise ValueError(f"{name}: got {tensor.dtype}")
+    if sizes["p"] > sizes["T"]:
+        raise ValueError(f"prefix: expected at most {sizes['T']} actions, got {sizes['p']}")
+    if sizes.get("q", sizes["T"] - sizes["p"]) != sizes["T"] - sizes["p"]:
+        raise ValueError(f"train.l1_error: expected {sizes['T'] - sizes['p']} actions, got {sizes['q']}")
+    ids, grids, positions = case["input_ids"], case["image_grid_thw"], case["vlm_position_ids"]
+    if ids.min() < 0 or ids.max() >= text.vocab_size:
+        raise ValueError(f"input_ids: expected ids from 0 below {text.vocab_size}")
+    if positions.min() < 0 or positions.max() > POSITIONS[1]:
+        raise ValueError(f"vlm_position_ids: expected 0 to {POSITIONS[1]}")
+    merge, patches = vision.spatial_merge_size, sizes["P"]
+    images = int((ids == config.tokens.image).sum()) * merge**2
+    fits = grids.min() > 0 and bool((grids[:, 0] == 1).all()) and not bool((grids[:, 1:] % merge).any())
+    if not fits or grids.max() > patches or int(grids.prod(1).sum()) != patches or images != patches:
+        raise ValueError(f"image_grid_thw, input_ids: expected images of {patches} patches in all, as pixel_values has")
 
 
 def _load(path: Path) -> dict[str, Tensor]:

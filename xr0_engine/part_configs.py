@@ -7,6 +7,71 @@ from dataclasses import dataclass
 TRAINED_PREFIX = 6
 """Longest prefix of the published training (spec section 4.1); released checkpoints do not state it."""
 
+Range = tuple[float, float]
+"""Least and most."""
+
+LAYERS: Range = (1, 128)
+"""Three times the published language model's."""
+WIDTH: Range = (1, 1 << 16)
+"""Of tokens; 25 times the published language model's."""
+MLP_WIDTH: Range = (1, 1 << 18)
+HEADS: Range = (1, 1 << 10)
+HEAD_DIM: Range = (2, 1 << 10)
+STEPS: Range = (1, 1 << 10)
+"""Actions in a chunk: half a minute at 30 Hz. The published have 30 at most."""
+COLUMNS: Range = (1, 1 << 10)
+"""Of actions and states; the published have 32."""
+POSITIONS: Range = (0, 1 << 20)
+"""What float32 holds exactly, and rotary tables still tell from the next."""
+
+RANGES: dict[str, dict[str, Range]] = {
+    "text": {
+        "vocab_size": (1, 1 << 22),
+        "hidden_size": WIDTH,
+        "num_layers": LAYERS,
+        "num_heads": HEADS,
+        "num_kv_heads": HEADS,
+        "head_dim": HEAD_DIM,
+        "intermediate_size": MLP_WIDTH,
+        "rms_eps": (1e-12, 1e-1),
+        "rope_theta": (1.0, 1e12),
+    },
+    "vision": {
+        "depth": LAYERS,
+        "hidden_size": WIDTH,
+        "num_heads": HEADS,
+        "intermediate_size": MLP_WIDTH,
+        "out_hidden_size": WIDTH,
+        "patch_size": (1, 256),
+        "spatial_merge_size": (1, 16),
+        "temporal_patch_size": (1, 16),
+        "in_channels": (1, 16),
+        "num_position_embeddings": (1, 1 << 20),
+    },
+    "head": {
+        "hidden_size": WIDTH,
+        "num_layers": LAYERS,
+        "head_dim": HEAD_DIM,
+        "num_kv_heads": HEADS,
+        "state_length": STEPS,
+        "state_dim": COLUMNS,
+        "action_length": STEPS,
+        "action_dim": COLUMNS,
+        # A table of modulations is kept for each: 100 MB for the published sizes. The published take 5.
+        "flow_steps": (1, 256),
+        "local_window": POSITIONS,
+        "position_offset": POSITIONS,
+        "max_prefix": (0, STEPS[1]),
+        "mlp_width": MLP_WIDTH,
+        "output_width": WIDTH,
+    },
+}
+"""Part of a model -> field -> what it may be. None of it is near what is published; beyond, a file is no model's, and
+what would be made of it takes more memory or time than there is."""
+
+STD_EPSILON: Range = (0.0, 1e-2)
+"""Of robot units: the published code has 0 or 1e-6."""
+
 
 @dataclass(frozen=True)
 class VisionConfig:
@@ -127,3 +192,25 @@ class TokenIds:
     image: int
     vision_start: int
     vision_end: int
+
+
+def out_of_range(part: str, config: VisionConfig | TextConfig | ActionHeadConfig) -> list[str]:
+    """The fields of a part of a model (a key of RANGES) that are not what they may be, each in words."""
+    return [
+        f"{part}.{name} is {value}, expected {least} to {most}"
+        for name, (least, most) in RANGES[part].items()
+        if (value := getattr(config, name)) is not None and not least <= value <= most
+    ]
+
+
+def least_parameters(text: TextConfig, vision: VisionConfig, head: ActionHeadConfig | None = None) -> int:
+    """How many numbers the products and tables of a model have, for which no module has to be made; what is small
+    beside them (norms, biases) is left out. head: None is the VLM alone."""
+    attention = text.hidden_size * text.head_dim * 2 * (text.num_heads + text.num_kv_heads)
+    found = text.vocab_size * text.hidden_size
+    found += text.num_layers * (attention + 3 * text.hidden_size * text.intermediate_size)
+    found += vision.hidden_size * (vision.patch_dim + vision.num_position_embeddings)
+    found += vision.depth * vision.hidden_size * (4 * vision.hidden_size + 2 * vision.intermediate_size)
+    if head is not None:
+        found += head.num_layers * 2 * head.hidden_size * (head.hidden_size + head.intermediate_size)
+    return found

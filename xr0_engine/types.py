@@ -16,7 +16,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class CheckpointError(ValueError):
+class FileError(ValueError):
+    """A file that cannot be used: the message names it, and the field or line at fault."""
+
+
+class CheckpointError(FileError):
     """A checkpoint folder that cannot be used: the message names every file or tensor at fault."""
 
 

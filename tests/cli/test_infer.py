@@ -169,3 +169,32 @@ def test_absent_checkpoint_exits_with_2(cameras, tmp_path):
     result = run(str(tmp_path / "nothing"), *views(cameras, "base", "left_wrist"), *TASK)
     assert result.exit_code == 2
     assert "nothing" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("state.json", b"[NaN]", "finite numbers, got NaN"),
+        ("state.json", b"[" * 5000, "lists and objects in each other"),
+        ("state.json", b'[["1"]]', "row 0: expected finite numbers, got '1'"),
+        ("state.json", b"{}", "expected a table of numbers"),
+        ("state.npy", b"\x93NUMPY\x01\x00\x10\x00{'descr': '<f4'\n\n", "expected numbers"),
+        ("state.npy", b"no array", "expected numbers"),
+    ],
+)
+def test_files_of_numbers_are_one_line_of_error(checkpoint, cameras, tmp_path, name, content, told):
+    (tmp_path / name).write_bytes(content)
+    result = run(checkpoint, *views(cameras, "base", "left_wrist"), *TASK, *LIBERO, "--state", str(tmp_path / name))
+    assert result.exit_code == 2
+    assert result.stderr.startswith("xr0: error: --state: expected numbers")
+    assert told in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_an_npy_that_asks_for_more_than_it_has_reserves_nothing(checkpoint, cameras, tmp_path):
+    path = tmp_path / "state.npy"
+    np.save(path, np.zeros(32))
+    path.write_bytes(path.read_bytes().replace(b"(32,), }        ", b"(9999999999,), }"))
+    result = run(checkpoint, *views(cameras, "base", "left_wrist"), *TASK, *LIBERO, "--state", str(path))
+    assert result.exit_code == 2
+    assert result.stderr.startswith("xr0: error: --state: expected numbers")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
@@ -9,7 +11,10 @@ from tests.executor.support import execute
 from xr0_engine.executor import Recorder, read_recording
 from xr0_engine.executor.report import COUNTS
 
-HEADER = '{"kind": "session", "version": 1, "title": "", "settings": {}, "layout": "plain", "width": 3}\n'
+HEADER = (
+    '{"kind": "session", "version": 1, "title": "", "settings": {"rate_hz": 30, "mode": "sync"}, '
+    '"layout": "plain", "width": 3}\n'
+)
 
 
 class TestRecording:
@@ -41,6 +46,37 @@ class TestRecording:
         with pytest.raises(FileExistsError):
             Recorder(path, "")
         assert path.read_text() == "precious"
+
+    @pytest.mark.parametrize(
+        ("kind", "change", "complaint"),
+        [
+            ("session", {"settings": None}, "session: settings: expected settings, got None"),
+            ("session", {"settings": {"rate_hz": 0, "mode": "sync"}}, "settings: expected settings"),
+            ("session", {"settings": {"mode": "sync"}}, "settings: expected settings"),
+            ("session", {"settings": {"rate_hz": 30, "mode": ["sync"]}}, "settings: expected settings"),
+            ("session", {"title": 1.5}, "title: expected text, got 1.5"),
+            ("session", {"width": 10**9}, "width: expected width"),
+            ("chunk", {"rows": None}, "rows: expected rows, got None"),
+            ("chunk", {"rows": [[1.0]]}, "rows: expected rows"),
+            ("chunk", {"rows": [[1.0, 2.0, "3"]]}, "rows: expected rows"),
+            ("chunk", {"first_step": "x"}, "first_step: expected whole, got 'x'"),
+            ("chunk", {"first_step": 1e30}, "first_step: expected whole"),
+            ("chunk", {"number": True}, "number: expected whole"),
+            ("step", {"time_s": "now"}, "time_s: expected number, got 'now'"),
+            ("step", {"row": {}}, "row: expected row"),
+            ("report", {"counts": {"held": []}}, "counts: expected counts"),
+        ],
+    )
+    def test_wrong_values_are_named(self, tmp_path, kind, change, complaint):
+        path = tmp_path / "run.jsonl"
+        with Recorder(path, "a test") as recorder:
+            execute(recorder=recorder)
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        number = next(number for number, line in enumerate(lines, start=1) if line["kind"] == kind)
+        lines[number - 1] |= change
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        with pytest.raises(ValueError, match=rf"run\.jsonl, line {number}: {kind}: .*{complaint.split(': ', 1)[-1]}"):
+            read_recording(path)
 
     @pytest.mark.parametrize(
         ("text", "complaint"),

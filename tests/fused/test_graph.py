@@ -17,7 +17,6 @@ from tests.fused.cuda_on_paper import GPU, PaperCuda
 from tests.fused.test_model import TWO_VIEWS, chunk_inputs, fused_of
 from tests.support import load, random_inputs
 from xr0_engine.checkpoint import init_checkpoint
-from xr0_engine.engine import _StageClock
 from xr0_engine.fused import session as sessions
 from xr0_engine.fused.graph import Graph, wait_for_stream
 from xr0_engine.fused.head import FusedHead
@@ -25,6 +24,7 @@ from xr0_engine.fused.prompts import session_key
 from xr0_engine.fused.session import Session
 from xr0_engine.fused.staging import Staging
 from xr0_engine.fused.tactics import TacticTable
+from xr0_engine.model.network import StageClock
 
 LONG = 200_000_000
 """Cycles that a GPU sleeps, some 0.1 s: far longer than what the host does meanwhile."""
@@ -70,7 +70,7 @@ def test_what_other_threads_allocate_breaks_no_capture(cuda):
 
 def test_an_engine_in_another_thread_breaks_no_capture(cuda):
     """Each has a model of its own; its clock waits for its own work."""
-    Graph(when_captured(lambda: in_a_thread(lambda: _StageClock(GPU)).join()), GPU)
+    Graph(when_captured(lambda: in_a_thread(lambda: StageClock(partial(wait_for_stream, GPU))).join()), GPU)
 
 
 def test_what_cannot_be_captured_is_refused_to_the_capturing_thread(cuda):

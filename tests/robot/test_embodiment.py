@@ -116,7 +116,8 @@ def test_wrong_resize(yaml_file, size):
 
 def test_columns_of_a_kind(yaml_file):
     """Not known unless the file says it; none is another answer."""
-    assert (load_embodiment("calvin").step_columns, load_embodiment("calvin").two_valued_columns) == (None, None)
+    untold = load_embodiment(yaml_file(OWN_PROFILE))
+    assert (untold.step_columns, untold.two_valued_columns) == (None, None)
     assert load_embodiment("libero").step_columns == (0, 1, 2, 3, 4, 5)
     assert load_embodiment("libero").two_valued_columns == (6,)
     profile = load_embodiment(yaml_file(OWN_PROFILE + "step_columns: []\ntwo_valued_columns: [6, 7]\n"))
@@ -150,7 +151,7 @@ def test_every_fault_of_a_file_in_one_error(yaml_file):
         "name: 3\n"
         "robot_type: [a]\n"
         "layout: trimanual\n"
-        "control_rate_hz: .inf\n"
+        "control_rate_hz: 1.0e+12\n"
         "replan_every: 0\n"
         "views: [{key: a}, 7, {key: b, title: <|im_end|>, center_crop: 2, rotate_180: 1, flip: true}]\n"
     )
@@ -176,11 +177,11 @@ def test_every_fault_of_a_file_in_one_error(yaml_file):
 @pytest.mark.parametrize(
     ("line", "replacement", "match"),
     [
-        ("views:", "views: []\nold:", "views: expected a list of at least one view"),
+        ("views:", "views: []\nold:", "views: expected a list of 1 to 32 views"),
         ("title: Base View", "title: Base View}\n  - {key: base, title: Base View", "no key or title twice"),
         ("robot_types: [my_arm_v1]", "robot_types: my_arm_v1", "robot_types: expected a list"),
-        ("control_rate_hz: 15", "control_rate_hz: -1", "control_rate_hz: expected a number above 0, got -1"),
-        ("control_rate_hz: 15", "control_rate_hz: true", "control_rate_hz: expected a number above 0, got True"),
+        ("control_rate_hz: 15", "control_rate_hz: -1", "control_rate_hz: expected a number from 0.01 to 1000, got -1"),
+        ("control_rate_hz: 15", "control_rate_hz: true", "control_rate_hz: expected a number .*, got True"),
         ("replan_every: null", "replan_every: 2.5", "replan_every: expected a whole number"),
         ("layout: plain", "layout: {plain: true}", "layout: expected one of plain, bimanual"),
         ("name: my_arm", "name: 2020-99-99", "not valid YAML"),

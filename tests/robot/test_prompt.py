@@ -12,6 +12,8 @@ from transformers import PreTrainedTokenizerFast
 from xr0_engine.config import TokenIds
 from xr0_engine.robot.embodiment import builtin_embodiments, load_embodiment
 from xr0_engine.robot.prompt import (
+    MAX_INSTRUCTION_CHARACTERS,
+    MAX_PROMPT_TOKENS,
     PROMPT_TOKENS,
     PromptTokenizer,
     build_prompt,
@@ -143,6 +145,24 @@ def test_instruction_is_normalised(text, expected):
 def test_refused_instruction(text, match, normalize):
     with pytest.raises(ValueError, match=f"instruction: .*{match}"):
         prompt_text(text, normalize)
+
+
+@pytest.mark.parametrize("normalize", [True, False], ids=["normalised", "as given"])
+def test_an_instruction_has_an_end(normalize):
+    longest = "go " * (MAX_INSTRUCTION_CHARACTERS // 3) + "."
+    assert len(longest) == MAX_INSTRUCTION_CHARACTERS
+    assert prompt_text(longest, normalize)
+    with pytest.raises(ValueError, match="instruction: expected at most 4096 characters, got 4097"):
+        prompt_text(longest + "!", normalize)
+
+
+def test_a_prompt_has_so_many_tokens_at_most(tokenizer):
+    # English letters are a token each at most; this is four.
+    assert len(tokenizer.encode(["Base View"], [64], "go " * 1200)) > 1200
+    with pytest.raises(ValueError, match=r"instruction: expected at most 4096 tokens of text, got 16\d\d\d"):
+        tokenizer.encode(["Base View"], [64], "\U0001f9bf" * 4000)
+    with pytest.raises(ValueError, match="images: expected a prompt of at most 8192 tokens, got 9000"):
+        tokenizer.encode(["Base View", "Left-Wrist View"], [64, MAX_PROMPT_TOKENS + 808 - 64], "Go.")
 
 
 @pytest.mark.parametrize("text", ["pick up the cup", "  put A on B.\n", "Fold it!"])

@@ -7,11 +7,13 @@ that grows. `make fuzz` runs it for FUZZ_SECONDS, test_fuzz.py for a moment.
 from __future__ import annotations
 
 import gc
+import io
 import pickle
 import random
 import resource
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -22,7 +24,8 @@ from PIL import Image
 
 from tests.serve.support import observation
 from xr0_engine.robot.embodiment import embodiment_for
-from xr0_engine.serve.images import encode_jpeg
+from xr0_engine.serve.images import encode_jpeg, read_image
+from xr0_engine.serve.pictures import decoding_cost
 from xr0_engine.serve.protocol import (
     PolicyMetadata,
     Refused,
@@ -34,7 +37,7 @@ from xr0_engine.serve.protocol import (
     encode_metadata,
 )
 from xr0_engine.serve.released import read_request as read_released
-from xr0_engine.serve.requests import encode_request, read_fields, read_request
+from xr0_engine.serve.requests import decoded_pixels, encode_request, read_fields, read_request
 from xr0_engine.serve.unpickle import restricted_loads
 from xr0_engine.serve.wire import pack
 from xr0_engine.types import ActionChunk
@@ -43,6 +46,9 @@ MAX_PIXELS = 1 << 16
 SLOWEST_S = 5.0
 """A message that takes longer is a hang: the slowest valid ones take milliseconds."""
 
+SLOWEST_PICTURE_S = 2.0
+"""Processor time to decode what the count of scans lets pass: the largest takes half a second."""
+
 GROWTH_BYTES = 64 << 20
 """Memory that may come after a quarter of the time: the allocator's own ups and downs."""
 
@@ -50,10 +56,50 @@ ROBOT = embodiment_for("libero_all").robot_info(10, 32, 6)
 METADATA = PolicyMetadata({"libero_all": ROBOT}, 32, 32, (0, 6), 1 << 20, MAX_PIXELS, 100.0)
 TIMING = {"infer_ms": 1.0, "queue_ms": 1.0, "total_ms": 2.0}
 
-# Bytes that mean something to msgpack or to pickle.
+# Bytes that mean something to msgpack, to pickle, or in a JPEG.
+
 SPICE = bytes(range(0x80, 0xA8)) + bytes(range(0xC0, 0x100)) + b"\0\1\x7f()RbcNrjX."
 
 Target = tuple[Callable[[bytes], object], list[bytes]]
+
+
+def picture_files(image: np.ndarray) -> list[bytes]:
+    """Files of one image, of the kinds that encoders write."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "a camera"
+    options: list[dict[str, object]] = [
+        {"format": "JPEG"},
+        {"format": "JPEG", "progressive": True, "icc_profile": bytes(300), "comment": b"from a camera"},
+        {"format": "JPEG", "exif": exif, "subsampling": 0},
+        {"format": "MPO", "save_all": True, "append_images": [Image.fromarray(image)]},
+        {"format": "PNG"},
+        {"format": "PNG", "exif": exif, "optimize": True},
+    ]
+    files = []
+    for option in options:
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, **option)
+        files.append(file.getvalue())
+    return files
+
+
+def decode_picture(data: bytes) -> object:
+    """As a request's pictures are: what it costs is counted first, and what was let pass is decoded in good time."""
+    decoding_cost("image", data, MAX_PIXELS)
+    start = time.thread_time()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return read_image("image", data, MAX_PIXELS)
+    finally:
+        assert time.thread_time() - start < SLOWEST_PICTURE_S
+
+
+def read_counted(data: bytes) -> object:
+    """A request as the server reads it."""
+    fields = read_fields(data)
+    decoded_pixels(fields, MAX_PIXELS)
+    return read_request(fields, METADATA)
 
 
 def targets() -> dict[str, Target]:
@@ -85,7 +131,7 @@ def targets() -> dict[str, Target]:
     with_files = pack({"images": files, "prompt": "Go.", "state": asked.state})
     return {
         "request": (
-            lambda data: read_request(read_fields(data), METADATA),
+            read_counted,
             [
                 encode_request(Request(asked, prefix, 3, 7)),
                 encode_request(Request(replace(asked, prepared=True))),
@@ -109,6 +155,7 @@ def targets() -> dict[str, Target]:
             [encode_chunk(chunk, 5, TIMING), encode_error(Refused("no"), 3)],
         ),
         "metadata": (decode_metadata, [encode_metadata(METADATA)]),
+        "picture": (decode_picture, picture_files(asked.images["base"])),
     }
 
 

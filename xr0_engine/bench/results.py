@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 
 from xr0_engine.env import emulated_arch
-from xr0_engine.files import write_whole
+from xr0_engine.files import read_json, reading
+from xr0_engine.types import FileError
+from xr0_engine.whole import write_whole
 
 SCHEMA = 1
 KINDS = (
@@ -87,11 +89,9 @@ def write(result: Result, path: Path) -> None:
 def read(path: Path) -> Result:
     """Raises ValueError that names the file and its fault, OSError if there is none. Incomplete runs are returned too:
     look at `complete`."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    _check(content, str(path))
+    content = read_json(path, FileError)
+    with reading(path, FileError):
+        _check(content, str(path))
     return Result(**content)
 
 
@@ -152,7 +152,7 @@ def _check(content: Any, where: str) -> None:
     if not isinstance(content, dict) or "schema" not in content:
         raise ValueError(f"{where} is no benchmark result: it has no schema")
     if content["schema"] != SCHEMA:
-        raise ValueError(f"{where} has schema {content['schema']!r}; this version reads {SCHEMA}")
+        raise ValueError(f"{where} has schema {content['schema']!r:.80}; this version reads {SCHEMA}")
     names = {field.name for field in fields(Result)}
     if content.keys() != names:
         raise ValueError(
@@ -173,12 +173,12 @@ def _check(content: Any, where: str) -> None:
     }
     for name, kind in expected.items():
         if not isinstance(content[name], kind):
-            raise ValueError(f"{where} is corrupt: {name} is {content[name]!r}")
+            raise ValueError(f"{where} is corrupt: {name} is {content[name]!r:.80}")
     if content["kind"] not in KINDS:
-        raise ValueError(f"{where}: kind: expected one of {', '.join(KINDS)}; got {content['kind']!r}")
+        raise ValueError(f"{where}: kind: expected one of {', '.join(KINDS)}; got {content['kind']!r:.80}")
     for rival, stages in content["series"].items():
         if not isinstance(stages, dict):
-            raise ValueError(f"{where} is corrupt: series of {rival} is {stages!r}")
+            raise ValueError(f"{where} is corrupt: series of {rival} is {stages!r:.80}")
         for stage, samples in stages.items():
             if not isinstance(samples, list | tuple) or not all(_is_time(value) for value in samples):
                 raise ValueError(

@@ -5,14 +5,17 @@ its own has a Typer `app` of that name instead. A command file imports what is h
 `xr0 --help` stays quick and works without the optional packages.
 
 Exit codes: 0 done; 1 done, and the answer is no (`verify`, `doctor`, `bench compare`); 2 a mistake in the call or its
-files, or something this machine lacks, told in one line; 130 interrupted. Anything else is a bug and shows its
-traceback.
+files, or something this machine lacks, told in one line; 130 interrupted, 143 terminated. Anything else is a bug and
+shows its traceback.
 """
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import traceback
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
@@ -38,6 +41,9 @@ COMMANDS = (
     "export",
     "convert",
 )
+
+LONGEST_MESSAGE = 4000
+"""Characters of an error: a dozen tensors with their shapes, not the content of a file."""
 
 EXTRAS = {
     "torch": "cpu",
@@ -94,7 +100,8 @@ class _Commands(TyperGroup):
             message = _explain(error)
             if message is None:
                 raise
-            print(f"xr0: error: {message}", file=sys.stderr)
+            # One line, whatever a library's message or a file's content makes of it.
+            print(f"xr0: error: {' '.join(message.split())[:LONGEST_MESSAGE]}", file=sys.stderr)
             raise typer.Exit(2) from None
 
 
@@ -143,6 +150,20 @@ def _xr0(
     """
 
 
+def _terminate(process: int, number: int, frame: object) -> None:
+    # What forks of this process inherit: they end as if there were no handler.
+    if os.getpid() != process:
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+    # A second signal does not wait for what the first one began.
+    signal.signal(number, signal.SIG_DFL)
+    raise SystemExit(128 + number)
+
+
 def main() -> None:
-    """Entry point of the console script; ends the process with the exit code."""
+    """Entry point of the console script; ends the process with the exit code.
+
+    SIGTERM ends a command as an error does: what it has half written is removed.
+    """
+    signal.signal(signal.SIGTERM, partial(_terminate, os.getpid()))
     app(prog_name="xr0")

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from xr0_engine.types import ActionChunk
 
 SHOWN_STEPS = 6
+MOST_NUMBERS = 1 << 20
+"""In a file of states or actions: a thousand of a thousand columns."""
 
 
 def infer(
@@ -107,14 +109,29 @@ def _read_image(argument: str) -> tuple[str, np.ndarray]:
 
 def _read_numbers(option: str, text: str) -> np.ndarray:
     """A table of numbers as float32: a .npy or .json file, or numbers with commas between them."""
+    from tokenize import TokenError
+
+    from xr0_engine.files import FAULTS, one_line, read_json, table
+    from xr0_engine.types import FileError
+
     try:
         if text.endswith(".npy"):
-            return np.load(text, allow_pickle=False).astype(np.float32)
-        numbers = json.loads(Path(text).read_text()) if text.endswith(".json") else text.split(",")
-        return np.array(numbers, dtype=np.float32)
-    except (OSError, EOFError, TypeError, ValueError) as error:
+            # A header may ask for more than the file has: mapped, it is refused without being reserved.
+            array = np.load(text, mmap_mode="r", allow_pickle=False)
+            if array.size > MOST_NUMBERS or array.dtype.kind not in "fiu":
+                raise ValueError(f"expected up to {MOST_NUMBERS} numbers, got {array.dtype} {array.shape}")
+            return np.array(array, dtype=np.float32)
+        if text.endswith(".json"):
+            numbers = read_json(Path(text), FileError, most_values=MOST_NUMBERS)
+            # NumPy takes text for numbers too, and reserves the longest text's size for every cell.
+            rows = numbers if isinstance(numbers, list) and numbers and isinstance(numbers[0], list) else [numbers]
+            array = table(rows, "it")
+            return (array if rows is numbers else array[0]).astype(np.float32)
+        return np.array(text.split(","), dtype=np.float32)
+    # NumPy reads a header with Python's own parser.
+    except (OSError, EOFError, SyntaxError, TokenError, *FAULTS) as error:
         raise ValueError(
-            f"{option}: expected numbers, or a .json or .npy file of numbers, got {text}: {error}"
+            f"{option}: expected numbers, or a .json or .npy file of numbers, got {text:.200}: {one_line(error)}"
         ) from None
 
 

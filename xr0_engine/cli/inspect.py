@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
+    from xr0_engine.config import ModelConfig
     from xr0_engine.model.weights import StoredTensor
     from xr0_engine.robot.embodiment import Embodiment
+    from xr0_engine.robot.limits import ImageLimits
     from xr0_engine.robot.normalize import ActionStatistics
 
 PARTS = {
@@ -33,24 +36,21 @@ def inspect(
 
     Exit code 0: the checkpoint is complete; 2: it cannot be used, and the message says why.
     """
+    from xr0_engine.robot.embodiment import builtin_embodiments, load_embodiment
+
+    # Before torch is imported, which takes seconds: a mistake in these files is told at once.
+    folder = Path(checkpoint).expanduser()
+    told = _read(folder) if folder.is_dir() else None
+
     from xr0_engine.bench.step.memory import memory_need
     from xr0_engine.bench.step.workload import Workload, image_grid
-    from xr0_engine.config import ModelConfig
-    from xr0_engine.model.weights import check_tensors, checkpoint_shapes, read_index, resolve_checkpoint
-    from xr0_engine.robot.embodiment import builtin_embodiments, checkpoint_embodiment, load_embodiment
-    from xr0_engine.robot.limits import load_limits
-    from xr0_engine.robot.normalize import load_statistics
-    from xr0_engine.robot.prompt import PromptTokenizer
+    from xr0_engine.model.weights import check_model, read_index, resolve_checkpoint
 
     folder = resolve_checkpoint(checkpoint)
-    config = ModelConfig.load(folder)
-    statistics = load_statistics(folder, config.head.action_dim, config.std_epsilon)
-    PromptTokenizer.load(folder, config.tokens, config.text.vocab_size)
-    limits = load_limits(folder, config.vision)
+    config, statistics, limits, own = told or _read(folder)
     stored = read_index(folder)
-    check_tensors(stored, checkpoint_shapes(config))
+    check_model(config, stored)
     profiles = [load_embodiment(name) for name in builtin_embodiments()]
-    own = checkpoint_embodiment(folder)
     windowed = config.head.local_window is not None
     # Three views of 640x480, as long a prompt as they make, 30 actions.
     grid = image_grid((480, 640), config.vision, limits)
@@ -85,6 +85,21 @@ def inspect(
         print(json.dumps(report, indent=1))
     else:
         _print_tables(report)
+
+
+def _read(folder: Path) -> tuple[ModelConfig, dict[str, ActionStatistics], ImageLimits, Embodiment | None]:
+    """All but the weights."""
+    from xr0_engine.config import ModelConfig
+    from xr0_engine.robot.embodiment import checkpoint_embodiment
+    from xr0_engine.robot.limits import load_limits
+    from xr0_engine.robot.normalize import load_statistics
+    from xr0_engine.robot.prompt import PromptTokenizer
+
+    config = ModelConfig.load(folder)
+    statistics = load_statistics(folder, config.head.action_dim, config.std_epsilon)
+    limits, own = load_limits(folder, config.vision), checkpoint_embodiment(folder)
+    PromptTokenizer.load(folder, config.tokens, config.text.vocab_size)
+    return config, statistics, limits, own
 
 
 def _parameters(stored: Mapping[str, StoredTensor]) -> dict[str, int]:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
+import sys
+import threading
+import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -47,6 +52,17 @@ def serve(
     tls_cert: Annotated[Path | None, typer.Option(metavar="FILE.pem", help="Certificate, for wss://.")] = None,
     tls_key: Annotated[Path | None, typer.Option(metavar="FILE.pem", help="Its private key.")] = None,
     max_clients: Annotated[int, typer.Option(min=1, help="Connected at once.")] = 32,
+    max_clients_per_key: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of them, with one key; by default all but two places for each other key."),
+    ] = None,
+    max_inference_s: Annotated[
+        float, typer.Option(min=0.1, help="Seconds; /healthz is 503 while one inference takes longer.")
+    ] = 30.0,
+    host_name: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Another name of this machine, for its pages without keys; may be repeated."),
+    ] = None,
     max_rate: Annotated[float, typer.Option(min=0.1, help="Requests per second of one client.")] = 200.0,
     legacy_pickle: Annotated[
         bool, typer.Option("--legacy-pickle", help="Also speak the released TCP protocol, through a safe unpickler.")
@@ -85,6 +101,9 @@ def serve(
         allow_anyone=allow_anyone,
         tls=tls_context(tls_cert, tls_key),
         max_clients=max_clients,
+        max_clients_per_key=max_clients_per_key,
+        max_inference_s=max_inference_s,
+        host_names=tuple(host_name or ()),
         max_message_bytes=max_message_mb << 20,
         max_requests_per_s=max_rate,
         max_prefix=max_prefix,
@@ -119,8 +138,9 @@ def _gpus_per_replica(device: str) -> int:
     return int(resolve_device(device).type == "cuda")
 
 
-def run(server: Server) -> None:
-    """Serve until SIGTERM or SIGINT; a second one ends the process at once."""
+def run(server: Server, announce: Callable[[int], None] | None = None) -> None:
+    """Serve until SIGTERM or SIGINT, and end within the server's drain_s of it, whatever its threads are at; a second
+    one ends the process at once. announce: told the port once it is open; None prints where the server is."""
     import asyncio
 
     async def until_signal() -> None:
@@ -128,15 +148,48 @@ def run(server: Server) -> None:
         loop = asyncio.get_running_loop()
 
         def shut_down() -> None:
+            _end_within(server.config.drain_s)
             stop.set()
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.remove_signal_handler(number)
+                signal.signal(number, signal.SIG_DFL)
 
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, shut_down)
-        await server.run(stop, lambda port: _announce(server, port))
+        await server.run(stop, announce or (lambda port: _announce(server, port)))
 
+    # Of whatever pictures clients send; each text is remembered for good.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     asyncio.run(until_signal())
+    # Taking Python down takes seconds with torch in it, and a thread that is at work would go on in the ruins.
+    is_idle = all(thread.name != "xr0-engine" for thread in threading.enumerate())
+    if not is_idle:
+        # One that was still being loaded owes nobody an answer.
+        _end_now(int(server.metadata is not None), "the engine did not end in time")
+    _end_now(0)
+
+
+MARGIN_S = 0.3
+"""Before the time is up."""
+
+
+def _end_within(seconds: float) -> None:
+    """Have the process end by then."""
+    reason = f"not done {seconds - MARGIN_S:g} s after it was told to end"
+    timer = threading.Timer(max(seconds - MARGIN_S, 0.1), _end_now, (1, reason))
+    timer.daemon = True
+    timer.start()
+    # A thread needs Python's lock; the kernel does not.
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+
+
+def _end_now(status: int, reason: str | None = None) -> NoReturn:
+    if reason:
+        logging.getLogger("xr0_engine.serve").error("%s: the process ends without it", reason)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _announce(server: Server, port: int) -> None:

@@ -9,7 +9,6 @@ the tied LM head included, and always runs window and offset.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -21,7 +20,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from xr0_engine.checkpoint import EXAMPLE_TASKS, all_or_nothing, write_weights
+from xr0_engine.checkpoint import EXAMPLE_TASKS, write_weights
 from xr0_engine.config import HEAD_SIZES, VARIANT, ModelConfig, read_hf_config
 from xr0_engine.exchange.importing import EMBEDDINGS, MODES, read_settings, refuse_occupied
 from xr0_engine.files import PROCESSOR_FILE, read_json
@@ -38,6 +37,7 @@ from xr0_engine.robot.limits import load_limits
 from xr0_engine.robot.normalize import ACTIVE_STD, STATISTICS_FILE, load_statistics
 from xr0_engine.robot.prompt import PromptTokenizer
 from xr0_engine.types import CheckpointError
+from xr0_engine.whole import whole_file, whole_folder
 
 DTYPE = torch.bfloat16
 RELEASED_STEPS = 5
@@ -76,7 +76,7 @@ def to_released(checkpoint: str | Path, out: Path, like: Path) -> list[str]:
     ours = config.to_hf()
     described = {**released, **{key: ours[key] for key in (*HEAD_SIZES, *KEPT_KEYS)}}
     num_bytes = sum(torch.Size(shape).numel() for shape in shapes.values()) * DTYPE.itemsize
-    with all_or_nothing(out, num_bytes) as target:
+    with whole_folder(out, num_bytes) as target:
         for file in sorted(like.iterdir()):
             if file.is_file() and file.suffix in COMPANIONS and not REPLACED.fullmatch(file.name):
                 shutil.copy(file, target / file.name)
@@ -111,13 +111,8 @@ def to_released_pt(checkpoint: str | Path, out: Path) -> list[str]:
     state = {TRAINING_PREFIX + name: _tensor(places[name]) for name in shapes}
     # The released code loads strictly, and its model has the tied head under a name of its own.
     state[TRAINING_PREFIX + TIED_LM_HEAD] = state[TRAINING_PREFIX + EMBEDDINGS]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.partial")
-    try:
+    with whole_file(out) as partial:
         torch.save({"module": state}, partial)
-        os.replace(partial, out)
-    finally:
-        partial.unlink(missing_ok=True)
     told = [f"load it by model.params.model.pretrained={out}", "mean and std go into its data configuration by hand"]
     if trained.local_window is None:
         told.append(

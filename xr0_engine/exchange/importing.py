@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xr0_engine.checkpoint import all_or_nothing, write_weights
+from xr0_engine.checkpoint import write_weights
 from xr0_engine.config import TRAINED_PREFIX, ModelConfig
 from xr0_engine.exchange.pickled import Weights, read_weights
 from xr0_engine.exchange.recipe import Recipe, find_recipe, read_action_config
@@ -28,6 +28,7 @@ from xr0_engine.robot.layouts import BIMANUAL
 from xr0_engine.robot.limits import load_limits
 from xr0_engine.robot.normalize import STATISTICS_FILE, load_statistics
 from xr0_engine.types import CheckpointError
+from xr0_engine.whole import whole_folder
 
 EMBEDDINGS = "vlm.model.language_model.embed_tokens.weight"
 TOKENIZER_FILES = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template")
@@ -90,7 +91,7 @@ def import_released(source: Path, out: Path, like: str | Path, options: ImportOp
     preprocessor = {**settings, **limits.to_hf(), "action_config": action_config}
     dtype = IMPORT_DTYPES[options.dtype]
     num_bytes = sum(torch.Size(shape).numel() for shape in shapes.values()) * dtype.itemsize
-    with all_or_nothing(out, num_bytes) as target:
+    with whole_folder(out, num_bytes) as target:
         (target / "config.json").write_text(json.dumps(config.to_hf(), indent=2), encoding="utf-8")
         (target / STATISTICS_FILE).write_text(json.dumps(preprocessor), encoding="utf-8")
         _check_statistics(target, config, told_by)

@@ -13,9 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from xr0_engine.files import read_json, refuse_pointer
+from xr0_engine.files import YAML_BYTES, read_bytes, read_json, read_yaml
 from xr0_engine.types import CheckpointError
 
 RECIPE_FILES = ("config.py", "config.yaml")
@@ -114,14 +112,9 @@ def _at(values: Any, place: tuple[str, ...]) -> Mapping[str, Any]:
 
 
 def _read_values(file: Path) -> Any:
-    refuse_pointer(file)
-    text = file.read_text(encoding="utf-8", errors="replace")
     if file.suffix == ".py":
-        return _literals(file, text)
-    try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise CheckpointError(f"{file} is no YAML of plain values: {error}") from None
+        return _literals(file, read_bytes(file, most_bytes=YAML_BYTES).decode("utf-8", errors="replace"))
+    return read_yaml(file, CheckpointError)
 
 
 def _literals(file: Path, text: str) -> dict[str, Any]:

@@ -14,20 +14,66 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any, TextIO, get_args
+
+from xr0_engine.executor.settings import MAX_LOOP_HZ, Mode
+from xr0_engine.files import is_number, json_lines
+from xr0_engine.types import FileError
 
 VERSION = 1
-FIELDS = {
-    "session": {"version", "title", "settings", "layout", "width"},
-    "inference": {"number", "time_s", "observed_s", "first_step", "prefix_length"},
-    "chunk": {"number", "time_s", "finished_s", "first_step", "takeover", "prefix_length", "late", "rows"},
-    "lost": {"number", "time_s", "reason", "detail"},
-    "step": {"step", "time_s", "source", "chunk", "index", "row", "clipped"},
-    "missed": {"first", "count"},
-    "clock": {"time_s"},
-    "report": {"counts", "jitter", "delay", "seams", "inner", "last_error", "ended"},
+WIDEST = 1024
+"""Columns of an action; released policies have 32."""
+LARGEST = 1e12
+"""Of steps, numbers and seconds: 30,000 years."""
+OR_NULL = " or null"
+FIELDS: dict[str, dict[str, str]] = {
+    "session": {
+        "version": "whole",
+        "title": "text",
+        "settings": "settings",
+        "layout": "text",
+        "width": "width",
+    },
+    "inference": {
+        "number": "whole",
+        "time_s": "number",
+        "observed_s": "number",
+        "first_step": "whole",
+        "prefix_length": "whole",
+    },
+    "chunk": {
+        "number": "whole",
+        "time_s": "number",
+        "finished_s": "number",
+        "first_step": "whole",
+        "takeover": "whole or null",
+        "prefix_length": "whole",
+        "late": "whole",
+        "rows": "rows",
+    },
+    "lost": {"number": "whole", "time_s": "number", "reason": "text", "detail": "text or null"},
+    "step": {
+        "step": "whole",
+        "time_s": "number",
+        "source": "text",
+        "chunk": "whole or null",
+        "index": "whole or null",
+        "row": "row",
+        "clipped": "any",
+    },
+    "missed": {"first": "whole", "count": "whole"},
+    "clock": {"time_s": "number"},
+    "report": {
+        "counts": "counts",
+        "jitter": "any",
+        "delay": "any",
+        "seams": "any",
+        "inner": "any",
+        "last_error": "any",
+        "ended": "any",
+    },
 }
-"""Kind of line -> what it holds."""
+"""Kind of line -> what it holds -> of which kind: see _is_right."""
 
 
 class Recorder:
@@ -85,35 +131,53 @@ class Recording:
 def read_recording(path: Path) -> Recording:
     """Read what Recorder wrote; a last line that was cut off is left out.
 
-    Raises ValueError that names the file and the line at fault, OSError if it cannot be read.
+    Raises FileError, a ValueError, that names the file and the line at fault, OSError if it cannot be read.
     """
     header: dict[str, Any] | None = None
     lines: dict[str, list[dict[str, Any]]] = {kind: [] for kind in FIELDS}
-    with path.open(encoding="utf-8", errors="strict") as file:
-        for number, text in enumerate(file, start=1):
-            if not text.endswith("\n"):
-                break
-            line = _parse(path, number, text)
-            if header is None:
-                if line.get("kind") != "session" or line.get("version") != VERSION:
-                    raise ValueError(f"{path}: expected a session of version {VERSION}, got {text[:80].strip()!r}")
-                header = line
-            kind = line.get("kind")
-            if kind not in FIELDS:
-                raise ValueError(f"{path}, line {number}: expected one of {', '.join(FIELDS)}, got {kind!r}")
-            if missing := FIELDS[kind] - line.keys():
-                raise ValueError(f"{path}, line {number}: {kind} lacks {', '.join(sorted(missing))}")
-            lines[kind].append(line)
+    for number, line in json_lines(path, FileError):
+        kind = line.get("kind")
+        if header is None:
+            if kind != "session" or line.get("version") != VERSION:
+                raise FileError(f"{path}: expected a session of version {VERSION}, got {line!r:.80}")
+            header = line
+        if not isinstance(kind, str) or kind not in FIELDS:
+            raise FileError(f"{path}, line {number}: expected one of {', '.join(FIELDS)}, got {kind!r:.80}")
+        if missing := FIELDS[kind].keys() - line.keys():
+            raise FileError(f"{path}, line {number}: {kind} lacks {', '.join(sorted(missing))}")
+        for name, expected in FIELDS[kind].items():
+            if not _is_right(expected, line[name], header["width"]):
+                raise FileError(f"{path}, line {number}: {kind}: {name}: expected {expected}, got {line[name]!r:.80}")
+        lines[kind].append(line)
     if header is None:
-        raise ValueError(f"{path}: expected a session, got an empty file")
+        raise FileError(f"{path}: expected a session, got an empty file")
     return Recording(header, lines)
 
 
-def _parse(path: Path, number: int, text: str) -> dict[str, Any]:
-    try:
-        line = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{path}, line {number}: not valid JSON: {error}") from None
-    if not isinstance(line, dict):
-        raise ValueError(f"{path}, line {number}: expected an object, got {text[:80].strip()!r}")
-    return line
+def _is_right(expected: str, value: Any, width: Any) -> bool:
+    """Whether a value is what FIELDS says. width: the session's."""
+    if expected.endswith(OR_NULL):
+        return value is None or _is_right(expected.removesuffix(OR_NULL), value, width)
+    if expected == "text":
+        return isinstance(value, str)
+    if expected == "width":
+        return type(value) is int and 1 <= value <= WIDEST
+    if expected == "whole":
+        return type(value) is int and -LARGEST <= value <= LARGEST
+    if expected == "number":
+        return is_number(value) and -LARGEST <= value <= LARGEST
+    if expected == "settings":
+        return isinstance(value, dict) and _are_settings(value)
+    if expected == "counts":
+        return isinstance(value, dict) and all(_is_right("whole", count, width) for count in value.values())
+    if expected == "row":
+        return isinstance(value, list) and len(value) == width and all(map(is_number, value))
+    if expected == "rows":
+        return isinstance(value, list) and all(_is_right("row", row, width) for row in value)
+    return True
+
+
+def _are_settings(value: dict[str, Any]) -> bool:
+    """Those that a reader goes by; the others are for people."""
+    rate_hz, mode = value.get("rate_hz"), value.get("mode")
+    return is_number(rate_hz) and 0 < rate_hz <= MAX_LOOP_HZ and mode in get_args(Mode)

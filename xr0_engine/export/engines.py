@@ -13,11 +13,11 @@ from typing import Any, BinaryIO
 
 import onnx
 
-from xr0_engine.checkpoint import all_or_nothing
 from xr0_engine.export.layers import parse_layers, summarise
 from xr0_engine.exported.integrity import remember
 from xr0_engine.exported.manifest import MANIFEST_FILE, EngineManifest, Manifest, changed_files, record_files, sha256
 from xr0_engine.exported.tensorrt_stage import load_library, make_logger
+from xr0_engine.whole import whole_folder
 
 TARGETS = {"rtx4090": "8.9", "rtx5090": "12.0", "a100": "8.0"}
 """Target -> compute capability; `local` is the GPU that is here."""
@@ -61,7 +61,7 @@ def build_engines(
     capability = TARGETS.get(target) or _local_capability()
     weights = {key: _weight_bytes(folder / name) for key, name in graphs.items()}
     _check_memory(max(weights.values()))
-    with all_or_nothing(out, sum(weights.values())) as partial:
+    with whole_folder(out, sum(weights.values())) as partial:
         # TensorRT for RTX times nothing here: it chooses kernels on the GPU, when the engine is first run.
         cache = partial / TIMING_CACHE
         if builder == "tensorrt":

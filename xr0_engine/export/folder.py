@@ -12,7 +12,6 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from xr0_engine.checkpoint import all_or_nothing
 from xr0_engine.config import ModelConfig
 from xr0_engine.export.graph import OPSET, WEIGHTS_FILE, Graph, WeightFile
 from xr0_engine.export.inputs import INSTRUCTION, observations
@@ -32,7 +31,7 @@ from xr0_engine.model.dit import ActionHead
 from xr0_engine.model.vision import VisionTower
 from xr0_engine.model.weights import (
     StoredTensor,
-    check_tensors,
+    check_model,
     checkpoint_shapes,
     fill_parameters,
     read_index,
@@ -42,6 +41,7 @@ from xr0_engine.robot.embodiment import load_embodiment
 from xr0_engine.robot.normalize import STATISTICS_FILE, ActionStatistics
 from xr0_engine.robot.preprocess import Preprocessor
 from xr0_engine.robot.prompt import TOKENIZER_FILE
+from xr0_engine.whole import whole_folder
 
 STAGES = {"vision": add_vision, "prefill": add_prefill, "flow": add_flow, "step": add_step}
 SPARE_TOKENS = 16
@@ -73,7 +73,7 @@ def export_onnx(
     folder = resolve_checkpoint(checkpoint)
     preprocess = Preprocessor.load(folder, None if case.profile is None else load_embodiment(case.profile))
     config, stored = preprocess.config, read_index(folder)
-    check_tensors(stored, checkpoint_shapes(config))
+    check_model(config, stored)
     shapes = static_shapes(preprocess, case, tokens)
     statistics = preprocess.statistics[case.robot_type]
     robot_types = _robot_types(preprocess, case)
@@ -85,7 +85,7 @@ def export_onnx(
         "checkpoint_sha256": checkpoint_sha256,
         "precision": precision,
     }
-    with all_or_nothing(out, _needed_bytes(config, stages, PRECISIONS[precision])) as partial:
+    with whole_folder(out, _needed_bytes(config, stages, PRECISIONS[precision])) as partial:
         written = write_graphs(config, stored, shapes, precision, partial, stages, metadata)
         for name in ("config.json", TOKENIZER_FILE):
             shutil.copyfile(folder / name, partial / name)

@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from xr0_engine.env import cache_dir
 from xr0_engine.exported.manifest import READ_BYTES, FileRecord, check_sizes
+from xr0_engine.whole import write_whole
 
 FOLDER = "checked"
 SUM = "sha256"
@@ -100,9 +99,4 @@ def _recall(path: Path) -> str | None:
 def _store(path: Path, version: Mapping[str, object], sum_: str) -> None:
     # A cache that cannot be written costs time at the next start, and nothing else.
     with contextlib.suppress(OSError, ValueError, RuntimeError):
-        note = _note(path)
-        note.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(dir=note.parent)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump({**version, SUM: sum_}, file)
-        os.replace(partial, note)
+        write_whole(_note(path), json.dumps({**version, SUM: sum_}))

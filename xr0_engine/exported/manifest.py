@@ -19,12 +19,17 @@ from typing import Any, TypeVar
 
 import torch
 
-from xr0_engine.files import pointer_fault, read_json
+from xr0_engine.files import pointer_fault, read_json, reading, section, text, whole
+from xr0_engine.part_configs import STEPS
+from xr0_engine.types import FileError
 
 MANIFEST_FILE = "manifest.json"
 SCHEMA = 1
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 READ_BYTES = 2**24
+LARGEST_BATCH = 1 << 12
+LARGEST_SIDE = 1 << 16
+"""Pixels and patches of an image, and tokens of a prompt."""
 
 Self = TypeVar("Self", bound="_Json")
 
@@ -82,25 +87,24 @@ class _Json:
 
     @classmethod
     def read(cls: type[Self], folder: Path) -> Self:
-        """Raises ValueError if the manifest is missing, foreign or corrupt."""
+        """Raises FileError, a ValueError, if the manifest is missing, foreign or corrupt."""
         path = folder / MANIFEST_FILE
         if not path.is_file():
-            raise ValueError(f"{folder} holds no {MANIFEST_FILE}: not a folder that `xr0 export` wrote")
-        content = read_json(path)
+            raise FileError(f"{folder} holds no {MANIFEST_FILE}: not a folder that `xr0 export` wrote")
+        content = read_json(path, FileError)
         if not isinstance(content, dict) or content.pop("format", None) != cls.FORMAT:
-            raise ValueError(f"{path} is foreign: its format is not {cls.FORMAT!r}")
+            raise FileError(f"{path} is foreign: its format is not {cls.FORMAT!r}")
         schema = content.pop("schema", None)
         if schema != SCHEMA:
-            raise ValueError(f"{path} has schema {schema!r}; this version reads {SCHEMA}")
+            raise FileError(f"{path} has schema {schema!r:.80}; this version reads {SCHEMA}")
         names = {field.name for field in fields(cls)}  # type: ignore[arg-type]
         if content.keys() != names:
-            raise ValueError(
-                f"{path} is corrupt: missing {sorted(names - content.keys())}, unknown {sorted(content.keys() - names)}"
+            raise FileError(
+                f"{path} is corrupt: missing {sorted(names - content.keys())}, unknown "
+                f"{sorted(content.keys() - names)!r:.200}"
             )
-        try:
+        with reading(path, FileError, "; it is corrupt: export again"):
             return cls._from_json(content)
-        except (TypeError, ValueError, KeyError, AttributeError) as error:
-            raise ValueError(f"{path} is corrupt: {type(error).__name__}: {error}") from None
 
     def write(self, folder: Path) -> None:
         content = {"format": self.FORMAT, "schema": SCHEMA, **asdict(self)}  # type: ignore[call-overload]
@@ -139,24 +143,32 @@ class Manifest(_Json):
 
     @classmethod
     def _from_json(cls, content: dict[str, Any]) -> Manifest:
-        case, shapes = content["case"], content["shapes"]
-        if content["precision"] not in PRECISIONS:
-            raise ValueError(f"precision {content['precision']!r}")
-        height, width = case["image_size"]
+        case, shapes = section(content, "case"), section(content, "shapes")
+        if text(content, "precision") not in PRECISIONS:
+            raise ValueError(f"precision {content['precision']!r:.80}")
         return cls(
-            **content
-            | {
-                "case": ExportCase(**case | {"image_size": (int(height), int(width))}),
-                "shapes": StaticShapes(
-                    grids=tuple((int(height), int(width)) for height, width in shapes["grids"]),
-                    batch=int(shapes["batch"]),
-                    chunk_length=int(shapes["chunk_length"]),
-                    tokens=tuple(int(size) for size in shapes["tokens"]),
+            precision=text(content, "precision"),
+            opset=whole(content, "opset", least=1, most=1000),
+            case=ExportCase(
+                name=text(case, "name"),
+                robot_type=text(case, "robot_type"),
+                image_size=_pair("image_size", case["image_size"]),
+                batch=whole(case, "batch", 1, 1, LARGEST_BATCH),
+                profile=None if case.get("profile") is None else text(case, "profile"),
+            ),
+            shapes=StaticShapes(
+                grids=tuple(_pair("grids", grid) for grid in _list(shapes, "grids")),
+                batch=whole(shapes, "batch", least=1, most=LARGEST_BATCH),
+                chunk_length=whole(shapes, "chunk_length", least=1, most=STEPS[1]),
+                tokens=tuple(
+                    whole({"tokens": size}, "tokens", None, 1, LARGEST_SIDE) for size in _list(shapes, "tokens")
                 ),
-                "robot_types": tuple(map(str, content["robot_types"])),
-                "stages": _stages(content),
-                "files": _files(content),
-            }
+            ),
+            robot_types=tuple(text({"robot_types": name}, "robot_types") for name in _list(content, "robot_types")),
+            checkpoint=text(content, "checkpoint"),
+            checkpoint_sha256=text(content, "checkpoint_sha256"),
+            stages=_stages(content),
+            files=_files(content),
         )
 
 
@@ -181,7 +193,14 @@ class EngineManifest(_Json):
 
     @classmethod
     def _from_json(cls, content: dict[str, Any]) -> EngineManifest:
-        return cls(**content | {"stages": _stages(content), "files": _files(content)})
+        words = ("builder", "builder_version", "target", "compute_capability", "export_sha256")
+        facts = section(content, "facts")
+        return cls(
+            **{name: text(content, name) for name in words},
+            facts={stage: section(facts, stage) for stage in facts},
+            stages=_stages(content),
+            files=_files(content),
+        )
 
 
 def stage_key(stage: str, tokens: int) -> str:
@@ -229,8 +248,24 @@ def checkpoint_hash(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def _pair(name: str, value: Any) -> tuple[int, int]:
+    if not isinstance(value, list) or len(value) != 2:
+        raise TypeError(f"{name} is {value!r:.80}, not two whole numbers")
+    height, width = (whole({name: side}, name, None, 1, LARGEST_SIDE) for side in value)
+    return height, width
+
+
+def _list(values: Mapping[str, Any], name: str) -> list[Any]:
+    """Of at least one."""
+    value = values[name]
+    if not isinstance(value, list) or not value:
+        raise TypeError(f"{name} is {value!r:.80}, not a list of at least one")
+    return value
+
+
 def _stages(content: Mapping[str, Any]) -> dict[str, str]:
-    stages = {str(key): str(name) for key, name in content["stages"].items()}
+    named = section(content, "stages")
+    stages = {key: text(named, key) for key in named}
     strange = [name for name in stages.values() if name not in content["files"]]
     if strange:
         raise ValueError(f"stages name files that are not listed: {strange}")
@@ -238,7 +273,9 @@ def _stages(content: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _files(content: Mapping[str, Any]) -> dict[str, FileRecord]:
-    records = {name: FileRecord(int(raw["bytes"]), str(raw["sha256"])) for name, raw in content["files"].items()}
+    listed = section(content, "files")
+    raws = {name: section(listed, name) for name in listed}
+    records = {name: FileRecord(whole(raw, "bytes", least=0), text(raw, "sha256")) for name, raw in raws.items()}
     outside = [name for name in records if Path(name).name != name]
     if outside:
         raise ValueError(f"files outside of the folder: {outside}")

@@ -27,7 +27,7 @@ from xr0_engine.env import emulated_arch
 from xr0_engine.fused.selfcheck import MARK, NOT_FINITE
 from xr0_engine.fused.tactics import TacticTable, tactics_for
 from xr0_engine.fused.verdict import Verdict, identity_of, keep, recall, verdict_path
-from xr0_engine.model.weights import check_tensors, checkpoint_shapes, read_index
+from xr0_engine.model.weights import check_model, read_index
 
 TIME_LIMIT_S = 300
 """Most of a first check is the compilation of some sixty kernels. Longer is a hang."""
@@ -78,7 +78,7 @@ def check_now(device: torch.device, dtype: str, table: TacticTable, checkpoint: 
     config = None
     if checkpoint is not None:
         config = ModelConfig.load(checkpoint)
-        check_tensors(read_index(checkpoint), checkpoint_shapes(config))
+        check_model(config, read_index(checkpoint))
     subject = "a seeded model" if checkpoint is None else "the checkpoint's first layers"
     told = f"checking the GPU kernels on {subject} (once for this GPU and driver; most of it is compiling) ..."
     Console(stderr=True, highlight=False, soft_wrap=True).print(told)

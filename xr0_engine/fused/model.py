@@ -16,7 +16,7 @@ from xr0_engine.fused.session import FlowSession, Session
 from xr0_engine.fused.tactics import TacticTable
 from xr0_engine.model.flow import Trace
 from xr0_engine.model.kept import Kept
-from xr0_engine.model.network import Grids, Mark, unmarked
+from xr0_engine.model.network import Grids, Mark, own_arithmetic, unmarked
 from xr0_engine.model.xr0 import XR0Model
 from xr0_engine.robot.patches import made_on
 from xr0_engine.types import KVBlock, ModelInputs, VisionTokens
@@ -40,13 +40,13 @@ class FusedModel(FusedParts):
         pinned = place.type != self.device.type
         return torch.empty(shape, dtype=self.dtype, device=place, pin_memory=pinned)
 
-    @torch.inference_mode()
+    @own_arithmetic
     def encode_images(self, inputs: ModelInputs) -> VisionTokens:
         buffers = self.vision.buffers(inputs.image_grids)
         self.vision.run(self.ops(), inputs.pixel_values.to(self.device, self.dtype), buffers)
         return VisionTokens(buffers.tokens[0], tuple(tap[0] for tap in buffers.deepstack))
 
-    @torch.inference_mode()
+    @own_arithmetic
     def prefill(self, inputs: ModelInputs, vision: VisionTokens) -> KVBlock:
         """As Network.prefill; the block lies as the inputs do, padded on the left."""
         session = self.session(inputs)
@@ -56,7 +56,7 @@ class FusedModel(FusedParts):
         next_position = session.flow_inputs.next_position.long()
         return KVBlock(keys, values, mask, next_position, inputs.action_mask.to(self.device, torch.float32))
 
-    @torch.inference_mode()
+    @own_arithmetic
     def sample(
         self, kv: KVBlock, state: Tensor, noise: Tensor, prefix: Tensor, prefix_length: Tensor, trace: Trace = None
     ) -> Tensor:
@@ -69,7 +69,7 @@ class FusedModel(FusedParts):
 
         return self._flows.get(key, make).sample(kv, state, noise, prefix, prefix_length, trace)
 
-    @torch.inference_mode()
+    @own_arithmetic
     def step(
         self, inputs: ModelInputs, noise: Tensor, prefix: Tensor, prefix_length: Tensor, mark: Mark = unmarked
     ) -> Tensor:

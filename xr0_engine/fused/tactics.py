@@ -14,11 +14,16 @@ from typing import Any, get_args
 import torch
 
 from xr0_engine.env import cache_dir
-from xr0_engine.files import write_whole
+from xr0_engine.files import flag, number, parse_json, read_bytes, reading, section, text, whole
 from xr0_engine.fused.backends import capability
 from xr0_engine.fused.ops import Flow, Tactic
+from xr0_engine.kernels.arguments import Schedule
+from xr0_engine.types import FileError
+from xr0_engine.whole import write_whole
 
 SCHEMA = 1
+LARGEST = 1 << 12
+"""Of a block, a number of warps, stages, programs or layers."""
 
 
 @dataclass(frozen=True)
@@ -86,27 +91,56 @@ def own_folder() -> Path:
 
 def read_tactics(path: Path) -> TacticTable:
     """Raises ValueError that names the file for anything but a table of this schema."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content.pop("schema") != SCHEMA:
-            raise ValueError(f"expected schema {SCHEMA}")
-        known = {part.name for part in fields(Tactic)}
-        for key, value in content["tactics"].items():
-            if unknown := set(value) - known:
-                raise ValueError(f"{key}: unknown {sorted(unknown)}")
-        tactics = {key: Tactic(**value) for key, value in content.pop("tactics").items()}
-        table = TacticTable(tactics=tactics, **content)
+    data = read_bytes(path, FileError)
+    with reading(f"{path} is no tactic table", FileError, "; `xr0 bench tune` makes one"):
+        content = parse_json(data)
+        if whole(content, "schema") != SCHEMA:
+            raise ValueError(f"expected schema {SCHEMA}, got {content['schema']}")
+        known = {part.name for part in fields(TacticTable)} | {"schema"}
+        if unknown := content.keys() - known:
+            raise ValueError(f"unknown {sorted(unknown)!r:.80}")
+        table = TacticTable(
+            gpu=text(content, "gpu"),
+            tactics={key: _tactic(key, value) for key, value in section(content, "tactics").items()},
+            overlap=content.get("overlap", False),
+            measured=section(content, "measured"),
+            environment=section(content, "environment"),
+            flow=content.get("flow", "chained"),
+            ahead=content.get("ahead", False),
+            programs=content.get("programs"),
+            predicted=flag(content, "predicted", False),
+        )
         if table.flow not in get_args(Flow):
-            raise ValueError(f"flow: expected {' or '.join(get_args(Flow))}, got {table.flow!r}")
-        if table.programs is not None and (not isinstance(table.programs, int) or table.programs < 1):
-            raise ValueError(f"programs: expected a number of at least 1 or null, got {table.programs!r}")
+            raise ValueError(f"flow: expected {' or '.join(get_args(Flow))}, got {table.flow!r:.80}")
+        if table.programs is not None and not (type(table.programs) is int and 1 <= table.programs <= LARGEST):
+            raise ValueError(f"programs: expected a number of at least 1 or null, got {table.programs!r:.80}")
         if not isinstance(table.ahead, bool):
-            raise ValueError(f"ahead: expected true or false, got {table.ahead!r}")
-        if not isinstance(table.overlap, int) or table.overlap < 0:
-            raise ValueError(f"overlap: expected true, false or a number of layers, got {table.overlap!r}")
+            raise ValueError(f"ahead: expected true or false, got {table.ahead!r:.80}")
+        if not (isinstance(table.overlap, int) and 0 <= table.overlap <= LARGEST):
+            raise ValueError(f"overlap: expected true, false or a number of layers, got {table.overlap!r:.80}")
+        for key in table.measured:
+            times = section(table.measured, key)
+            for candidate in times:
+                number(times, candidate, least=0)
         return table
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no tactic table: {error}; `xr0 bench tune` makes one") from None
+
+
+def _tactic(key: str, value: Any) -> Tactic:
+    """One of a table. Raises ValueError or TypeError that names key and field."""
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{key} is {value!r:.80}, not an object")
+    known = {part.name: part.default for part in fields(Tactic)}
+    if unknown := value.keys() - known.keys():
+        raise ValueError(f"{key}: unknown {sorted(unknown)!r:.80}")
+    for name, given in value.items():
+        if name == "schedule":
+            if given not in get_args(Schedule):
+                raise ValueError(f"{key}: schedule: expected one of {', '.join(get_args(Schedule))}, got {given!r:.80}")
+        elif isinstance(known[name], bool):
+            flag(value, name)
+        else:
+            whole(value, name, None, 0, LARGEST)
+    return Tactic(**value)
 
 
 def write_tactics(table: TacticTable, path: Path) -> None:

@@ -19,8 +19,8 @@ from xr0_engine import __version__
 from xr0_engine.comparison import Comparison
 from xr0_engine.config import ModelConfig
 from xr0_engine.env import cache_dir, emulated_arch
-from xr0_engine.files import write_whole
 from xr0_engine.fused.tactics import TacticTable
+from xr0_engine.whole import write_whole
 
 SCHEMA = 1
 FOLDER = "selfcheck"

@@ -17,7 +17,7 @@ Trace: TypeAlias = list[Tensor] | None
 
 def flow_times(steps: int) -> Tensor:
     """(steps,) float32: where the velocity is evaluated, 0, 1/steps, ..., 1 - 1/steps."""
-    return torch.arange(steps, dtype=torch.float32) / steps
+    return torch.arange(steps, dtype=torch.float32, device="cpu") / steps
 
 
 def training_pair(noise: Tensor, action: Tensor, t: Tensor, is_prefix: Tensor) -> tuple[Tensor, Tensor]:

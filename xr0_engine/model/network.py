@@ -5,8 +5,10 @@ XR0Model has it by PyTorch's operators, fused.FusedModel by our kernels, exporte
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from typing import Protocol, TypeAlias
+from functools import wraps
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,8 +24,45 @@ Mark = Callable[[str], None]
 Grids: TypeAlias = tuple[tuple[int, int], ...]
 
 
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def own_arithmetic(method: Method) -> Method:
+    """For a Network's methods: no autograd, and no autocast that a caller has switched on for a model of his own."""
+
+    @wraps(method)
+    def run(self: Network, *given: Any, **named: Any) -> Any:
+        with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
+            return method(self, *given, **named)
+
+    return run  # type: ignore[return-value]
+
+
 def unmarked(stage: str) -> None:
     """A Mark for those who do not ask."""
+
+
+class StageClock:
+    """Wall-clock milliseconds from mark to mark. wait: called before each, for work that is still under way."""
+
+    def __init__(self, wait: Callable[[], object] = lambda: None) -> None:
+        self._wait = wait
+        self._marks = [("start", self._now())]
+
+    def mark(self, stage: str) -> None:
+        self._marks.append((stage, self._now()))
+
+    def finish(self) -> dict[str, float]:
+        """Stage -> its time; `total`."""
+        spans = {
+            stage: 1e3 * (end - begin)
+            for (_, begin), (stage, end) in zip(self._marks[:-1], self._marks[1:], strict=True)
+        }
+        return spans | {"total": 1e3 * (self._marks[-1][1] - self._marks[0][1])}
+
+    def _now(self) -> float:
+        self._wait()
+        return time.perf_counter()
 
 
 class Network(Protocol):
@@ -65,7 +104,7 @@ class Network(Protocol):
 
 def full_buffer(vision: VisionConfig, grids: Grids, dtype: torch.dtype) -> Tensor:
     """Network.patch_buffer of a network that multiplies whole patches: (P, patch_dim) on the host."""
-    return torch.empty(sum(height * width for height, width in grids), vision.patch_dim, dtype=dtype)
+    return torch.empty(sum(height * width for height, width in grids), vision.patch_dim, dtype=dtype, device="cpu")
 
 
 def whole_patches(pixel_values: Tensor, vision: VisionConfig) -> Tensor:

@@ -150,8 +150,8 @@ class VisionTower(nn.Module):
         rows, columns = rows[order], columns[order]
 
         # Bilinear resampling of the learned side x side grid, corners aligned.
-        y = torch.linspace(0, side - 1, height, device=device)[rows]
-        x = torch.linspace(0, side - 1, width, device=device)[columns]
+        y = torch.linspace(0, side - 1, height, dtype=torch.float32, device=device)[rows]
+        x = torch.linspace(0, side - 1, width, dtype=torch.float32, device=device)[columns]
         top, left = y.long(), x.long()
         bottom, right = (top + 1).clamp(max=side - 1), (left + 1).clamp(max=side - 1)
         dy, dx = (y - top).unsqueeze(1), (x - left).unsqueeze(1)

@@ -18,22 +18,26 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from xr0_engine.config import ModelConfig
-from xr0_engine.files import pointer_fault, read_json, refuse_pointer
+from xr0_engine.files import parse_json, pointer_fault, read_bytes, reading, section, text
 from xr0_engine.model.dit import ActionHead
 from xr0_engine.model.vlm import VLM
 from xr0_engine.model.xr0 import XR0Model
+from xr0_engine.part_configs import least_parameters
 from xr0_engine.types import CheckpointError
 
 INDEX_FILE = "model.safetensors.index.json"
 TIED_LM_HEAD = "vlm.lm_head.weight"
 TRAINING_PREFIX = "model."
+VLM_PREFIX = "vlm."
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 READ_WINDOW = 256 * 2**20
 """Bytes read through one memory map before it is reopened: a map's pages count as resident until it is closed."""
 MAX_NAMED = 12
 """Faults listed in one error before "and N more"."""
+MORE_THAN_STORED = 4
+"""How many times what is stored a configuration may describe and still have its missing tensors named one by one."""
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-HUB_FILES = ["*.json", "*.safetensors"]
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
 
 
 @dataclass(frozen=True)
@@ -93,12 +97,13 @@ def read_index(folder: Path) -> dict[str, StoredTensor]:
     """
     index = folder / INDEX_FILE
     if index.is_file():
-        refuse_pointer(index)
-        try:
-            weight_map = dict(read_json(index)["weight_map"])
-        except (KeyError, TypeError, ValueError):
-            raise CheckpointError(f"{index} is corrupt: expected JSON with a `weight_map`") from None
-        names = sorted(set(map(str, weight_map.values())))
+        data = read_bytes(index)
+        with reading(f"{index} is corrupt"):
+            content = parse_json(data)
+            if not isinstance(content, dict) or not isinstance(content.get("weight_map"), dict):
+                raise ValueError("expected JSON with a `weight_map`")
+            weight_map = section(content, "weight_map")
+            names = sorted({text(weight_map, key) for key in weight_map})
         outside = [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]
         if outside:
             raise CheckpointError(f"{index} names files that are no safetensors of this folder: {', '.join(outside)}")
@@ -158,11 +163,27 @@ def check_tensors(stored: Mapping[str, StoredTensor], expected: Mapping[str, tup
     _raise_if(faults, "the weights do not fit config.json")
 
 
+def check_model(config: ModelConfig, stored: Mapping[str, StoredTensor], complete: bool = True) -> None:
+    """check_tensors for all that config describes; complete: False for its VLM alone.
+
+    Raises CheckpointError, before any module is made, where config describes a model of another order of size.
+    """
+    least = least_parameters(config.text, config.vision, config.head if complete else None)
+    held = sum(place.num_elements for place in stored.values())
+    if least > MORE_THAN_STORED * held:
+        raise CheckpointError(
+            f"config.json describes a model of at least {least:,} parameters, the files hold {held:,}: its sizes "
+            "(layers, widths, vocab_size) are not those of these weights"
+        )
+    shapes = checkpoint_shapes(config)
+    check_tensors(stored, shapes if complete else {n: s for n, s in shapes.items() if n.startswith(VLM_PREFIX)})
+
+
 def load_model(
     config: ModelConfig, stored: Mapping[str, StoredTensor], device: torch.device, dtype: torch.dtype
 ) -> XR0Model:
     """A model with every parameter read from the checkpoint. Checks all names and shapes before reading any tensor."""
-    check_tensors(stored, checkpoint_shapes(config))
+    check_model(config, stored)
     with torch.device("meta"):
         model = XR0Model(config)
     model.allocate(device, dtype)

@@ -10,7 +10,7 @@ from xr0_engine.model.dit import ActionHead
 from xr0_engine.model.flow import Trace
 from xr0_engine.model.kept import Kept
 from xr0_engine.model.layers import pack_linears
-from xr0_engine.model.network import Grids, Mark, full_buffer, step_by_stages, unmarked, whole_patches
+from xr0_engine.model.network import Grids, Mark, full_buffer, own_arithmetic, step_by_stages, unmarked, whole_patches
 from xr0_engine.model.vlm import VLM, Preamble
 from xr0_engine.types import KVBlock, ModelInputs, VisionTokens
 
@@ -44,7 +44,7 @@ class XR0Model(nn.Module):
         self.requires_grad_(False)
         self.eval()
 
-    @torch.inference_mode()
+    @own_arithmetic
     def finish_loading(self) -> None:
         """Make the adaLN table of all layers and steps: the time MLP never runs again."""
         self._modulations = self.head.modulation_table()
@@ -52,12 +52,12 @@ class XR0Model(nn.Module):
     def patch_buffer(self, grids: Grids) -> Tensor:
         return full_buffer(self.config.vision, grids, self.dtype)
 
-    @torch.inference_mode()
+    @own_arithmetic
     def encode_images(self, inputs: ModelInputs) -> VisionTokens:
         patches = whole_patches(inputs.pixel_values.to(self.device, self.dtype), self.config.vision)
         return self.vlm.model.visual(patches, inputs.image_grids)
 
-    @torch.inference_mode()
+    @own_arithmetic
     def prefill(self, inputs: ModelInputs, vision: VisionTokens) -> KVBlock:
         language = self.vlm.model.language_model
         is_image = inputs.input_ids == self.config.tokens.image
@@ -77,7 +77,7 @@ class XR0Model(nn.Module):
         next_position = positions.masked_fill(~mask, -1).amax(-1) + 1
         return KVBlock(keys, values, mask, next_position, inputs.action_mask.to(self.device, torch.float32))
 
-    @torch.inference_mode()
+    @own_arithmetic
     def sample(
         self, kv: KVBlock, state: Tensor, noise: Tensor, prefix: Tensor, prefix_length: Tensor, trace: Trace = None
     ) -> Tensor:
@@ -95,7 +95,7 @@ class XR0Model(nn.Module):
         ids = inputs.input_ids[0, pad : pad + inputs.preamble_length]
         return self._preambles.get(tuple(ids.tolist()), lambda: self._make_preamble(ids))
 
-    @torch.inference_mode()
+    @own_arithmetic
     def _make_preamble(self, ids: Tensor) -> Preamble:
         language = self.vlm.model.language_model
         x = language.embed_tokens(ids.to(self.device))[None]

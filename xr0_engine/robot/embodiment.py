@@ -5,16 +5,17 @@ The built-in profiles are the YAML files in embodiments/; docs/embodiments.md sa
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
+# Whoever lacks PyYAML is told at the import, not at the first profile.
+import yaml as yaml
 
-from xr0_engine.files import read_json
+from xr0_engine.files import FAULTS, is_number, one_line, read_json, read_yaml, reading
+from xr0_engine.part_configs import COLUMNS, STEPS
 from xr0_engine.robot.layouts import LAYOUTS, PLAIN, Layout, find_layout
 from xr0_engine.types import CheckpointError, RobotInfo, ViewInfo
 
@@ -28,6 +29,12 @@ CHECKPOINT_KEY = "embodiment"
 
 LARGEST_SIDE = 4096
 """Pixels that a view may be resized to."""
+MOST_VIEWS = 32
+"""The released robots have three at most."""
+LONGEST_LINE = 200
+"""Characters of a name or title; every prompt holds the titles."""
+LOWEST_RATE_HZ, HIGHEST_RATE_HZ = 0.01, 1000.0
+"""Of control: what the executor's loop does at most; and an action in a minute and a half."""
 
 
 @dataclass(frozen=True)
@@ -122,11 +129,14 @@ def checkpoint_embodiment(folder: Path) -> Embodiment | None:
     Raises CheckpointError that names the file and every wrong field of the profile.
     """
     path = folder / "config.json"
-    raw = read_json(path).get(CHECKPOINT_KEY)
+    content = read_json(path)
+    raw = content.get(CHECKPOINT_KEY) if isinstance(content, Mapping) else None
+    if raw is None:
+        return None
     try:
-        return None if raw is None else _built(f"{path}: {CHECKPOINT_KEY}", raw)
-    except ValueError as error:
-        raise CheckpointError(str(error)) from None
+        return _built(f"{path}: {CHECKPOINT_KEY}", raw)
+    except FAULTS as error:
+        raise CheckpointError(one_line(error)) from None
 
 
 def embodiment_for(robot_type: str) -> Embodiment:
@@ -161,16 +171,14 @@ def _builtin_by_robot_type() -> dict[str, Embodiment]:
 
 
 def _read(path: Path) -> Embodiment:
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from None
-    return _built(str(path), raw)
+    raw = read_yaml(path, ValueError)
+    with reading(path, ValueError):
+        return _built(str(path), raw)
 
 
 def _built(where: str, raw: Any) -> Embodiment:
     if not isinstance(raw, Mapping):
-        raise ValueError(f"{where}: expected a mapping of fields, got {raw!r}")
+        raise ValueError(f"{where}: expected a mapping of fields, got {raw!r:.80}")
     # Lists become the tuples that the dataclasses hold. Views that are wrong are reported one by one, not as a field.
     values = _with_tuples(raw)
     views = values.get("views")
@@ -201,18 +209,18 @@ def _refuse(owner: str, problems: list[str]) -> None:
 
 def _wrong_names(kind: type, values: Any) -> list[str]:
     if not isinstance(values, Mapping):
-        return [f"expected a mapping of fields, got {values!r}"]
+        return [f"expected a mapping of fields, got {values!r:.80}"]
     required = {item.name: item.default is MISSING for item in fields(kind)}
     missing = [f"{name}: missing" for name, is_required in required.items() if is_required and name not in values]
     unknown = [name for name in values if name not in required]
-    return missing + [f"{name}: unknown, expected one of {', '.join(required)}" for name in unknown]
+    return missing + [f"{name!s:.80}: unknown, expected one of {', '.join(required)}" for name in unknown]
 
 
 def _wrong_values(kind: type, values: Any) -> list[str]:
     if not isinstance(values, Mapping):
         return []
     return [
-        f"{name}: expected {expected}, got {values[name]!r}"
+        f"{name}: expected {expected}, got {values[name]!r:.80}"
         for name, (is_right, expected) in _RULES[kind].items()
         if name in values and not is_right(values[name])
     ] + (_contradictions(values) if kind is Embodiment else [])
@@ -231,11 +239,13 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
 
 
 def _is_line(value: object) -> bool:
-    return isinstance(value, str) and value.strip() == value != "" and value.isprintable() and "<|" not in value
+    if not isinstance(value, str) or not 0 < len(value) <= LONGEST_LINE:
+        return False
+    return value.strip() == value and value.isprintable() and "<|" not in value
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and -math.inf < value < math.inf
+    return is_number(value)
 
 
 def _is_size(value: Any) -> bool:
@@ -247,7 +257,9 @@ def _is_side(value: object) -> bool:
 
 
 def _are_views(value: Any) -> bool:
-    if not isinstance(value, tuple) or not value or not all(isinstance(view, View) for view in value):
+    if not isinstance(value, tuple) or not 0 < len(value) <= MOST_VIEWS:
+        return False
+    if not all(isinstance(view, View) for view in value):
         return False
     return len({view.key for view in value}) == len({view.title for view in value}) == len(value)
 
@@ -256,13 +268,13 @@ def _are_columns(value: Any) -> bool:
     """Also None."""
     return value is None or (
         isinstance(value, tuple)
-        and all(isinstance(column, int) and not isinstance(column, bool) and column >= 0 for column in value)
+        and all(type(column) is int and 0 <= column < COLUMNS[1] for column in value)
         and len(set(value)) == len(value)
     )
 
 
 _COLUMNS = "a list of columns counted from 0, none twice, or null"
-_LINE = "text on one line, without <| and outer spaces"
+_LINE = f"text on one line, up to {LONGEST_LINE} characters, without <| and outer spaces"
 _RULES: dict[type, dict[str, tuple[Callable[[Any], bool], str]]] = {
     View: {
         "key": (_is_line, _LINE),
@@ -280,12 +292,15 @@ _RULES: dict[type, dict[str, tuple[Callable[[Any], bool], str]]] = {
             lambda value: isinstance(value, tuple) and all(_is_line(name) for name in value),
             "a list of names (it may be empty)",
         ),
-        "views": (_are_views, "a list of at least one view, no key or title twice"),
+        "views": (_are_views, f"a list of 1 to {MOST_VIEWS} views, no key or title twice"),
         "layout": (lambda value: value in tuple(LAYOUTS), f"one of {', '.join(LAYOUTS)}"),
-        "control_rate_hz": (lambda value: _is_number(value) and value > 0, "a number above 0"),
+        "control_rate_hz": (
+            lambda value: _is_number(value) and LOWEST_RATE_HZ <= value <= HIGHEST_RATE_HZ,
+            f"a number from {LOWEST_RATE_HZ:g} to {HIGHEST_RATE_HZ:g}",
+        ),
         "replan_every": (
-            lambda value: value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0),
-            "a whole number above 0, or null",
+            lambda value: value is None or (type(value) is int and 0 < value <= STEPS[1]),
+            f"a whole number above 0, up to {STEPS[1]:g}, or null",
         ),
         "step_columns": (_are_columns, _COLUMNS),
         "two_valued_columns": (_are_columns, _COLUMNS),

@@ -13,13 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from xr0_engine.config import VisionConfig
-from xr0_engine.files import find_settings
+from xr0_engine.files import find_settings, is_number
 from xr0_engine.types import CheckpointError
 
 BICUBIC = 3
 """Pillow's number for it, and transformers'."""
-LARGEST_MINIMUM = 2**24
-"""Pixels that the largest picture of Qwen3-VL's own processor may have: a smaller one is not to be enlarged to more."""
+LARGEST_MINIMUM = 2**20
+"""Pixels that a smaller picture may be enlarged to: sixteen times what Qwen3-VL's own processor has, a thousand image
+tokens."""
+LARGEST_MAXIMUM = 2**26
+"""Four times the pixels that the largest picture of Qwen3-VL's own processor may have."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +33,11 @@ class ImageLimits:
     max_pixels: int
 
     def __post_init__(self) -> None:
-        if not 1 <= self.min_pixels <= min(self.max_pixels, LARGEST_MINIMUM):
+        most = min(self.max_pixels, LARGEST_MINIMUM)
+        if not (1 <= self.min_pixels <= most and self.max_pixels <= LARGEST_MAXIMUM):
             raise ValueError(
-                f"image limits: expected 1 <= min_pixels <= max_pixels, and min_pixels <= {LARGEST_MINIMUM}, got "
-                f"{self.min_pixels} and {self.max_pixels}"
+                f"image limits: expected 1 <= min_pixels <= max_pixels, min_pixels <= {LARGEST_MINIMUM}, and "
+                f"max_pixels <= {LARGEST_MAXIMUM}, got {self.min_pixels} and {self.max_pixels}"
             )
 
     def to_hf(self) -> dict[str, Any]:
@@ -106,8 +110,7 @@ def _has(place: Mapping[str, Any], name: str) -> bool:
 
 
 def _pixels(name: str, value: Any) -> int:
-    # Infinity is no multiple of 1 either.
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != value // 1:
+    if not is_number(value) or value != value // 1:
         raise ValueError(f"{name} is {value!r:.40}: expected a whole number of pixels")
     return int(value)
 

@@ -10,12 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from xr0_engine.files import SETTINGS_FILE, find_settings, read_json
+from xr0_engine.files import SETTINGS_FILE, find_settings, read_json, table
+from xr0_engine.part_configs import STEPS
 from xr0_engine.types import CheckpointError
 
 # Where statistics name no active columns, one whose std is not above this does not move in the training data: the model
 # neither sees nor sets it.
 ACTIVE_STD = 1e-5
+
+LARGEST = 1e9
+"""Of a mean or std, in the robot's units: encoders of 24 bits count to 2e7. What float32 can hold, but an action of
+twice the std cannot, would make actions infinite."""
 
 STATISTICS_FILE = SETTINGS_FILE
 
@@ -67,6 +72,13 @@ class ActionStatistics:
         mask = np.zeros_like(self.std, dtype=np.float32)
         mask[:, list(self.active_columns)] = 1
         return mask
+
+    def unreasonable(self, actions: np.ndarray, deviations: float, start: int = 0) -> list[int]:
+        """The active columns of (P, A) actions in robot units that are further from the mean than so many std, at any
+        step from `start` on."""
+        rows = self._rows(actions)
+        apart = np.abs(actions - self.mean[:rows]) > deviations * self._scale(rows)
+        return [int(column) for column in np.flatnonzero((apart & (self.action_mask[:rows] > 0))[start:].any(0))]
 
     def normalize(self, actions: np.ndarray) -> np.ndarray:
         """Robot units to the model's: `(a - mean) / (std + epsilon)`, and 0 where action_mask is 0.
@@ -185,17 +197,11 @@ def _read(raw: Any, action_dim: int, epsilon: float) -> ActionStatistics:
 
 
 def _table(name: str, raw: Any, action_dim: int) -> np.ndarray:
-    try:
-        numbers = np.array(raw)
-    except ValueError:
-        raise ValueError(f"{name} is ragged: expected rows of equal length") from None
-    if numbers.dtype.kind not in "fiu":
-        raise ValueError(f"{name}: expected a table of numbers")
-    # A value that float32 cannot hold becomes infinite and is refused below.
-    with np.errstate(over="ignore"):
-        table = numbers.astype(np.float32)
-    if table.ndim != 2 or len(table) == 0 or table.shape[1] != action_dim:
-        raise ValueError(f"{name}: expected shape (T, {action_dim}), got {table.shape}")
-    if not np.isfinite(table).all():
-        raise ValueError(f"{name} holds NaN or infinite values")
-    return table
+    numbers = table(raw, name)
+    if len(numbers) == 0 or numbers.shape[1] != action_dim:
+        raise ValueError(f"{name}: expected shape (T, {action_dim}), got {numbers.shape}")
+    if len(numbers) > STEPS[1]:
+        raise ValueError(f"{name}: expected at most {STEPS[1]} timesteps, got {len(numbers)}")
+    if np.abs(numbers).max() > LARGEST:
+        raise ValueError(f"{name}: expected values up to {LARGEST:g}, got {np.abs(numbers).max():g}")
+    return numbers.astype(np.float32)

@@ -19,7 +19,7 @@ from xr0_engine.robot.embodiment import Embodiment, View, checkpoint_embodiment,
 from xr0_engine.robot.images import array_fault, aspect_fault
 from xr0_engine.robot.limits import RELEASED_LIMITS, ImageLimits, load_limits
 from xr0_engine.robot.normalize import ActionStatistics, load_statistics, select_robot_type
-from xr0_engine.robot.prompt import PromptTokenizer, checked_instruction, preamble_length
+from xr0_engine.robot.prompt import PromptTokenizer, check_prompt_tokens, checked_instruction, preamble_length
 from xr0_engine.robot.views import orient as orient
 from xr0_engine.types import ModelInputs, Observation
 
@@ -193,12 +193,15 @@ class Preprocessor:
             for observation, (_, embodiment) in zip(observations, resolved, strict=True)
             for view in embodiment.views
         ]
+        vision = self.config.vision
+        for observation, (_, embodiment) in zip(observations, resolved, strict=True):
+            check_prompt_tokens(sum(self._image_tokens(observation, view) for view in embodiment.views))
         threads = torch.get_num_threads()
-        pixel_values, grids = images_to_patches(images, self.config.vision, threads, self.limits, buffer)
+        pixel_values, grids = images_to_patches(images, vision, threads, self.limits, buffer)
         remaining = iter(grids)
         grids_of_row = [[next(remaining) for _ in embodiment.views] for _, embodiment in resolved]
 
-        tokens, merge = self.config.tokens, self.config.vision.spatial_merge_size
+        tokens, merge = self.config.tokens, vision.spatial_merge_size
         prompts = [
             self.tokenizer.encode(
                 [view.title for view in embodiment.views],
@@ -223,6 +226,15 @@ class Preprocessor:
             state=torch.from_numpy(np.stack([_state(observation.state, self.config) for observation in observations])),
             action_mask=torch.from_numpy(np.stack([self.statistics[name].action_mask for name in robot_types])),
         )
+
+    def _image_tokens(self, observation: Observation, view: View) -> int:
+        """How many a view will have, before anything is made of its frame."""
+        height, width = observation.images[view.key].shape[:2]
+        if not observation.prepared and view.resize is not None:
+            height, width = view.resize
+        side = self.config.vision.patch_size * self.config.vision.spatial_merge_size
+        height, width = smart_resize(height, width, side, self.limits)
+        return height * width // side**2
 
     def check(self, observation: Observation) -> tuple[str, Embodiment]:
         """resolve, and everything else about the observation. Raises ValueError that names the field at fault."""

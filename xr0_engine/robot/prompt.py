@@ -11,10 +11,22 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from xr0_engine.config import TokenIds
-from xr0_engine.files import refuse_pointer
+from xr0_engine.robot.tokenizer_file import TOKENIZER_FILE as TOKENIZER_FILE
+from xr0_engine.robot.tokenizer_file import read_tokenizer
+from xr0_engine.robot.tokenizer_process import Panic, panics
 from xr0_engine.types import CheckpointError
 
-TOKENIZER_FILE = "tokenizer.json"
+MAX_INSTRUCTION_CHARACTERS = 4096
+"""Fifty times the longest task of the benchmarks. Looked at before anything else is: tokenising takes time as well."""
+
+MAX_TEXT_TOKENS = 4096
+"""Beside those of images: what so many English letters take at most. The model was trained with prompts of some 350
+tokens (spec section 3.2), images included; its time and memory grow with the square of them, to 0.2 GiB for as many as
+these on the reference's smallest model."""
+
+MAX_PROMPT_TOKENS = 8192
+"""Images included: three views and a task have 350 in the released model, whose largest image has 87. A checkpoint may
+ask for larger images; beyond this, one observation would take gigabytes."""
 
 PROMPT_TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
 """The special tokens of build_prompt."""
@@ -93,11 +105,16 @@ def normalize_instruction(text: str) -> str:
 def checked_instruction(text: str) -> str:
     """The instruction itself, outer spaces included.
 
-    Raises ValueError if it is no text, empty or blank, or holds a special token such as <|im_end|>, which would end the
-    prompt.
+    Raises ValueError if it is no text, empty or blank, longer than MAX_INSTRUCTION_CHARACTERS, or holds a special token
+    such as <|im_end|>, which would end the prompt.
     """
     if not isinstance(text, str):
         raise ValueError(f"instruction: expected text, got {type(text).__name__}")
+    if len(text) > MAX_INSTRUCTION_CHARACTERS:
+        raise ValueError(
+            f"instruction: expected at most {MAX_INSTRUCTION_CHARACTERS} characters, got {len(text)}; say the task in "
+            "a sentence, as the model was trained"
+        )
     if not text.strip():
         raise ValueError("instruction: expected a task in words, got empty text")
     special = _SPECIAL_TOKEN.search(text)
@@ -119,6 +136,20 @@ def preamble_length(input_ids: np.ndarray, vision_start: int) -> int:
     if not len(starts):
         raise ValueError(f"input_ids: expected at least one <|vision_start|> ({vision_start}), got none")
     return int(starts[0]) + 1
+
+
+def check_prompt_tokens(tokens: int, of_text: int = 0) -> None:
+    """tokens: of a whole prompt; of_text: those among them that are no images'. Raises ValueError for too many."""
+    if of_text > MAX_TEXT_TOKENS:
+        raise ValueError(
+            f"instruction: expected at most {MAX_TEXT_TOKENS} tokens of text, got {of_text}; say the task in a "
+            "sentence, as the model was trained"
+        )
+    if tokens > MAX_PROMPT_TOKENS:
+        raise ValueError(
+            f"images: expected a prompt of at most {MAX_PROMPT_TOKENS} tokens, got {tokens}; the checkpoint's "
+            "max_pixels or min_pixels make larger images of these than a prompt holds"
+        )
 
 
 class PromptTokenizer:
@@ -144,13 +175,7 @@ class PromptTokenizer:
         has no embedding for.
         """
         path = folder / TOKENIZER_FILE
-        if not path.is_file():
-            raise CheckpointError(f"{folder} holds no {TOKENIZER_FILE}: the tokenizer is missing")
-        refuse_pointer(path)
-        try:
-            tokenizer = Tokenizer.from_buffer(path.read_bytes())
-        except ValueError as error:
-            raise CheckpointError(f"{path} is no tokenizer: {error}") from None
+        tokenizer = read_tokenizer(path)
         expected = {
             "<|image_pad|>": tokens.image,
             "<|vision_start|>": tokens.vision_start,
@@ -172,18 +197,27 @@ class PromptTokenizer:
     ) -> np.ndarray:
         """Token ids of one observation's prompt, (N,) int64, read-only. normalize: as in prompt_text.
 
-        Raises ValueError as prompt_text does.
+        Raises ValueError as prompt_text does, and for more tokens than MAX_TEXT_TOKENS beside the images' or
+        MAX_PROMPT_TOKENS with them.
         """
+        check_prompt_tokens(sum(image_tokens))
         return self._cached_encode(tuple(titles), tuple(image_tokens), prompt_text(instruction, normalize))
 
     def _encode(self, titles: tuple[str, ...], image_tokens: tuple[int, ...], instruction: str) -> np.ndarray:
         prompt = build_prompt(titles, image_tokens, instruction)
-        input_ids = np.array(self._tokenizer.encode(prompt, add_special_tokens=False).ids, dtype=np.int64)
+        try:
+            with panics():
+                encoded = self._tokenizer.encode(prompt, add_special_tokens=False)
+        except Panic as error:
+            told = f"the checkpoint's tokenizer fails on {instruction!r:.200}"
+            raise ValueError(f"instruction: {told}: {error}") from None
+        input_ids = np.array(encoded.ids, dtype=np.int64)
         found = np.count_nonzero(input_ids == self._image)
         if found != sum(image_tokens):
             raise ValueError(f"prompt: expected {sum(image_tokens)} image tokens, got {found}")
         if self._unknown is not None and self._unknown in input_ids:
-            raise ValueError(f"instruction: the checkpoint's tokenizer does not know some of {instruction!r}")
+            raise ValueError(f"instruction: the checkpoint's tokenizer does not know some of {instruction!r:.200}")
+        check_prompt_tokens(len(input_ids), len(input_ids) - found)
         # It is shared between calls.
         input_ids.flags.writeable = False
         return input_ids

@@ -11,11 +11,8 @@ from xr0_engine.config import ModelConfig
 from xr0_engine.robot.limits import RELEASED_LIMITS, ImageLimits
 from xr0_engine.robot.normalize import ActionStatistics
 from xr0_engine.robot.preprocess import position_ids
-from xr0_engine.robot.prompt import preamble_length
+from xr0_engine.robot.prompt import MAX_TEXT_TOKENS, check_prompt_tokens, preamble_length
 from xr0_engine.types import ModelInputs, TokenizedObservation
-
-MAX_TEXT_TOKENS = 4096
-"""Beside those of images. The model's time and memory grow with them."""
 
 RANGE_TOLERANCE = 1e-2
 """Pixels are scaled to [-1, 1] in whatever arithmetic the sender has; another scale is far beyond."""
@@ -34,6 +31,7 @@ def tokenized_inputs(
     field, what was expected and what came.
     """
     grids = _grids(observation.image_grids, views, config, limits)
+    check_prompt_tokens(sum(height * width for height, width in grids) // config.vision.spatial_merge_size**2)
     patches = sum(height * width for height, width in grids)
     pixel_values = _numbers("pixel_values", observation.pixel_values, (patches, config.vision.patch_dim))
     if not -1 - RANGE_TOLERANCE <= pixel_values.min() <= pixel_values.max() <= 1 + RANGE_TOLERANCE:

@@ -1,14 +1,31 @@
-"""Who may connect: addresses, API keys, TLS."""
+"""Who may connect: addresses, API keys, names of this machine, TLS."""
 
 from __future__ import annotations
 
 import base64
 import hmac
 import ipaddress
+import logging
+import socket
 import ssl
+import time
+from collections import OrderedDict
 from pathlib import Path
 
+log = logging.getLogger("xr0_engine.serve")
+
 MIN_KEY_LENGTH = 8
+
+FIRST_DELAY_S = 0.1
+LONGEST_DELAY_S = 2.0
+"""Before a wrong key is told to be wrong: doubling with each of an address, which has so many tries at once as it has
+places at the gate."""
+FORGIVEN_S = 60.0
+"""After so long without a wrong key an address starts anew."""
+LOG_EVERY_S = 10.0
+"""Of one address."""
+ADDRESSES = 1024
+"""That are remembered, those of the latest wrong keys."""
 
 
 def check_bind(host: str, keys: tuple[str, ...], allow_anyone: bool) -> None:
@@ -38,24 +55,47 @@ def read_keys(file: Path | None, from_environment: str) -> tuple[str, ...]:
 
 
 def is_allowed(authorization: str | None, keys: tuple[str, ...]) -> bool:
-    """Whether an Authorization header carries one of the keys: as Api-Key, as Bearer, or as the password of Basic.
+    """Whether an Authorization header carries one of the keys; without keys everyone is allowed."""
+    return not keys or find_key(authorization, keys) is not None
 
-    Without keys everyone is allowed. Takes the same time whichever key it is.
+
+def find_key(authorization: str | None, keys: tuple[str, ...]) -> int | None:
+    """Which of the keys an Authorization header carries: as Api-Key, as Bearer, or as the password of Basic.
+
+    None for none of them. Takes the same time whichever key it is.
     """
-    if not keys:
-        return True
     scheme, _, credentials = (authorization or "").partition(" ")
     given = credentials.strip()
     if scheme.lower() == "basic":
         try:
             given = base64.b64decode(given, validate=True).decode("utf-8").partition(":")[2]
         except ValueError:
-            return False
+            return None
     elif scheme.lower() not in ("api-key", "bearer"):
-        return False
+        return None
     offered = given.encode("utf-8", "surrogateescape")
     matches = [hmac.compare_digest(offered, key.encode()) for key in keys]
-    return any(matches)
+    return matches.index(True) if any(matches) else None
+
+
+class WrongKeys:
+    """Remembers, per address, who tried keys that are none."""
+
+    def __init__(self) -> None:
+        self._tries: OrderedDict[str, tuple[int, float, float]] = OrderedDict()
+
+    def tried(self, address: str) -> float:
+        """One more of that address. Seconds to wait before saying so; the log has it."""
+        now = time.monotonic()
+        count, last, logged = self._tries.pop(address, (0, now, -LOG_EVERY_S))
+        count = 1 if now - last > FORGIVEN_S else count + 1
+        if now - logged >= LOG_EVERY_S:
+            log.warning("%s: wrong API key, %d so far", address, count)
+            logged = now
+        self._tries[address] = (count, now, logged)
+        if len(self._tries) > ADDRESSES:
+            self._tries.popitem(last=False)
+        return float(min(FIRST_DELAY_S * 2 ** min(count - 1, 10), LONGEST_DELAY_S))
 
 
 def is_local_name(header: str | None) -> bool:
@@ -63,9 +103,28 @@ def is_local_name(header: str | None) -> bool:
 
     A web page can have its own name resolve to 127.0.0.1 and then counts as of the same origin; the name betrays it.
     """
+    return is_loopback(_host(header))
+
+
+def is_own_name(header: str | None, names: tuple[str, ...]) -> bool:
+    """Whether a Host header is an address, or a name that is known to be this machine's: names, and what it calls
+    itself. An address cannot have been made to lead here by somebody's DNS."""
+    host = _host(header)
+    own = socket.gethostname()
+    if host in {name.lower().rstrip(".") for name in (*names, own, f"{own}.local", "localhost")}:
+        return True
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def _host(header: str | None) -> str:
+    """The name in a Host header, without its port, as names are compared."""
     name = (header or "").strip()
     name = name[1:].partition("]")[0] if name.startswith("[") else name.partition(":")[0]
-    return is_loopback(name)
+    return name.lower().removesuffix(".")
 
 
 def tls_context(certificate: Path | None, key: Path | None) -> ssl.SSLContext | None:
@@ -75,6 +134,8 @@ def tls_context(certificate: Path | None, key: Path | None) -> ssl.SSLContext | 
     if certificate is None or key is None:
         raise ValueError("TLS: expected a certificate and its key, got one of them")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    # A client that negotiates again and again would cost far more than it pays.
+    context.options |= ssl.OP_NO_RENEGOTIATION
     try:
         context.load_cert_chain(certificate, key)
     except (OSError, ssl.SSLError) as error:
@@ -84,7 +145,7 @@ def tls_context(certificate: Path | None, key: Path | None) -> ssl.SSLContext | 
 
 def is_loopback(host: str) -> bool:
     """Whether an address or name is this machine's own and reaches no further."""
-    if host == "localhost":
+    if host.lower() == "localhost":
         return True
     try:
         return ipaddress.ip_address(host).is_loopback

@@ -9,9 +9,9 @@ from types import TracebackType
 
 import numpy as np
 import websockets.asyncio.client
-from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidURI
+from websockets.exceptions import ConnectionClosed, WebSocketException
 
-from xr0_engine.serve.connecting import SHORTEST_TRY_S, Connecting, chunk_of, pauses
+from xr0_engine.serve.connecting import CLOSE_S, SHORTEST_TRY_S, Connecting, after, chunk_of, pauses
 from xr0_engine.serve.protocol import Reply, decode_reply
 from xr0_engine.types import ActionChunk, Observation
 
@@ -51,8 +51,9 @@ class AsyncClient(Connecting):
             try:
                 self._connection = await self._open(max(deadline - time.monotonic(), SHORTEST_TRY_S))
                 break
-            except ConnectionError:
-                if time.monotonic() + pause_s > deadline:
+            except (ConnectionError, PermissionError, ValueError) as error:
+                self._note(error)
+                if not isinstance(error, ConnectionError) or time.monotonic() + pause_s > deadline:
                     raise
                 await asyncio.sleep(pause_s)
         assert self._connection is not None
@@ -70,11 +71,14 @@ class AsyncClient(Connecting):
         return chunk_of(await self._exchange(connection, number, message), start)
 
     async def close(self) -> None:
-        """Close the connection and stop reconnecting."""
+        """Close the connection and stop reconnecting; calls that wait raise ConnectionError. Takes 2 s at most."""
         self._lost = ConnectionError(f"{self.url}: the client is closed")
+        connection, self._connection = self._connection, None
         if self._keeper is not None:
             self._keeper.cancel()
-            await asyncio.wait([self._keeper])
+            await asyncio.wait([self._keeper], timeout=2 * CLOSE_S)
+        if connection is not None:
+            connection.transport.abort()
 
     async def __aenter__(self) -> AsyncClient:
         await self.connect()
@@ -90,35 +94,48 @@ class AsyncClient(Connecting):
     ) -> Reply:
         self._awaited[number] = reply = asyncio.get_running_loop().create_future()
         try:
-            await connection.send(message)
-            return await asyncio.wait_for(reply, self.timeout_s)
+            return await asyncio.wait_for(self._send(connection, message, reply), self.timeout_s)
         except ConnectionClosed as error:
             raise ConnectionError(f"{self.url}: connection lost: {error}") from None
         except asyncio.TimeoutError:
             # A server that hangs is as good as none. Closing in order would wait for it.
+            lost = ConnectionError(f"{self.url}: no reply within {self.timeout_s:g} s")
+            self._lose(connection, lost)
             connection.transport.abort()
-            raise ConnectionError(f"{self.url}: no reply within {self.timeout_s:g} s") from None
+            raise lost from None
         finally:
             del self._awaited[number]
+            # What it was told while the message was still being sent, asyncio would print as missed.
+            if reply.done() and not reply.cancelled():
+                reply.exception()
+
+    async def _send(
+        self, connection: websockets.asyncio.client.ClientConnection, message: bytes, reply: asyncio.Future[Reply]
+    ) -> Reply:
+        await connection.send(message)
+        return await reply
 
     async def _open(self, timeout_s: float) -> websockets.asyncio.client.ClientConnection:
         """Connected, and greeted by the server. Raises ConnectionError, PermissionError or ValueError."""
+        deadline = time.monotonic() + timeout_s
         try:
             connection = await websockets.asyncio.client.connect(**self._settings(timeout_s))
-        except (OSError, asyncio.TimeoutError, InvalidHandshake, InvalidURI) as error:
+        except (OSError, EOFError, RuntimeError, asyncio.TimeoutError, WebSocketException) as error:
             raise self._cannot_connect(error) from None
+        is_greeted = False
         try:
-            self._greeted(await asyncio.wait_for(connection.recv(), timeout_s))
+            left_s = max(deadline - time.monotonic(), SHORTEST_TRY_S)
+            self._greeted(await asyncio.wait_for(connection.recv(), left_s))
+            is_greeted = True
         except (ConnectionClosed, asyncio.TimeoutError) as error:
-            connection.transport.abort()
             raise ConnectionError(f"{self.url}: no greeting: {str(error) or type(error).__name__}") from None
-        except ValueError:
-            connection.transport.abort()
-            raise
+        finally:
+            if not is_greeted:
+                connection.transport.abort()
         return connection
 
     async def _keep(self, connection: websockets.asyncio.client.ClientConnection) -> None:
-        """Read replies until the connection is lost, then get the next, until closed or told to stay away."""
+        """Read replies until the connection is lost, then get the next, until closed."""
         while True:
             try:
                 await self._read(connection)
@@ -126,15 +143,12 @@ class AsyncClient(Connecting):
                 self._connection = None
                 self._fail_awaited()
             for pause_s in pauses():
-                await asyncio.sleep(pause_s)
+                await asyncio.sleep(after(self._lost, pause_s))
                 try:
                     self._connection = connection = await self._open(self.timeout_s)
                     break
-                except ConnectionError as error:
-                    self._lost = error
-                except (PermissionError, ValueError) as error:
-                    self._lost = error
-                    return
+                except (ConnectionError, PermissionError, ValueError) as error:
+                    self._note(error)
 
     async def _read(self, connection: websockets.asyncio.client.ClientConnection) -> None:
         try:
@@ -144,9 +158,16 @@ class AsyncClient(Connecting):
                     awaited = self._awaited.get(reply.id or 0)
                     if awaited is not None and not awaited.done():
                         awaited.set_result(reply)
-            self._lost = ConnectionError(f"{self.url}: the server closed the connection: {connection.close_reason}")
+            reason = f"the server closed the connection: {connection.close_reason}"
         except (ConnectionClosed, ValueError) as error:
-            self._lost = ConnectionError(f"{self.url}: connection lost: {error}")
+            reason = f"connection lost: {error}"
+        self._lose(connection, ConnectionError(f"{self.url}: {reason}"))
+
+    def _lose(self, connection: websockets.asyncio.client.ClientConnection, error: ConnectionError) -> None:
+        """The first to notice says why."""
+        if self._connection is connection:
+            self._connection = None
+            self._note(error)
 
     def _fail_awaited(self) -> None:
         for awaited in self._awaited.values():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import ssl
 import time
@@ -19,10 +20,17 @@ from xr0_engine.types import ActionChunk, Observation, RobotInfo
 
 FIRST_PAUSE_S = 0.05
 LONGEST_PAUSE_S = 5.0
+SLOW_PAUSE_S = 2.0
+"""At least, after an answer that another try will hardly change at once: a refused key, another policy, a greeting that
+makes no sense. Whoever is at fault there is not to be flooded; the next answer may be right all the same."""
 KEEPALIVE_S = 5.0
 CLOSE_S = 1.0
 SHORTEST_TRY_S = 0.01
 MAX_REPLY_BYTES = 16 << 20
+
+# websockets logs what it raises as well, with its traceback: on a robot's terminal nobody can do anything about it.
+_websockets_log = logging.getLogger("xr0_engine.serve.websockets")
+_websockets_log.setLevel(logging.CRITICAL)
 
 
 class Connecting:
@@ -45,7 +53,16 @@ class Connecting:
         self._metadata: PolicyMetadata | None = None
         self._numbers = 0
         self._lost: Exception = ConnectionError(f"{self.url}: not connected yet")
+        self._last_error: str | None = None
         _keep_freed_memory()
+
+    @property
+    def last_error(self) -> str | None:
+        """Why the connection was lost, or could not be had, the last time; None if that never happened.
+
+        It stays when the connection is back: `connected` tells whether it is.
+        """
+        return self._last_error
 
     @property
     def metadata(self) -> PolicyMetadata:
@@ -72,14 +89,15 @@ class Connecting:
             "close_timeout": CLOSE_S,
             "max_size": MAX_REPLY_BYTES,
             "ssl": self._tls,
+            "logger": _websockets_log,
         }
 
     def _cannot_connect(self, error: Exception) -> Exception:
-        """What the caller is told: ConnectionError if it is worth another try."""
+        """What the caller is told: ConnectionError if another try may do at once."""
         if isinstance(error, InvalidURI):
             return ValueError(f"url: expected ws://host:port, got {self.url!r}: {error}")
         if isinstance(error, InvalidStatus):
-            status, body = error.response.status_code, (error.response.body or b"").decode(errors="replace")
+            status, body = error.response.status_code, (error.response.body or b"").decode(errors="replace")[:500]
             kind = PermissionError if status in (401, 403) else ConnectionError
             return kind(f"{self.url}: HTTP {status}: {body}")
         return ConnectionError(f"{self.url}: cannot connect: {str(error) or type(error).__name__}")
@@ -90,6 +108,10 @@ class Connecting:
         if self._metadata is not None and metadata != self._metadata:
             raise ValueError(f"{self.url}: the server came back with another policy; make a new client for it")
         self._metadata = metadata
+
+    def _note(self, error: Exception) -> None:
+        """Remember why there is no connection."""
+        self._lost, self._last_error = error, str(error)
 
     def _not_connected(self) -> Exception:
         if isinstance(self._lost, PermissionError):
@@ -141,3 +163,8 @@ def pauses() -> Iterator[float]:
     while True:
         yield pause_s * random.uniform(0.5, 1.0)
         pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+
+def after(error: Exception, pause_s: float) -> float:
+    """Seconds before the next attempt: pause_s, or longer where the server or a gateway gave a wrong answer."""
+    return pause_s if isinstance(error, ConnectionError) else max(pause_s, SLOW_PAUSE_S * random.uniform(0.5, 1.0))

@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from websockets.asyncio.server import ServerConnection
 from websockets.exceptions import ConnectionClosed
 
+from xr0_engine.serve.decoding import Allowance, DecodeAllowance
 from xr0_engine.serve.protocol import (
     Busy,
     PolicyFailed,
@@ -21,9 +24,14 @@ from xr0_engine.serve.protocol import (
     encode_error,
     request_id,
 )
-from xr0_engine.serve.requests import has_files, read_fields, read_request
+from xr0_engine.serve.requests import decoded_pixels, read_fields, read_request
 from xr0_engine.serve.service import Service
 from xr0_engine.types import ActionChunk
+
+READ_SHARE = 0.2
+"""Seconds of the event loop per second that a client may take to have its messages read; a camera's frames take a
+hundredth. What is beyond is read later, not refused."""
+READ_BURST_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -42,11 +50,17 @@ class ClientConnection:
         self._number = number
         self._waiting: _Waiting | None = None
         self._arrived = asyncio.Event()
-        self._allowance = _Allowance(metadata.max_requests_per_s)
+        rate = metadata.max_requests_per_s
+        # As many at once as one second brings.
+        self._requests = Allowance(rate, max(rate, 1.0))
+        self._reading = Allowance(READ_SHARE, READ_BURST_S)
+        self._decoding = DecodeAllowance()
 
     async def run(self) -> None:
         """Until the connection is closed. Raises ConnectionClosed unless it was closed in order."""
-        tasks = [asyncio.create_task(self._answer()), asyncio.create_task(self._read())]
+        # Reading waits while a picture is decoded; that the client has gone shows all the same, and drops it.
+        gone = asyncio.create_task(self._connection.wait_closed())
+        tasks = [asyncio.create_task(self._answer()), asyncio.create_task(self._read()), gone]
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -62,16 +76,17 @@ class ClientConnection:
         async for message in self._connection:
             received = time.perf_counter()
             number = None
-            allowed = self._allowance.spend()
+            allowed = self._requests.spend(1)
             try:
-                fields = read_fields(message)
-                number = request_id(fields)
-                if not allowed or self._service.draining:
-                    raise Busy(self._why_not())
-                if has_files(fields):
-                    request = await asyncio.to_thread(read_request, fields, self._metadata)
-                else:
-                    request = read_request(fields, self._metadata)
+                with self._reading:
+                    fields = read_fields(message)
+                    number = request_id(fields)
+                    if why := self._why_not(allowed):
+                        raise Busy(why)
+                    pixels = decoded_pixels(fields, self._metadata.max_image_pixels)
+                    request = None if pixels else read_request(fields, self._metadata)
+                if request is None:
+                    request = await self._decode(fields, pixels)
             except Busy as error:
                 await self._refuse(error, number)
             except ValueError as error:
@@ -82,9 +97,9 @@ class ClientConnection:
                 self._arrived.set()
                 if old is not None:
                     await self._refuse(Superseded("a newer observation took its place"), old.request.id)
-            # Neither reading nor sending need wait, so a flood of messages would keep the loop from everyone else; one
-            # beyond the allowance is read no faster than that.
-            await asyncio.sleep(0 if allowed else 1 / self._metadata.max_requests_per_s)
+            # Neither reading nor sending need wait, so a flood of messages would keep the loop from everyone else; what
+            # is beyond the allowances is read no faster than they come.
+            await asyncio.sleep(max(self._reading.debt_s, 0 if allowed else 1 / self._metadata.max_requests_per_s))
 
     async def _answer(self) -> None:
         while True:
@@ -122,26 +137,14 @@ class ClientConnection:
         self._service.monitor.refused(self._number, error.kind)
         await self._connection.send(encode_error(error, number))
 
-    def _why_not(self) -> str:
+    async def _decode(self, fields: dict[str, Any], pixels: int) -> Request:
+        if why := self._decoding.why_not(pixels):
+            raise Busy(why)
+        return await self._service.decoder.run(partial(read_request, fields, self._metadata), pixels, self._decoding)
+
+    def _why_not(self, allowed: bool) -> str | None:
         if self._service.draining:
             return "the server is shutting down"
-        return f"expected at most {self._metadata.max_requests_per_s:g} requests per second"
-
-
-class _Allowance:
-    """Requests that a client may still make: rate per second, and as many at once as one second brings."""
-
-    def __init__(self, rate: float) -> None:
-        self._rate = rate
-        self._left = max(rate, 1.0)
-        self._at = time.monotonic()
-
-    def spend(self) -> bool:
-        """Whether there was one left."""
-        now = time.monotonic()
-        self._left = min(self._left + (now - self._at) * self._rate, max(self._rate, 1.0))
-        self._at = now
-        if self._left < 1:
-            return False
-        self._left -= 1
-        return True
+        if not allowed:
+            return f"expected at most {self._metadata.max_requests_per_s:g} requests per second"
+        return None

@@ -7,6 +7,7 @@ text frame, which is how openpi's clients expect it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -102,15 +103,57 @@ def encode_metadata(metadata: PolicyMetadata) -> bytes:
 
 
 def decode_metadata(message: bytes) -> PolicyMetadata:
-    """Raises ValueError if the server speaks another protocol."""
+    """Raises ValueError if the server speaks another protocol, or if a field is not what a client may rely on."""
     fields = unpack_map(message)
     if fields.pop("protocol", None) != PROTOCOL_VERSION:
         raise ValueError(f"server: expected xr0-engine's protocol {PROTOCOL_VERSION}, got {list(fields)!r:.200}")
     try:
         robots = {name: _robot_info(robot) for name, robot in fields.pop("robots").items()}
-        return PolicyMetadata(robots=robots, prefix_range=tuple(fields.pop("prefix_range")), **fields)
+        metadata = PolicyMetadata(robots=robots, prefix_range=tuple(fields.pop("prefix_range")), **fields)
+        fault = _metadata_fault(metadata)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"server: expected metadata of xr0-engine, got something else: {error}") from None
+    if fault:
+        raise ValueError(f"server: expected metadata of xr0-engine, got {fault}")
+    return metadata
+
+
+def _metadata_fault(metadata: PolicyMetadata) -> str | None:
+    """The first field that is not of its kind; None if all are. Raises TypeError for what cannot be looked into."""
+    robots, prefix_range = metadata.robots, metadata.prefix_range
+    whole = {name: getattr(metadata, name) for name in ("action_width", "state_width", "max_message_bytes")}
+    checks = {
+        "robots": bool(robots) and all(isinstance(name, str) for name in robots),
+        **{name: _is_whole(value, 1) for name, value in whole.items()},
+        "max_image_pixels": _is_whole(metadata.max_image_pixels, 1),
+        "max_requests_per_s": is_real(metadata.max_requests_per_s) and metadata.max_requests_per_s > 0,
+        "prefix_range": len(prefix_range) == 2 and all(map(_is_whole, prefix_range)),
+    }
+    for name, robot in robots.items():
+        known = {
+            "chunk_length": _is_whole(robot.chunk_length, 1),
+            "control_rate_hz": is_real(robot.control_rate_hz) and robot.control_rate_hz > 0,
+            "replan_every": robot.replan_every is None or _is_whole(robot.replan_every, 1),
+            "views": bool(robot.views) and all(isinstance(view, str) for view in robot.views),
+            "layout": isinstance(robot.layout, str),
+            "action_width": robot.action_width is None or _is_whole(robot.action_width, 1),
+            "max_prefix": robot.max_prefix is None or _is_whole(robot.max_prefix),
+            "step_columns": all(map(_is_whole, robot.step_columns or ())),
+            "two_valued_columns": all(map(_is_whole, robot.two_valued_columns or ())),
+            "preparation": all(isinstance(view.title, str) for view in robot.preparation or ()),
+            "embodiment": robot.embodiment is None or isinstance(robot.embodiment, str),
+        }
+        checks |= {f"robots, {name!r:.40}, {field}": is_right for field, is_right in known.items()}
+    return next((f"{name} of another kind" for name, is_right in checks.items() if not is_right), None)
+
+
+def is_real(value: object) -> bool:
+    """Whether it is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_whole(value: object, least: int = 0) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**62
 
 
 def _robot_info(fields: Mapping[str, Any]) -> RobotInfo:
@@ -178,7 +221,7 @@ def decode_reply(message: bytes | str) -> Reply:
     number = request_id(fields)
     if "error" in fields:
         error = as_map(fields["error"])
-        return Reply(number, error=ERRORS.get(str(error.get("kind")), PolicyFailed)(error.get("message", "")))
+        return Reply(number, error=ERRORS.get(str(error.get("kind")), PolicyFailed)(str(error.get("message", ""))))
     try:
         chunk = ActionChunk(
             actions=fields["actions"],
@@ -196,6 +239,16 @@ def decode_reply(message: bytes | str) -> Reply:
     except (KeyError, TypeError) as error:
         raise ValueError(f"server: expected a chunk, got {list(fields)!r:.200}: {error!r}") from None
     check_chunk(chunk)
+    active = chunk.active_columns
+    is_right = {
+        "active_columns": isinstance(active, np.ndarray) and active.dtype == bool and active.ndim == 1,
+        "robot_type": isinstance(chunk.robot_type, str),
+        "prefix_length": _is_whole(chunk.prefix_length) and chunk.prefix_length <= len(chunk.actions),
+        "timestamp_s": chunk.timestamp_s is None or is_real(chunk.timestamp_s),
+        "timing": all(isinstance(stage, str) and is_real(ms) for stage, ms in chunk.timing_ms.items()),
+    }
+    if wrong := [name for name, right in is_right.items() if not right]:
+        raise ValueError(f"server: expected a chunk, got {', '.join(wrong)} of another kind")
     return Reply(number, chunk)
 
 

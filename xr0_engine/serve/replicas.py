@@ -7,6 +7,7 @@ to the replica with the least to do; a replica takes what waits for it as one ba
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -64,6 +65,8 @@ class RayReplicas:
         self._options = options
         self._arguments = (load, image_size, robot_type)
         self._handle: Any = None
+        self._is_own_ray = False
+        self._since: dict[object, float] = {}
 
     async def start(self) -> Served:
         self._handle = await asyncio.to_thread(self._deploy)
@@ -72,14 +75,28 @@ class RayReplicas:
     async def infer(self, request: Request) -> ActionChunk:
         from ray.exceptions import RayError
 
+        response = self._handle.infer.remote(request)
+        self._since[response] = time.monotonic()
         try:
-            outcome: Outcome = await self._handle.infer.remote(request)
+            outcome: Outcome = await response
         except RayError as error:
             # A replica that died; Ray starts another.
             raise PolicyFailed(str(error).strip().partition("\n")[0]) from None
+        except asyncio.CancelledError:
+            # Whoever asked has gone: what no replica has begun with is dropped.
+            response.cancel()
+            raise
+        finally:
+            del self._since[response]
         if isinstance(outcome, ActionChunk):
             return outcome
         raise outcome
+
+    def fault(self, longest_s: float) -> str | None:
+        took_s = time.monotonic() - min(self._since.values(), default=time.monotonic())
+        if took_s <= longest_s:
+            return None
+        return f"an inference has taken {took_s:.1f} s so far, expected at most {longest_s:g} s"
 
     async def close(self) -> None:
         """Ends the replicas; a Ray that was there before stays."""
@@ -89,6 +106,10 @@ class RayReplicas:
             # Its threads would go on reporting to a Ray that may be gone.
             await self._handle.shutdown_async()
             await asyncio.to_thread(serve.delete, APPLICATION)
+        if self._is_own_ray:
+            import ray
+
+            await asyncio.to_thread(ray.shutdown)
 
     def _deploy(self) -> Any:
         import ray
@@ -97,6 +118,7 @@ class RayReplicas:
         options = self._options
         if not ray.is_initialized():
             ray.init(include_dashboard=False, log_to_driver=False)
+            self._is_own_ray = True
         # Clients come through our server, not through Ray's.
         serve.start(proxy_location="Disabled")
         deployment: Any = serve.deployment(

@@ -11,6 +11,7 @@ import numpy as np
 
 from xr0_engine.serve import openpi
 from xr0_engine.serve.images import encode_jpeg, read_image
+from xr0_engine.serve.pictures import decoding_cost
 from xr0_engine.serve.protocol import PolicyMetadata, Refused, Request, request_id
 from xr0_engine.serve.wire import MAX_DIMENSIONS, pack, unpack_map
 from xr0_engine.types import Observation, RobotInfo
@@ -66,11 +67,16 @@ def read_fields(message: bytes | str) -> dict[str, Any]:
     return fields
 
 
-def has_files(fields: Mapping[str, Any]) -> bool:
-    """Whether some image is a file that takes time to decode."""
+def decoded_pixels(fields: Mapping[str, Any], max_pixels: int) -> int:
+    """What decoding the files among a request's images takes, as pictures.decoding_cost counts; 0 without files.
+
+    Raises ValueError for a file that takes more than its size lets expect.
+    """
     nested = fields.get("images")
-    values = [*fields.values(), *(nested.values() if isinstance(nested, dict) else ())]
-    return any(isinstance(value, bytes) for value in values)
+    named = [*fields.items(), *(nested.items() if isinstance(nested, dict) else ())]
+    files = [(name, value) for name, value in named if isinstance(value, bytes)]
+    # One at least: what is no picture is refused where it does not matter how long that takes.
+    return sum(max(decoding_cost(f"image {name!r:.80}", value, max_pixels), 1) for name, value in files)
 
 
 def read_request(fields: Mapping[str, Any], metadata: PolicyMetadata) -> Request:

@@ -10,14 +10,17 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from functools import partial
 from types import TracebackType
+from typing import Any
 
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 
 from xr0_engine.serve.connection import ClientConnection
-from xr0_engine.serve.legacy import serve_legacy
+from xr0_engine.serve.gate import ACCEPTED_AT_ONCE, Gate
+from xr0_engine.serve.legacy import LegacyPorts
 from xr0_engine.serve.pages import answer_http
 from xr0_engine.serve.protocol import encode_metadata
 from xr0_engine.serve.service import ServerConfig, Service
@@ -30,9 +33,12 @@ _websockets_log = logging.getLogger("xr0_engine.serve.websockets")
 _websockets_log.setLevel(logging.CRITICAL)
 
 HANDSHAKE_S = 5.0
+"""How long a connection may take to say what it wants, TLS included, and to take its page."""
 KEEPALIVE_S = 20.0
-SPARE_CONNECTIONS = 32
-"""Connections beyond the clients: pages, metrics, and those that are being turned away."""
+CLOSE_S = 1.0
+"""How long a client has to agree that its connection is closed."""
+MAX_HEAD_BYTES = 64 << 10
+"""Of an HTTP request. Browsers send the cookies of every server of this machine's name along."""
 LONGEST_READ_S = 0.1
 """Processor time to take frames out of what came at once, at most 256 KiB. Images take less than a millisecond, pings
 without pause nearly a second, in which nobody else is served."""
@@ -41,19 +47,42 @@ without pause nearly a second, in which nobody else is served."""
 class Server(Service):
     """Serves one backend. Make it, then await run."""
 
-    connections = 0
+    def __init__(self, backend: Backend, config: ServerConfig) -> None:
+        super().__init__(backend, config)
+        # Nothing but the head of a request comes before a client has its place.
+        self.gate = Gate(HANDSHAKE_S, MAX_HEAD_BYTES, lambda: self.monitor.rejected("too_many_connections"))
 
     async def run(self, stop: asyncio.Event, listening: Callable[[int], None] = lambda port: None) -> None:
-        """Listen, load, serve until stop is set, then answer what was asked and close.
+        """Listen, load, serve until stop is set, then answer what was asked and close, all within drain_s.
 
         listening: called with the port once it is open, before the engine is loaded. Raises OSError if the port cannot
         be had, and what the backend raises on start.
         """
-        async with serve(
+        async with AsyncExitStack() as stack:
+            servers = [
+                await stack.enter_async_context(self._serve(listener))
+                for listener in self.gate.listen(self.config.host, self.config.port)
+            ]
+            listening(next(iter(servers[0].sockets)).getsockname()[1])
+            released = LegacyPorts(self)
+            try:
+                for port in self.config.legacy_ports:
+                    await released.listen(self.config.host, port)
+                if await self._start_before(stop):
+                    await stop.wait()
+                    await self.drain()
+                    for server in servers:
+                        server.close(reason="the server is shutting down")
+            finally:
+                self.gate.close()
+                await released.close()
+                await self.close()
+
+    def _serve(self, listener: object) -> AbstractAsyncContextManager[Any]:
+        return serve(
             self._handle,
-            self.config.host,
-            self.config.port,
-            process_request=lambda connection, request: answer_http(self, request),
+            sock=listener,
+            process_request=lambda connection, request: answer_http(self, connection, request),
             # It takes any callable that makes one, as its documentation says and its types do not.
             create_connection=partial(_CountedConnection, self),  # type: ignore[arg-type]
             # A page in a browser must not reach a robot's server: browsers send an origin, clients do not.
@@ -62,28 +91,15 @@ class Server(Service):
             open_timeout=HANDSHAKE_S,
             ping_interval=KEEPALIVE_S,
             ping_timeout=KEEPALIVE_S,
+            close_timeout=CLOSE_S,
             max_size=self.config.max_message_bytes,
             # One message being read while another is looked at: a large limit times a long queue is a lot of memory.
             max_queue=1,
             server_header=None,
-            # Connections that wait to be accepted: when they do not fit, the kernel has good ones wait for a second.
-            backlog=1024,
+            backlog=ACCEPTED_AT_ONCE,
             ssl=self.config.tls,
             logger=_websockets_log,
-        ) as websocket_server:
-            listening(next(iter(websocket_server.sockets)).getsockname()[1])
-            released: list[asyncio.Server] = []
-            try:
-                for port in self.config.legacy_ports:
-                    released.append(await serve_legacy(self, self.config.host, port))
-                if await self._start_before(stop):
-                    await stop.wait()
-                    await self.drain()
-                    websocket_server.close(reason="the server is shutting down")
-            finally:
-                for listener in released:
-                    listener.close()
-                await self.close()
+        )
 
     async def _start_before(self, stop: asyncio.Event) -> bool:
         """Whether the backend came up before it was told to stop."""
@@ -99,9 +115,11 @@ class Server(Service):
 
     async def _handle(self, connection: ServerConnection) -> None:
         """One client, from handshake to end."""
-        number = self.admit("{}:{}".format(*connection.remote_address[:2]))
+        key = self.keys_of.get(connection)
+        number = self.admit("{}:{}".format(*connection.remote_address[:2]), key)
+        self.gate.has_passed(connection.transport)
         if number is None:
-            await connection.close(1013, f"expected at most {self.config.max_clients} clients")
+            await connection.close(1013, self.why_full(key) or "too many clients")
             return
         try:
             metadata = await self.ready()
@@ -117,34 +135,21 @@ class Server(Service):
 
 
 class _CountedConnection(ServerConnection):
-    """Turns away, before anything is read, what comes beyond all clients and a few more; and, later, what keeps the
-    loop from everyone else."""
+    """Ends what sends no end of a request's head, and what keeps the loop from everyone else."""
 
     def __init__(self, owner: Server, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]
         self._owner = owner
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._owner.connections += 1
-        self._turned_away = self._owner.connections > self._owner.config.max_clients + SPARE_CONNECTIONS
-        if not self._turned_away:
-            super().connection_made(transport)
-            return
-        self._owner.monitor.rejected("too_many_connections")
-        assert isinstance(transport, asyncio.WriteTransport)
-        transport.abort()
+        self._head_bytes = 0
 
     def data_received(self, data: bytes) -> None:
         start = time.thread_time()
         super().data_received(data)
-        if time.thread_time() - start > LONGEST_READ_S:
+        if self.request is None:
+            self._head_bytes += len(data)
+        if self._head_bytes > MAX_HEAD_BYTES or time.thread_time() - start > LONGEST_READ_S:
             self._owner.monitor.rejected("flooding")
             self.transport.abort()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._owner.connections -= 1
-        if not self._turned_away:
-            super().connection_lost(exc)
 
 
 class BackgroundServer:

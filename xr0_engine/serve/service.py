@@ -10,10 +10,15 @@ import asyncio
 import logging
 import ssl
 import time
+from collections import Counter
 from dataclasses import dataclass, replace
 from http import HTTPStatus
+from weakref import WeakKeyDictionary
 
-from xr0_engine.serve.access import check_bind, is_loopback
+from websockets.asyncio.server import ServerConnection
+
+from xr0_engine.serve.access import WrongKeys, check_bind, is_loopback
+from xr0_engine.serve.decoding import DecodeAllowance, Decoder
 from xr0_engine.serve.monitor import Monitor
 from xr0_engine.serve.protocol import DEFAULT_PORT, PolicyFailed, PolicyMetadata, Refused, Request, check_chunk
 from xr0_engine.serve.worker import Backend, Served
@@ -24,14 +29,21 @@ log = logging.getLogger("xr0_engine.serve")
 LAST_PORT = 65535
 FAILURES_UNTIL_UNHEALTHY = 3
 """Inferences that fail in a row until /healthz says so: a device that is lost does not come back by itself."""
+KEPT_FOR_EACH_KEY = 2
+"""Places that one key leaves to each of the others: one for its session, one while a lost one is not noticed yet."""
+CLOSING_S = 2.0
+"""Of a shutdown's time, for what comes after the last answer."""
 
 
 @dataclass(frozen=True)
 class ServerConfig:
     """port: 0 takes a free one. keys: API keys, none = everyone who can reach the port. max_requests_per_s: of one
-    client. max_prefix: longest prefix taken; None: what the engine was trained with. drain_s: how long a shutdown waits
-    for requests that are being answered. legacy_port: of the released TCP protocol, None for none. legacy_ranks: how
-    many ports it is spoken on from legacy_port on: rank r of a released evaluation connects to legacy_port + r.
+    client. max_prefix: longest prefix taken; None: what the engine was trained with. max_clients_per_key: of
+    max_clients; None: all but KEPT_FOR_EACH_KEY for each other key. max_inference_s: while one inference takes longer,
+    the server is unhealthy. drain_s: how long a shutdown takes at most, with the wait for requests that are being
+    answered. host_names: names of this machine that it does not know of itself; without keys its pages are shown under
+    no other. legacy_port: of the released TCP protocol, None for none. legacy_ranks: how many ports it is spoken on
+    from legacy_port on: rank r of a released evaluation connects to legacy_port + r.
 
     Raises ValueError for an address beyond this machine without keys, unless allow_anyone, and for ports that are none.
     """
@@ -42,11 +54,14 @@ class ServerConfig:
     allow_anyone: bool = False
     tls: ssl.SSLContext | None = None
     max_clients: int = 32
+    max_clients_per_key: int | None = None
     max_message_bytes: int = 32 << 20
     max_image_pixels: int = 4 << 20
     max_requests_per_s: float = 200.0
     max_prefix: int | None = None
+    max_inference_s: float = 30.0
     drain_s: float = 10.0
+    host_names: tuple[str, ...] = ()
     legacy_port: int | None = None
     legacy_ranks: int = 1
 
@@ -60,6 +75,13 @@ class ServerConfig:
             )
 
     @property
+    def places_per_key(self) -> int:
+        """How many clients may come with one key."""
+        if self.max_clients_per_key is not None:
+            return min(self.max_clients_per_key, self.max_clients)
+        return max(self.max_clients - KEPT_FOR_EACH_KEY * max(len(self.keys) - 1, 0), 1)
+
+    @property
     def legacy_ports(self) -> range:
         first = self.legacy_port
         return range(0) if first is None else range(first, first + self.legacy_ranks)
@@ -70,7 +92,8 @@ class Service:
 
     busy: numbers of the clients with an unanswered request, which shutting down waits for. turns: one is held while the
     backend works on a request; whoever waits longest gets the next; none before it is ready. network_backend: what runs
-    the network and why, empty before it is known.
+    the network and why, empty before it is known. keys_of: which key a connection came with, where it takes one.
+    decoder: where pictures are decoded. pages: what all the pages together may have encoded.
     """
 
     def __init__(self, backend: Backend, config: ServerConfig) -> None:
@@ -84,6 +107,11 @@ class Service:
         self._backend = backend
         self._ready = asyncio.Event()
         self._failures = 0
+        self._keys: dict[int, int | None] = {}
+        self.keys_of: WeakKeyDictionary[ServerConnection, int | None] = WeakKeyDictionary()
+        self.wrong_keys = WrongKeys()
+        self.decoder = Decoder()
+        self.pages = DecodeAllowance()
         # Without keys, its pages must not be reached under a name that some site's DNS gave this machine.
         self.is_for_this_machine = not config.keys and is_loopback(config.host)
 
@@ -109,31 +137,44 @@ class Service:
         assert self.metadata is not None
         return self.metadata
 
-    def admit(self, address: str) -> int | None:
-        """A place for a client: its number, for release; None if all are taken."""
-        if self.is_full:
+    def admit(self, address: str, key: int | None = None, released: bool = False) -> int | None:
+        """A place for a client: its number, for release; None if there is none. key, released: as in why_full."""
+        if self.why_full(key, released):
             self.monitor.rejected("too_many_clients")
             return None
-        return self.monitor.connected(address)
+        number = self.monitor.connected(address)
+        if not released:
+            self._keys[number] = key
+        return number
 
     def release(self, number: int) -> None:
         self.busy.discard(number)
+        self._keys.pop(number, None)
         self.monitor.disconnected(number)
 
     @property
     def draining(self) -> bool:
         return self.state == "draining"
 
-    @property
-    def is_full(self) -> bool:
-        """Whether no further client has a place."""
-        return len(self.monitor.clients) >= self.config.max_clients
+    def why_full(self, key: int | None, released: bool = False) -> str | None:
+        """Why no further client has a place, or none with this key; None if one has. key: the one it came with.
+        released: it speaks the released protocol, whose clients have as many places of their own: they bring no key,
+        and must not keep out who does."""
+        places = self.config.max_clients
+        if (len(self.monitor.clients) - len(self._keys) if released else len(self._keys)) >= places:
+            return f"too many clients: expected at most {places}"
+        places = self.config.places_per_key
+        if key is not None and Counter(self._keys.values())[key] >= places:
+            return f"too many clients with this key: expected at most {places}"
+        return None
 
     def health(self) -> tuple[HTTPStatus, str]:
         if self.state != "ready":
             return HTTPStatus.SERVICE_UNAVAILABLE, self.state
         if self._failures >= FAILURES_UNTIL_UNHEALTHY:
             return HTTPStatus.SERVICE_UNAVAILABLE, f"the last {self._failures} inferences failed"
+        if fault := self._backend.fault(self.config.max_inference_s):
+            return HTTPStatus.SERVICE_UNAVAILABLE, fault
         return HTTPStatus.OK, "ok"
 
     async def start(self) -> None:
@@ -147,15 +188,16 @@ class Service:
         log.info("ready: %s; backend %s", ", ".join(self.metadata.robot_types), self.network_backend or "not told")
 
     async def drain(self) -> None:
-        """Answer what was asked, at most drain_s long, and take no new requests any more."""
+        """Answer what was asked, and take no new requests any more; as long as drain_s leaves time to close."""
         self._shut("draining")
         log.info("shutting down: %d clients", len(self.monitor.clients))
-        deadline = time.monotonic() + self.config.drain_s
+        deadline = time.monotonic() + max(self.config.drain_s - CLOSING_S, self.config.drain_s / 2)
         while self.busy and time.monotonic() < deadline:
             await asyncio.sleep(0.01)
 
     async def close(self) -> None:
         self._shut("closed")
+        self.decoder.close()
         await self._backend.close()
 
     def _failed(self, error: BaseException) -> PolicyFailed:

@@ -6,13 +6,16 @@ An Engine is not shared between threads, so one thread makes it, warms it up and
 from __future__ import annotations
 
 import asyncio
+import logging
 import queue
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -20,6 +23,10 @@ from xr0_engine.robot.embodiment import Embodiment
 from xr0_engine.serve.protocol import Request
 from xr0_engine.types import ActionChunk, Inference, Observation, RobotInfo, TokenizedObservation
 
+log = logging.getLogger("xr0_engine.serve")
+
+CLOSE_S = 0.5
+"""How long closing waits for an inference that is still at work; it ends with the process."""
 LOOK_S = 0.0002
 """While an inference runs, whether a request has come to run beside it is looked at so often, and whether it has ended.
 """
@@ -97,6 +104,11 @@ class Backend(Protocol):
 
     async def infer(self, request: Request) -> ActionChunk: ...
 
+    def fault(self, longest_s: float) -> str | None:
+        """Why no chunks are to be expected: an inference that has taken longer than that, or nobody there to make them.
+        None if all is well."""
+        ...
+
     async def close(self) -> None: ...
 
 
@@ -155,28 +167,83 @@ class EngineThread:
         self._load = load
         self._robot_type = robot_type
         self._image_size = image_size
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="xr0-engine")
         self._engine: ServedEngine | None = None
         self._ahead: InfersAhead | None = None
         self._waiting: queue.SimpleQueue[tuple[Request, Future[ActionChunk]]] = queue.SimpleQueue()
+        self._tasks: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
+        self._working = AtWork()
+        self._ended: str | None = None
+        # A daemon: whatever it is at, the process can end.
+        self._thread = threading.Thread(target=self._run, name="xr0-engine", daemon=True)
 
     async def start(self) -> Served:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._start)
+        self._thread.start()
+        served: Served = await asyncio.wrap_future(self._submit(self._start))
+        return served
 
     async def infer(self, request: Request) -> ActionChunk:
-        if self._ahead is None:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, self._infer, request)
         future: Future[ActionChunk] = Future()
-        self._waiting.put((request, future))
-        self._thread.submit(self._infer_waiting, self._ahead)
+        if self._ahead is None:
+            future = self._submit(lambda: self._infer(request))
+        else:
+            self._waiting.put((request, future))
+            ahead = self._ahead
+            self._submit(lambda: self._infer_waiting(ahead))
         return await asyncio.wrap_future(future)
 
+    def fault(self, longest_s: float) -> str | None:
+        return self._ended or self._working.fault(longest_s)
+
     async def close(self) -> None:
-        """Waits for the inference that runs."""
+        """Waits CLOSE_S at most for the inference that runs; what waits is cancelled."""
+        self._cancel_waiting()
+        self._tasks.put(None)
+        deadline = time.monotonic() + CLOSE_S
+        while self._thread.is_alive() and time.monotonic() < deadline:
+            await asyncio.sleep(0.002)
+        if self._thread.is_alive():
+            log.warning("the engine is still at work: it ends with the process")
+
+    def _submit(self, call: Callable[[], Any]) -> Future[Any]:
+        """Raises RuntimeError if the engine's thread has ended."""
+        if self._ended:
+            raise RuntimeError(self._ended)
+        future: Future[Any] = Future()
+        self._tasks.put((call, future))
+        return future
+
+    def _cancel_waiting(self) -> None:
         with suppress(queue.Empty):
             while True:
                 self._waiting.get_nowait()[1].cancel()
-        await asyncio.to_thread(self._thread.shutdown, cancel_futures=True)
+
+    def _run(self) -> None:
+        """The engine's thread, until it is closed, or something ends it that ends threads."""
+        try:
+            while (task := self._tasks.get()) is not None:
+                call, future = task
+                if not future.set_running_or_notify_cancel():
+                    continue
+                try:
+                    value = call()
+                except Exception as error:
+                    future.set_exception(error)
+                except BaseException as error:
+                    # Raised in the event loop, it would end that as well.
+                    future.set_exception(RuntimeError(f"the engine's thread has died: {error!r}"))
+                    raise
+                else:
+                    future.set_result(value)
+            self._ended = "the engine is closed"
+        except BaseException as error:
+            self._ended = f"the engine's thread has died: {error!r}"
+            log.critical("%s", self._ended)
+        finally:
+            self._cancel_waiting()
+            with suppress(queue.Empty):
+                while True:
+                    if (task := self._tasks.get_nowait()) is not None:
+                        task[1].cancel()
 
     def _start(self) -> Served:
         self._engine = self._load()
@@ -191,21 +258,25 @@ class EngineThread:
 
     def _infer(self, request: Request) -> ActionChunk:
         assert self._engine is not None
-        return infer_one(self._engine, request)
+        with self._working:
+            return infer_one(self._engine, request)
 
     def _infer_waiting(self, engine: InfersAhead) -> None:
         """All requests that wait, and those that come while one of them is at work."""
         taken: deque[Future[ActionChunk]] = deque()
         try:
             for outcome in engine.infer_all(self._calls(taken)):
+                self._working.ended()
                 if isinstance(outcome, Exception):
                     taken.popleft().set_exception(outcome)
                 else:
                     taken.popleft().set_result(outcome)
         except BaseException as error:
             # Whoever waits is told what nobody expected.
+            is_fault = isinstance(error, Exception)
             for future in taken:
-                future.set_exception(error)
+                self._working.ended()
+                future.set_exception(error if is_fault else RuntimeError(f"the engine's thread has died: {error!r}"))
             raise
 
     def _calls(self, taken: deque[Future[ActionChunk]]) -> Iterator[Inference | None]:
@@ -220,4 +291,34 @@ class EngineThread:
             else:
                 if future.set_running_or_notify_cancel():
                     taken.append(future)
+                    self._working.begun()
                     yield Inference(request.observation, request.prefix, seed=request.seed)
+
+
+class AtWork:
+    """Since when inferences have been at work; those that began first end first. Asked from other threads too."""
+
+    def __init__(self) -> None:
+        self._since: deque[float] = deque()
+
+    def begun(self) -> None:
+        self._since.append(time.monotonic())
+
+    def ended(self) -> None:
+        self._since.popleft()
+
+    def fault(self, longest_s: float) -> str | None:
+        """What is to be said of one that has taken longer than that; None if none has."""
+        try:
+            took_s = time.monotonic() - self._since[0]
+        except IndexError:
+            return None
+        if took_s <= longest_s:
+            return None
+        return f"an inference has taken {took_s:.1f} s so far, expected at most {longest_s:g} s"
+
+    def __enter__(self) -> None:
+        self.begun()
+
+    def __exit__(self, *_: object) -> None:
+        self.ended()

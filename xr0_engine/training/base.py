@@ -24,8 +24,7 @@ from xr0_engine.model.dit import ActionHead
 from xr0_engine.model.weights import (
     TIED_LM_HEAD,
     StoredTensor,
-    check_tensors,
-    checkpoint_shapes,
+    check_model,
     read_index,
     resolve_checkpoint,
 )
@@ -33,7 +32,6 @@ from xr0_engine.robot.limits import RELEASED_LIMITS, ImageLimits, load_limits
 from xr0_engine.types import CheckpointError
 
 VLM_TYPE = "qwen3_vl"
-VLM_PREFIX = "vlm."
 EMBEDDINGS = "vlm.model.language_model.embed_tokens.weight"
 
 
@@ -68,11 +66,10 @@ def read_base(checkpoint: str | Path) -> Base:
     raw = read_hf_config(folder)
     has_head = not _is_vlm(raw)
     config = ModelConfig.from_hf(raw if has_head else _with_head(raw))
-    stored, shapes = read_index(folder), checkpoint_shapes(config)
+    stored = read_index(folder)
     if not has_head:
         stored = {_xr0_name(name): place for name, place in stored.items()}
-        shapes = {name: shape for name, shape in shapes.items() if name.startswith(VLM_PREFIX)}
-    check_tensors(stored, shapes)
+    check_model(config, stored, complete=has_head)
     if not has_head and TIED_LM_HEAD in stored:
         head, embeddings = read_tensor(stored[TIED_LM_HEAD]), read_tensor(stored[EMBEDDINGS])
         if not torch.equal(head, embeddings):

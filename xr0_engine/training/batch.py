@@ -17,7 +17,8 @@ from xr0_engine.config import ModelConfig
 from xr0_engine.robot.embodiment import Embodiment
 from xr0_engine.robot.normalize import ActionStatistics
 from xr0_engine.robot.preprocess import Preprocessor, images_to_patches, position_ids
-from xr0_engine.robot.prompt import PROMPT_TOKENS, TOKENIZER_FILE, PromptTokenizer
+from xr0_engine.robot.prompt import PROMPT_TOKENS, PromptTokenizer
+from xr0_engine.robot.tokenizer_file import TOKENIZER_FILE, read_tokenizer
 from xr0_engine.training.base import base_limits
 from xr0_engine.training.data.samples import LanguageSample, RobotSample
 from xr0_engine.types import ModelInputs, Observation
@@ -182,7 +183,7 @@ class Collator:
 
 def _whole_text_tokenizer(folder: Path) -> Tokenizer:
     """The checkpoint's, without the padding and truncation that its file may ask for."""
-    tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
+    tokenizer = read_tokenizer(folder / TOKENIZER_FILE)
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer

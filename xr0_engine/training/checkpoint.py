@@ -25,8 +25,9 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
-from xr0_engine.checkpoint import all_or_nothing, write_weights
+from xr0_engine.checkpoint import write_weights
 from xr0_engine.config import ModelConfig
+from xr0_engine.files import read_json, reading, whole
 from xr0_engine.model.weights import checkpoint_shapes
 from xr0_engine.robot.embodiment import CHECKPOINT_KEY, Embodiment
 from xr0_engine.robot.normalize import STATISTICS_FILE, ActionStatistics
@@ -34,6 +35,7 @@ from xr0_engine.training.base import Base, fresh_head, read_tensor
 from xr0_engine.training.distributed import World
 from xr0_engine.training.model import checkpoint_name
 from xr0_engine.types import CheckpointError
+from xr0_engine.whole import publish, whole_folder
 
 STEP_PREFIX = "step-"
 PARTIAL = ".partial"
@@ -91,7 +93,7 @@ class Checkpointer:
             shutil.rmtree(partial, ignore_errors=True)
             raise OSError(f"checkpoint {final} could not be written: {error}; earlier ones are whole") from error
         if self._world.is_main:
-            os.replace(partial, final)
+            publish(partial, final)
             for old in checkpoints(self._folder)[: -self._keep_last]:
                 # Out of the list first: half of a deleted checkpoint must not look like one.
                 doomed = old.with_name(old.name + PARTIAL)
@@ -121,8 +123,11 @@ class Checkpointer:
         if faults:
             raise CheckpointError(f"{folder} does not fit this run: " + "; ".join(faults[:12]))
         load(state, storage_reader=FileSystemReader(folder), process_group=self._world.io_group)
-        progress: dict[str, Any] = json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8"))
-        return progress
+        progress = read_json(folder / PROGRESS_FILE)
+        with reading(folder / PROGRESS_FILE):
+            if progress:
+                whole(progress, "step", least=0)
+        return dict(progress)
 
     def _state(self) -> dict[str, Tensor]:
         """Name -> live tensor of everything that training changes; optimiser state that is not there yet is made."""
@@ -201,7 +206,7 @@ def export_checkpoint(
     preprocessor = base.preprocessor()
     preprocessor["action_config"] = {robot_type: item.to_json() for robot_type, item in statistics.items()}
     num_bytes = sum(torch.Size(shape).numel() for shape in shapes.values()) * EXPORT_DTYPE.itemsize
-    with all_or_nothing(out, num_bytes) as target:
+    with whole_folder(out, num_bytes) as target:
         told = {} if embodiment is None else {CHECKPOINT_KEY: asdict(embodiment)}
         (target / "config.json").write_text(json.dumps(xr0.to_hf() | told, indent=2), encoding="utf-8")
         (target / STATISTICS_FILE).write_text(json.dumps(preprocessor), encoding="utf-8")

@@ -12,7 +12,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from xr0_engine.files import parse_json
+from xr0_engine.part_configs import POSITIONS, STEPS
+
 Config = TypeVar("Config")
+
+MOST_PROCESSES = 1 << 10
+MOST_SAMPLES = 1 << 16
+MOST_STEPS = 1 << 40
+LARGEST_SEED = 2**63 - 1
+"""Beyond these, a number in a file is a slip, and what is reserved for it is more than there is."""
 
 UNSET = ""
 """A path that a recipe leaves to the user."""
@@ -159,7 +168,7 @@ class TrainConfig:
     @staticmethod
     def from_json(text: str) -> TrainConfig:
         """The inverse of to_json. Raises ValueError for unknown keys, with the nearest known one, and wrong values."""
-        return _build(TrainConfig, json.loads(text), "")
+        return _build(TrainConfig, parse_json(text.encode()), "")
 
 
 def override(config: TrainConfig, assignments: Sequence[str]) -> TrainConfig:
@@ -225,6 +234,22 @@ def _rules(config: TrainConfig) -> Iterator[tuple[bool, str, str]]:
         "run.peak_tflops": run.peak_tflops,
     }
     yield from ((value >= 0, name, f"0 or more, got {value}") for name, value in not_negative.items())
+    at_most = {
+        "data.chunk_length": (data.chunk_length, STEPS[1]),
+        "flow.max_prefix": (flow.max_prefix, STEPS[1]),
+        "model.position_offset": (config.model.position_offset, POSITIONS[1]),
+        "data.workers": (data.workers, MOST_PROCESSES),
+        "run.threads": (run.threads, MOST_PROCESSES),
+        "data.batch_size": (data.batch_size, MOST_SAMPLES),
+        "data.validation_samples": (data.validation_samples, MOST_SAMPLES),
+        "flow.repeat": (flow.repeat, MOST_SAMPLES),
+        "choice.candidates": (choice.candidates, MOST_SAMPLES),
+        "run.seed": (run.seed, LARGEST_SEED),
+        "optim.steps": (optim.steps, MOST_STEPS),
+        "optim.warmup_steps": (optim.warmup_steps, MOST_STEPS),
+        "optim.accumulate": (optim.accumulate, MOST_STEPS),
+    }
+    yield from ((value <= most, name, f"at most {most}, got {value}") for name, (value, most) in at_most.items())
     yield 0 <= data.validation_fraction < 1, "data.validation_fraction", f"0 to below 1, got {data.validation_fraction}"
     yield 0 <= flow.column_dropout <= 1, "flow.column_dropout", f"0 to 1, got {flow.column_dropout}"
     yield all(0 <= beta < 1 for beta in optim.betas), "optim.betas", f"each from 0 below 1, got {optim.betas}"
@@ -241,7 +266,7 @@ def _rules(config: TrainConfig) -> Iterator[tuple[bool, str, str]]:
 
 def _build(kind: type[Config], raw: Any, where: str) -> Config:
     if not isinstance(raw, dict):
-        raise ValueError(f"config: {where or 'file'}: expected a mapping, got {raw!r}")
+        raise ValueError(f"config: {where or 'file'}: expected a mapping, got {raw!r:.80}")
     hints = get_type_hints(kind)
     unknown = [name for name in raw if name not in hints]
     if unknown:
@@ -263,7 +288,7 @@ def _unknown(key: str, known: list[str]) -> str:
     near = near or [
         name for name in known if difflib.get_close_matches(key.split(".")[-1], [name.split(".")[-1]], 1, 0.7)
     ]
-    return f"there is no key {key!r}" + (f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}")
+    return f"there is no key {key!r:.80}" + (f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}")
 
 
 def _parse(kind: Any, text: str, key: str) -> Any:
@@ -299,12 +324,12 @@ def _checked(kind: Any, value: Any, key: str) -> Any:
         return tuple(_checked(items[0], item, key) for item in value)
     if get_origin(kind) is Literal:
         if value not in get_args(kind):
-            raise ValueError(f"config: {key}: expected {', '.join(get_args(kind))}, got {value!r}")
+            raise ValueError(f"config: {key}: expected {', '.join(get_args(kind))}, got {value!r:.80}")
         return value
     kinds = _kinds(kind)
     if float in kinds and type(value) is int:
         value = float(value)
     if type(value) not in kinds or (isinstance(value, float) and not math.isfinite(value)):
         names = " or ".join("none" if item is type(None) else item.__name__ for item in kinds)
-        raise ValueError(f"config: {key}: expected {names}, got {value!r}")
+        raise ValueError(f"config: {key}: expected {names}, got {value!r:.80}")
     return value

@@ -6,7 +6,7 @@ Shape legend: M rows, T chunk length, A columns.
 from __future__ import annotations
 
 import json
-import os
+import math
 import resource
 import sys
 import time
@@ -20,8 +20,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from xr0_engine.config import ModelConfig
+from xr0_engine.files import json_lines, reading, whole
 from xr0_engine.training.distributed import World
-from xr0_engine.types import ModelInputs
+from xr0_engine.types import FileError, ModelInputs
+from xr0_engine.whole import write_whole
 
 TIME_BINS = 5
 """The loss is reported for this many equal spans of flow time."""
@@ -115,11 +117,14 @@ class Log:
         if not self._path.is_file():
             return
         # From step 0 all is reported anew, what the run starts from included.
-        lines = self._path.read_text(encoding="utf-8").splitlines() if step else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        partial = self._path.with_suffix(".partial")
-        partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        os.replace(partial, self._path)
+        lines = json_lines(self._path, FileError) if step else ()
+        kept = [json.dumps(line) for number, line in lines if _step(self._path, number, line) <= step]
+        write_whole(self._path, "".join(line + "\n" for line in kept))
+
+
+def _step(path: Path, number: int, line: Mapping[str, Any]) -> int:
+    with reading(f"{path}, line {number}", FileError):
+        return whole(line, "step")
 
 
 class Speed:
@@ -188,9 +193,10 @@ def model_flops(config: ModelConfig, inputs: ModelInputs, draws: int, length: in
 
 
 def _without_nan(mean: Any) -> Any:
+    """None in the place of what JSON has no number for."""
     if isinstance(mean, list):
         return [_without_nan(value) for value in mean]
-    return None if mean != mean else mean
+    return mean if mean is None or math.isfinite(mean) else None
 
 
 def _short(value: float) -> str:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from xr0_engine.files import read_bytes, reading
 from xr0_engine.robot.embodiment import builtin_embodiments
 from xr0_engine.robot.normalize import ActionStatistics, read_statistics
 from xr0_engine.training.base import Base, read_base
@@ -21,6 +23,8 @@ from xr0_engine.training.distributed import world
 from xr0_engine.training.model import model_config
 from xr0_engine.training.profiles import check_profiles, check_robot_types, run_profile
 from xr0_engine.training.trainer import CHECKPOINTS, Trainer
+from xr0_engine.types import FileError
+from xr0_engine.whole import is_fresh, only_writer, write_whole
 
 CONFIG_FILE = "config.json"
 STATISTICS_FILE = "statistics.json"
@@ -41,10 +45,7 @@ def start_run(config: TrainConfig, folder: Path) -> None:
     missing = [name for name, value in needed.items() if not value]
     if missing:
         raise ValueError(f"config: expected {' and '.join(missing)}, as KEY=VALUE")
-    # The processes of one run start at different times: the first may have written before another looks.
-    is_first = os.environ.get("RANK", "0") == "0"
-    if is_first and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and is not empty: xr0 train resume {folder}, or choose another folder")
+    _refuse_used(folder)
     views = check_profiles(config.data)
     base = read_base(config.model.checkpoint)
     statistics = _statistics(Path(config.data.statistics), base, config)
@@ -54,15 +55,19 @@ def start_run(config: TrainConfig, folder: Path) -> None:
     if config.data.embodiment and config.data.embodiment not in builtin_embodiments():
         paths["embodiment"] = str(Path(config.data.embodiment).resolve())
     config = replace(config, model=model, data=replace(config.data, **paths))
-    _train(config, folder, statistics, views)
+    with _writing(folder):
+        # Somebody else may have started there meanwhile.
+        _refuse_used(folder)
+        _train(config, folder, statistics, views)
 
 
 def resume_run(folder: Path) -> None:
-    """Go on with a run after its last checkpoint. Raises ValueError if the folder holds no run."""
+    """Go on with a run after its last checkpoint. Raises ValueError if the folder holds no run, or one that goes on."""
     config = _read_config(folder)
     views = check_profiles(config.data)
     base = read_base(config.model.checkpoint)
-    _train(config, folder, _statistics(folder / STATISTICS_FILE, base, config), views)
+    with _writing(folder):
+        _train(config, folder, _statistics(folder / STATISTICS_FILE, base, config), views)
 
 
 def export_run(folder: Path, out: Path, step: int | None) -> None:
@@ -78,6 +83,21 @@ def export_run(folder: Path, out: Path, step: int | None) -> None:
     statistics = _statistics(folder / STATISTICS_FILE, base, config)
     xr0, profile = model_config(base.config, config), run_profile(config.data)
     export_checkpoint(chosen, out, xr0, base, statistics, config.run.seed, profile)
+
+
+def _refuse_used(folder: Path) -> None:
+    if _is_first() and not is_fresh(folder):
+        raise ValueError(f"{folder} exists and is not empty: xr0 train resume {folder}, or choose another folder")
+
+
+def _writing(folder: Path) -> AbstractContextManager[None]:
+    """The first of a run's processes holds the folder's lock for all of them."""
+    return only_writer(folder) if _is_first() else nullcontext()
+
+
+def _is_first() -> bool:
+    # The processes of one run start at different times: the first may have written before another looks.
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _train(config: TrainConfig, folder: Path, statistics: Mapping[str, ActionStatistics], views: Sequence[str]) -> None:
@@ -129,16 +149,16 @@ def _train(config: TrainConfig, folder: Path, statistics: Mapping[str, ActionSta
 def _save(folder: Path, config: TrainConfig, statistics: Mapping[str, ActionStatistics]) -> None:
     tables = {name: item.to_json() for name, item in statistics.items()}
     for name, text in ((STATISTICS_FILE, json.dumps({"action_config": tables})), (CONFIG_FILE, config.to_json())):
-        partial = folder / f"{name}.partial"
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, folder / name)
+        write_whole(folder / name, text)
 
 
 def _read_config(folder: Path) -> TrainConfig:
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise ValueError(f"{folder} holds no {CONFIG_FILE}: not a run's folder")
-    return TrainConfig.from_json(path.read_text(encoding="utf-8"))
+    content = read_bytes(path, FileError)
+    with reading(path, FileError):
+        return TrainConfig.from_json(content.decode("utf-8"))
 
 
 def _statistics(path: Path, base: Base, config: TrainConfig) -> dict[str, ActionStatistics]:

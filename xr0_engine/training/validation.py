@@ -5,7 +5,6 @@ The baseline predicts the mean of the training data, per step of the chunk and c
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from xr0_engine.files import json_lines, reading
 from xr0_engine.robot.normalize import ActionStatistics
 from xr0_engine.training.batch import Collator
 from xr0_engine.training.data.samples import RobotSample
 from xr0_engine.training.distributed import World
 from xr0_engine.training.draws import micro_batch_generator
 from xr0_engine.training.model import Policy
+from xr0_engine.types import FileError
 
 NOISE_SEED = 2**20 - 1
 """Validation starts from the same noise every time."""
@@ -81,30 +82,34 @@ def plot_run(folder: Path, out: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    training = [line for line in lines if line.get("loss") is not None]
-    checked = [line for line in lines if "validation/l1" in line]
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
-    left.plot([line["step"] for line in training], [line["loss"] for line in training], color="#0072B2")
-    left.set(title="Training loss", xlabel="step", yscale="log")
-    if checked:
-        steps = [line["step"] for line in checked]
-        middle.plot(steps, [line["validation/l1"] for line in checked], "o-", color="#D55E00", label="policy")
-        baseline = checked[-1]["validation/baseline_l1"]
-        middle.axhline(baseline, color="grey", linestyle="--", label="mean of the training data")
-        middle.axhline(baseline / 3, color="grey", linestyle=":", label="a third of it")
-        ratio = checked[-1]["validation/ratio"]
-        middle.set(
-            title=f"Open-loop L1 (last: {ratio:.1f} times below)", xlabel="step", ylabel="robot units", ylim=(0, None)
-        )
-        middle.legend(frameon=False)
-        chunk = range(1, len(checked[-1]["validation/l1_by_step"]) + 1)
-        right.plot(chunk, checked[-1]["validation/l1_by_step"], color="#D55E00", label="policy")
-        right.plot(chunk, checked[-1]["validation/baseline_by_step"], "--", color="grey", label="mean")
-        right.set(
-            title="The last, by step of the chunk", xlabel="step of the chunk", ylabel="robot units", ylim=(0, None)
-        )
-        right.legend(frameon=False)
+    with reading(folder / "metrics.jsonl", FileError):
+        lines = [line for _, line in json_lines(folder / "metrics.jsonl", FileError)]
+        training = [line for line in lines if line.get("loss") is not None]
+        checked = [line for line in lines if "validation/l1" in line]
+        figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
+        left.plot([line["step"] for line in training], [line["loss"] for line in training], color="#0072B2")
+        left.set(title="Training loss", xlabel="step", yscale="log")
+        if checked:
+            steps = [line["step"] for line in checked]
+            middle.plot(steps, [line["validation/l1"] for line in checked], "o-", color="#D55E00", label="policy")
+            baseline = checked[-1]["validation/baseline_l1"]
+            middle.axhline(baseline, color="grey", linestyle="--", label="mean of the training data")
+            middle.axhline(baseline / 3, color="grey", linestyle=":", label="a third of it")
+            ratio = checked[-1]["validation/ratio"]
+            middle.set(
+                title=f"Open-loop L1 (last: {ratio:.1f} times below)",
+                xlabel="step",
+                ylabel="robot units",
+                ylim=(0, None),
+            )
+            middle.legend(frameon=False)
+            chunk = range(1, len(checked[-1]["validation/l1_by_step"]) + 1)
+            right.plot(chunk, checked[-1]["validation/l1_by_step"], color="#D55E00", label="policy")
+            right.plot(chunk, checked[-1]["validation/baseline_by_step"], "--", color="grey", label="mean")
+            right.set(
+                title="The last, by step of the chunk", xlabel="step of the chunk", ylabel="robot units", ylim=(0, None)
+            )
+            right.legend(frameon=False)
     for axes in (left, middle, right):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)

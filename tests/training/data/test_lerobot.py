@@ -360,3 +360,40 @@ def test_names_that_repeat_in_groups(tmp_path):
     (tmp_path / "meta/info.json").write_text(json.dumps(info))
     with pytest.raises(DataError, match=r"action\[x\]: may be any of the columns 0, 4"):
         open_source(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"data_path": "data/{episode_index:999999999d}.parquet"}, "data_path: expected a path in the dataset"),
+        ({"data_path": "data/{episode_index.__class__}.parquet"}, "data_path: expected a path in the dataset"),
+        ({"data_path": "../{episode_index}.parquet"}, "data_path: expected a path in the dataset"),
+        ({"data_path": "/etc/{episode_index}.parquet"}, "data_path: expected a path in the dataset"),
+        ({"data_path": 3}, "data_path is 3, not text"),
+        ({"fps": "50"}, "fps: expected a number from 0.01 to 10000, got '50'"),
+        ({"fps": 1e-9}, "fps: expected a number from 0.01 to 10000"),
+        ({"fps": True}, "fps: expected a number"),
+        ({"features": []}, r"features is \[\], not an object"),
+        ({"features": {"action": 3}}, "action is 3, not an object"),
+        ({"chunks_size": 0}, "chunks_size: expected 1 or more, got 0"),
+    ],
+)
+def test_wrong_meta_data_are_one_error(tmp_path, change, complaint):
+    write_v2(tmp_path)
+    describe(tmp_path, PLAIN)
+    path = tmp_path / "meta" / "info.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(DataError, match=complaint):
+        open_source(tmp_path)
+
+
+@pytest.mark.parametrize("length", [10**12, 10**6 * 5])
+def test_an_episode_has_an_end(tmp_path, length):
+    write_v2(tmp_path)
+    describe(tmp_path, PLAIN)
+    path = tmp_path / "meta" / "episodes.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[0]["length"] = length
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(DataError, match="length: expected a whole number of at most 4194304, got"):
+        open_source(tmp_path)

@@ -15,7 +15,7 @@ from xr0_engine.bench.machine.state import FACTS, FAULTS, PASSED, State, printed
 from xr0_engine.bench.results import Result
 from xr0_engine.bench.tell.page import document, table
 from xr0_engine.bench.tell.report import EMULATED, OURS, TOO_FEW, check_unmixed
-from xr0_engine.files import write_whole
+from xr0_engine.whole import write_whole
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from xr0_engine.bench.tell.advice import GOOD, advise
 from xr0_engine.bench.tell.bounds import bounds_of
 from xr0_engine.bench.tell.charts import milliseconds
 from xr0_engine.bench.tell.page import definitions, document, folded
-from xr0_engine.files import write_whole
+from xr0_engine.whole import write_whole
 
 TAIL_LINES = 40
 """Of a log, on the page; the folder holds all of it."""

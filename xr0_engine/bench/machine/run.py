@@ -35,7 +35,7 @@ from xr0_engine.bench.machine.state import (
     go_on,
     locked,
 )
-from xr0_engine.files import write_whole
+from xr0_engine.whole import write_whole
 
 FACTS_S = 120
 SAME = ("commit", "version")

@@ -7,13 +7,15 @@ import json
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from xr0_engine.bench import results
 from xr0_engine.bench.results import Result, utc_now
-from xr0_engine.files import write_whole
+from xr0_engine.files import number, parse_json, read_bytes, reading, section, text, whole
+from xr0_engine.types import FileError
+from xr0_engine.whole import write_whole
 
 SCHEMA = 1
 FILE, FACTS, RESULTS, LOGS, PAGE = "state.json", "machine.json", "results", "logs", "report.html"
@@ -71,14 +73,37 @@ def read(folder: Path) -> State:
     path = folder / FILE
     if not path.is_file():
         raise ValueError(f"{folder} holds no run of `xr0 bench machine`: there is no {FILE}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content.pop("schema") != SCHEMA:
+    data = read_bytes(path, FileError)
+    with reading(f"{path} is corrupt", FileError, "; remove it to begin anew"):
+        content = parse_json(data)
+        if whole(content, "schema") != SCHEMA:
             raise ValueError(f"expected schema {SCHEMA}")
-        ended = {name: Ended(**each) for name, each in content.pop("ended").items()}
-        return State(folder, ended=ended, **content)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is corrupt: {error}; remove it to begin anew") from None
+        if unknown := content.keys() - {"schema", *(part.name for part in fields(State) if part.name != "folder")}:
+            raise ValueError(f"unknown {sorted(unknown)!r:.80}")
+        ends, parts = section(content, "ended"), section(content, "parts")
+        return State(
+            folder,
+            same=section(content, "same"),
+            told=dict(section(content, "told")),
+            parts={part: [text({part: step}, part) for step in steps] for part, steps in parts.items()},
+            ended={step: _ended(section(ends, step)) for step in ends},
+            running=None if content.get("running") is None else text(content, "running"),
+            run=text(content, "run"),
+            created=text(content, "created"),
+        )
+
+
+def _ended(raw: Mapping[str, Any]) -> Ended:
+    """Raises KeyError, TypeError or ValueError."""
+    if unknown := raw.keys() - {part.name for part in fields(Ended)}:
+        raise ValueError(f"unknown {sorted(unknown)!r:.80}")
+    return Ended(
+        verdict=text(raw, "verdict"),
+        reason=text(raw, "reason", ""),
+        seconds=number(raw, "seconds", 0.0),
+        limit_s=number(raw, "limit_s", 0.0),
+        exit=None if raw.get("exit") is None else whole(raw, "exit"),
+    )
 
 
 def go_on(folder: Path, same: Mapping[str, Any]) -> State:
@@ -118,10 +143,10 @@ def printed(path: Path) -> Any:
     """JSON that a command printed, None if there is none. Raises ValueError for what is not JSON."""
     if not path.is_file():
         return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    data = read_bytes(path, FileError)
+    with reading(f"{path} is not valid JSON", FileError):
+        # What failed may have an error of NaN.
+        return parse_json(data, finite=False)
 
 
 @contextmanager

@@ -11,13 +11,15 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xr0_engine.env import cache_dir
-from xr0_engine.files import write_whole
+from xr0_engine.files import FAULTS, read_json
 from xr0_engine.fused.paper import compile_launch
+from xr0_engine.whole import write_whole
 
 if TYPE_CHECKING:
     from xr0_engine.fused.paper import Launch
@@ -67,8 +69,9 @@ def compiled_code(call: Launch, arch: int) -> Code:
     """Raises what compile_launch raises for what cannot be compiled."""
     binary = compile_launch(call, arch)
     path = cache_dir() / "predict" / f"{hashlib.sha256(binary.cubin).hexdigest()[:32]}.json"
-    if path.is_file():
-        content = json.loads(path.read_text(encoding="utf-8"))
+    # A damaged note is none: the code is read again.
+    with suppress(OSError, KeyError, *FAULTS):
+        content = read_json(path)
         if content.pop("version") == VERSION:
             return Code(**content | {name: Counts(**content[name]) for name in ("loop", "outside")})
     report = _read(binary.cubin)

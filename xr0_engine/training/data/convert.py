@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +18,7 @@ from xr0_engine.training.data.lerobot_writer import LeRobotWriter
 from xr0_engine.training.data.parallel import progress_bar
 from xr0_engine.training.data.samples import DataError
 from xr0_engine.training.data.sources import EpisodeFolder, Source, checked_instructions
+from xr0_engine.whole import whole_folder
 
 # The profile of a robot of one's own, in the folder of what was converted.
 PROFILE_FILE = "profile.yaml"
@@ -35,7 +32,8 @@ def to_lerobot(source: Source, out: Path) -> None:
     """
     if not isinstance(source, EpisodeFolder):
         raise ValueError(f"{source.description.folder}: expected a folder of episode files")
-    with _all_or_nothing(out) as folder, progress_bar() as progress:
+    _refuse_present(out)
+    with whole_folder(out) as folder, progress_bar() as progress:
         writer = LeRobotWriter(folder, source)
         task = progress.add_task("to LeRobot", total=len(source.names))
         writer.write_files(lambda: progress.advance(task))
@@ -51,7 +49,8 @@ def from_lerobot(source: Source, out: Path) -> None:
     """
     if not isinstance(source, LeRobotDataset):
         raise ValueError(f"{source.description.folder}: expected a LeRobot dataset")
-    with _all_or_nothing(out) as folder, progress_bar() as progress:
+    _refuse_present(out)
+    with whole_folder(out) as folder, progress_bar() as progress:
         (folder / "videos").mkdir()
         copied: dict[Path, Path] = {}
         for number in progress.track(range(len(source.names)), description="from LeRobot"):
@@ -89,16 +88,6 @@ def _describe(folder: Path, source: Source, mapping: dict[str, Any]) -> None:
     (folder / DESCRIPTION_FILE).write_text(text, encoding="utf-8")
 
 
-@contextmanager
-def _all_or_nothing(out: Path) -> Iterator[Path]:
+def _refuse_present(out: Path) -> None:
     if out.exists():
         raise ValueError(f"{out} is there already: remove it or choose another folder")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        yield partial
-        partial.chmod(0o755)
-        os.replace(partial, out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
+from xr0_engine.files import one_line, read_yaml, reading, text
 from xr0_engine.robot.embodiment import Embodiment, View, embodiment_for, load_embodiment
 from xr0_engine.training.data.samples import DataError
 
@@ -40,7 +40,9 @@ PICTURES = ("upright", "camera")
 log = logging.getLogger("xr0_engine.data")
 
 _FEATURE = re.compile(r"([^\[\]]+)(?:\[([^\[\]]*)\])?")
-_SLICE = re.compile(r"(\d+)?:(\d+)?")
+_SLICE = re.compile(r"(\d{1,9})?:(\d{1,9})?")
+LONGEST_COLUMNS = 20
+"""Characters of `begin:end`."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +53,12 @@ class Selector:
     picks: slice | tuple[str, ...] | None
 
     @staticmethod
-    def parse(text: Any, where: str) -> Selector:
-        match = _FEATURE.fullmatch(text.strip()) if isinstance(text, str) else None
+    def parse(written: Any, where: str) -> Selector:
+        match = _FEATURE.fullmatch(written.strip()) if isinstance(written, str) else None
         if match is None:
-            raise DataError(f"{where}: expected a feature such as action, action[0:6] or action[waist], got {text!r}")
+            raise DataError(
+                f"{where}: expected a feature such as action, action[0:6] or action[waist], got {written!r:.80}"
+            )
         inner = match[2]
         if inner is None:
             return Selector(match[1].strip(), None)
@@ -174,23 +178,22 @@ def describe(path: Path) -> Description:
 
 def _read(path: Path) -> Description:
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, ValueError) as error:
-        raise DataError(f"{path} cannot be read as YAML: {error}") from None
+        raw = read_yaml(path, DataError)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read as YAML: {one_line(error)}") from None
     if not isinstance(raw, Mapping):
-        raise DataError(f"{path}: expected a mapping of fields, got {raw!r}")
-    try:
+        raise DataError(f"{path}: expected a mapping of fields, got {raw!r:.80}")
+    with reading(path, DataError):
         return _build(path, raw)
-    except ValueError as error:
-        raise DataError(f"{path}: {error}") from None
 
 
 def _build(path: Path, raw: Mapping[str, Any]) -> Description:
     _refuse_unknown(raw, ("dataset", "robot_type", "embodiment", "views", "arms", "state", "action", "pictures"), "")
-    robot_type = raw.get("robot_type", DEFAULT_ROBOT_TYPE)
+    robot_type = text(raw, "robot_type", DEFAULT_ROBOT_TYPE)
     if "embodiment" in raw:
-        beside = path.parent / str(raw["embodiment"])
-        embodiment = load_embodiment(beside if beside.is_file() else raw["embodiment"])
+        named = text(raw, "embodiment")
+        beside = path.parent / named
+        embodiment = load_embodiment(beside if beside.is_file() else named)
     else:
         embodiment = embodiment_for(robot_type)
     views = raw.get("views", {})
@@ -210,10 +213,10 @@ def _build(path: Path, raw: Mapping[str, Any]) -> Description:
     if "pictures" not in raw and any(view.rotate_180 for view in embodiment.views):
         _tell_that_upright(path, embodiment.name)
     return Description(
-        folder=path.parent / raw.get("dataset", "."),
+        folder=path.parent / text(raw, "dataset", "."),
         robot_type=robot_type,
         embodiment=embodiment,
-        views=dict(views),
+        views={key: text(views, key) for key in views},
         arms=_arms(raw.get("arms", {})),
         state=_columns(raw.get("state", []), "state", ("columns", "from")),
         action=action,
@@ -301,23 +304,23 @@ def _tell_of_minus(path: Path, entry: str, column: int, profile: str) -> None:
 
 def _columns(raw: Any, where: str, known: Sequence[str]) -> tuple[ColumnMapping, ...]:
     if not isinstance(raw, list):
-        raise ValueError(f"{where}: expected a list of columns, got {raw!r}")
+        raise ValueError(f"{where}: expected a list of columns, got {raw!r:.80}")
     mappings = []
     taken = np.zeros(COLUMNS, bool)
     for number, entry in enumerate(raw):
         at = f"{where}[{number}]"
         _refuse_unknown(entry, known, at)
-        text = str(entry.get("columns"))
-        bounds = _SLICE.fullmatch(text) or re.fullmatch(r"(\d+)()", text)
+        written = str(entry.get("columns"))[:LONGEST_COLUMNS]
+        bounds = _SLICE.fullmatch(written) or re.fullmatch(r"(\d+)()", written)
         if bounds is None:
-            raise ValueError(f"{at}.columns: expected a column or begin:end, got {text!r}")
+            raise ValueError(f"{at}.columns: expected a column or begin:end, got {written!r}")
         begin = int(bounds[1] or 0)
         end = begin + 1 if bounds.re is not _SLICE else int(bounds[2] or COLUMNS)
         if not begin < end <= COLUMNS or taken[begin:end].any():
             # YAML takes 6:8 for 6 minutes and 8 seconds.
             quote = "; write begin:end in quotes" if begin >= COLUMNS and isinstance(entry["columns"], int) else ""
             raise ValueError(
-                f"{at}.columns: expected columns of 0 to {COLUMNS - 1} not mapped before, got {text!r}{quote}"
+                f"{at}.columns: expected columns of 0 to {COLUMNS - 1} not mapped before, got {written!r}{quote}"
             )
         taken[begin:end] = True
         minus = Selector.parse(entry["minus"], f"{at}.minus") if "minus" in entry else None
@@ -332,7 +335,7 @@ def _columns(raw: Any, where: str, known: Sequence[str]) -> tuple[ColumnMapping,
 def _refuse_unknown(raw: Any, known: Iterable[str], where: str) -> None:
     prefix = f"{where}: " if where else ""
     if not isinstance(raw, Mapping):
-        raise ValueError(f"{prefix}expected a mapping with {', '.join(known)}, got {raw!r}")
+        raise ValueError(f"{prefix}expected a mapping with {', '.join(known)}, got {raw!r:.80}")
     unknown = [str(name) for name in raw if name not in known]
     if unknown:
         raise ValueError(f"{prefix}{unknown[0]!r} is unknown, expected {', '.join(known)}")

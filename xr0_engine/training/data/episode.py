@@ -12,16 +12,23 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from xr0_engine.files import FAULTS, number, one_line, read_json, section, table
 from xr0_engine.robot.decode import BIMANUAL_COLUMNS, LEFT, RIGHT, ArmPose, BimanualPose
 from xr0_engine.robot.prompt import prompt_task
 from xr0_engine.training.data.motion import BimanualMotion, Motion
 from xr0_engine.training.data.samples import DataError
 from xr0_engine.training.data.video import Clip
+from xr0_engine.whole import write_whole
 
 Status = Literal["success", "ongoing", "invalid"]
 
 # The common timeline of the format: row n of proprios and actions is at n / 30 s.
 TIMELINE_HZ = 30.0
+
+EPISODE_BYTES, EPISODE_VALUES = 64 << 20, 1 << 22
+"""Of a file: 76 numbers a row in proprios and actions together, half an hour at 30 Hz."""
+LARGEST_FRAME = 1 << 32
+LOWEST_FPS, HIGHEST_FPS = 0.01, 1e4
 # View key of the embodiment -> its key in the file.
 VIEW_NAMES = {"ego": "ego", "left_wrist": "wrist_left", "right_wrist": "wrist_right"}
 ARMS = {"left": LEFT, "right": RIGHT}
@@ -78,17 +85,17 @@ def load_episode(path: Path) -> Episode:
     lengths are checked when they are read.
     """
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = read_json(path, DataError, EPISODE_BYTES, EPISODE_VALUES)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise DataError(f"{path}: not valid JSON: {error}") from None
     try:
+        if not isinstance(raw, Mapping):
+            raise ValueError(f"expected an object, got {raw!r:.80}")
         return _read(path, raw)
     except KeyError as error:
-        raise DataError(f"{path}: {error.args[0]!r} is missing") from None
-    except (AttributeError, TypeError, ValueError) as error:
-        raise DataError(f"{path}: {error}") from None
+        raise DataError(f"{path}: {error.args[0]!r:.80} is missing") from None
+    except FAULTS as error:
+        raise DataError(f"{path}: {one_line(error)}") from None
 
 
 def save_episode(path: Path, episode: Episode) -> None:
@@ -120,17 +127,17 @@ def save_episode(path: Path, episode: Episode) -> None:
         "proprios": _poses_to_json(motion.proprios, motion.columns),
         "actions": _poses_to_json(motion.targets, motion.columns),
     }
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(raw), encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, json.dumps(raw))
 
 
 def _read(path: Path, raw: Mapping[str, Any]) -> Episode:
     status, count = raw["trajectory_type"], raw["num_frames"]
     if status not in get_args(Status):
-        raise ValueError(f"trajectory_type: expected one of {', '.join(get_args(Status))}, got {status!r}")
-    if not isinstance(count, int) or count < 1:
-        raise ValueError(f"num_frames: expected a whole number above 0, got {count!r}")
+        raise ValueError(f"trajectory_type: expected one of {', '.join(get_args(Status))}, got {status!r:.40}")
+    if type(count) is not int or not 1 <= count <= EPISODE_VALUES:
+        raise ValueError(f"num_frames: expected a whole number above 0, got {count!r:.40}")
+    for name in ("proprios", "actions", "observations", "instruction"):
+        section(raw, name)
     present = {
         (arm, part): f"{arm}_{name}" in raw["proprios"] and f"{arm}_{name}" in raw["actions"]
         for arm in ARMS
@@ -193,8 +200,13 @@ def arm_parts(poses: BimanualPose) -> dict[tuple[str, str], np.ndarray]:
 
 def _instructions(general: Any) -> tuple[str, ...]:
     found = []
+    if not isinstance(general, list):
+        raise ValueError(f"instruction.general: expected a list of conversations, got {general!r:.80}")
     for entry in general:
-        human = [turn["value"] for turn in entry["conversations"] if turn["from"] == "human"]
+        turns = entry.get("conversations") if isinstance(entry, Mapping) else None
+        if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
+            raise ValueError(f"instruction.general: expected objects with a list `conversations`, got {entry!r:.80}")
+        human = [turn.get("value") for turn in turns if turn.get("from") == "human"]
         if not human or not isinstance(human[0], str) or not human[0].strip():
             raise ValueError(
                 f"instruction.general: expected a human turn with the task in every conversation, got {human!r:.80}"
@@ -214,27 +226,35 @@ def _clip(raw: Any, view: str, folder: Path, count: int) -> Clip:
     where = f"observations.{VIEW_NAMES[view]}"
     if not isinstance(raw, list) or len(raw) != 1:
         raise ValueError(f"{where}: expected a list of one clip, got {raw!r:.80}")
-    start, end, fps, crop = raw[0]["start"], raw[0]["end"], float(raw[0]["fps"]), raw[0].get("crop_bbox")
-    if not (isinstance(start, int) and isinstance(end, int) and 0 <= start < end):
-        raise ValueError(f"{where}: expected frame numbers 0 <= start < end, got {start!r} and {end!r}")
-    if not 0 < fps < math.inf:
-        raise ValueError(f"{where}: fps: expected a number above 0, got {fps}")
+    if not isinstance(raw[0], Mapping):
+        raise ValueError(f"{where}: expected an object, got {raw[0]!r:.80}")
+    start, end, crop = raw[0]["start"], raw[0]["end"], raw[0].get("crop_bbox")
+    if not (type(start) is int and type(end) is int and 0 <= start < end <= LARGEST_FRAME):
+        raise ValueError(f"{where}: expected frame numbers 0 <= start < end, got {start!r:.40} and {end!r:.40}")
+    try:
+        fps = number(raw[0], "fps", least=LOWEST_FPS, most=HIGHEST_FPS)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from None
     # The last tick's frame, give or take half a tick for rounding of the clip's length.
     needed = math.floor((count - 1.5) / TIMELINE_HZ * fps) + 1
     if end - start < needed:
         raise ValueError(
             f"{where}: {end - start} frames at {fps:g} Hz are too short for num_frames {count} at {TIMELINE_HZ:g} Hz"
         )
-    if crop is not None and not (len(crop) == 4 and all(isinstance(edge, int) for edge in crop)):
-        raise ValueError(f"{where}: crop_bbox: expected [left, top, right, bottom] in pixels or null, got {crop!r}")
+    if crop is not None and not _is_box(crop):
+        raise ValueError(f"{where}: crop_bbox: expected [left, top, right, bottom] in pixels or null, got {crop!r:.80}")
     path = _video_path(raw[0]["path"], where, folder)
     return Clip(path, start / fps, end - start, fps, None if crop is None else tuple(crop))
+
+
+def _is_box(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 4 and all(type(edge) is int for edge in value)
 
 
 def _video_path(written: Any, where: str, folder: Path) -> Path:
     """Beside the JSON, or from the working directory, as released episode files of either kind are written."""
     if not isinstance(written, str) or not written:
-        raise ValueError(f"{where}: path: expected that of a video, got {written!r}")
+        raise ValueError(f"{where}: path: expected that of a video, got {written!r:.80}")
     # An absolute path is itself in both.
     candidates = list(dict.fromkeys((folder / written, Path.cwd() / written)))
     found = [path for path in candidates if path.is_file()]
@@ -261,12 +281,9 @@ def _poses(raw: Mapping[str, Any], where: str, count: int, present: Mapping[tupl
         if not is_there:
             continue
         key = f"{arm}_{name}"
-        rows = np.array(raw[key], dtype=np.float64)
+        rows = table(raw[key], f"{where}.{key}")
         if rows.shape != (count, width):
             raise ValueError(f"{where}.{key}: expected shape {(count, width)}, got {rows.shape}")
-        wrong = np.flatnonzero(~np.isfinite(rows).all(axis=1))
-        if len(wrong):
-            raise ValueError(f"{where}.{key}: frame {wrong[0]}: expected finite numbers, got NaN or infinity")
         parts[arm, part] = rows
     return poses_of(parts, count)
 

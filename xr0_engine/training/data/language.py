@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from xr0_engine.files import FAULTS, LINE_BYTES, one_line, parse_json
 from xr0_engine.robot.images import PictureError, aspect_fault, read_picture
 from xr0_engine.training.data.samples import DataError, LanguageSample
 
@@ -43,9 +43,11 @@ class LanguageLines:
         source = f"{self.path}:{self._lines[index]}"
         with self.path.open("rb") as file:
             file.seek(self._offsets[index])
-            line = file.readline()
+            line = file.readline(LINE_BYTES + 1)
+        if len(line) > LINE_BYTES:
+            raise DataError(f"{source}: expected a line of at most {LINE_BYTES >> 20} MiB")
         try:
-            raw = json.loads(line)
+            raw = parse_json(line)
             if not isinstance(raw, dict):
                 raise ValueError(f"expected a JSON object, got {raw!r:.80}")
             turns = tuple(_turn(turn) for turn in raw["conversations"])
@@ -53,8 +55,8 @@ class LanguageLines:
             names = raw.get("images", [one] if isinstance(one, str) else one)
             if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
                 raise ValueError(f"images: expected a list of file names, got {names!r:.80}")
-        except (ValueError, TypeError, AttributeError) as error:
-            raise DataError(f"{source}: {error}") from None
+        except FAULTS as error:
+            raise DataError(f"{source}: {one_line(error)}") from None
         except KeyError as error:
             raise DataError(f"{source}: {error.args[0]!r} is missing") from None
         if [role for role, _ in turns] != ["user", "assistant"] * (len(turns) // 2) or not turns:

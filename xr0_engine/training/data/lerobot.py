@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from xr0_engine.files import FAULTS, is_number, one_line, section
 from xr0_engine.training.data.columns import Timing, motion_of
 from xr0_engine.training.data.description import KINDS, PART_WIDTHS, ROTATIONS, Description, Selector
 from xr0_engine.training.data.episode import Episode, Status
-from xr0_engine.training.data.lerobot_meta import INFO_FILE, entries_v2, entries_v3, json_object, tasks_v2, tasks_v3
+from xr0_engine.training.data.lerobot_meta import (
+    INFO_FILE,
+    LONGEST_EPISODE,
+    entries_v2,
+    entries_v3,
+    json_object,
+    tasks_v2,
+    tasks_v3,
+)
 from xr0_engine.training.data.lerobot_rows import Rows, read_rows
 from xr0_engine.training.data.lerobot_videos import clip_of
 from xr0_engine.training.data.motion import resampled_ticks
 from xr0_engine.training.data.samples import DataError
+
+LOWEST_HZ, HIGHEST_HZ = 0.01, 1e4
+"""Of rows."""
+
+
+def _rate(fps: Any) -> float:
+    if not is_number(fps) or not LOWEST_HZ <= fps <= HIGHEST_HZ:
+        raise DataError(f"{INFO_FILE}: fps: expected a number from {LOWEST_HZ:g} to {HIGHEST_HZ:g}, got {fps!r:.40}")
+    return float(fps)
 
 
 class LeRobotDataset:
@@ -28,20 +45,25 @@ class LeRobotDataset:
         info = json_object(self.path / INFO_FILE)
         try:
             self._version = str(info["codebase_version"])
-            self._features: Mapping[str, Any] = info["features"]
-            self._fps = float(info["fps"])
+            features = section(info, "features")
+            self._features: Mapping[str, Any] = {name: section(features, name) for name in features}
+            self._fps = _rate(info["fps"])
             if not self._version.startswith(("v2.", "v3.")):
                 raise DataError(f"codebase_version {self._version!r}: expected v2.0, v2.1 or v3.0")
-            if not 0 < self._fps < math.inf:
-                raise DataError(f"{INFO_FILE}: fps: expected a number above 0, got {info['fps']!r}")
             self._check_mapping()
             entries = entries_v3 if self._version.startswith("v3.") else entries_v2
             self.entries = tuple(entries(self.path, info, sorted(set(description.views.values()))))
         except KeyError as error:
-            raise DataError(f"{self.path}: its meta data lack {error.args[0]!r}") from None
-        except (ArithmeticError, AttributeError, IndexError, TypeError, ValueError) as error:
-            raise DataError(f"{self.path}: {error}") from None
+            raise DataError(f"{self.path}: its meta data lack {error.args[0]!r:.80}") from None
+        except FAULTS as error:
+            raise DataError(f"{self.path}: {one_line(error)}") from None
         self.rate_hz = description.embodiment.control_rate_hz
+        for entry in self.entries:
+            if entry.length / self._fps * self.rate_hz > LONGEST_EPISODE:
+                raise DataError(
+                    f"{self.path}: episode {entry.index}: expected at most {LONGEST_EPISODE} ticks at "
+                    f"{self.rate_hz:g} Hz, got {entry.length} rows at {self._fps:g} Hz"
+                )
 
     @property
     def names(self) -> list[str]:
@@ -59,8 +81,10 @@ class LeRobotDataset:
         """The episode at a place in `entries`. Raises DataError that names it, and file and row."""
         try:
             return self._load(number)
-        except ValueError as error:
-            raise DataError(f"{self.names[number]}: {error}") from None
+        except KeyError as error:
+            raise DataError(f"{self.names[number]}: {error.args[0]!r:.80} is missing") from None
+        except FAULTS as error:
+            raise DataError(f"{self.names[number]}: {one_line(error)}") from None
 
     def _load(self, number: int) -> Episode:
         entry = self.entries[number]

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
+import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from xr0_engine.files import pointer_fault
+from xr0_engine.files import FAULTS, one_line, parse_json, pointer_fault, read_bytes, read_json, text, whole
 from xr0_engine.training.data.episode import Status
 from xr0_engine.training.data.samples import DataError
 
@@ -22,6 +22,13 @@ INFO_FILE = Path("meta") / "info.json"
 STATUS_COLUMN = "xr0/trajectory_type"
 # Of a frame: from there on a span reaches into the next frame.
 SPAN_SLACK = 0.5
+LINES_BYTES = 128 << 20
+"""Of meta/episodes.jsonl and its like: a million episodes of a hundred bytes."""
+LONGEST_EPISODE = 1 << 22
+"""Rows, and ticks at the robot's rate: a day and a half at 30 Hz."""
+LARGEST_NUMBER = 1 << 40
+"""Of an episode, a file or a row of all episodes."""
+_PLACES = re.compile(r"\{(episode_chunk|episode_index|chunk_index|file_index|video_key)(:0?\d?d)?\}")
 
 
 @dataclass(frozen=True)
@@ -59,16 +66,16 @@ def entries_v2(folder: Path, info: Mapping[str, Any], features: Collection[str])
     entries = []
     for line in json_lines(file):
         index = _whole(file, line, "episode_index")
-        place = {"episode_chunk": index // int(info["chunks_size"]), "episode_index": index}
+        place = {"episode_chunk": index // whole(info, "chunks_size", least=1), "episode_index": index}
         entries.append(
             EpisodeEntry(
                 index=index,
                 length=_whole(file, line, "length", least=1),
                 wordings=(),
                 status="success",
-                data=folder / info["data_path"].format(**place),
+                data=file_at(folder, info, "data_path", place),
                 alone=True,
-                spans={f: Span(folder / info["video_path"].format(**place, video_key=f)) for f in features},
+                spans={f: Span(file_at(folder, info, "video_path", {**place, "video_key": f})) for f in features},
             )
         )
     return _without_doubles(file, entries)
@@ -92,7 +99,7 @@ def entries_v3(folder: Path, info: Mapping[str, Any], features: Collection[str])
                 length=_whole(file, row, "length", least=1),
                 wordings=tuple(row.get("tasks") or ()) if STATUS_COLUMN in row else (),
                 status=_status(file, row),
-                data=folder / info["data_path"].format(**_place(file, row, "data")),
+                data=file_at(folder, info, "data_path", _place(file, row, "data")),
                 alone=False,
                 spans={f: _span(folder, info, file, row, f) for f in features},
             )
@@ -137,12 +144,14 @@ def _words_column(file: Path, found: Any) -> str:
 
 def _tasks(file: Path, numbers: list[Any], words: list[Any]) -> dict[int, str]:
     tasks: dict[int, str] = {}
-    for place, (number, text) in enumerate(zip(numbers, words, strict=True)):
-        if not isinstance(number, int) or not isinstance(text, str):
-            raise DataError(f"{file}: row {place}: expected a whole task_index and words, got {number!r} and {text!r}")
+    for place, (number, task) in enumerate(zip(numbers, words, strict=True)):
+        if type(number) is not int or not isinstance(task, str):
+            raise DataError(
+                f"{file}: row {place}: expected a whole task_index and words, got {number!r:.80} and {task!r:.80}"
+            )
         if number in tasks:
-            raise DataError(f"{file}: task_index {number} stands for both {tasks[number]!r} and {text!r}")
-        tasks[number] = text
+            raise DataError(f"{file}: task_index {number} stands for both {tasks[number]!r:.80} and {task!r:.80}")
+        tasks[number] = task
     return tasks
 
 
@@ -158,7 +167,7 @@ def _status(file: Path, row: Mapping[str, Any]) -> Status:
 
 def _span(folder: Path, info: Mapping[str, Any], file: Path, row: Mapping[str, Any], feature: str) -> Span:
     prefix = f"videos/{feature}"
-    path = folder / info["video_path"].format(video_key=feature, **_place(file, row, prefix))
+    path = file_at(folder, info, "video_path", {"video_key": feature, **_place(file, row, prefix)})
     # A missing time is refused below, with the episode's name.
     start_s = row[f"{prefix}/from_timestamp"]
     return Span(path, math.nan if start_s is None else float(start_s), row.get(f"{prefix}/to_timestamp"))
@@ -199,23 +208,41 @@ def _without_doubles(file: Path, entries: list[EpisodeEntry]) -> list[EpisodeEnt
     return entries
 
 
+def file_at(folder: Path, info: Mapping[str, Any], name: str, place: Mapping[str, Any]) -> Path:
+    """The file that a path of info.json stands for. place: what stands in its braces.
+
+    Raises DataError for a path that leads out of the folder, and for anything in its braces but a name and a number of
+    digits: Python would fill gigabytes, or look into objects, as it is told there.
+    """
+    pattern = text(info, name)
+    parts = PurePosixPath(pattern).parts
+    if PurePosixPath(pattern).is_absolute() or ".." in parts or set("{}") & set(_PLACES.sub("", pattern)):
+        raise DataError(
+            f"{INFO_FILE}: {name}: expected a path in the dataset with places such as {{episode_index:06d}}, got "
+            f"{pattern!r:.120}"
+        )
+    return folder / pattern.format(**place)
+
+
 def _place(file: Path, row: Mapping[str, Any], prefix: str) -> dict[str, int]:
     return {name: _whole(file, row, f"{prefix}/{name}") for name in ("chunk_index", "file_index")}
 
 
 def _whole(file: Path, row: Mapping[str, Any], name: str, least: int = 0) -> int:
     value = row[name]
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    most = LONGEST_EPISODE if name == "length" else LARGEST_NUMBER
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
         episode = f"episode {row['episode_index']}: " if name != "episode_index" else ""
-        raise DataError(f"{file}: {episode}{name}: expected a whole number from {least}, got {value!r}")
+        range_ = f"from {least}" if type(value) is not int or value < least else f"of at most {most}"
+        raise DataError(f"{file}: {episode}{name}: expected a whole number {range_}, got {value!r:.80}")
     return value
 
 
 def json_object(path: Path) -> dict[str, Any]:
     """Raises DataError."""
     try:
-        value = json.loads(_text(path))
-    except (OSError, ValueError) as error:
+        value = read_json(path, DataError)
+    except OSError as error:
         raise DataError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(value, dict):
         raise DataError(f"{path}: expected a JSON object")
@@ -224,11 +251,16 @@ def json_object(path: Path) -> dict[str, Any]:
 
 def json_lines(path: Path) -> list[dict[str, Any]]:
     """Raises DataError."""
+    lines = []
     try:
         # Not splitlines: within a task's words there may be other ends of lines, which JSON need not escape.
-        lines = [json.loads(line) for line in _text(path).split("\n") if line.strip()]
+        for line in read_bytes(path, DataError, LINES_BYTES).split(b"\n"):
+            if line.strip():
+                lines.append(parse_json(line))
+    except DataError:
+        raise
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read as JSON lines: {error}") from None
+        raise DataError(f"{path} cannot be read as JSON lines: {one_line(error)}") from None
     if not all(isinstance(line, dict) for line in lines):
         raise DataError(f"{path}: expected a JSON object a line")
     return lines
@@ -240,16 +272,13 @@ def table(path: Path, wanted: Iterable[str] | None = None) -> Any:
         refuse_pointer(path)
         names = pq.read_schema(path).names
         return pq.read_table(path, columns=[name for name in names if wanted is None or name in wanted])
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read as parquet: {error}") from None
+    except DataError:
+        raise
+    except (OSError, *FAULTS) as error:
+        raise DataError(f"{path} cannot be read as parquet: {one_line(error)}") from None
 
 
 def refuse_pointer(path: Path) -> None:
     """Raises DataError for a file that git-lfs has not fetched, OSError for one that is not there."""
     if fault := pointer_fault(path):
         raise DataError(fault)
-
-
-def _text(path: Path) -> str:
-    refuse_pointer(path)
-    return path.read_text(encoding="utf-8")

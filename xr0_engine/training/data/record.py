@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import ExitStack
@@ -12,16 +11,20 @@ from pathlib import Path
 
 import numpy as np
 
+from xr0_engine.files import read_json, reading, whole
 from xr0_engine.sim import CAMERAS, CONTROL_RATE_HZ, INSTRUCTION, AlohaEnv, choose_renderer
 from xr0_engine.training.data.episode import PARTS, Episode, part_columns, poses_of, save_episode
 from xr0_engine.training.data.expert import ARMS, Kinematics, Unreachable, plan_transfer, transferred
 from xr0_engine.training.data.motion import BimanualMotion
 from xr0_engine.training.data.parallel import progress_bar, worker_pool
+from xr0_engine.training.data.samples import DataError
 from xr0_engine.training.data.video import Clip, video_writer
+from xr0_engine.whole import PARTIAL, only_writer, publish, write_whole
 
 # Every joint starts this far off its rest pose at most: the policy must not see one start only.
 START_SPREAD_RAD = 0.1
 SETTINGS_FILE = "recording.json"
+VIDEOS = "videos"
 
 
 @dataclass(frozen=True)
@@ -48,11 +51,18 @@ def record(folder: Path, episodes: int, first_seed: int, settings: Settings, pro
     Episode n comes from seed n, from first_seed on: the cube's place and the arms' start. A try that fails is left out
     and another seed takes its place, so the first `episodes` seeds that succeed are kept, whatever the number of
     processes. A killed recording goes on with the same call: an episode's JSON appears last, when all of it is there.
-    Raises ValueError if the folder was recorded with other settings, RuntimeError if this machine cannot simulate.
+    Raises ValueError if the folder was recorded with other settings or is being recorded, RuntimeError if this machine
+    cannot simulate.
     """
     choose_renderer()
-    folder.mkdir(parents=True, exist_ok=True)
+    with only_writer(folder):
+        return _record(folder, episodes, first_seed, settings, processes)
+
+
+def _record(folder: Path, episodes: int, first_seed: int, settings: Settings, processes: int) -> Recording:
     failed = _resume(folder, settings)
+    for left in (folder / VIDEOS).glob(f".*{PARTIAL}.mp4"):
+        left.unlink()
     done = {int(path.stem.rpartition("_")[2]) for path in folder.glob("episode_*.json")}
     present, tries = len(done), 0
     with progress_bar() as progress, worker_pool(processes) as pool:
@@ -90,10 +100,10 @@ def record_episode(env: AlohaEnv, folder: Path, seed: int, settings: Settings) -
     except Unreachable:
         return False
     name = f"episode_{seed:06d}"
-    videos = folder / "videos"
+    videos = folder / VIDEOS
     videos.mkdir(exist_ok=True)
     paths = {view: videos / f"{name}.{view}.mp4" for view in CAMERAS}
-    partial = {view: path.with_name(f".{path.stem}.partial.mp4") for view, path in paths.items()}
+    partial = {view: path.with_name(f".{path.stem}{PARTIAL}.mp4") for view, path in paths.items()}
     measured, commanded = np.empty((2, *plan.shape))
     try:
         with ExitStack() as stack:
@@ -109,7 +119,7 @@ def record_episode(env: AlohaEnv, folder: Path, seed: int, settings: Settings) -
         if not transferred(env):
             return False
         for view, path in partial.items():
-            os.replace(path, paths[view])
+            publish(path, paths[view])
     finally:
         for path in partial.values():
             path.unlink(missing_ok=True)
@@ -166,14 +176,13 @@ def _resume(folder: Path, settings: Settings) -> set[int]:
             raise ValueError(f"{folder} holds episodes but no {SETTINGS_FILE}: choose another folder")
         _save(folder, settings, set())
         return set()
-    raw = json.loads(path.read_text(encoding="utf-8"))
-    failed = set(raw.pop("failed_seeds"))
+    raw = read_json(path, DataError)
+    with reading(path, DataError):
+        failed = {whole({"failed_seeds": seed}, "failed_seeds") for seed in raw.pop("failed_seeds")}
     if raw != asdict(settings):
         raise ValueError(f"{folder} was recorded with {raw}, not {asdict(settings)}: choose another folder")
     return failed
 
 
 def _save(folder: Path, settings: Settings, failed: set[int]) -> None:
-    partial = folder / f".{SETTINGS_FILE}.partial"
-    partial.write_text(json.dumps(asdict(settings) | {"failed_seeds": sorted(failed)}), encoding="utf-8")
-    os.replace(partial, folder / SETTINGS_FILE)
+    write_whole(folder / SETTINGS_FILE, json.dumps(asdict(settings) | {"failed_seeds": sorted(failed)}))

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from xr0_engine.types import FileError
+
 
 @dataclass(frozen=True, eq=False)
 class RobotSample:
@@ -46,5 +48,5 @@ class LanguageSample:
     source: str
 
 
-class DataError(ValueError):
+class DataError(FileError):
     """A dataset, or a place in one, that cannot be used: the message names the file, and the frame or line."""

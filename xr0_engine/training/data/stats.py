@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +19,7 @@ from xr0_engine.training.data.parallel import in_parallel
 from xr0_engine.training.data.samples import DataError
 from xr0_engine.training.data.sources import Source, checked_instructions, open_source, split
 from xr0_engine.training.data.windows import chunk_at
+from xr0_engine.whole import write_whole
 
 log = logging.getLogger("xr0_engine.data")
 
@@ -128,10 +128,7 @@ def merge(file: Path, statistics: Statistics, replace: bool) -> None:
     known[name] = {"mean": statistics.mean.tolist(), "std": statistics.std.tolist()}
     if statistics.active_columns is not None:
         known[name]["active_columns"] = list(statistics.active_columns)
-    partial_file = file.with_name(f".{file.name}.partial")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial_file.write_text(json.dumps(raw), encoding="utf-8")
-    os.replace(partial_file, file)
+    write_whole(file, json.dumps(raw))
 
 
 def _refuse_another(file: Path, name: str, known: dict[str, Any], statistics: Statistics) -> None:
