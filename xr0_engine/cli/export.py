@@ -1,4 +1,5 @@
-"""xr0 export: a checkpoint as ONNX graphs and TensorRT engines, and the proof that they compute the same."""
+"""xr0 export: a checkpoint as ONNX graphs and TensorRT engines, and the proof that they compute the same; its language
+model as a plain Qwen3-VL."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ Folder = Annotated[Path, typer.Argument(help="Folder that `xr0 export onnx` wrot
 
 @app.callback()
 def _export() -> None:
-    """Take a checkpoint to a deployment toolchain: ONNX graphs, TensorRT engines, and their verification."""
+    """Take a checkpoint to another toolchain: ONNX graphs, TensorRT engines, their verification, a plain Qwen3-VL."""
 
 
 @app.command()
@@ -89,3 +90,22 @@ def verify(
     from xr0_engine.export.agreement import compare_export
 
     report(compare_export(folder, checkpoint, device, backend), str(folder), as_json)
+
+
+@app.command()
+def vlm(
+    checkpoint: Annotated[str, typer.Argument(help="Checkpoint: a folder, or a Hugging Face hub id.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; it must not exist, or be empty.")],
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(help="Local folder of Qwen3-VL whose tokenizer files and chat template are taken instead."),
+    ] = None,
+    min_pixels: Annotated[int | None, typer.Option(help="Smallest image; the checkpoint's if not given.")] = None,
+    max_pixels: Annotated[int | None, typer.Option(help="Largest image; the checkpoint's if not given.")] = None,
+) -> None:
+    """Write the fine-tuned language model as a plain Qwen3-VL folder that transformers, vLLM and lmms-eval load."""
+    from xr0_engine.export.vlm import export_vlm
+
+    for line in export_vlm(checkpoint, out, tokenizer, min_pixels, max_pixels):
+        print(line)
+    print(f"wrote {out}: load it as Qwen3VLForConditionalGeneration, or see docs/evaluation.md for lmms-eval")
