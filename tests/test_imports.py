@@ -17,6 +17,7 @@ PACKAGE = "xr0_engine"
 LAYERS = (
     ("__main__",),
     ("__init__", "cli"),
+    ("evaluation",),
     ("golden", "drive"),
     ("bench",),
     ("export", "training", "exchange", "serve", "plot"),

@@ -36,6 +36,7 @@ COMMANDS = (
     "data",
     "serve",
     "drive",
+    "eval",
     "replay",
     "train",
     "export",

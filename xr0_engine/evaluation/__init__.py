@@ -1,0 +1,1 @@
+"""Success rates of policies in simulation, at rest and under inference delay: `xr0 eval` (docs/evaluation.md)."""
