@@ -160,6 +160,20 @@ class Episode:
     video: str | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, trial: Trial, **outcome: Any) -> Episode:
+        """With the trial's fields; outcome: all others."""
+        return cls(
+            suite=trial.task.suite,
+            task=trial.task.index,
+            name=trial.task.name,
+            trial=trial.number,
+            seed=trial.seed,
+            mode=trial.mode,
+            delay_steps=float(trial.delay_steps),
+            **outcome,
+        )
+
     @property
     def key(self) -> tuple[str, int, int, str, float]:
         """As Trial.key."""

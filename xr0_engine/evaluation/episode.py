@@ -156,14 +156,8 @@ def act(
             raise policy.error from None
         source = "policy" if failure is policy.error or isinstance(failure, _Rejected) else "world"
         error = f"{source}, rollout {rollouts}, step {steps}: {_told(failure)}"
-    return Episode(
-        suite=trial.task.suite,
-        task=trial.task.index,
-        name=trial.task.name,
-        trial=trial.number,
-        seed=trial.seed,
-        mode=trial.mode,
-        delay_steps=float(trial.delay_steps),
+    return Episode.of(
+        trial,
         success=error is None and solved == rollouts,
         solved=solved,
         rollouts=rollouts,

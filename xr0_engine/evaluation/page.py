@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from xr0_engine.bench.tell.page import SCRIPT, definitions, figure, folded, table
 from xr0_engine.bench.tell.page import STYLE as PAGE_STYLE
+from xr0_engine.bench.tell.page import definitions, document, figure, folded, table
 from xr0_engine.evaluation import charts
 from xr0_engine.evaluation.beside import beside
 from xr0_engine.evaluation.charts import Bar, Point
@@ -67,35 +65,8 @@ def page(results: Results) -> str:
         note = '<p class="note">The run has just begun, or its first trials did not come to an end.</p>'
         parts = [f"<section><h2>No episode has ended yet</h2>{note}</section>"]
     header = f"<h1>{escape(name)}</h1><p>{escape(_where(results))}</p>"
-    return _document(name, header, "\n".join(part for part in (*parts, _details(results)) if part))
-
-
-def _document(title: str, header: str, main: str) -> str:
-    style = PAGE_STYLE + charts.STYLE
-    policy = f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(SCRIPT)}'; media-src 'self' file:"
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(title)}</title>
-<style>{style}</style>
-</head>
-<body>
-<header>{header}</header>
-<main>
-{main}
-</main>
-<div id="tip" role="status" hidden></div>
-<script>{SCRIPT}</script>
-</body>
-</html>
-"""
-
-
-def _digest(text: str) -> str:
-    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
+    main = "\n".join(part for part in (*parts, _details(results)) if part)
+    return document(name, header, main, PAGE_STYLE + charts.STYLE, videos=True)
 
 
 def _where(results: Results) -> str:

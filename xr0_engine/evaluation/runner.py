@@ -264,14 +264,8 @@ def _refuse_misfit(episode: Episode, writer: Writer) -> None:
 
 
 def _given_up(trial: Trial, reason: str) -> Episode:
-    return Episode(
-        suite=trial.task.suite,
-        task=trial.task.index,
-        name=trial.task.name,
-        trial=trial.number,
-        seed=trial.seed,
-        mode=trial.mode,
-        delay_steps=float(trial.delay_steps),
+    return Episode.of(
+        trial,
         success=False,
         solved=0,
         rollouts=0,

@@ -138,9 +138,11 @@ SCRIPT = """
 """
 
 
-def document(title: str, header: str, main: str) -> str:
-    """A page that loads nothing and runs one script; header and main are HTML, title is text."""
-    policy = f"default-src 'none'; style-src '{_digest(STYLE)}'; script-src '{_digest(SCRIPT)}'"
+def document(title: str, header: str, main: str, style: str = STYLE, videos: bool = False) -> str:
+    """A page that loads nothing, or videos beside it, and runs one script; header and main are HTML, title is text."""
+    policy = f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(SCRIPT)}'"
+    if videos:
+        policy += "; media-src 'self' file:"
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -148,7 +150,7 @@ def document(title: str, header: str, main: str) -> str:
 <meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escape(title)}</title>
-<style>{STYLE}</style>
+<style>{style}</style>
 </head>
 <body>
 <header>{header}</header>
