@@ -137,7 +137,10 @@ def _value(value: Any, rng: random.Random) -> tuple[Any, str]:
         return MARK, rng.choice(RAW)
     if isinstance(value, int | float) and not isinstance(value, bool) and rng.random() < 0.5:
         factor = rng.choice((0, -1, 2, 10, 1000, 1e6, 1e12, 1e30, 0.5, 1 + 1e-9))
-        return (int(value * factor) if isinstance(value, int) and factor == int(factor) else value * factor), ""
+        if isinstance(value, int):
+            # Some are beyond any float already.
+            return (value * int(factor) if factor == int(factor) else value // 2), ""
+        return value * factor, ""
     return rng.choice(HOSTILE), ""
 
 

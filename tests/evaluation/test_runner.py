@@ -271,7 +271,7 @@ if __name__ == "__main__":
     from tests.evaluation.fake import PointBenchmark
     from tests.evaluation.support import evaluate
 
-    evaluate(PointBenchmark(pace_s=0.05), Path({folder!r}))
+    evaluate(PointBenchmark(pace_s=0.3), Path({folder!r}))
 """
 
 
