@@ -193,7 +193,11 @@ def _safetensors(content: bytes, rng: random.Random) -> bytes:
         header = _json(header, rng)
         return struct.pack("<Q", len(header)) + header + body
     if what < 0.6:
-        return struct.pack("<Q", rng.choice((0, 1, max(size - 1, 0), size + 1, 2**31, 2**63 - 1, 2**64 - 1))) + header + body
+        return (
+            struct.pack("<Q", rng.choice((0, 1, max(size - 1, 0), size + 1, 2**31, 2**63 - 1, 2**64 - 1)))
+            + header
+            + body
+        )
     for _ in range(rng.choice((1, 10, 1000))):
         at = 2 * rng.randrange(max(1, len(body) // 2))
         body[at : at + 2] = struct.pack("<H", rng.choice((0x7FC0, 0x7F80, 0xFF80, 0x7F7F, 0xFF7F, 0x0001, 0x7000)))
