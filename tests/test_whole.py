@@ -176,6 +176,21 @@ def test_one_process_writes_a_folder_and_the_other_is_told_which(tmp_path):
     assert names(tmp_path / "run") == []
 
 
+def test_a_lock_whose_file_its_last_holder_removed_is_taken_anew(tmp_path, monkeypatch):
+    """Between opening and locking; a third process would make a file of its own, and hold that."""
+    hold, path = whole._hold, tmp_path / LOCK_FILE
+
+    def hold_late(handle: int) -> bool:
+        monkeypatch.setattr(whole, "_hold", hold)
+        path.unlink()
+        return hold(handle)
+
+    monkeypatch.setattr(whole, "_hold", hold_late)
+    with only_writer(tmp_path), pytest.raises(ValueError, match="is being written by"), only_writer(tmp_path):
+        raise AssertionError
+    assert names(tmp_path) == []
+
+
 def test_a_lock_leaves_nothing_behind(tmp_path):
     with only_writer(tmp_path / "new"):
         assert names(tmp_path / "new") == [LOCK_FILE]
@@ -227,3 +242,30 @@ def test_sigterm_leaves_nothing_of_a_command(tmp_path):
         running.send_signal(signal.SIGTERM)
         assert running.wait(PATIENCE_S) == 128 + signal.SIGTERM
     assert names(tmp_path) == []
+
+
+def test_sigterm_of_a_fork_does_not_remove_what_its_parent_makes(tmp_path):
+    command = """
+        import os, sys, time
+        from pathlib import Path
+        from xr0_engine import cli
+        from xr0_engine.whole import whole_folder
+        def app(prog_name):
+            with whole_folder(Path(sys.argv[1])) as partial:
+                (partial / "half").write_text("half")
+                ready, begun = os.pipe()
+                if not (child := os.fork()):
+                    # A signal that comes before Python is there after a fork is lost.
+                    os.write(begun, b"1")
+                    time.sleep(600)
+                os.read(ready, 1)
+                os.kill(child, 15)
+                status = os.waitpid(child, 0)[1]
+                print(os.WTERMSIG(status), len(list(partial.iterdir())), flush=True)
+        cli.app = app
+        cli.main()
+    """
+    arguments = [sys.executable, "-c", textwrap.dedent(command), str(tmp_path / "out")]
+    told = subprocess.run(arguments, capture_output=True, text=True, timeout=PATIENCE_S)
+    assert told.stdout.split() == [str(int(signal.SIGTERM)), "1"], told.stderr
+    assert names(tmp_path) == ["out"]

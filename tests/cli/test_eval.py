@@ -194,7 +194,7 @@ if __name__ == "__main__":
     from xr0_engine.evaluation import page, start, tables
     which, out = start.Which(suites=("near",), trials=1), Path(sys.argv[1])
     tables.show_results(
-        start.evaluate(PointBenchmark(), start.Asked(expert=True), which, start.How(), out, Console(stderr=True))
+        start.evaluate(PointBenchmark(), start.Who(expert=True), which, start.How(), out, Console(stderr=True))
     )
     page.write_page(out)
 """

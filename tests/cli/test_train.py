@@ -15,6 +15,7 @@ from xr0_engine.checkpoint import write_checkpoint
 from xr0_engine.cli import app
 from xr0_engine.training.config import TrainConfig
 from xr0_engine.training.recipes import RECIPES, post_train_async, tiny
+from xr0_engine.whole import only_writer
 
 
 def run(*arguments):
@@ -75,6 +76,10 @@ def test_from_episodes_to_a_checkpoint_that_the_engine_loads(tmp_path, monkeypat
     again = run("finetune_head", "--tiny", "--out", "run", *paths, *short)
     assert again.exit_code == 2
     assert "run exists and is not empty: xr0 train resume run" in again.output
+    with only_writer(tmp_path / "run"), only_writer(tmp_path / "new"):
+        for arguments in (("resume", "run"), ("finetune_head", "--tiny", "--out", "new", *paths, *short)):
+            while_live = run(*arguments)
+            assert (while_live.exit_code, " is being written by process " in while_live.output) == (2, True)
     assert run("resume", "run").exit_code == 0
     assert "--step: expected one of 2, got 7" in run("export", "run", "--out", "other", "--step", "7").output
     assert run("export", "run", "--out", "other").exit_code == 0

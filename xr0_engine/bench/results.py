@@ -110,7 +110,7 @@ def environment(device: str | Any) -> dict[str, Any]:
         gpu = {"device": properties.name, **_gpu_state(f"GPU-{properties.uuid}")}
     return {
         "device": gpu["device"],
-        "processor": _processor(),
+        "processor": processor(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -201,8 +201,10 @@ def _gpu_state(uuid: str) -> dict[str, Any]:
     return {"driver": driver, "clocks_mhz": {name: int(clock) if clock.isdigit() else None for name, clock in named}}
 
 
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+def processor() -> str:
+    """Its name, as the system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
 

@@ -121,7 +121,7 @@ def _run(benchmark: Benchmark, out: Path, **given: Any) -> None:
     if api_key is None and given["server"] is not None:
         # Of ours alone: it is no business of somebody else's server.
         api_key = env.api_key()
-    asked = start.Asked(**{name: given[name] for name in (*names, "threads", "batch")}, api_key=api_key)
+    who = start.Who(**{name: given[name] for name in (*names, "threads", "batch")}, api_key=api_key)
     which = start.Which(
         suites=tuple(name.strip() for name in given["suite"].split(",")),
         tasks=None if given["task"] is None else start.read_numbers("--task", given["task"]),
@@ -136,7 +136,7 @@ def _run(benchmark: Benchmark, out: Path, **given: Any) -> None:
         trigger=trigger if trigger in ("execute", "deadline") else int(trigger),  # type: ignore[arg-type]
     )
     console = Console(stderr=True)
-    results = start.evaluate(benchmark, asked, which, how, out, console)
+    results = start.evaluate(benchmark, who, which, how, out, console)
     from xr0_engine.evaluation import page as pages
     from xr0_engine.evaluation import tables
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args, runtime_checkable
 
 from xr0_engine import __version__
-from xr0_engine.bench.results import current_commit, utc_now
+from xr0_engine.bench.results import current_commit, processor, utc_now
 from xr0_engine.evaluation import policies
 from xr0_engine.evaluation.benchmark import Benchmark, Mode, Run, Task
 from xr0_engine.evaluation.desk import Desk
@@ -52,7 +51,7 @@ class HasMostTrials(Protocol):
 
 
 @dataclass(frozen=True)
-class Asked:
+class Who:
     """The policy: exactly one of checkpoint, server, openpi and expert. device, dtype, backend, threads, batch: of the
     engine of a checkpoint; as Engine.from_pretrained, torch's threads on a CPU, and observations inferred together."""
 
@@ -74,7 +73,7 @@ class Asked:
         if sum(given) != 1:
             raise ValueError("CHECKPOINT, --server, --openpi, --expert: expected exactly one of them")
         own = ("device", "dtype", "backend", "threads", "batch")
-        changed = [f"--{name}" for name in own if getattr(self, name) != getattr(Asked, name)]
+        changed = [f"--{name}" for name in own if getattr(self, name) != getattr(Who, name)]
         if changed and self.checkpoint is None:
             raise ValueError(f"{', '.join(changed)}: expected only with a CHECKPOINT: a server has its own")
         if self.api_key is not None and self.server is None and self.openpi is None:
@@ -113,7 +112,7 @@ class How:
     wait_s: float = 300.0
 
 
-def evaluate(benchmark: Benchmark, asked: Asked, which: Which, how: How, out: Path, console: Console) -> Results:
+def evaluate(benchmark: Benchmark, who: Who, which: Which, how: How, out: Path, console: Console) -> Results:
     """Run what is not yet in the folder, and read it.
 
     Raises ValueError for what does not fit, naming the option; RuntimeError for what is missing here; as runner.run.
@@ -124,7 +123,7 @@ def evaluate(benchmark: Benchmark, asked: Asked, which: Which, how: How, out: Pa
     trials = plan(benchmark, tasks, which.trials, which.seed, which.modes, which.delays)
     versions = benchmark.versions()
     with ExitStack() as stack:
-        source, desk, gpu = _source(asked, benchmark, how, stack)
+        source, desk, gpu = _source(who, benchmark, how, stack)
         execution = Execution(benchmark.rate_hz, benchmark.execute, how.trigger, how.margin, how.max_prefix, which.seed)
         job = Job(benchmark, source, execution, out, how.video)
         check(job, trials)
@@ -225,44 +224,34 @@ def read_numbers(name: str, text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(map(int, words)))
 
 
-def processor() -> str:
-    """Its name, as the system tells it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def _source(asked: Asked, benchmark: Benchmark, how: How, stack: ExitStack) -> tuple[Source, Desk | None, str | None]:
+def _source(who: Who, benchmark: Benchmark, how: How, stack: ExitStack) -> tuple[Source, Desk | None, str | None]:
     """The policy, its engine and its GPU, as far as they are in this process."""
     reply_s = REPLY_SHARE * how.hang_s
-    if asked.server is not None:
+    if who.server is not None:
         return (
-            policies.of_server(
-                asked.server, asked.api_key, asked.ca_file, asked.robot_type, benchmark, how.wait_s, reply_s
-            ),
+            policies.of_server(who.server, who.api_key, who.ca_file, who.robot_type, benchmark, how.wait_s, reply_s),
             None,
             None,
         )
-    if asked.openpi is not None:
-        return policies.of_openpi(asked.openpi, asked.api_key, benchmark, how.wait_s, reply_s), None, None
-    if asked.checkpoint is None:
+    if who.openpi is not None:
+        return policies.of_openpi(who.openpi, who.api_key, benchmark, how.wait_s, reply_s), None, None
+    if who.checkpoint is None:
         return policies.of_expert(), None, None
-    desk = stack.enter_context(Desk(_loading(asked), asked.batch))
-    source = policies.of_engine(desk.engine, asked.checkpoint, asked.robot_type, benchmark, asked.dtype)
-    return replace(source, told={**source.told, "batch": asked.batch}), desk, _gpu(desk.engine)
+    desk = stack.enter_context(Desk(_loading(who), who.batch))
+    source = policies.of_engine(desk.engine, who.checkpoint, who.robot_type, benchmark, who.dtype)
+    return replace(source, told={**source.told, "batch": who.batch}), desk, _gpu(desk.engine)
 
 
-def _loading(asked: Asked) -> Callable[[], Engine]:
+def _loading(who: Who) -> Callable[[], Engine]:
     def load() -> Engine:
         import torch
 
         from xr0_engine.engine import Engine
 
-        if asked.threads is not None:
-            torch.set_num_threads(asked.threads)
-        assert asked.checkpoint is not None
-        return Engine.from_pretrained(asked.checkpoint, asked.device, asked.dtype, asked.backend)
+        if who.threads is not None:
+            torch.set_num_threads(who.threads)
+        assert who.checkpoint is not None
+        return Engine.from_pretrained(who.checkpoint, who.device, who.dtype, who.backend)
 
     return load
 

@@ -22,6 +22,7 @@ from xr0_engine.training.data.expert import (
     transferred,
 )
 from xr0_engine.training.data.record import Settings, record, record_episode, vary_start
+from xr0_engine.whole import only_writer
 
 SETTINGS = Settings(width=32, height=24)
 # JSON keeps seven digits of float64; states are float32.
@@ -135,6 +136,13 @@ def test_first_seeds_that_succeed_are_kept(tmp_path, tries, processes):
     assert seeds(tmp_path) == [0, 1, 2, 4, 5, 6]
     assert (result.recorded, result.failed, result.present) == (6, 1, 0)
     assert json.loads((tmp_path / "recording.json").read_text())["failed_seeds"] == [3]
+
+
+def test_a_folder_is_recorded_by_one_process_at_a_time(tmp_path, tries):
+    with only_writer(tmp_path), pytest.raises(ValueError, match=r"is being written by process \d+ on "):
+        record(tmp_path, 2, 0, SETTINGS, 1)
+    assert tries == []
+    assert record(tmp_path, 2, 0, SETTINGS, 1).recorded == 2
 
 
 def test_recording_goes_on_where_it_stopped(tmp_path, tries):
