@@ -4,6 +4,7 @@ PYTEST_ARGS ?= -n 2
 FUZZ_SECONDS ?= 60
 SOAK_SECONDS ?= 600
 SOAK_PORT ?= 8767
+UV_VERSION := 0.13.9
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -18,10 +19,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint emulate gpu-test bench bench-gpu sanitize fuzz attack soak eval-libero clean
+.PHONY: help demo test lint lock emulate gpu-test bench bench-gpu sanitize fuzz attack kills soak eval-libero lab-quick demo-policy clean
 
 help:
-	@echo "make demo      install, then drive a simulated two-armed robot with a small random model"
+	@echo "make demo      install, then drive a simulated two-armed robot with a small random model; picture and video in outputs/demo"
 	@echo "make test      install, then run the tests; PYTEST_ARGS selects, for example PYTEST_ARGS=tests/cli"
 	@echo "make emulate   compiled kernels on this CPU: chips, seeds, broken kernels; many minutes (tests/ptx/README.md)"
 	@echo "make lint      install, then check style, types and formatting"
@@ -31,8 +32,13 @@ help:
 	@echo "make sanitize  test the native module under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make fuzz      fuzz the native module, the server's readers of bytes and all that reads files, each for FUZZ_SECONDS (now: $(FUZZ_SECONDS))"
 	@echo "make attack    a server on this machine under fifteen attacks, and what a good client notices of them (docs/reliability.md)"
-	@echo "make soak      a server and an executor at 30 Hz for SOAK_SECONDS (now: $(SOAK_SECONDS)); report in outputs/soak"
+	@echo "make kills     kill -9, 30 times of a training run of two processes, 20 times of a server at 30 Hz: what is lost (docs/reliability.md)"
+	@echo "make soak      servers and executors at 30 Hz for SOAK_SECONDS (now: $(SOAK_SECONDS)) with restarts, visitors and a bad network,"
+	@echo "               then as long in quiet, where no deadline may be missed; report in outputs/soak"
 	@echo "make eval-libero  LIBERO in $(LIBERO), then an episode of each suite with a small random model; results in outputs/libero"
+	@echo "make lab-quick  three small policies from scratch, in closed loop and looked into (docs/lambda.md); results in outputs/lab-quick"
+	@echo "make demo-policy  a policy for the demo, from nothing (docs/training.md): an hour of a core or more; goes on where it was stopped"
+	@echo "make lock      requirements.lock anew: versions and SHA-256 sums of all that is installed, but torch"
 	@echo "make clean     remove what was built; $(VENV) stays"
 	@echo
 	@echo "The installation goes to $(VENV). PYTHON chooses the interpreter (now: $(PYTHON), 3.10 to 3.13)."
@@ -57,7 +63,7 @@ TESTED_CHIPS := 89 90
 ONLY_89 := -m "not one_chip"
 CHIPS ?= 89 90 120
 SEEDS ?= 1 2 3
-TRITON_VERSIONS ?= 3.6.0 3.7.1 3.8.0
+TRITON_VERSIONS ?= 3.6.0 3.8.0 3.9.0
 emulated = XR0_EMULATE=$(1) $(BIN)/python -m pytest $(2)
 emulate: $(INSTALLED)-cpu $(addprefix build/triton-,$(TRITON_VERSIONS))
 	set -e; for chip in $(CHIPS); do for seed in $(SEEDS); do \
@@ -112,10 +118,14 @@ fuzz: build/fuzz
 	mkdir -p $</corpus
 	$</fuzz_patches -max_total_time=$(FUZZ_SECONDS) -timeout=10 -max_len=40 -len_control=0 $</corpus
 	$(BIN)/python -m tests.serve.fuzz $(FUZZ_SECONDS)
-	$(BIN)/python -m tests.fuzz_files $(FUZZ_SECONDS)
+	$(BIN)/python -m tests.fuzz_files $(FUZZ_SECONDS) 0 all $$(nproc)
 
 attack: $(INSTALLED)-cpu
 	$(BIN)/python -m tests.serve.attack 5
+
+kills: $(INSTALLED)-cpu
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.training.kills 30
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.serve.kills 20
 
 build/fuzz: $(INSTALLED)-cpu $(CSRC) CMakeLists.txt
 	$(call need,command -v clang++,clang)
@@ -123,10 +133,12 @@ build/fuzz: $(INSTALLED)-cpu $(CSRC) CMakeLists.txt
 	$(BIN)/cmake --build $@
 	@touch $@
 
-# Server and executor are two processes on this machine, with a core each where there are two. The executor runs as a
-# robot's should, at a real-time priority where that is allowed. Exit code 1: a deadline was missed.
+# With trouble first; then in quiet, server and executor are two processes on this machine, with a core each where there are
+# two. The executor runs as a robot's should, at a real-time priority where that is allowed. Exit code 1: a deadline was
+# missed, or what tests/serve/soak.py holds did not hold.
 REALTIME = $(shell chrt -f 20 true 2> /dev/null && echo chrt -f 20)
 soak: $(INSTALLED)-cpu
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.serve.soak $(SOAK_SECONDS)
 	rm -rf outputs/soak && mkdir -p outputs/soak
 	$(BIN)/xr0 init --out outputs/soak/tiny
 	set -e; export OMP_NUM_THREADS=1; \
@@ -138,6 +150,40 @@ soak: $(INSTALLED)-cpu
 	  --record outputs/soak/session.jsonl --json > outputs/soak/report.json || missed=$$?; \
 	$(BIN)/xr0 replay outputs/soak/session.jsonl --out outputs/soak/session.png; \
 	$(BIN)/python -m json.tool outputs/soak/report.json; exit $${missed:-0}
+
+lab-quick: $(INSTALLED)-cpu
+	OMP_NUM_THREADS=1 $(BIN)/xr0 lab run outputs/lab-quick --plan quick --jobs 2
+	$(BIN)/xr0 lab show outputs/lab-quick
+	$(BIN)/xr0 lab figures outputs/lab-quick --out outputs/lab-quick
+
+# A policy for the hand-over, from nothing (docs/training.md): record, let the VLM learn to see, then the whole model to act,
+# then evaluate. Starts, of which all that follows depends on where the cube is, are what teaches it to see.
+, := ,
+DEMO := outputs/demo-policy
+POLICY := xr0_engine/drive/aloha_transfer
+DEMO_RECORD := $(BIN)/xr0 data record --width 320 --height 240 --view ego --no-antialias
+DEMO_DATA := data.statistics=$(DEMO)/statistics.json data.embodiment=$(POLICY)/profile.yaml data.chunk_length=20 \
+  data.validation_fraction=0.05 data.batch_size=32 run.checkpoint_every=100 run.threads=1
+# $(call trained,RUN,RECIPE AND SETTINGS): a run that goes on where it was stopped.
+trained = if test -d $(DEMO)/$(1); then $(BIN)/xr0 train resume $(DEMO)/$(1); else \
+  $(BIN)/xr0 train $(2) --tiny --out $(DEMO)/$(1) $(DEMO_DATA); fi
+demo-policy: export OMP_NUM_THREADS := 1
+demo-policy: $(INSTALLED)-cpu $(VENV)/.renders
+	set -e; for episodes in starts grasps whole; do \
+	  mkdir -p $(DEMO)/$$episodes && cp $(POLICY)/profile.yaml $(DEMO)/$$episodes; \
+	  echo "embodiment: profile.yaml" > $(DEMO)/$$episodes/xr0.yaml; done
+	$(DEMO_RECORD) $(DEMO)/starts -n 400 --over-table 0.7 --seconds 0.7 --first-seed 20000
+	$(DEMO_RECORD) $(DEMO)/grasps -n 240 --over-table 0.6 --seconds 2.6
+	$(DEMO_RECORD) $(DEMO)/whole -n 60 --over-table 0.4 --first-seed 5000
+	test -d $(DEMO)/base || $(BIN)/xr0 init --config $(POLICY)/base.json --out $(DEMO)/base
+	test -f $(DEMO)/statistics.json || $(BIN)/xr0 data stats $(DEMO)/grasps $(DEMO)/whole --chunk-length 20 \
+	  --validation-fraction 0.05 --out $(DEMO)/statistics.json
+	$(call trained,vlm,pretrain_vlm model.checkpoint=$(DEMO)/base model.standardize_vision=true data.language_every=0 \
+	  choice.candidates=1 data.robot=$(DEMO)/starts=3$(,)$(DEMO)/grasps=1 optim.steps=600)
+	$(call trained,policy,training_rtc model.checkpoint=$(DEMO)/vlm/model flow.repeat=2 optim.steps=3000 \
+	  data.robot=$(DEMO)/starts=1$(,)$(DEMO)/grasps=1$(,)$(DEMO)/whole=1.5)
+	$(BIN)/xr0 eval aloha $(DEMO)/policy/model --suite transfer --execute 10 --mode sync,async --delay-steps 0-3 --dtype float32 \
+	  --out $(DEMO)/results
 
 # LIBERO wants an older MuJoCo than the other simulations, so it has an environment of its own, without torch: the policy is
 # a server in ours. tests/conftest.py looks for torch.
@@ -185,11 +231,30 @@ $(BIN)/python:
 	$(call need,$(PYTHON) -c "import ensurepip",python3-venv)
 	$(PYTHON) -m venv $(VENV)
 
+# Of all that is installed here, on every Python: versions, and the SHA-256 sums of their files on PyPI. LOCKED=1 installs
+# no other files. Left out is torch, whose wheels for CPUs are of PyTorch's own index.
+# LOCK_ARGS=--upgrade takes newer versions of what constraints.txt leaves open.
+LOCKED_EXTRAS := serve ray train export tensorrt sim dev
+LOCKED_BESIDE := pip huggingface-hub cuda-bindings openpi-client
+UV := build/uv/bin/python -m uv
+lock: build/uv
+	grep '^numpy==' constraints.txt > build/uv/overrides.txt
+	printf '%s\n' $(LOCKED_BESIDE) > build/uv/beside.txt
+	$(UV) pip compile pyproject.toml build/uv/beside.txt $(addprefix --extra ,$(LOCKED_EXTRAS)) $(LOCK_ARGS) \
+	  --constraint constraints.txt --override build/uv/overrides.txt --universal --python-version 3.10 --generate-hashes \
+	  --no-annotate --no-header --no-emit-index-url --quiet --output-file requirements.lock
+
+build/uv: Makefile
+	$(PYTHON) -m venv $@
+	$@/bin/python -m pip install --quiet uv==$(UV_VERSION)
+	@touch $@
+
 # One stamp for each choice of torch: cpu or cuda. No build isolation: a rebuild is quick. Older pips than the pinned one
 # can take hours to resolve the requirements. openpi-client comes alone: its pin of NumPy below 2 is out of date.
-$(INSTALLED)-%: $(BIN)/python constraints.txt pyproject.toml setup.py CMakeLists.txt MANIFEST.in $(CSRC)
+$(INSTALLED)-%: $(BIN)/python constraints.txt $(if $(LOCKED),requirements.lock) pyproject.toml setup.py CMakeLists.txt MANIFEST.in $(CSRC)
 	$(call need,command -v c++,g++)
 	$(call need,test -f "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h",python3-dev)
+	$(if $(LOCKED),$(BIN)/python -m pip install --quiet --require-hashes --no-deps --requirement requirements.lock)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt pip setuptools pybind11 cmake ninja
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[$*,sim,serve,ray,train,export,tensorrt,dev]'
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps openpi-client

@@ -12,5 +12,6 @@ PYBIND11_MODULE(_C, module) {
     module.def("cuda_fault", &cuda_fault, "device"_a = 0);
     module.def("resize_table", &resize_table, "in_size"_a, "out_size"_a);
     module.def("images_to_patches_cuda", &images_to_patches_cuda, "frames"_a, "sizes"_a, "columns"_a, "rows"_a, "out"_a,
-               "dtype"_a, "temporal_patch_size"_a, "merge_size"_a, "vertical_first"_a, "bgr"_a, "device"_a, "stream"_a);
+               "dtype"_a, "temporal_patch_size"_a, "merge_size"_a, "vertical_first"_a, "slices"_a, "bgr"_a, "device"_a,
+               "stream"_a);
 }

@@ -31,5 +31,5 @@ void images_to_patches_cuda(const std::vector<DeviceFrame>& frames,
                             const std::vector<std::pair<int64_t, int64_t>>& sizes,
                             const std::vector<DeviceTable>& columns, const std::vector<DeviceTable>& rows,
                             std::uintptr_t out, const std::string& dtype, int64_t temporal_patch_size,
-                            int64_t merge_size, const std::vector<bool>& vertical_first, bool bgr, int device,
-                            std::uintptr_t stream);
+                            int64_t merge_size, const std::vector<bool>& vertical_first,
+                            const std::vector<int64_t>& slices, bool bgr, int device, std::uintptr_t stream);

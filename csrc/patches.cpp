@@ -24,6 +24,7 @@ struct Job {
     xr0::Resize resize;
     std::shared_ptr<const xr0::Axis> columns;
     std::shared_ptr<const xr0::Axis> rows;
+    xr0::Slices slices;
     int64_t first_patch;
     int32_t block_rows;
 };
@@ -51,17 +52,24 @@ const xr0::RowFunctions& choose(const std::optional<std::string>& instruction_se
     throw py::value_error("instruction_set: this processor has " + names + "; got '" + *instruction_set + "'");
 }
 
-xr0::Frame checked_frame(const py::array& frame, const std::string& name, bool bgr) {
-    if (!py::isinstance<py::array_t<uint8_t>>(frame) || frame.ndim() != 3 || frame.shape(2) != xr0::kChannels) {
+// The first frame of a picture, which is (height, width, 3), or of a video's (temporal_patch_size, height, width, 3).
+xr0::Frame checked_frame(const py::array& frame, const std::string& name, int64_t temporal, bool bgr) {
+    const py::ssize_t time = frame.ndim() == 4 ? 1 : 0;
+    if (!py::isinstance<py::array_t<uint8_t>>(frame) || frame.ndim() != 3 + time ||
+        frame.shape(2 + time) != xr0::kChannels) {
         throw py::value_error(name + ": expected uint8 (height, width, 3), got " + describe(frame));
     }
-    check_size(name, frame.shape(0), frame.shape(1));
+    if (time == 1 && frame.shape(0) != temporal) {
+        throw py::value_error(name + ": expected temporal_patch_size = " + std::to_string(temporal) + " frames, got " +
+                              describe(frame));
+    }
+    check_size(name, frame.shape(time), frame.shape(time + 1));
     xr0::Frame checked{static_cast<const uint8_t*>(frame.data()),
-                       static_cast<int32_t>(frame.shape(0)),
-                       static_cast<int32_t>(frame.shape(1)),
-                       frame.strides(0),
-                       frame.strides(1),
-                       frame.strides(2),
+                       static_cast<int32_t>(frame.shape(time)),
+                       static_cast<int32_t>(frame.shape(time + 1)),
+                       frame.strides(time),
+                       frame.strides(time + 1),
+                       frame.strides(time + 2),
                        bgr};
     if (checked.channel_stride == -1) {
         // A view with its channels reversed is as good as packed, read the other way round.
@@ -107,7 +115,7 @@ void work(const std::vector<Job>& jobs, const xr0::PatchLayout& layout, const xr
         const auto first = std::max<int64_t>(begin - start, 0);
         const auto last = std::min<int64_t>(end - start, job.block_rows);
         if (first < last) {
-            xr0::image_to_patches(job.frame, job.resize, layout, functions, static_cast<int32_t>(first),
+            xr0::image_to_patches(job.frame, job.resize, layout, job.slices, functions, static_cast<int32_t>(first),
                                   static_cast<int32_t>(last), scratch, out + job.first_patch * layout.patch_dim());
         }
         start += job.block_rows;
@@ -176,12 +184,20 @@ void images_to_patches(const std::vector<py::array>& frames, const std::vector<s
         const std::string at = "[" + std::to_string(i) + "]";
         const auto [height, width] = sizes[i];
         check_target("sizes" + at, height, width, layout.block());
-        Job job{checked_frame(frames[i], "frames" + at, bgr), {}, {}, {}, patches, 0};
+        const int32_t temporal = layout.temporal_patch_size;
+        Job job{checked_frame(frames[i], "frames" + at, temporal, bgr), {}, {}, {}, {0, temporal}, patches, 0};
         job.columns = axis_for(job.frame.width, static_cast<int32_t>(width));
         job.rows = axis_for(job.frame.height, static_cast<int32_t>(height));
         job.resize = {job.columns->view(), job.rows->view(), static_cast<int32_t>(height), static_cast<int32_t>(width),
                       !vertical_first.empty() && vertical_first[i]};
         job.block_rows = static_cast<int32_t>(height / layout.block());
+        if (frames[i].ndim() == 4) {
+            job.slices.count = 1;
+            for (; job.slices.first + 1 < temporal; ++job.slices.first) {
+                jobs.push_back(job);
+                job.frame.pixels += frames[i].strides(0);
+            }
+        }
         jobs.push_back(std::move(job));
         patches += height * width / layout.slice();
     }

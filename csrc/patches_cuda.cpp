@@ -55,6 +55,26 @@ xr0::Element checked_element(const std::string& dtype) {
     throw py::value_error("dtype: expected float32, bfloat16 or float16, got '" + dtype + "'");
 }
 
+// Frames that share patches stand together, their slices in order, and are resized to the same size.
+void check_slices(const std::vector<int64_t>& slices, const std::vector<std::pair<int64_t, int64_t>>& sizes,
+                  int64_t temporal) {
+    int64_t next = 0;
+    for (std::size_t i = 0; i < slices.size(); ++i) {
+        const bool starts = next == 0 && (slices[i] == -1 || slices[i] == 0);
+        if (!starts && (next == 0 || slices[i] != next || sizes[i] != sizes[i - 1])) {
+            throw py::value_error("slices[" + std::to_string(i) + "]: expected " +
+                                  (next == 0 ? "-1 or 0" : std::to_string(next) + " and the size of the frame before") +
+                                  ", got " + std::to_string(slices[i]) + " and " +
+                                  pair_of(sizes[i].first, sizes[i].second));
+        }
+        next = (slices[i] + 1) % temporal;
+    }
+    if (next != 0) {
+        throw py::value_error("slices: expected all " + std::to_string(temporal) + " of a patch, got " +
+                              std::to_string(next) + " for the last");
+    }
+}
+
 }  // namespace
 
 std::optional<std::string> cuda_fault(int device) {
@@ -77,8 +97,8 @@ void images_to_patches_cuda(const std::vector<DeviceFrame>& frames,
                             const std::vector<std::pair<int64_t, int64_t>>& sizes,
                             const std::vector<DeviceTable>& columns, const std::vector<DeviceTable>& rows,
                             std::uintptr_t out, const std::string& dtype, int64_t temporal_patch_size,
-                            int64_t merge_size, const std::vector<bool>& vertical_first, bool bgr, int device,
-                            std::uintptr_t stream) {
+                            int64_t merge_size, const std::vector<bool>& vertical_first,
+                            const std::vector<int64_t>& slices, bool bgr, int device, std::uintptr_t stream) {
     const xr0::Element element = checked_element(dtype);
     const xr0::PatchLayout layout = checked_layout(xr0::kDevicePatch, temporal_patch_size, merge_size);
     check_range("frames", static_cast<int64_t>(frames.size()), xr0::kMaxViews);
@@ -86,17 +106,20 @@ void images_to_patches_cuda(const std::vector<DeviceFrame>& frames,
     check_count("columns", columns.size(), frames.size());
     check_count("rows", rows.size(), frames.size());
     check_count("vertical_first", vertical_first.size(), frames.size());
+    check_count("slices", slices.size(), frames.size());
     for (std::size_t i = 0; i < frames.size(); ++i) {
         const std::string at = "[" + std::to_string(i) + "]";
         const auto& [height, width] = std::get<1>(frames[i]);
         check_size("frames" + at, height, width);
         check_target("sizes" + at, sizes[i].first, sizes[i].second, layout.block());
     }
+    check_slices(slices, sizes, layout.temporal_patch_size);
     if (const std::string fault = device < 0 ? "it is negative" : xr0::cuda_fault(device); !fault.empty()) {
         throw std::runtime_error("GPU " + std::to_string(device) + " cannot be used: " + fault);
     }
 
     xr0::DeviceViews views{};
+    int64_t blocks = 0;
     int64_t patches = 0;
     for (std::size_t i = 0; i < frames.size(); ++i) {
         const std::string at = "[" + std::to_string(i) + "]";
@@ -110,17 +133,24 @@ void images_to_patches_cuda(const std::vector<DeviceFrame>& frames,
         view.height = static_cast<int32_t>(shape.first);
         view.width = static_cast<int32_t>(shape.second);
         view.patch_columns = static_cast<int32_t>(sizes[i].second / layout.patch_size);
+        view.first_block = static_cast<int32_t>(blocks);
         view.first_patch = static_cast<int32_t>(patches);
+        view.first_slice = static_cast<int32_t>(std::max<int64_t>(slices[i], 0));
+        view.slices = slices[i] < 0 ? layout.temporal_patch_size : 1;
         view.bgr = bgr;
         view.vertical_first = vertical_first[i];
-        patches += sizes[i].first * sizes[i].second / layout.slice();
+        const int64_t covered = sizes[i].first * sizes[i].second / layout.slice();
+        blocks += covered;
+        if (view.first_slice + view.slices == layout.temporal_patch_size) {
+            patches += covered;
+        }
     }
     views.count = static_cast<int32_t>(frames.size());
     views.temporal = layout.temporal_patch_size;
     views.merge = layout.merge_size;
     check_memory("out", out, device);
     if (const std::string fault =
-            xr0::launch_images_to_patches(views, static_cast<int32_t>(patches), reinterpret_cast<void*>(out), element,
+            xr0::launch_images_to_patches(views, static_cast<int32_t>(blocks), reinterpret_cast<void*>(out), element,
                                           device, reinterpret_cast<void*>(stream));
         !fault.empty()) {
         throw std::runtime_error("images_to_patches_cuda: " + fault);

@@ -53,7 +53,7 @@ std::string cuda_memory_fault(const void* pointer, int device) {
     return attributes.device == device ? "" : "it is on GPU " + std::to_string(attributes.device);
 }
 
-std::string launch_images_to_patches(const DeviceViews& views, int32_t patches, void* out, Element element, int device,
+std::string launch_images_to_patches(const DeviceViews& views, int32_t blocks, void* out, Element element, int device,
                                      void* stream) {
     const OnDevice on_device(device);
     if (!on_device.fault.empty()) {
@@ -62,13 +62,13 @@ std::string launch_images_to_patches(const DeviceViews& views, int32_t patches, 
     const auto queue = static_cast<cudaStream_t>(stream);
     switch (element) {
         case Element::kFloat32:
-            images_to_patches_kernel<<<patches, kPatchThreads, 0, queue>>>(views, static_cast<float*>(out));
+            images_to_patches_kernel<<<blocks, kPatchThreads, 0, queue>>>(views, static_cast<float*>(out));
             break;
         case Element::kBfloat16:
-            images_to_patches_kernel<<<patches, kPatchThreads, 0, queue>>>(views, static_cast<Bfloat16*>(out));
+            images_to_patches_kernel<<<blocks, kPatchThreads, 0, queue>>>(views, static_cast<Bfloat16*>(out));
             break;
         case Element::kFloat16:
-            images_to_patches_kernel<<<patches, kPatchThreads, 0, queue>>>(views, static_cast<Float16*>(out));
+            images_to_patches_kernel<<<blocks, kPatchThreads, 0, queue>>>(views, static_cast<Float16*>(out));
             break;
     }
     return message(cudaGetLastError());

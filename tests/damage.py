@@ -67,6 +67,8 @@ def damaged(content: bytes, name: str, rng: random.Random) -> bytes:
             content = _lines(content, rng)
         elif name.endswith(".safetensors"):
             content = _safetensors(content, rng)
+        elif name.endswith(".parquet"):
+            content = _parquet(content, rng)
         elif name.endswith((".yaml", ".py")):
             content = _text(content, rng)
         else:
@@ -174,12 +176,60 @@ def _bytes(content: bytes, rng: random.Random) -> bytes:
         return bytes(data[:at]) + rng.choice(RAW).encode() + bytes(data[at:])
     if what < 0.45:
         return bytes(data[:at]) + rng.randbytes(16) + bytes(data[at:])
-    if what < 0.5:
+    if what < 0.48:
+        # As many times as would cost something where each time costs something.
+        piece = bytes(data[at : at + rng.choice((2, 4, 8, 16, 64, 512))])
+        return bytes(data[:at]) + piece * rng.choice((2, 50, 3000, 50_000)) + bytes(data[at:])
+    if what < 0.53:
         return rng.choice((b"", b"\x00", b"\xff\xfe", b"\xef\xbb\xbf" + content, b"null", b"[]", b"0", b'"x"', b"{}"))
     for _ in range(rng.choice((1, 2, 8))):
         if data:
             data[rng.randrange(len(data))] = rng.randrange(256) if rng.random() < 0.5 else rng.choice(b'[]{}",:0-9eE\\')
     return bytes(data)
+
+
+def _parquet(content: bytes, rng: random.Random) -> bytes:
+    """Of a table's columns: their values, kinds, names and rows, or of the file's bytes."""
+    import io
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if rng.random() < 0.3:
+        return _bytes(content, rng)
+    try:
+        table = pq.read_table(io.BytesIO(content))
+    except (OSError, ValueError):
+        return _bytes(content, rng)
+    at = rng.randrange(table.num_columns)
+    name, values, what = table.column_names[at], table.column(at).to_pylist(), rng.random()
+    if what < 0.1 and table.num_columns > 1:
+        table = table.drop_columns([name])
+    elif what < 0.15:
+        table = table.rename_columns([each if each != name else rng.choice(KEYS) for each in table.column_names])
+    elif what < 0.2:
+        table = table.slice(rng.randrange(table.num_rows + 1))
+    elif what < 0.25:
+        table = pa.concat_tables([table] * rng.choice((2, 50)))
+    else:
+        if what < 0.6 and values:
+            values[rng.randrange(len(values))] = _value(values[0], rng)[0]
+        elif what < 0.7:
+            values = [None] * len(values)
+        else:
+            values = [rng.choice(HOSTILE)] * len(values)
+        try:
+            column = pa.array(values)
+        except (pa.ArrowException, OverflowError, ValueError):
+            # Values of several kinds have no column: as text.
+            column = pa.array([repr(value)[:99].encode("ascii", "replace").decode() for value in values])
+        table = table.set_column(at, name, column)
+    file = io.BytesIO()
+    try:
+        pq.write_table(table, file)
+    except pa.ArrowException:
+        return _bytes(content, rng)
+    return file.getvalue()
 
 
 def _safetensors(content: bytes, rng: random.Random) -> bytes:

@@ -12,28 +12,47 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from tests.file_formats_of_data import (
+    PICTURES,
+    open_dataset,
+    read_dataset,
+    read_videos,
+    write_lerobot,
+    write_lerobot_v3,
+    write_one_episode,
+    write_pictures,
+    write_videos,
+)
 from tests.support import GOLDEN
 from xr0_engine.bench import results
 from xr0_engine.checkpoint import init_checkpoint
-from xr0_engine.cli.infer import _read_numbers
+from xr0_engine.cli.infer import read_numbers
+from xr0_engine.comparison import Comparison
 from xr0_engine.drive.picture import plot_recording
 from xr0_engine.engine import Engine
+from xr0_engine.evaluation.calvin import Calvin, _chains
+from xr0_engine.evaluation.compare import compare_results
+from xr0_engine.evaluation.page import page
+from xr0_engine.evaluation.results import Writer, read_results
+from xr0_engine.evaluation.tables import summary
+from xr0_engine.exchange.pickled import read_weights
 from xr0_engine.exchange.recipe import read_action_config
 from xr0_engine.executor import read_recording
 from xr0_engine.exported.manifest import EngineManifest, ExportCase, FileRecord, Manifest, StaticShapes
 from xr0_engine.files import json_lines
 from xr0_engine.fused.ops import Tactic
 from xr0_engine.fused.tactics import TacticTable, read_tactics, write_tactics
-from xr0_engine.golden import verify_folder
+from xr0_engine.fused.verdict import Verdict, _as_json, _read, identity_of
+from xr0_engine.golden.verify import verify_folder
 from xr0_engine.model.weights import resolve_checkpoint
 from xr0_engine.robot.embodiment import load_embodiment
+from xr0_engine.robot.images import read_picture
 from xr0_engine.robot.normalize import read_statistics
 from xr0_engine.training.base import read_base
-from xr0_engine.training.data.description import describe
 from xr0_engine.training.data.episode import load_episode
 from xr0_engine.training.data.language import LanguageLines
-from xr0_engine.training.data.lerobot import LeRobotDataset
 from xr0_engine.training.recipes import finetune_head
 from xr0_engine.training.start import _read_config
 from xr0_engine.training.validation import plot_run
@@ -83,65 +102,42 @@ def _replay(folder: Path) -> None:
     plot_recording(read_recording(folder / "s.jsonl"), folder / "out.png")
 
 
-def _episode(folder: Path) -> None:
-    from tests.training.data.fixtures import write_episode
+def _evaluation(folder: Path) -> None:
+    from tests.evaluation.fake import a_run, an_episode
 
-    write_episode(folder, 0, 6).rename(folder / "e.json")
-
-
-def _lerobot(folder: Path) -> None:
-    """v2.1."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    from tests.training.data.fixtures import write_video
-
-    feature = {"dtype": "float32", "shape": [8], "names": [f"joint_{column}" for column in range(8)]}
-    info = {
-        "codebase_version": "v2.1",
-        "fps": 20,
-        "chunks_size": 1000,
-        "data_path": "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet",
-        "video_path": "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4",
-        "features": {
-            "observation.state": feature,
-            "action": feature,
-            "front": {"dtype": "video", "shape": [48, 64, 3], "names": ["height", "width", "channel"]},
-            "wrist": {"dtype": "video", "shape": [48, 64, 3], "names": ["height", "width", "channel"]},
-        },
-    }
-    (folder / "meta").mkdir()
-    (folder / "meta" / "info.json").write_text(json.dumps(info))
-    (folder / "meta" / "episodes.jsonl").write_text('{"episode_index": 0, "tasks": ["go"], "length": 6}\n')
-    (folder / "meta" / "tasks.jsonl").write_text('{"task_index": 0, "task": "go"}\n')
-    data = folder / "data" / "chunk-000"
-    data.mkdir(parents=True)
-    rows = np.random.default_rng(0).standard_normal((6, 8)).astype(np.float32)
-    columns = {
-        "observation.state": list(rows),
-        "action": list(rows),
-        "timestamp": np.arange(6, dtype=np.float32) / 20,
-        "frame_index": np.arange(6),
-        "episode_index": np.zeros(6, np.int64),
-        "index": np.arange(6),
-        "task_index": np.zeros(6, np.int64),
-    }
-    pq.write_table(pa.table(columns), data / "episode_000000.parquet")
-    for view in ("front", "wrist"):
-        write_video(folder / "videos" / "chunk-000" / view / "episode_000000.mp4", range(6), fps=20)
-    (folder / "xr0.yaml").write_text(
-        "robot_type: libero_all\npictures: camera\nviews: {base: front, left_wrist: wrist}\n"
-        'state:\n  - {columns: "0:8", from: observation.state}\n'
-        'action:\n  - {columns: "0:6", from: "action[0:6]", kind: step}\n'
-        '  - {columns: "6", from: "action[joint_6]"}\n'
-    )
+    with Writer(folder, a_run()) as writer:
+        for trial in range(3):
+            solved = {"success": False, "solved": 0, "error": "it fell"} if trial == 1 else {}
+            writer.add(an_episode(trial=trial, **solved))
 
 
-def _open_dataset(folder: Path) -> None:
-    dataset = LeRobotDataset(describe(folder))
-    assert len(dataset.names) == len(dataset.lengths) == len(dataset.statuses)
-    if dataset.entries:
-        dataset.load(0)
+def _tell_results(folder: Path) -> None:
+    found = read_results(folder)
+    json.dumps(summary(found))
+    page(found)
+    compare_results(found, found)
+
+
+def _weights(folder: Path) -> None:
+    tensors = {f"module.layer.{number}.weight": torch.ones(4, 8, dtype=torch.bfloat16) for number in range(3)}
+    torch.save({"module": tensors, "global_steps": 3, "ds_version": "0"}, folder / "mp_rank_00_model_states.pt")
+
+
+def _verdict(folder: Path) -> None:
+    good = Comparison("case", "flow", 0.1, 0.2, "relative")
+    identity = identity_of(torch.device("cpu"), "float32", TacticTable(""))
+    told = _as_json(Verdict("passed", identity, comparisons=(good,)))
+    _write("v.json", {"schema": 1, **told})(folder)
+
+
+def _told(folder: Path) -> None:
+    found = _read(folder / "v.json")
+    # A damaged one is made again; what is taken can be told.
+    if found is None:
+        raise FileError("no verdict")
+    assert found.told()
+    assert found.subject
+    sorted([found.created, ""])
 
 
 def _manifests(folder: Path) -> None:
@@ -193,6 +189,8 @@ def _tables() -> dict[str, Any]:
     return {"action_config": {"arm": {"mean": [[0.0] * 32] * 3, "std": [[1.0] * 32] * 3, "active_columns": [0, 1]}}}
 
 
+SUBTASKS = ["open_drawer", "close_drawer", "turn_on_led", "lift_red", "place_red"]
+SEQUENCES = [[{"led": 0, "slider": "left"}, SUBTASKS], [{"led": 1, "slider": "right"}, SUBTASKS[::-1]]]
 LANGUAGE = {"conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A cup."}]}
 RECIPE = (
     "data:\n  params:\n    train_datasets:\n      mean:\n"
@@ -222,10 +220,10 @@ def formats() -> dict[str, Format]:
             4,
         ),
         "recording": Format(_recording, _replay, ("s.jsonl",), 2),
-        "episode": Format(_episode, lambda f: load_episode(f / "e.json"), ("e.json",), 3),
+        "episode": Format(write_one_episode, lambda f: load_episode(f / "e.json"), ("e.json",), 3),
         "LeRobot": Format(
-            _lerobot,
-            _open_dataset,
+            write_lerobot,
+            open_dataset,
             ("meta/info.json", "meta/info.json", "meta/episodes.jsonl", "meta/tasks.jsonl", "xr0.yaml"),
             4,
         ),
@@ -250,9 +248,38 @@ def formats() -> dict[str, Format]:
         ),
         "numbers of xr0 infer": Format(
             lambda f: (_write("n.json", [[0.5] * 8] * 2)(f), np.save(f / "n.npy", np.zeros((2, 8)))),
-            lambda f: [_read_numbers("--state", str(f / name)) for name in ("n.json", "n.npy")],
+            lambda f: [read_numbers("--state", str(f / name)) for name in ("n.json", "n.npy")],
             ("n.json", "n.npy"),
         ),
+    }
+    found |= {
+        "LeRobot v3.0": Format(
+            write_lerobot_v3,
+            read_dataset,
+            (
+                "meta/info.json",
+                *("meta/episodes/chunk-000/file-000.parquet",) * 3,
+                "meta/tasks.parquet",
+                *("data/chunk-000/file-000.parquet",) * 3,
+                "xr0.yaml",
+            ),
+            4,
+        ),
+        "video": Format(write_videos, read_videos, ("v.mp4", "w.mp4"), 2),
+        "picture": Format(write_pictures, lambda f: [read_picture(f / name) for name in PICTURES], PICTURES, 4),
+        "evaluation": Format(_evaluation, _tell_results, ("run.json", "episodes.jsonl", "episodes.jsonl"), 3),
+        "CALVIN's chains": Format(
+            _write("c.json", SEQUENCES),
+            lambda f: _chains(Calvin(sequences=str(f / "c.json"), chains=2), {name: ["Do it."] for name in SUBTASKS}),
+            ("c.json",),
+        ),
+        "released weights": Format(
+            _weights,
+            lambda f: [tensor.shape for tensor in read_weights(f).tensors.values()],
+            ("mp_rank_00_model_states.pt",),
+            2,
+        ),
+        "kept verdict": Format(_verdict, _told, ("v.json",)),
     }
     if GOLDEN.is_dir():
         read = lambda f: list(verify_folder(f, "reference", "cpu", "float32"))  # noqa: E731

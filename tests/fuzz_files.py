@@ -1,6 +1,7 @@
-"""Damaged files of every format, for as long as asked: python -m tests.fuzz_files SECONDS [SEED [FORMAT]].
+"""Damaged files of every format, for as long as asked: python -m tests.fuzz_files SECONDS [SEED [FORMAT [JOBS]]].
 
-Each case is a valid file with something wrong about it, which its reader takes or refuses, in a process of its own.
+Each case is a valid file with something wrong about it, which its reader takes or refuses, in a process of its own, of
+which there are JOBS (1) at a time. FORMAT: one of them, or `all`.
 What the readers do is counted; the last four are mistakes, each shown with how to repeat it:
 
 refused      an error that `xr0` tells in one line, with exit code 2
@@ -24,6 +25,7 @@ import shutil
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -64,59 +66,106 @@ def cases(seed: int, weights: dict[str, int], files: dict[str, tuple[str, ...]])
 
 
 def fuzz(
-    seconds: float, seed: int = 0, only: str | None = None
+    seconds: float, seed: int = 0, only: str | None = None, jobs: int = 1
 ) -> tuple[dict[str, Counter[str]], list[dict[str, Any]]]:
-    """Counts by format and outcome, and the mistakes."""
+    """Counts by format and outcome, and the mistakes. jobs: processes at a time."""
     from tests.file_formats import formats
 
     known = {name: each for name, each in formats().items() if only in (None, name)}
+    if not known:
+        raise ValueError(f"format: expected one of {', '.join(formats())}, got {only!r}")
     counts: dict[str, Counter[str]] = {name: Counter() for name in known}
     mistakes: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="xr0-fuzz-") as kept:
         folder = Path(kept)
         os.environ["XR0_CACHE"] = str(folder / "cache")
-        for name, each in known.items():
-            (folder / "valid" / name).mkdir(parents=True)
-            each.make(folder / "valid" / name)
-            each.read(folder / "valid" / name)
+        _make(folder / "valid", known)
         queue = cases(seed, {name: each.weight for name, each in known.items()}, {n: e.files for n, e in known.items()})
         end = time.monotonic() + seconds
-        worker = _Worker(folder, known, seed)
-        while time.monotonic() < end:
-            case = next(queue)
-            outcome, detail = worker.run(case)
-            counts[case.format][outcome] += 1
-            if outcome in MISTAKES:
-                mistakes.append({**case._asdict(), "outcome": outcome, "detail": detail[-600:]})
-                print(f"{outcome}: {case}: {detail[-300:]}", file=sys.stderr, flush=True)
-        worker.stop()
+        workers = [_Worker(folder, f"now-{number}", known, seed) for number in range(jobs)]
+        while True:
+            for worker in workers:
+                if worker.case is None and time.monotonic() < end:
+                    worker.begin(next(queue))
+            working = [worker for worker in workers if worker.case is not None]
+            if not working:
+                break
+            for case, outcome, detail in _ended(working):
+                counts[case.format][outcome] += 1
+                if outcome in MISTAKES:
+                    mistakes.append({**case._asdict(), "outcome": outcome, "detail": detail[-600:]})
+                    print(f"{outcome}: {case}: {detail[-300:]}", file=sys.stderr, flush=True)
+        for worker in workers:
+            worker.stop()
     return counts, mistakes
+
+
+def _make(folder: Path, known: dict[str, Any]) -> None:
+    """Valid files, which are read once. In a process of its own: libraries' threads do not outlive a fork."""
+    pid = os.fork()
+    if not pid:
+        status = 1
+        try:
+            for name, each in known.items():
+                (folder / name).mkdir(parents=True)
+                each.make(folder / name)
+                each.read(folder / name)
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    if os.waitpid(pid, 0)[1]:
+        raise RuntimeError("the valid files cannot be made or read")
+
+
+def _ended(workers: list[_Worker]) -> Iterator[tuple[Case, str, str]]:
+    """What workers at work have ended with by now, within a moment."""
+    ready, _, _ = select.select([worker.answers for worker in workers], [], [], 1.0)
+    for worker in workers:
+        case, told = worker.case, worker.end(worker.answers in ready)
+        if case is not None and told is not None:
+            yield case, *told
 
 
 class _Worker:
     """A forked process that runs cases one after the other; a new one after each mistake that it may not outlive."""
 
-    def __init__(self, folder: Path, known: dict[str, Any], seed: int) -> None:
-        self._folder, self._known, self._seed = folder, known, seed
+    def __init__(self, folder: Path, place: str, known: dict[str, Any], seed: int) -> None:
+        self._folder, self._place, self._known, self._seed = folder, place, known, seed
         self._pid = 0
+        self.case: Case | None = None
 
-    def run(self, case: Case) -> tuple[str, str]:
+    def begin(self, case: Case) -> None:
         if not self._pid:
             self._start()
+        self.case, self._told, self._due = case, b"", time.monotonic() + DEAD_S
         os.write(self._to, (json.dumps(case) + "\n").encode())
-        told = self._answer()
-        if told is None or told[0] in ("hang", "memory"):
-            ended = self.stop()
-            return (
-                ("hang", f"no answer in {DEAD_S:g} s")
-                if told is None and ended is None
-                else told
-                or (
-                    "traceback",
-                    f"the process ended: {ended}",
-                )
-            )
-        return told
+
+    @property
+    def answers(self) -> int:
+        """A descriptor that can be read when the case has ended."""
+        return self._from
+
+    def end(self, is_ready: bool) -> tuple[str, str] | None:
+        """What the case ended with; None while it is at work."""
+        piece = os.read(self._from, 1 << 16) if is_ready else b""
+        self._told += piece
+        if self._told.endswith(b"\n"):
+            outcome, detail = json.loads(self._told)
+            if outcome in ("hang", "memory"):
+                self.stop()
+        elif is_ready and not piece:
+            # A moment for its end to be seen.
+            time.sleep(0.2)
+            outcome, detail = "traceback", f"the process ended: {self.stop()}"
+        elif time.monotonic() > self._due:
+            self.stop()
+            outcome, detail = "hang", f"no answer in {DEAD_S:g} s"
+        else:
+            return None
+        self.case = None
+        return outcome, detail
 
     def stop(self) -> int | None:
         """The status with which the process ended by itself, if it did."""
@@ -139,27 +188,14 @@ class _Worker:
             os.close(self._to)
             os.close(self._from)
             try:
-                _work(self._folder, self._known, self._seed, to_read, to_write)
+                _work(self._folder, self._place, self._known, self._seed, to_read, to_write)
             finally:
                 os._exit(1)
         os.close(to_read)
         os.close(to_write)
 
-    def _answer(self) -> tuple[str, str] | None:
-        data, end = b"", time.monotonic() + DEAD_S
-        while not data.endswith(b"\n"):
-            ready, _, _ = select.select([self._from], [], [], max(0.0, end - time.monotonic()))
-            piece = os.read(self._from, 1 << 16) if ready else b""
-            if not piece:
-                # Ended, or not answering; a moment for the former to be seen.
-                time.sleep(0.2)
-                return None
-            data += piece
-        outcome, detail = json.loads(data)
-        return outcome, detail
 
-
-def _work(folder: Path, known: dict[str, Any], seed: int, read_from: int, write_to: int) -> None:
+def _work(folder: Path, name: str, known: dict[str, Any], seed: int, read_from: int, write_to: int) -> None:
     import numpy as np
 
     warnings.simplefilter("ignore")
@@ -172,7 +208,7 @@ def _work(folder: Path, known: dict[str, Any], seed: int, read_from: int, write_
     with os.fdopen(read_from) as lines:
         for line in lines:
             case = Case(*json.loads(line))
-            place = _prepare(folder, case, seed)
+            place = _prepare(folder, name, case, seed)
             before_s, (own, of_children) = _processor_s(), _largest()
             try:
                 outcome, detail = "accepted", ""
@@ -193,8 +229,6 @@ def _work(folder: Path, known: dict[str, Any], seed: int, read_from: int, write_
 
 def _judged(error: BaseException) -> tuple[str, str]:
     """As the command `xr0` judges."""
-    import traceback
-
     from xr0_engine.cli import _explain
 
     caught = isinstance(error, ValueError | RuntimeError | OSError | ModuleNotFoundError)
@@ -203,11 +237,11 @@ def _judged(error: BaseException) -> tuple[str, str]:
     return "traceback", "".join(traceback.format_exception(error))[-1500:]
 
 
-def _prepare(folder: Path, case: Case, seed: int) -> Path:
+def _prepare(folder: Path, name: str, case: Case, seed: int) -> Path:
     """The valid files, linked, and one of them damaged. What is read here is not written."""
     from tests.damage import damaged
 
-    place = folder / "now"
+    place = folder / name
     shutil.rmtree(place, ignore_errors=True)
     shutil.copytree(folder / "valid" / case.format, place, copy_function=os.link)
     file = place / case.file
@@ -241,8 +275,9 @@ def table(counts: dict[str, Counter[str]]) -> str:
 
 
 def main() -> None:
-    seconds, seed = float(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0
-    counts, mistakes = fuzz(seconds, seed, sys.argv[3] if len(sys.argv) > 3 else None)
+    given = dict(enumerate(sys.argv))
+    seconds, seed, only = float(given[1]), int(given.get(2, "0")), given.get(3, "all")
+    counts, mistakes = fuzz(seconds, seed, None if only == "all" else only, int(given.get(4, "1")))
     print(table(counts))
     for mistake in mistakes[:SHOWN]:
         print(json.dumps(mistake))

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from xr0_engine.checkpoint import tiny_config
 from xr0_engine.config import ModelConfig
 from xr0_engine.model.weights import load_model, read_index
 from xr0_engine.model.xr0 import XR0Model
 from xr0_engine.robot.preprocess import position_ids
+from xr0_engine.sizes import tiny_config
 from xr0_engine.types import ModelInputs
 
 ROOT = Path(__file__).parent.parent

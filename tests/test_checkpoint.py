@@ -6,21 +6,27 @@ import errno
 import filecmp
 import json
 import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
 import transformers
 from tokenizers import Tokenizer
 from typer.testing import CliRunner
 
 from tests.support import load
-from xr0_engine import checkpoint
-from xr0_engine.checkpoint import ROBOTS, SIZES, init_checkpoint, published_config, tiny_config
+from xr0_engine import Engine, Observation, checkpoint
+from xr0_engine.checkpoint import init_checkpoint, read_plan
 from xr0_engine.cli import app
-from xr0_engine.config import VARIANT, ModelConfig
+from xr0_engine.config import ModelConfig
+from xr0_engine.family import VARIANT
 from xr0_engine.model.weights import checkpoint_shapes, read_index
 from xr0_engine.robot.embodiment import builtin_embodiments, load_embodiment
+from xr0_engine.robot.limits import load_limits
 from xr0_engine.robot.normalize import load_statistics
 from xr0_engine.robot.prompt import PromptTokenizer
+from xr0_engine.sim import INSTRUCTION, ROBOT_TYPE
+from xr0_engine.sizes import ROBOTS, SIZES, published_config, tiny_config
 from xr0_engine.types import CheckpointError
 
 
@@ -170,6 +176,134 @@ def test_init_then_inspect(tmp_path):
     table = runner.invoke(app, ["inspect", str(tmp_path / "x")])
     assert table.exit_code == 0
     assert "libero_all" in table.stdout
+
+
+POINT = {
+    "name": "point",
+    "robot_types": ["point"],
+    "views": [{"key": "top", "title": "Top View"}],
+    "layout": "plain",
+    "control_rate_hz": 10,
+    "replan_every": None,
+}
+SMALLER = {
+    "vlm_config": {
+        "text_config": {"hidden_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16},
+        "vision_config": {"depth": 2, "deepstack_visual_indexes": [0, 1]},
+    },
+    "dit_config": {"hidden_size": 64, "num_hidden_layers": 2},
+    "action_length": 16,
+}
+
+
+def init_from(told, folder, *options):
+    file = folder / "told.json"
+    file.write_text(told if isinstance(told, str) else json.dumps(told))
+    return CliRunner().invoke(app, ["init", "--config", str(file), "--out", str(folder / "made"), *options])
+
+
+def test_init_from_a_file_of_sizes(tmp_path):
+    told = {**SMALLER, "embodiment": POINT, "max_pixels": 65536}
+    assert init_from(told, tmp_path).exit_code == 0
+    model, tiny = load(tmp_path / "made").config, tiny_config()
+    assert (model.head.num_layers, model.head.action_length) == (2, 16)
+    # What follows from what is given, and what is left out.
+    assert (model.vision.out_hidden_size, model.head.head_dim, model.head.num_kv_heads) == (96, 16, 2)
+    assert model.text.mrope_section == (4, 2, 2)
+    assert (model.text.num_layers, model.text.rope_theta, model.tokens) == (4, tiny.text.rope_theta, tiny.tokens)
+    statistics = load_statistics(tmp_path / "made", model.head.action_dim, 0.0)
+    assert {name: (item.chunk_length, int(item.action_mask[0].sum())) for name, item in statistics.items()} == {
+        "point": (16, 32)
+    }
+    assert load_limits(tmp_path / "made", model.vision).max_pixels == 65536
+    engine = Engine.from_pretrained(tmp_path / "made", backend="reference")
+    assert engine.embodiment("point").control_rate_hz == 10
+    observation = Observation({"top": np.zeros((64, 64, 3), np.uint8)}, "Go on.", np.zeros((1, 32), np.float32))
+    assert engine.infer(observation, seed=0).actions.shape == (16, 32)
+
+
+def test_what_a_checkpoint_says_makes_the_same_one(tmp_path):
+    assert init_from({**SMALLER, "embodiment": POINT}, tmp_path).exit_code == 0
+    first = (tmp_path / "made").rename(tmp_path / "first")
+    assert init_from((first / "config.json").read_text(), tmp_path, "--size", "small").exit_code == 0
+    names = sorted(path.name for path in first.iterdir())
+    assert filecmp.cmpfiles(first, tmp_path / "made", names, shallow=False) == (names, [], [])
+
+
+def test_the_rotary_embedding_may_be_said_in_either_place(tmp_path):
+    sections = {"mrope_section": [8, 4, 4]}
+    for text in ({"rope_scaling": sections, "rope_theta": 1e4}, {"rope_parameters": {**sections, "rope_theta": 1e4}}):
+        (tmp_path / "told.json").write_text(json.dumps({"vlm_config": {"text_config": text}}))
+        read = read_plan(tmp_path / "told.json").model.text
+        assert (read.mrope_section, read.rope_theta) == ((8, 4, 4), 1e4)
+    (tmp_path / "told.json").write_text(json.dumps({"vlm_config": {"text_config": {**text, "rope_theta": 2e4}}}))
+    with pytest.raises(CheckpointError, match=r"rope_theta is 20000\.0 in text_config, 10000\.0 elsewhere"):
+        read_plan(tmp_path / "told.json")
+
+
+def test_the_prompt_of_one_task_is_a_token_for_each_stretch_of_text(tmp_path):
+    task = "hand the cube over"
+    assert init_from({**SMALLER, "embodiment": POINT, "task": task}, tmp_path).exit_code == 0
+    made = tmp_path / "made"
+    tokens, titles = ModelConfig.load(made).tokens, [view["title"] for view in POINT["views"]]
+    tokenizer = PromptTokenizer.load(made, tokens)
+    plain = Tokenizer.from_file(str(made / "tokenizer.json"))
+    for text, most in (("Hand the cube over.", 11 + 3 * len(titles)), ("Öffne die Tür.", 60)):
+        ids = tokenizer.encode(titles, [4] * len(titles), text)
+        assert len(ids) <= most + 4 * len(titles)
+        assert f":\n{text} /no_cot" in plain.decode(ids.tolist())
+
+
+def test_the_base_of_make_demo_policy_has_a_short_prompt_for_the_simulators_task(tmp_path):
+    told = Path(checkpoint.__file__).parent / "drive" / "aloha_transfer" / "base.json"
+    init_checkpoint(tmp_path / "base", config=told)
+    config, engine = ModelConfig.load(tmp_path / "base"), Engine.from_pretrained(tmp_path / "base", backend="reference")
+    (view,) = engine.embodiment(ROBOT_TYPE).views
+    # A token for each block of three by three patches.
+    patches = load_limits(tmp_path / "base", config.vision).max_pixels // config.vision.patch_size**2
+    assert patches == 4 * config.vision.spatial_merge_size**2
+    ids = PromptTokenizer.load(tmp_path / "base", config.tokens).encode([view.title], [4], INSTRUCTION)
+    assert (len(ids), int((ids == config.tokens.image).sum())) == (15, 4)
+    image, state = np.zeros((240, 320, 3), np.uint8), np.zeros((1, 32), np.float32)
+    chunk = engine.infer(Observation({view.key: image}, INSTRUCTION, state, ROBOT_TYPE), seed=0)
+    assert chunk.actions.shape == (30, 32)
+
+
+def test_a_profile_may_be_named(tmp_path):
+    (tmp_path / "mine.yaml").write_text(json.dumps({**POINT, "robot_types": ["mine"]}))
+    for told, types in (("mine.yaml", ("mine",)), ("bimanual", ("bimanual",))):
+        (tmp_path / "told.json").write_text(json.dumps({"embodiment": told}))
+        assert read_plan(tmp_path / "told.json").embodiment.robot_types == types
+
+
+@pytest.mark.parametrize(
+    ("told", "complaint"),
+    [
+        ("[]", "expected an object with keys of config.json, got []"),
+        ({"dit_config": {"num_layers": 3}}, "no key 'dit_config.num_layers'; did you mean 'num_hidden_layers'?"),
+        ({"task": "Go on."}, "task: expected with `embodiment`"),
+        ({"min_pixel": 3}, "there is no key 'min_pixel'; did you mean 'min_pixels'?"),
+        ({"vlm_config": 3}, "vlm_config: expected an object, got 3"),
+        ({"dit_config": {"num_hidden_layers": 9}}, "9 DiT layers read 4 VLM layers"),
+        ({"vlm_config": {"text_config": {"vocab_size": 500}}}, "vocab_size at least 732, or image_token_id left out"),
+        (
+            {"vlm_config": {"image_token_id": 900}},
+            "vision_start_token_id 897, vision_end_token_id 898, video_token_id 901",
+        ),
+        ({"max_pixels": 100}, "expected 1 <= min_pixels <= max_pixels"),
+        ({"max_pixels": 1023, "min_pixels": 1}, "max_pixels is 1023, less than the 1024 pixels of one image token"),
+        ({"embodiment": "nowhere.yaml"}, "or the path of a YAML file, got 'nowhere.yaml'"),
+        ({"embodiment": {**POINT, "layout": "round"}}, "embodiment: layout: expected one of"),
+        ({"embodiment": {**POINT, "robot_types": []}}, "'point' lists no robot_types"),
+    ],
+    ids=lambda value: "" if isinstance(value, dict) else None,
+)
+def test_a_file_that_cannot_be_is_refused(told, complaint, tmp_path):
+    result = init_from(told, tmp_path)
+    assert result.exit_code == 2
+    assert f"{tmp_path / 'told.json'}: " in result.stderr
+    assert complaint in result.stderr
+    assert not (tmp_path / "made").exists()
 
 
 @pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json", "tokenizer.json"])

@@ -9,10 +9,10 @@ import math
 import pytest
 from transformers import Qwen3VLConfig
 
-from xr0_engine.checkpoint import published_config, small_config, tiny_config
 from xr0_engine.config import ModelConfig
 from xr0_engine.model.weights import checkpoint_shapes
 from xr0_engine.part_configs import least_parameters
+from xr0_engine.sizes import published_config, small_config, tiny_config
 from xr0_engine.types import CheckpointError
 
 SECTION = [6, 5, 5]

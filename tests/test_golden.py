@@ -10,10 +10,11 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from tests.support import GOLDEN
-from xr0_engine import golden
 from xr0_engine.cli import app
 from xr0_engine.fused.tactics import TacticTable
-from xr0_engine.golden import golden_config, verify_folder
+from xr0_engine.golden import verify
+from xr0_engine.golden.cases import golden_config
+from xr0_engine.golden.verify import verify_folder
 
 pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"the golden cases are not at {GOLDEN}")
 
@@ -32,10 +33,146 @@ def test_every_golden_case_passes(dtype):
     assert len(seeded) == sum(len(load_file(p.with_suffix(".safetensors"))) for p in GOLDEN.glob("*.py")) > 0
 
 
+XR1 = GOLDEN.parent / "golden_xr1"
+XR1_QUANTITIES = {"vision tokens", "KV block", "flow trace", "actions"}
+needs_xr1 = pytest.mark.skipif(not XR1.is_dir(), reason=f"the golden cases of Xiaomi-Robotics-1 are not at {XR1}")
+
+
+@needs_xr1
+def test_every_golden_case_of_xr1_passes():
+    """Videos and the published size among them."""
+    comparisons = list(verify_folder(XR1, "reference", "cpu", "float32"))
+    assert [c for c in comparisons if not c.passed] == []
+    files = {path.stem for path in XR1.glob("xr1_*.*.safetensors") if not path.stem.endswith(".weights")}
+    quantities = {name: {c.quantity for c in comparisons if c.case == name} for name in files}
+    assert all(found >= XR1_QUANTITIES for found in quantities.values()), quantities
+    trained = {case: found for case, found in quantities.items() if ".train_" in case}
+    assert len(trained) == 2
+    assert all(found >= {"velocity", "candidates", "scores", "losses"} for found in trained.values())
+    assert "L1 error" in trained["xr1_post.train_prefix5_batch3"]
+    seeded = {c.case for c in comparisons} - files
+    assert seeded >= {"real_shape_xr1.post.prefix0", "real_shape_xr1.post.prefix6", "real_shape_xr1.video.prefix0"}
+
+
+@pytest.fixture
+def joint(tmp_path):
+    """A folder with the model that is post-trained and its case with a prefix, to tamper with."""
+    for name in ("xr1_post.json", "xr1_post.weights.safetensors", "xr1_post.train_prefix5_batch3.safetensors"):
+        shutil.copyfile(XR1 / name, tmp_path / name)
+    return tmp_path
+
+
+def change_json(folder, part, field, value):
+    path = folder / "xr1_post.json"
+    golden = json.loads(path.read_text())
+    golden[part][field] = value
+    path.write_text(json.dumps(golden))
+
+
+@needs_xr1
+def test_a_spectrum_of_the_base_velocity_fails(joint):
+    change_json(joint, "training", "freq_excluded_dims", [])
+    assert failures(joint) == {"losses"}
+
+
+@needs_xr1
+@pytest.mark.parametrize(
+    ("tensor", "wrong"),
+    [
+        ("proposals of another state", {"candidates", "scores", "losses"}),
+        ("train.hidden_columns", {"velocity", "L1 error", "losses"}),
+        ("train.action_mask", {"velocity", "L1 error", "losses"}),
+    ],
+)
+def test_a_wrong_step_of_xr1s_training_fails(tensor, wrong, joint):
+    path = joint / ("xr1_post.train_prefix5_batch3" if tensor.startswith("train") else "xr1_post.weights")
+    path = path.with_name(path.name + ".safetensors")
+    held = load_file(path)
+    if tensor == "train.action_mask":
+        # As if steps behind an episode's end were supervised.
+        held[tensor] = held[tensor].amax(1, keepdim=True).expand_as(held[tensor]).contiguous()
+    elif tensor == "train.hidden_columns":
+        held[tensor] = 1 - held[tensor]
+    else:
+        held["state_projector_choice.layers.2.weight"].neg_()
+    save_file(held, path)
+    assert failures(joint) == wrong
+
+
+@needs_xr1
+@pytest.mark.parametrize(
+    ("tensor", "place", "value", "message"),
+    [
+        ("choice.input_ids", (0, -3), 7, "choice.input_ids: expected 12 action tokens and a score behind a state"),
+        ("choice.input_ids", (0, -3), 10**6, "choice.input_ids: expected ids from 0 below 384"),
+        ("choice.steps", (0,), 13, "choice.input_ids: expected 13 action tokens"),
+        ("choice.condition_end", (1,), 10**6, "choice.input_ids: expected 8 action tokens"),
+    ],
+)
+def test_a_turn_that_is_none_is_named(tensor, place, value, message, joint):
+    path = joint / "xr1_post.train_prefix5_batch3.safetensors"
+    case = load_file(path)
+    case[tensor][place] = value
+    save_file(case, path)
+    with pytest.raises(ValueError, match=message):
+        list(verify_folder(joint, "reference", "cpu", "float32"))
+
+
+@pytest.fixture
+def videos(tmp_path):
+    """A folder with the model that sees videos and one case, to tamper with."""
+    for name in ("xr1_video.json", "xr1_video.weights.safetensors", "xr1_video.padded_batch2.safetensors"):
+        shutil.copyfile(XR1 / name, tmp_path / name)
+    return tmp_path
+
+
+@needs_xr1
+def test_a_video_of_one_frame_repeated_fails(videos):
+    """Its temporal patches hold two frames."""
+    path = videos / "xr1_video.padded_batch2.safetensors"
+    case = load_file(path)
+    frames = case["pixel_values_videos"].view(-1, 3, 2, 256)
+    case["pixel_values_videos"] = frames[:, :, :1].repeat(1, 1, 2, 1).flatten(1)
+    save_file(case, path)
+    assert failures(videos) == {"vision tokens", "KV block", "flow trace", "actions"}
+
+
+@needs_xr1
+@pytest.mark.parametrize(("field", "value"), [("position_offset", 10), ("local_window", 4)])
+def test_a_wrong_mode_of_xr1_fails(videos, field, value):
+    path = videos / "xr1_video.json"
+    golden = json.loads(path.read_text())
+    golden["action_head"][field] = value
+    path.write_text(json.dumps(golden))
+    assert failures(videos) >= {"flow trace", "actions"}
+
+
+@needs_xr1
+@pytest.mark.parametrize(
+    ("field", "value", "complaint"),
+    [("family", "xr0", "family is 'xr0', its action_head that of 'xr1'"), ("family", "xr2", "family is 'xr2'")],
+)
+def test_a_family_that_contradicts_the_head_is_refused(videos, field, value, complaint):
+    path = videos / "xr1_video.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+    with pytest.raises(ValueError, match=complaint):
+        list(verify_folder(videos, "reference", "cpu", "float32"))
+
+
+@needs_xr1
+def test_images_and_videos_together_are_refused(videos):
+    path = videos / "xr1_video.padded_batch2.safetensors"
+    case = load_file(path)
+    save_file({**case, "pixel_values": case["pixel_values_videos"].clone()}, path)
+    with pytest.raises(ValueError, match="expected images or videos, got both"):
+        list(verify_folder(videos, "reference", "cpu", "float32"))
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("folder", [GOLDEN, pytest.param(XR1, marks=needs_xr1)], ids=["xr0", "xr1"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_every_golden_case_passes_on_a_gpu(dtype):
-    comparisons = list(verify_folder(GOLDEN, "reference", "cuda", dtype))
+def test_every_golden_case_passes_on_a_gpu(dtype, folder):
+    comparisons = list(verify_folder(folder, "reference", "cuda", dtype))
     assert comparisons
     assert [c for c in comparisons if not c.passed] == []
 
@@ -109,7 +246,7 @@ def test_wrong_call_exits_with_2(arguments, message, tmp_path, monkeypatch):
     ],
 )
 def test_way_that_cannot_be_is_refused(way, backend, kind, message, monkeypatch):
-    monkeypatch.setattr(golden, "resolve_backend", lambda name, device: name)
+    monkeypatch.setattr(verify, "resolve_backend", lambda name, device: name)
     with pytest.raises(kind, match=message):
         list(verify_folder(GOLDEN, backend, "cpu", "float32", way))
 
@@ -129,14 +266,14 @@ def test_the_flow_runs_as_the_way_says(way, flow, overlap, dependent, one_case, 
     launch = pytest.importorskip("xr0_engine.kernels.launch")
     tables = []
 
-    class Told(golden.FusedModel):
+    class Told(verify.FusedModel):
         def __init__(self, model, backend, table, graphs):
             tables.append((table.flow, table.overlap, launch._dependent))
             super().__init__(model, "reference", TacticTable(""), graphs)
 
-    monkeypatch.setattr(golden, "resolve_backend", lambda name, device: name)
-    monkeypatch.setattr(golden, "tactics_for", lambda device: TacticTable("", overlap=True, flow="persistent"))
-    monkeypatch.setattr(golden, "FusedModel", Told)
+    monkeypatch.setattr(verify, "resolve_backend", lambda name, device: name)
+    monkeypatch.setattr(verify, "tactics_for", lambda device: TacticTable("", overlap=True, flow="persistent"))
+    monkeypatch.setattr(verify, "FusedModel", Told)
     comparisons = list(verify_folder(one_case, "triton", "cpu", "float32", way))
     assert [each for each in comparisons if not each.passed] == []
     assert tables == [(flow, overlap, dependent)]

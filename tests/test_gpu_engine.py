@@ -25,7 +25,7 @@ from xr0_engine.fused.model import FusedModel
 from xr0_engine.fused.prompts import session_key
 from xr0_engine.fused.session import Session
 from xr0_engine.fused.tactics import TacticTable
-from xr0_engine.golden import verify_folder
+from xr0_engine.golden.verify import verify_folder
 from xr0_engine.model.weights import load_model, read_index
 from xr0_engine.robot.preprocess import Preprocessor
 
@@ -218,9 +218,10 @@ def test_the_interpreter_is_refused_where_it_fails(triton, numpy, works, monkeyp
 
 @pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"the golden cases are not at {GOLDEN}")
 @pytest.mark.gpu
+@pytest.mark.parametrize("folder", [GOLDEN, GOLDEN.parent / "golden_xr1"], ids=lambda folder: folder.name)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_every_golden_case_passes(dtype):
-    comparisons = list(verify_folder(GOLDEN, "triton", "cuda", dtype))
+def test_every_golden_case_passes(dtype, folder):
+    comparisons = list(verify_folder(folder, "triton", "cuda", dtype))
     assert comparisons
     assert [each for each in comparisons if not each.passed] == []
 

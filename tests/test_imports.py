@@ -17,6 +17,7 @@ PACKAGE = "xr0_engine"
 LAYERS = (
     ("__main__",),
     ("__init__", "cli"),
+    ("lab",),
     ("evaluation",),
     ("golden", "drive"),
     ("bench",),
@@ -24,16 +25,16 @@ LAYERS = (
     ("engine", "checkpoint", "embodiment", "sim"),
     ("fused", "exported"),
     ("model", "executor"),
-    ("robot",),
+    ("robot", "sizes"),
     ("kernels", "_C"),
     ("backend", "comparison", "config"),
-    ("files", "part_configs", "whole"),
+    ("family", "files", "part_configs", "whole"),
     ("yaml_loader",),
     ("types", "env"),
 )
 
 # Parts that see less of the package than the rows below theirs: these modules and what is inside them.
-SEES_ONLY = {"executor": {"files", "types", "robot.decode", "robot.layouts"}, "kernels": set[str]()}
+SEES_ONLY = {"executor": {"files", "types", "robot.decode", "robot.layouts", "robot.history"}, "kernels": set[str]()}
 
 # Modules that few parts may import. The oracles in kernels.reference are the reference backend: everyone's.
 SEEN_ONLY_BY = {"kernels": {"fused"}, "kernels.reference": {"model", "fused", "bench"}, "_C": {"robot"}}

@@ -154,3 +154,15 @@ def test_first_working_renderer_is_chosen(monkeypatch, working, chosen):
     monkeypatch.setattr(sim, "_try_renderer", lambda renderer: None if renderer in working else "no such library")
     choose_renderer()
     assert os.environ["MUJOCO_GL"] == chosen
+
+
+def test_only_the_views_that_are_asked_for_are_drawn(monkeypatch):
+    pytest.importorskip("gym_aloha")
+    with AlohaEnv(seed=0, width=64, height=48, views=("ego",), antialias=False) as one:
+        assert list(one.observe().images) == ["ego"]
+        # Without antialiasing an edge pixel is one thing or the other; most are as they were.
+        with AlohaEnv(seed=0, width=64, height=48, views=("ego",)) as smooth:
+            apart = np.abs(one.observe().images["ego"].astype(int) - smooth.observe().images["ego"]).max(-1)
+    assert 0 < (apart > 8).mean() < 0.3
+    with pytest.raises(ValueError, match="views: expected some of ego"):
+        AlohaEnv(views=("top",))

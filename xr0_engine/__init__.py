@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from xr0_engine.robot.embodiment import load_embodiment
     from xr0_engine.serve.async_client import AsyncClient
     from xr0_engine.serve.client import Client
-    from xr0_engine.types import ActionChunk, CheckpointError, KVBlock, Observation
+    from xr0_engine.types import ActionChunk, CheckpointError, Guide, KVBlock, Observation
 
 __version__ = "0.1.0.dev0"
 
@@ -24,6 +24,7 @@ __all__ = [
     "CheckpointError",
     "Client",
     "Engine",
+    "Guide",
     "KVBlock",
     "ModelConfig",
     "Observation",
@@ -37,6 +38,7 @@ _HOMES = {
     "CheckpointError": "types",
     "Client": "serve.client",
     "Engine": "engine",
+    "Guide": "types",
     "KVBlock": "types",
     "Observation": "types",
     "ModelConfig": "config",

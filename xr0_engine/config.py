@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+from xr0_engine.family import FAMILIES, VARIANT, Shapes, completed, family_of, needs_shapes, stored_shapes
 from xr0_engine.files import FAULTS, flag, number, one_line, read_json, section, whole
 from xr0_engine.part_configs import (
     STD_EPSILON,
@@ -22,7 +24,6 @@ from xr0_engine.types import CheckpointError
 __all__ = [
     "HEAD_SIZES",
     "TRAINED_PREFIX",
-    "VARIANT",
     "VISION_ROPE_THETA",
     "ActionHeadConfig",
     "ModelConfig",
@@ -55,8 +56,6 @@ DIT_KEYS = {
 }
 HEAD_SIZES = ("action_length", "action_dim", "state_length", "state_dim")
 HEAD_KEYS = (*HEAD_SIZES, "flow_steps", "local_window", "position_offset", "compat_bf16_time", "max_prefix")
-VARIANT = {"stream_norms": True, "mlp_width": None, "output_width": None}
-"""Keys of dit_config that only other families of action heads have, and what XR-0 has in their place."""
 ROPE_KEYS = ("rope_type", "type", "rope_theta", "mrope_section", "mrope_interleaved")
 VISION_ROPE_THETA = 10_000.0
 LISTED = 64
@@ -67,8 +66,8 @@ LISTED = 64
 class ModelConfig:
     """The whole model. std_epsilon is added to std on decode: 0 as the hub code, 1e-6 as the post-training code.
 
-    normalize_instruction: the task text enters the prompt with a capital and a full stop, as the hub's clients send it;
-    False: as it is given, as in the post-training code (spec section 4.1).
+    normalize_instruction: the task text enters the prompt with a capital and a full stop, as the hub's clients send it
+    to XR-0; False: as it is given, as in the post-training code (spec section 4.1), and to XR-1.
     """
 
     text: TextConfig
@@ -89,21 +88,38 @@ class ModelConfig:
         """The language layer whose keys and values the DiT's first layer reads; the others follow in order."""
         return self.text.num_layers - self.head.num_layers
 
-    @staticmethod
-    def load(folder: Path) -> ModelConfig:
-        """Read folder/config.json. Raises CheckpointError if it is missing, no JSON, or of another model."""
-        return ModelConfig.from_hf(read_hf_config(folder))
+    @property
+    def family(self) -> str:
+        """A key of family.FAMILIES. To be shown, or read its entry there; what differs is in the fields above."""
+        return family_of(self.head.stream_norms)
+
+    @property
+    def double_statistics(self) -> bool:
+        """Whether action statistics are kept and applied in float64; in float32 else."""
+        return FAMILIES[self.family].double_statistics
 
     @staticmethod
-    def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
-        """Read the dictionary that transformers 4 or 5 writes. Raises CheckpointError that names what is missing."""
+    def load(folder: Path) -> ModelConfig:
+        """Read folder/config.json, and where it leaves it to the weights, from their headers which family it is of.
+
+        Raises CheckpointError if it is missing, no JSON, or of another model.
+        """
+        hf = read_hf_config(folder)
+        return ModelConfig.from_hf(hf, stored_shapes(folder) if isinstance(hf, Mapping) and needs_shapes(hf) else {})
+
+    @staticmethod
+    def from_hf(hf: Mapping[str, Any], shapes: Shapes = MappingProxyType({})) -> ModelConfig:
+        """Read the dictionary that transformers 4 or 5 writes. Raises CheckpointError that names what is missing.
+
+        shapes: of the tensors that stand beside it, if they are at hand.
+        """
         if not isinstance(hf, Mapping) or "vlm_config" not in hf or "dit_config" not in hf:
             kind = hf.get("model_type", "unknown") if isinstance(hf, Mapping) else type(hf).__name__
             raise CheckpointError(
                 f"config.json describes another model (model_type {kind!r}): XR-0 has `vlm_config` and `dit_config`"
             )
         try:
-            return _read(hf)
+            return _read(hf, shapes)
         except KeyError as error:
             raise CheckpointError(f"config.json lacks {error.args[0]!r}") from None
         except CheckpointError:
@@ -116,11 +132,12 @@ class ModelConfig:
         text, vision, head = self.text, self.vision, self.head
         rope = {"rope_type": "default", "mrope_section": list(text.mrope_section), "mrope_interleaved": True}
         return {
-            "model_type": "xiaomi_robotics_0",
+            "model_type": FAMILIES[self.family].model_type,
             "torch_dtype": "bfloat16",
             "vlm_config": {
                 "model_type": "qwen3_vl",
                 "image_token_id": self.tokens.image,
+                **({} if self.tokens.video is None else {"video_token_id": self.tokens.video}),
                 "vision_start_token_id": self.tokens.vision_start,
                 "vision_end_token_id": self.tokens.vision_end,
                 "tie_word_embeddings": True,
@@ -159,8 +176,13 @@ def read_hf_config(folder: Path) -> Any:
     return read_json(path)
 
 
-def _read(hf: Mapping[str, Any]) -> ModelConfig:
+def _read(hf: Mapping[str, Any], shapes: Shapes) -> ModelConfig:
     vlm, text, vision, dit = _parts(hf)
+    misplaced = [key for key in HEAD_KEYS if dit.get(key) is not None and key not in HEAD_SIZES and key not in hf]
+    if misplaced:
+        raise CheckpointError(f"config.json: {', '.join(misplaced)} within dit_config: put it beside dit_config")
+    told = completed(hf, shapes)
+    head = _read_head(told, told["dit_config"])
     for outer in (hf, vlm):
         # transformers reads text_config's alone: a scaling that stands outside of it was meant for it.
         for place in ("rope_scaling", "rope_parameters"):
@@ -168,14 +190,17 @@ def _read(hf: Mapping[str, Any]) -> ModelConfig:
     return ModelConfig(
         text=_read_text(text),
         vision=_read_vision(vision),
-        head=_read_head(hf, dit),
+        head=head,
         tokens=TokenIds(
             image=whole(vlm, "image_token_id"),
             vision_start=whole(vlm, "vision_start_token_id"),
             vision_end=whole(vlm, "vision_end_token_id"),
+            video=_optional(vlm, "video_token_id"),
         ),
         std_epsilon=number(hf, "std_epsilon", 0.0),
-        normalize_instruction=flag(hf, "normalize_instruction", True),
+        normalize_instruction=flag(
+            hf, "normalize_instruction", FAMILIES[family_of(head.stream_norms)].normalize_instruction
+        ),
         hf=dict(hf),
     )
 
@@ -267,24 +292,22 @@ def _whole_numbers(values: Mapping[str, Any], name: str) -> tuple[int, ...]:
 
 
 def _read_head(hf: Mapping[str, Any], dit: Mapping[str, Any]) -> ActionHeadConfig:
-    def optional(values: Mapping[str, Any], name: str) -> int | None:
-        return None if values.get(name) is None else whole(values, name)
-
-    misplaced = [key for key in HEAD_KEYS if dit.get(key) is not None and key not in HEAD_SIZES and key not in hf]
-    if misplaced:
-        raise CheckpointError(f"config.json: {', '.join(misplaced)} within dit_config: put it beside dit_config")
     return ActionHeadConfig(
         **{name: whole(dit, key) for name, key in DIT_KEYS.items()},
         **{name: whole(hf, name) for name in HEAD_SIZES},
         flow_steps=whole(hf, "flow_steps", 5),
-        local_window=optional(hf, "local_window"),
+        local_window=_optional(hf, "local_window"),
         position_offset=whole(hf, "position_offset", 0),
         compat_bf16_time=flag(hf, "compat_bf16_time", False),
         max_prefix=whole(hf, "max_prefix", TRAINED_PREFIX),
         stream_norms=flag(dit, "stream_norms", True),
-        mlp_width=optional(dit, "mlp_width"),
-        output_width=optional(dit, "output_width"),
+        mlp_width=_optional(dit, "mlp_width"),
+        output_width=_optional(dit, "output_width"),
     )
+
+
+def _optional(values: Mapping[str, Any], name: str) -> int | None:
+    return None if values.get(name) is None else whole(values, name)
 
 
 def _insist(name: str, value: object, supported: object) -> None:

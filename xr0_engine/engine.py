@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import NoReturn, TypeVar, overload
+from typing import NoReturn, overload
 
 import numpy as np
 
 try:
-    import torch
+    import torch  # noqa: F401
 except ModuleNotFoundError as error:
     if error.name != "torch":
         raise
@@ -26,17 +26,20 @@ from xr0_engine.exported.model import ExportedModel
 from xr0_engine.fused.choice import Choice, choose
 from xr0_engine.fused.graph import wait_for_stream
 from xr0_engine.fused.lookahead import Launched
-from xr0_engine.fused.model import FusedModel
+from xr0_engine.fused.model import FusedModel, reference_of
 from xr0_engine.fused.tactics import tactics_for
-from xr0_engine.model.network import Network, StageClock
+from xr0_engine.model.attention import Attention, labelled, watched
+from xr0_engine.model.flow import Guidance
+from xr0_engine.model.network import Network, StageClock, block_by_stages
 from xr0_engine.model.weights import load_model, read_index, resolve_checkpoint
-from xr0_engine.robot.calls import Given, checked, chunks, start_noise, take
+from xr0_engine.model.xr0 import XR0Model
+from xr0_engine.robot.calls import Asked, Given, attempt, checked, chunks, given_prefix, start_noise, take
 from xr0_engine.robot.embodiment import Embodiment, load_embodiment
-from xr0_engine.robot.normalize import select_robot_type
 from xr0_engine.robot.preprocess import Preprocessor
 from xr0_engine.robot.tokenized import tokenized_inputs
 from xr0_engine.types import (
     ActionChunk,
+    Guide,
     Inference,
     KVBlock,
     ModelInputs,
@@ -46,10 +49,6 @@ from xr0_engine.types import (
 )
 
 ASKED_FOR = "asked for by name"
-FAILURES = (ValueError, RuntimeError, MemoryError)
-"""What a call may raise after which the engine serves the next."""
-Argument = TypeVar("Argument")
-Result = TypeVar("Result")
 
 
 class Engine:
@@ -158,21 +157,11 @@ class Engine:
         """
         robot_type, profile = self._preprocess.resolve(robot_type)
         chunk_length, action_width = self.statistics[robot_type].mean.shape
-        return profile.robot_info(chunk_length, action_width, self.max_prefix)
+        return profile.robot_info(chunk_length, action_width, self.max_prefix, self.config.head.state_length)
 
     def example(self, robot_type: str | None = None, image_size: tuple[int, int] = (480, 640)) -> Observation:
         """A random but valid observation, always the same, to warm up and to measure with."""
-        robot_type = select_robot_type(self.statistics, robot_type)
-        rng = np.random.default_rng(0)
-        return Observation(
-            images={
-                view.key: rng.integers(0, 256, (*image_size, 3), dtype=np.uint8)
-                for view in self.embodiment(robot_type).views
-            },
-            instruction="Pick up the red cube and place it on the plate.",
-            state=rng.standard_normal(self.config.head.state_dim).astype(np.float32),
-            robot_type=robot_type,
-        )
+        return self._preprocess.example(robot_type, image_size)
 
     def warm_up(self, cases: Sequence[Observation | Sequence[Observation]]) -> None:
         """Run each case (an observation, or a batch of them) once, so that the first real call pays for no set-up."""
@@ -186,6 +175,7 @@ class Engine:
         prefix: np.ndarray | None = None,
         noise: np.ndarray | None = None,
         seed: int | None = None,
+        guide: Guide | None = None,
     ) -> ActionChunk: ...
 
     @overload
@@ -195,25 +185,24 @@ class Engine:
         prefix: Sequence[np.ndarray | None] | None = None,
         noise: np.ndarray | None = None,
         seed: int | Sequence[int | None] | None = None,
+        guide: Sequence[Guide | None] | None = None,
     ) -> list[ActionChunk]: ...
 
-    def infer(self, observation, prefix=None, noise=None, seed=None):  # type: ignore[no-untyped-def]
+    def infer(self, observation, prefix=None, noise=None, seed=None, guide=None):  # type: ignore[no-untyped-def]
         """The next action chunk; a batch of observations gives a list of chunks.
 
         prefix: (P, A) robot units, P <= T, the actions already committed, in the frame of this observation; they come
         back unchanged as the chunk's first P. With a batch: one per observation, each an array or None.
         noise: (T, A) float32, with a batch (B, T, A), where the flow starts; else seed (an int; row i of a batch uses
-        seed + i; or a list with one for each, None for none) gives it; else it is drawn anew. Raises ValueError for a
-        wrong input, before the model runs; RuntimeError for actions that are not finite, or not plausible if
-        plausible_std is set: none of them leaves.
+        seed + i; or a list with one for each, None for none) gives it; else it is drawn anew. guide: instead of a
+        prefix, for checkpoints trained without: what the chunk is drawn toward (docs/realtime.md, modes); with a batch
+        one per observation or None. Its flow runs by PyTorch's operators on every backend. Raises ValueError for a
+        wrong input, NotImplementedError for a guide where takes_guides is False, before the model runs; RuntimeError
+        for actions that are not finite, or not plausible if plausible_std is set: none of them leaves.
         """
         if isinstance(observation, Observation):
-            return self._infer([observation], [prefix], noise, seed)[0]
-        observations = list(observation)
-        prefixes = [None] * len(observations) if prefix is None else list(prefix)
-        if len(prefixes) != len(observations):
-            raise ValueError(f"prefix: expected one per observation ({len(observations)}), got {len(prefixes)}")
-        return self._infer(observations, prefixes, noise, seed)
+            return self._infer(Asked([observation], [prefix], noise, seed, [guide]))[0]
+        return self._infer(Asked.batch(list(observation), prefix, noise, seed, guide))
 
     def infer_tokenized(
         self,
@@ -221,10 +210,16 @@ class Engine:
         prefix: np.ndarray | None = None,
         noise: np.ndarray | None = None,
         seed: int | None = None,
+        guide: Guide | None = None,
     ) -> ActionChunk:
         """The next action chunk of an observation that came as tokens and patches; all else as in infer."""
-        clock = self._clock()
-        return self._run(clock, self._tokenized(observation), [observation], [prefix], noise, seed)[0]
+        asked = Asked([observation], [prefix], noise, seed, [guide])
+        return self._run(self._clock(), self._tokenized(observation), asked)[0]
+
+    @property
+    def takes_guides(self) -> bool:
+        """Whether infer takes a guide, and attention is to be had: not from an export's graphs."""
+        return isinstance(self.model, XR0Model | FusedModel)
 
     @property
     def infers_ahead(self) -> bool:
@@ -240,20 +235,26 @@ class Engine:
         else as in infer and infer_tokenized.
         """
         if not self.infers_ahead:
-            yield from (_attempt(self._alone, call) for call in calls if call is not None)
+            yield from (attempt(self._alone, call) for call in calls if call is not None)
             return
         before: _Underway | None = None
         for call in calls:
-            current = None if call is None else _attempt(self._launched, call)
+            if call is not None and call.guide is not None:
+                if before is not None:
+                    yield attempt(self._landed, before)
+                before = None
+                yield attempt(self._alone, call)
+                continue
+            current = None if call is None else attempt(self._launched, call)
             if before is not None and (current is not None or before.launched.is_done()):
-                yield _attempt(self._landed, before)
+                yield attempt(self._landed, before)
                 before = None
             if isinstance(current, Exception):
                 yield current
             elif current is not None:
                 before = current
         if before is not None:
-            yield _attempt(self._landed, before)
+            yield attempt(self._landed, before)
 
     def prefill(self, observation: Observation | Sequence[Observation]) -> KVBlock:
         """What the DiT reads of an observation (or batch), kept so that several chunks can be sampled from it."""
@@ -279,15 +280,28 @@ class Engine:
         head = self.config.head
         batch, length, width = kv_block.action_mask.shape
         state_ = checked("state", state, (batch, head.state_length, head.state_dim))
-        shape = (batch, 0, width) if prefix is None else np.shape(prefix)
-        if len(shape) != 3 or shape[1] > length:
-            raise ValueError(f"prefix: expected (batch {batch}, at most {length}, {width}), got {tuple(shape)}")
-        padded = torch.zeros(batch, length, width, dtype=torch.float32, device="cpu")
-        if prefix is not None:
-            padded[:, : shape[1]] = checked("prefix", prefix, (batch, shape[1], width))
-        lengths = torch.full((batch,), shape[1], dtype=torch.long, device="cpu")
+        padded, lengths = given_prefix(prefix, (batch, length, width))
         start = start_noise(noise, seed, (batch, length, width))
         return self.model.sample(kv_block, state_, start, padded, lengths)
+
+    def attention(
+        self,
+        observation: Observation,
+        prefix: np.ndarray | None = None,
+        noise: np.ndarray | None = None,
+        seed: int | None = None,
+    ) -> Attention:
+        """Where the action head looks while it samples the chunk that infer gives for the same arguments: weights of
+        every layer, head and flow step, over named tokens; the head by PyTorch's operators on every backend. Errors as
+        infer's; NotImplementedError where takes_guides is False."""
+        plain = reference_of(self.model, "attention")
+        inputs = self._preprocess([observation], self.model.patch_buffer)
+        given = self._take(inputs, Asked([observation], [prefix], noise, seed, [None]))
+        kv = block_by_stages(self.model, inputs)
+        with watched(plain.head) as seen:
+            plain.sample(kv, inputs.state, given.noise, given.prefix, given.prefix_length)
+        views = [view.key for view in self.embodiment(observation.robot_type).views]
+        return labelled(seen, inputs, int(given.prefix_length[0]), self.config, views)
 
     def _clock(self) -> StageClock:
         """Each mark waits for the work that was queued on a GPU before it."""
@@ -304,27 +318,27 @@ class Engine:
                 "in the new process, started by multiprocessing's `spawn`"
             )
 
-    def _infer(
-        self,
-        observations: list[Observation],
-        prefixes: Sequence[np.ndarray | None],
-        noise: np.ndarray | None,
-        seed: int | Sequence[int | None] | None,
-    ) -> list[ActionChunk]:
+    def _infer(self, asked: Asked) -> list[ActionChunk]:
         clock = self._clock()
-        inputs = self._preprocess(observations, self.model.patch_buffer)
-        return self._run(clock, inputs, observations, prefixes, noise, seed)
+        # What is no Observation is refused there.
+        inputs = self._preprocess(asked.observations, self.model.patch_buffer)  # type: ignore[arg-type]
+        return self._run(clock, inputs, asked)
 
     def _tokenized(self, observation: TokenizedObservation) -> ModelInputs:
         robot_type, profile = self._preprocess.resolve(observation.robot_type)
         views = [view.key for view in profile.views]
-        statistics, limits = self.statistics[robot_type], self._preprocess.limits
-        return tokenized_inputs(observation, views, self.config, statistics, limits)
+        statistics, prepare = self.statistics[robot_type], self._preprocess
+        limits, per_view = prepare.limits, None
+        if profile.history is not None:
+            limits = prepare.video_limits
+            per_view = len(profile.prompt_form(self.config.vision.temporal_patch_size).stamps)
+        choice = prepare.tokenizer.choice
+        return tokenized_inputs(observation, views, self.config, statistics, limits, per_view, choice)
 
     def _alone(self, call: Inference) -> ActionChunk:
         if isinstance(call.observation, Observation):
-            return self.infer(call.observation, call.prefix, call.noise, call.seed)
-        return self.infer_tokenized(call.observation, call.prefix, call.noise, call.seed)
+            return self.infer(call.observation, call.prefix, call.noise, call.seed, call.guide)
+        return self.infer_tokenized(call.observation, call.prefix, call.noise, call.seed, call.guide)
 
     def _launched(self, call: Inference) -> _Underway:
         assert isinstance(self.model, FusedModel)
@@ -336,7 +350,7 @@ class Engine:
                 inputs = self._preprocess([observation], self.model.patch_buffer)
             else:
                 inputs = self._tokenized(observation)
-        given = self._take(inputs, [observation], [call.prefix], call.noise, call.seed)
+        given = self._take(inputs, Asked([observation], [call.prefix], call.noise, call.seed, [None]))
         clock.mark("preprocess")
         return _Underway(clock, given, self.model.launch(inputs, given.noise, given.prefix, given.prefix_length))
 
@@ -345,32 +359,23 @@ class Engine:
         underway.clock.mark("step")
         return self._chunks(underway.clock, underway.given, sampled)[0]
 
-    def _run(
-        self,
-        clock: StageClock,
-        inputs: ModelInputs,
-        observations: Sequence[Observation | TokenizedObservation],
-        prefixes: Sequence[np.ndarray | None],
-        noise: np.ndarray | None,
-        seed: int | Sequence[int | None] | None,
-    ) -> list[ActionChunk]:
-        given = self._take(inputs, observations, prefixes, noise, seed)
+    def _run(self, clock: StageClock, inputs: ModelInputs, asked: Asked) -> list[ActionChunk]:
+        given = self._take(inputs, asked)
         clock.mark("preprocess")
-        chunk = self.model.step(inputs, given.noise, given.prefix, given.prefix_length, clock.mark)
+        if given.guides is None:
+            chunk = self.model.step(inputs, given.noise, given.prefix, given.prefix_length, clock.mark)
+        else:
+            guidance = Guidance.of(given.guides.target, given.guides.length, given.guides.frozen)
+            chunk = reference_of(self.model, "guide").step_guided(self.model, inputs, given.noise, guidance, clock.mark)
         return self._chunks(clock, given, chunk.cpu())
 
-    def _take(
-        self,
-        inputs: ModelInputs,
-        observations: Sequence[Observation | TokenizedObservation],
-        prefixes: Sequence[np.ndarray | None],
-        noise: np.ndarray | None,
-        seed: int | Sequence[int | None] | None,
-    ) -> Given:
+    def _take(self, inputs: ModelInputs, asked: Asked) -> Given:
         self._check_process()
-        robot_types = [self._preprocess.resolve(observation.robot_type)[0] for observation in observations]
-        batch, length, width = inputs.action_mask.shape
-        return take(observations, prefixes, robot_types, noise, seed, (batch, length, width), self.statistics)
+        robot_types = [self._preprocess.resolve(observation.robot_type)[0] for observation in asked.observations]
+        given = take(asked, robot_types, tuple(inputs.action_mask.shape), self.statistics)
+        if given.guides is not None:
+            reference_of(self.model, "guide")
+        return given
 
     def _chunks(self, clock: StageClock, given: Given, chunk: Tensor) -> list[ActionChunk]:
         # A copy: the network's next call may overwrite its chunk.
@@ -387,11 +392,3 @@ class _Underway:
     clock: StageClock
     given: Given
     launched: Launched
-
-
-def _attempt(work: Callable[[Argument], Result], argument: Argument) -> Result | Exception:
-    """What came of it, or what it raised."""
-    try:
-        return work(argument)
-    except FAILURES as error:
-        return error

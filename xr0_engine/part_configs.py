@@ -187,11 +187,13 @@ class ActionHeadConfig:
 
 @dataclass(frozen=True)
 class TokenIds:
-    """Special tokens that the engine itself looks for."""
+    """Special tokens that the engine itself looks for. video: stands in prompts where a video's tokens go, which are
+    computed as those of images; None: config.json names no such token."""
 
     image: int
     vision_start: int
     vision_end: int
+    video: int | None = None
 
 
 def out_of_range(part: str, config: VisionConfig | TextConfig | ActionHeadConfig) -> list[str]:

@@ -12,11 +12,15 @@ import numpy as np
 
 from xr0_engine.robot.decode import BIMANUAL_COLUMNS
 from xr0_engine.robot.embodiment import Embodiment
+from xr0_engine.robot.history import newest
 from xr0_engine.robot.layouts import BIMANUAL
+from xr0_engine.robot.views import orient
 from xr0_engine.types import ActionChunk, Observation
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+    from xr0_engine.model.attention import Attention
 
 STYLE: dict[Any, Any] = {
     "figure.facecolor": "white",
@@ -49,13 +53,13 @@ def plot_chunk(chunk: ActionChunk, observation: Observation, embodiment: Embodim
         raise ValueError(f"chunk: expected active columns, robot type {chunk.robot_type!r} has none")
     rows = -(-len(groups) // 2)
     time_s = np.arange(len(chunk.actions)) / embodiment.control_rate_hz
-    with _style():
+    with style():
         figure = Figure(figsize=(13, max(1.7 * rows, 2.1 * len(embodiment.views)) + 0.7), layout="constrained")
         picture_part, curve_part = figure.subfigures(1, 2, squeeze=False, width_ratios=(1, 3.4))[0]
         figure.suptitle(f"{observation.instruction}   ·   {chunk.robot_type}", fontsize=12)
         pictures = picture_part.subplots(len(embodiment.views), 1, squeeze=False)[:, 0]
         for axes, view in zip(pictures, embodiment.views, strict=True):
-            _show_image(axes, observation.images[view.key])
+            _show_image(axes, newest(observation.images[view.key]))
             axes.set_title(view.title)
         grid = curve_part.subplots(rows, 2, sharex=True, squeeze=False)
         # Down, then right: the left arm's panels above each other, the right arm's beside them.
@@ -99,7 +103,7 @@ def plot_rollout(
     if len(starts_s) != len(observations):
         raise ValueError("observations: expected a timestamp_s in each, got None")
     shown = [observations[index] for index in spread(len(observations), 6)]
-    with _style():
+    with style():
         figure = Figure(figsize=(15, 12.5), layout="constrained")
         figure.suptitle(title, fontsize=13)
         picture_part, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=(1.12, 1.3))[:, 0]
@@ -108,12 +112,95 @@ def plot_rollout(
         for column, observation in enumerate(shown):
             grid[0, column].set_title(f"{observation.timestamp_s:.2f} s")
             for row, view in enumerate(embodiment.views):
-                _show_image(grid[row, column], observation.images[view.key])
+                _show_image(grid[row, column], newest(observation.images[view.key]))
         for row, view in enumerate(embodiment.views):
             grid[row, 0].set_ylabel(view.title)
         _plot_trajectories(curve_part, starts_s, observations, chunks, measured, embodiment.control_rate_hz)
         _plot_latency(bar_part.subplots(), chunks)
         figure.savefig(path, dpi=100)
+
+
+def plot_attention(attention: Attention, observation: Observation, embodiment: Embodiment, path: Path) -> None:
+    """Where the sampled actions look, as a PNG: over each view as the model saw it, a row for each flow step, a column
+    for each third of the sampled actions; below, what they take of each kind of token, by layer and by flow step.
+
+    attention: Engine.attention's, of this observation. Raises ValueError if no action is sampled, OSError if path
+    cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    noisy = np.flatnonzero(attention.where("action", of="queries"))
+    if not len(noisy):
+        raise ValueError("attention: expected at least one sampled action, all of them were given")
+    groups = [part for part in np.array_split(noisy, min(3, len(noisy))) if len(part)]
+    steps, columns = len(attention.times), len(groups) * len(embodiment.views)
+    with style():
+        figure = Figure(figsize=(1.1 + 1.55 * columns, 1.5 * steps + 3.4), layout="constrained")
+        upper, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=(1.5 * steps + 0.6, 2.8))[:, 0]
+        figure.suptitle(f"{observation.instruction}   ·   where the sampled actions look", fontsize=12)
+        grid = upper.subplots(steps, columns, squeeze=False)
+        for view_number, view in enumerate(embodiment.views):
+            image = observation.images[view.key]
+            # Videos: the newest frame stands for its last pictures.
+            image = image[-1] if image.ndim == 4 else image
+            image = image if observation.prepared else orient(image, view)
+            taken = [_taken(attention, view.key, group) for group in groups]
+            most = max(float(each.max()) for each in taken)
+            for group_number, (group, maps) in enumerate(zip(groups, taken, strict=True)):
+                column = view_number * len(groups) + group_number
+                first, last = (attention.queries[place].index for place in (group[0], group[-1]))
+                for row, weights in enumerate(maps):
+                    _show_weights(grid[row, column], image, weights, most)
+                title = view.title if group_number == 0 else ""
+                grid[0, column].set_title(f"{title}\nactions {first} to {last}", loc="left")
+        for row, time in enumerate(attention.times):
+            grid[row, 0].set_ylabel(f"t = {time:.1f}")
+        _plot_masses(lower, attention, noisy)
+        figure.savefig(path, dpi=110)
+
+
+def _taken(attention: Attention, view: str, queries: np.ndarray) -> np.ndarray:
+    """(steps, rows, columns): Attention.picture of queries by number."""
+    return attention.picture(view, np.isin(np.arange(len(attention.queries)), queries))
+
+
+def _show_weights(axes: Axes, image: np.ndarray, weights: np.ndarray, most: float) -> None:
+    """Weights (rows, columns) over a grey image, none to `most`; below it their sum in percent."""
+    grey = image.mean(-1)
+    _show_image(axes, np.repeat(grey[..., None], 3, -1).astype(np.uint8))
+    extent = (-0.5, image.shape[1] - 0.5, image.shape[0] - 0.5, -0.5)
+    # Where nobody looks the picture stays as it is.
+    opacity = 0.1 + 0.65 * weights / most
+    axes.imshow(weights, cmap="inferno", vmin=0, vmax=most, alpha=opacity, extent=extent, interpolation="nearest")
+    axes.set_xlabel(f"{100 * weights.sum():.1f} %", labelpad=1, fontsize=8)
+
+
+def _plot_masses(part: Any, attention: Attention, noisy: np.ndarray) -> None:
+    """Bars of what the queries `noisy` take of each kind of token, which add up to 1."""
+    from xr0_engine.model.attention import KINDS
+
+    by_layer, by_step = part.subplots(1, 2, squeeze=False)[0]
+    kinds = [kind for kind in KINDS if attention.where(kind).any()]
+    # (kinds, steps, layers)
+    masses = np.stack([attention.mass(kind)[..., noisy].mean((2, 3)) for kind in kinds])
+    layers, times = masses.mean(1), masses.mean(2)
+    for axes, shares, names in (
+        (by_layer, layers, [str(1 + layer) for layer in range(layers.shape[1])]),
+        (by_step, times, [f"{time:.1f}" for time in attention.times]),
+    ):
+        below = np.zeros(shares.shape[1])
+        for kind, share, color in zip(kinds, shares, COLORS, strict=False):
+            axes.bar(names, share, bottom=below, color=color, label=_KIND_NAMES.get(kind, kind))
+            below += share
+        axes.set_ylim(0, 1)
+        axes.grid(visible=False)
+    by_layer.set_ylabel("share of attention")
+    by_layer.set_xlabel("layer of the action head")
+    by_step.set_xlabel("flow time (0 is noise)")
+    by_step.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+_KIND_NAMES = {"action": "sampled actions"}
 
 
 @contextmanager
@@ -192,7 +279,8 @@ def spread(count: int, at_most: int) -> list[int]:
     return np.unique(np.linspace(0, count - 1, min(count, at_most)).round().astype(int)).tolist()
 
 
-def _style() -> Any:
+def style() -> Any:
+    """How every figure of ours looks, while it is open."""
     import matplotlib
 
     return matplotlib.rc_context(STYLE)

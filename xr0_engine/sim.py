@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -60,14 +61,25 @@ class AlohaEnv:
     """One episode of gym-aloha's AlohaTransferCube at 30 Hz, seen through XR-0's three views.
 
     seed: where the cube lies. width, height: of the images, in pixels, at most the simulator's buffer of 640x480.
+    views: those that observe() renders, keys of CAMERAS. antialias: smooth edges, most of a frame's cost where the CPU
+    renders.
     `physics` (dm_control) and `task` (gym-aloha) are open to callers that script the arms or read the cube's pose.
-    Use it as a context manager, or call close(). Raises ValueError for an image size that does not fit, RuntimeError,
-    with the remedy, if the simulator is not installed or nothing here can render.
+    Use it as a context manager, or call close(). Raises ValueError for an image size that does not fit and for a view
+    that there is not, RuntimeError, with the remedy, if the simulator is not installed or nothing here can render.
     """
 
-    def __init__(self, seed: int = 0, width: int = 640, height: int = 480) -> None:
+    def __init__(
+        self,
+        seed: int = 0,
+        width: int = 640,
+        height: int = 480,
+        views: Sequence[str] = tuple(CAMERAS),
+        antialias: bool = True,
+    ) -> None:
         if not (0 < width <= 640 and 0 < height <= 480):
             raise ValueError(f"width, height: expected 1x1 to 640x480 pixels, got {width}x{height}")
+        if not views or not set(views) <= set(CAMERAS):
+            raise ValueError(f"views: expected some of {', '.join(CAMERAS)}, got {', '.join(views) or 'none'}")
         choose_renderer()
         if find_spec("triton") is not None:
             # Triton and Mesa's software renderer each bring an LLVM. Loaded after Mesa's, Triton's ends the process,
@@ -77,11 +89,13 @@ class AlohaEnv:
         from gym_aloha.constants import ASSETS_DIR, normalize_puppet_gripper_position
         from gym_aloha.tasks.sim import TransferCubeTask
 
-        self.width, self.height = width, height
+        self.width, self.height, self.views = width, height, tuple(views)
         self.task: Any = TransferCubeTask()
         self.physics: Any = mujoco.Physics.from_xml_path(str(ASSETS_DIR / "bimanual_viperx_transfer_cube.xml"))
         # Two lights' shadow maps are most of a frame's cost in a software renderer, and tell the policy nothing.
         self.physics.model.vis.quality.shadowsize = 0
+        if not antialias:
+            self.physics.model.vis.quality.offsamples = 0
         # Actuators are six joints and two mirrored fingers an arm; the first finger stands for the gripper.
         limits = np.delete(self.physics.model.actuator_ctrlrange, [7, 15], axis=0)
         grippers = [ARM_JOINTS.index("gripper"), len(ARM_JOINTS) + ARM_JOINTS.index("gripper")]
@@ -113,9 +127,9 @@ class AlohaEnv:
         return BimanualPose(*(self._arm_pose(side, arm) for side, arm in zip(("left", "right"), joints, strict=True)))
 
     def observe(self, instruction: str = INSTRUCTION) -> Observation:
-        """What the robot sees and feels now; renders every camera once."""
+        """What the robot sees and feels now; renders the camera of each of `views` once."""
         return Observation(
-            images={view: self._render(camera) for view, camera in CAMERAS.items()},
+            images={view: self._render(CAMERAS[view]) for view in self.views},
             instruction=instruction,
             state=joints_to_columns(self.joints)[None],
             robot_type=ROBOT_TYPE,

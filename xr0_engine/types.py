@@ -28,9 +28,10 @@ class CheckpointError(FileError):
 class Observation:
     """What the robot sees, is told and feels at one instant.
 
-    images: view key -> (height, width, 3) uint8 RGB, keys as in the embodiment profile (`base`, `left_wrist`, ...).
-    instruction: the task in plain words; capitalisation and the final full stop are added if missing.
-    state: (S,) or (state_length, S) float32, proprio state, in the robot's own units, never normalised.
+    images: view key -> (height, width, 3) uint8 RGB, keys as in the embodiment profile (`base`, `left_wrist`, ...);
+    where the profile has a history, (frames, height, width, 3), the oldest first (robot.history.History).
+    instruction: the task in plain words; a missing capital and full stop are added where the checkpoint has it so.
+    state: (S,) or (state_length, S) float32 or float64, proprio state, in the robot's own units, the oldest first.
     robot_type: key of the checkpoint's action statistics; None if the checkpoint holds exactly one.
     timestamp_s: when the images were taken, on the caller's clock; copied to the chunk.
     prepared: the images are what the model saw in training, already turned, resized and cropped; False: they are as the
@@ -50,8 +51,9 @@ class TokenizedObservation:
     """An Observation whose sender has made the model's inputs of it, as the released bimanual client does.
 
     input_ids: (N,) int64, the whole prompt, run as it is. pixel_values: (P, 3 * temporal_patch * patch * patch) float32
-    in [-1, 1], patches of all images in the prompt's order, those of one merge block together. image_grids: per image
-    (height, width) in patches. state, robot_type, timestamp_s: as in Observation.
+    in [-1, 1], patches of all images in the prompt's order, those of one merge block together. image_grids: per image,
+    or temporal patch of a video, (height, width) in patches. state, robot_type, timestamp_s: as in Observation.
+    action_mask: (T, A), not 0 where the sender takes a column to be used; refused where the robot type says otherwise.
     """
 
     input_ids: np.ndarray
@@ -60,6 +62,20 @@ class TokenizedObservation:
     state: np.ndarray
     robot_type: str | None = None
     timestamp_s: float | None = None
+    action_mask: np.ndarray | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Guide:
+    """What the next chunk is to go on from, for checkpoints that take no prefix: the flow is drawn toward it.
+
+    actions: (G, A), robot units, in the frame of the new observation: what is executed and planned from its time on,
+    at most T; none draws nowhere. frozen: how many of them are executed while the chunk is inferred. They count fully,
+    those after them less and less.
+    """
+
+    actions: np.ndarray
+    frozen: int
 
 
 @dataclass(frozen=True)
@@ -70,6 +86,7 @@ class Inference:
     prefix: np.ndarray | None = None
     noise: np.ndarray | None = None
     seed: int | None = None
+    guide: Guide | None = None
 
 
 @dataclass(frozen=True)
@@ -97,14 +114,16 @@ class ActionChunk:
 class ViewInfo:
     """What the policy makes of a view's raw frame, in this order; nothing of it where the images come prepared.
 
-    title: the view's name in the prompt. rotate_180: turned by half a turn. resize: brought to (height, width), None as
-    it is. center_crop: the fraction of each side that is kept, and enlarged back.
+    title: the view's name in the prompt. rotate_180: turned by half a turn. resize: brought to (height, width) by
+    Pillow's resize_filter, `bicubic` or `bilinear`; None leaves it as it is. center_crop: the fraction of each side
+    that is kept, and enlarged back.
     """
 
     title: str
     rotate_180: bool = False
     resize: tuple[int, int] | None = None
     center_crop: float = 1.0
+    resize_filter: str = "bicubic"
 
 
 @dataclass(frozen=True)
@@ -116,7 +135,9 @@ class RobotInfo:
     order. layout: `plain` or `bimanual`, columns and anchoring of the actions. action_width: A. max_prefix: the longest
     prefix that the policy takes. step_columns: action columns that say how far to move, not where to.
     two_valued_columns: those with nothing between their values. preparation: what is made of a raw frame, per view in
-    the order of views. embodiment: the profile's name. None: not known.
+    the order of views. embodiment: the profile's name. history: (frames, stride), of each view the newest frame and
+    those that are stride, 2 stride, ... control steps older; None: a view is one picture. state_length: states of an
+    observation, as far apart; None: one. None of the others: not known.
     """
 
     chunk_length: int
@@ -130,16 +151,20 @@ class RobotInfo:
     two_valued_columns: tuple[int, ...] | None = None
     preparation: tuple[ViewInfo, ...] | None = None
     embodiment: str | None = None
+    history: tuple[int, int] | None = None
+    state_length: int | None = None
 
 
 @dataclass(frozen=True)
 class ModelInputs:
     """A batch of observations as tensors, on the host until the engine moves them.
 
-    input_ids: (B, N) int64. attention_mask: (B, N) bool, False = left padding.
-    pixel_values: (P, 3 * temporal_patch * patch * patch), all images in order of batch, then view; or (P, 3 * patch *
-    patch), where each frame of a temporal patch is the same picture. float32, float16 or bfloat16, on the host or on
-    the network's device: every network takes each, and `Network.patch_buffer` is what suits it.
+    input_ids: (B, N) int64; where the tokens of pictures and videos go, the id of an image's.
+    attention_mask: (B, N) bool, False = left padding.
+    pixel_values: (P, 3 * temporal_patch * patch * patch), all images in order of batch, then view; a video is as many
+    images as it has temporal patches, each of several frames; or (P, 3 * patch * patch), where each frame of a temporal
+    patch is the same picture. float32, float16 or bfloat16, on the host or on the network's device: every network takes
+    each, and `Network.patch_buffer` is what suits it.
     image_grids: per image (height, width) in patches. position_ids: (3, B, N) int64, M-RoPE.
     preamble_length: leading tokens (padding aside) equal in every row and free of images: their KV can be kept.
     state: (B, state_length, S) float32. action_mask: (B, T, A) float32, 1 = column used by the robot type.

@@ -32,7 +32,8 @@ class Input {
 };
 
 template <typename T>
-void compare(const xr0::Frame& frame, const xr0::Resize& resize, const xr0::PatchLayout& layout) {
+void compare(const xr0::Frame& frame, const xr0::Resize& resize, const xr0::PatchLayout& layout,
+             const xr0::Slices& slices) {
     const std::size_t values = std::size_t(resize.height) * resize.width / layout.slice() * layout.patch_dim();
     const auto patches = [&](const xr0::RowFunctions& functions) {
         std::vector<T> out(values);
@@ -40,8 +41,8 @@ void compare(const xr0::Frame& frame, const xr0::Resize& resize, const xr0::Patc
         scratch.reserve(resize, layout);
         const int32_t blocks = resize.height / layout.block();
         // In two parts, as two threads would.
-        xr0::image_to_patches(frame, resize, layout, functions, 0, blocks / 2, scratch, out.data());
-        xr0::image_to_patches(frame, resize, layout, functions, blocks / 2, blocks, scratch, out.data());
+        xr0::image_to_patches(frame, resize, layout, slices, functions, 0, blocks / 2, scratch, out.data());
+        xr0::image_to_patches(frame, resize, layout, slices, functions, blocks / 2, blocks, scratch, out.data());
         return out;
     };
     const std::vector<T> expected = patches(xr0::kRowsPortable);
@@ -88,15 +89,19 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, std::size_t size) {
     const xr0::Axis columns(width, new_width);
     const xr0::Axis rows(height, new_height);
     const xr0::Resize resize{columns.view(), rows.view(), new_height, new_width, input.number(0, 1) == 1};
-    switch (static_cast<xr0::Element>(input.number(0, 2))) {
+    const auto element = static_cast<xr0::Element>(input.number(0, 2));
+    // A still picture fills all slices, a video's frame its own.
+    const int32_t own = input.number(-1, layout.temporal_patch_size - 1);
+    const xr0::Slices slices = own < 0 ? xr0::Slices{0, layout.temporal_patch_size} : xr0::Slices{own, 1};
+    switch (element) {
         case xr0::Element::kFloat32:
-            compare<float>(frame, resize, layout);
+            compare<float>(frame, resize, layout, slices);
             break;
         case xr0::Element::kBfloat16:
-            compare<xr0::Bfloat16>(frame, resize, layout);
+            compare<xr0::Bfloat16>(frame, resize, layout, slices);
             break;
         case xr0::Element::kFloat16:
-            compare<xr0::Float16>(frame, resize, layout);
+            compare<xr0::Float16>(frame, resize, layout, slices);
             break;
     }
     return 0;

@@ -57,10 +57,18 @@ bool agrees(std::mt19937& random) {
     std::vector<Image> images;
     std::vector<xr0::Frame> frames;
     std::vector<xr0::Resize> resizes;
+    std::vector<xr0::Slices> slices;
     int patches = 0;
+    int blocks = 0;
+    // Two frames each of the first views, one behind the other; then pictures.
+    const int videos = layout.temporal_patch_size == 2 ? number(0, views.count) : 0;
+    views.count += videos;
     for (int i = 0; i < views.count; ++i) {
+        const bool second = i < 2 * videos && i % 2 == 1;
+        slices.push_back(i < 2 * videos ? xr0::Slices{i % 2, 1} : xr0::Slices{0, layout.temporal_patch_size});
         const int height = number(1, 150), width = number(1, 150);
-        const int new_height = layout.block() * number(1, 2), new_width = layout.block() * number(1, 2);
+        const int new_height = second ? resizes.back().height : layout.block() * number(1, 2);
+        const int new_width = second ? resizes.back().width : layout.block() * number(1, 2);
         images.push_back({std::vector<uint8_t>(height * width * 3), {width, new_width}, {height, new_height}});
         std::generate(images[i].pixels.begin(), images[i].pixels.end(), [&] { return number(0, 255); });
         const bool bgr = number(0, 1), vertical_first = number(0, 1), upside_down = number(0, 1);
@@ -78,24 +86,30 @@ bool agrees(std::mt19937& random) {
                          height,
                          width,
                          new_width / xr0::kDevicePatch,
+                         blocks,
                          patches,
+                         slices[i].first,
+                         slices[i].count,
                          bgr,
                          vertical_first};
-        patches += new_height * new_width / xr0::kPatchThreads;
+        const int covered = new_height * new_width / xr0::kPatchThreads;
+        blocks += covered;
+        patches += slices[i].first + slices[i].count == layout.temporal_patch_size ? covered : 0;
     }
 
     std::vector<T> expected(patches * layout.patch_dim(), T{1}), found(expected.size(), T{2});
     for (int i = 0; i < views.count; ++i) {
         xr0::Scratch scratch;
         scratch.reserve(resizes[i], layout);
-        xr0::image_to_patches(frames[i], resizes[i], layout, xr0::kRowsPortable, 0, resizes[i].height / layout.block(),
-                              scratch, expected.data() + views.view[i].first_patch * layout.patch_dim());
+        xr0::image_to_patches(frames[i], resizes[i], layout, slices[i], xr0::kRowsPortable, 0,
+                              resizes[i].height / layout.block(), scratch,
+                              expected.data() + views.view[i].first_patch * layout.patch_dim());
     }
     std::vector<std::thread> threads;
     for (int thread = 0; thread < xr0::kPatchThreads; ++thread) {
         threads.emplace_back([&, thread] {
             threadIdx.x = thread;
-            for (blockIdx.x = 0; blockIdx.x < patches; ++blockIdx.x) {
+            for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {
                 xr0::images_to_patches_kernel(views, found.data());
                 __syncthreads();
             }

@@ -28,78 +28,95 @@ def _simulator() -> None:
         pytest.skip(str(reason))
 
 
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XR0_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A policy with random weights: half a second of it shows all that the demo does."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    init_checkpoint(folder)
+    return str(folder)
 
 
-def test_demo_makes_its_checkpoint_and_films_the_robot(cache, tmp_path):
+def test_demo_films_the_robot(tiny, tmp_path):
     import av
 
     out = tmp_path / "made" / "demo"
-    result = CliRunner().invoke(app, ["demo", "--seconds", "0.4", "--out", str(out), "--json"])
+    result = CliRunner().invoke(app, ["demo", tiny, "--seconds", "0.6", "--out", str(out), "--json"])
     assert result.exit_code == 0, result.stderr
     facts = json.loads(result.stdout)
-    assert (facts["checkpoint"], facts["frames"], facts["inferences"]) == (None, 12, 2)
+    assert (facts["checkpoint"], facts["frames"], facts["success"]) == (tiny, 18, False)
+    # A random checkpoint says that it takes prefixes: inferred ahead while the robot moves on.
+    assert (facts["mode"], facts["delay_steps"], facts["inferences"]) == ("async", 2.0, 2)
     assert facts["latency_ms"].keys() == STAGES
     for times in facts["latency_ms"].values():
         assert 0 <= times["p50"] <= times["p90"] <= times["max"]
-    assert [folder.name for folder in cache.iterdir()] == ["tiny"]
     with Image.open(facts["png"]) as picture:
         assert (picture.format, facts["png"]) == ("PNG", str(out / "rollout.png"))
         assert len(np.unique(np.asarray(picture.convert("L")))) > 50
+    with Image.open(facts["webp"]) as picture:
+        assert (picture.format, picture.size, picture.n_frames, picture.info["loop"]) == ("WEBP", (320, 240), 6, 0)
     with av.open(facts["mp4"]) as film:
         assert film.streams.video[0].average_rate == 30
         frames = [frame.to_ndarray(format="rgb24") for frame in film.decode(video=0)]
-    assert len(frames) == 12
-    assert frames[0].shape == (360, 3 * 480, 3)
+    assert len(frames) == 18
+    # From outside, and the policy's three views.
+    assert frames[0].shape == (360, 4 * 480, 3)
     # The arms have moved.
     assert np.abs(frames[0].astype(int) - frames[-1].astype(int)).max() > 100
 
 
-def test_demo_prints_a_latency_table_and_says_that_the_weights_are_random(cache, tmp_path):
-    result = CliRunner().invoke(app, ["demo", "--seconds", "0.1", "--out", str(tmp_path)])
+def test_demo_prints_a_latency_table_and_what_came_of_it(tiny, tmp_path):
+    options = ["--seconds", "0.1", "--mode", "sync", "--out", str(tmp_path)]
+    result = CliRunner().invoke(app, ["demo", tiny, *options])
     assert result.exit_code == 0, result.stderr
-    for text in (*STAGES, "p50", "p90", "max", "random weights", "aimlessly", "rollout.png", "rollout.mp4: 3 frames"):
+    for text in (*STAGES, "p50", "p90", "max", "did not change hands: 0.1 s, mode sync", "rollout.png", "rollout.mp4"):
         assert text in result.stdout
 
 
-def test_the_model_sees_frames_of_the_size_asked_for(cache, tmp_path, monkeypatch):
+def test_the_model_sees_frames_of_the_size_asked_for(tiny, tmp_path, monkeypatch):
     sizes = []
     infer = Engine.infer
 
-    def look(engine, observation, **rest):
+    def look(engine, observation, *rest, **more):
         # Warming up takes a list.
         for seen in observation if isinstance(observation, list) else [observation]:
             sizes.append({image.shape for image in seen.images.values()})
-        return infer(engine, observation, **rest)
+        return infer(engine, observation, *rest, **more)
 
     monkeypatch.setattr(Engine, "infer", look)
     options = ["--seconds", "0.1", "--width", "160", "--height", "120"]
-    result = CliRunner().invoke(app, ["demo", *options, "--out", str(tmp_path)])
+    result = CliRunner().invoke(app, ["demo", tiny, *options, "--out", str(tmp_path)])
     assert result.exit_code == 0, result.stderr
     assert sizes
     assert all(size == {(120, 160, 3)} for size in sizes)
 
 
+def test_demo_makes_its_checkpoint_and_says_that_it_is_random(tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("XR0_CACHE", str(cache))
+    result = CliRunner().invoke(app, ["demo", "--seconds", "0.1", "--out", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.stderr
+    assert [folder.name for folder in cache.iterdir()] == ["tiny"]
+    for text in ("random weights", "aimlessly"):
+        assert text in result.stdout
+
+
 @pytest.mark.parametrize("seconds", ["0", "-1", "61", "nan", "soon"])
-def test_seconds_out_of_range_exit_with_2(cache, tmp_path, seconds):
-    result = CliRunner().invoke(app, ["demo", f"--seconds={seconds}", "--out", str(tmp_path / "out")])
+def test_seconds_out_of_range_exit_with_2(tiny, tmp_path, seconds):
+    result = CliRunner().invoke(app, ["demo", tiny, f"--seconds={seconds}", "--out", str(tmp_path / "out")])
     assert result.exit_code == 2
     assert "seconds" in result.stderr
     assert not (tmp_path / "out").exists()
 
 
-def test_empty_instruction_exits_with_2(cache, tmp_path):
-    result = CliRunner().invoke(app, ["demo", "--seconds", "0.1", "--out", str(tmp_path), "-t", ""])
+def test_empty_instruction_exits_with_2(tiny, tmp_path):
+    result = CliRunner().invoke(app, ["demo", tiny, "--seconds", "0.1", "--out", str(tmp_path), "-t", ""])
     assert result.exit_code == 2
     assert "instruction" in result.stderr
 
 
-def test_output_folder_that_is_a_file_exits_with_2(cache, tmp_path):
+def test_output_folder_that_is_a_file_exits_with_2(tiny, tmp_path):
     (tmp_path / "out").touch()
-    result = CliRunner().invoke(app, ["demo", "--seconds", "0.1", "--out", str(tmp_path / "out")])
+    result = CliRunner().invoke(app, ["demo", tiny, "--seconds", "0.1", "--out", str(tmp_path / "out")])
     assert result.exit_code == 2
     assert str(tmp_path / "out") in result.stderr
 

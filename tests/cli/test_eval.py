@@ -146,7 +146,9 @@ def test_a_server_that_goes_for_good(fake, tmp_path):
             ["--expert", "--task", "7"], "--task: expected one of suite near: 0 near 0, 1 near 1; got 7", id="task"
         ),
         pytest.param(["--expert", "--task", "two"], "--task: expected whole numbers", id="task in words"),
-        pytest.param(["--expert", "--mode", "fast"], "--mode: expected sync, naive, async, with commas", id="mode"),
+        pytest.param(
+            ["--expert", "--mode", "fast"], "--mode: expected sync, naive, async, guided, with commas", id="mode"
+        ),
         pytest.param(["--expert", "--delay-steps", "6-0,x"], "--delay-steps: expected steps such as", id="delay"),
         pytest.param(["--expert", "--video", "some"], "--video: expected none, failures or all", id="video"),
         pytest.param(["--expert", "--trigger", "0"], "--trigger: expected execute, deadline or a number", id="trigger"),

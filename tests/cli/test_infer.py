@@ -117,9 +117,9 @@ BASE, WRIST = "base={base}", "left_wrist={left_wrist}"
     ("images", "more", "message"),
     [
         (["front.png"], [], "expected VIEW=FILE"),
-        (["base=absent.png"], [], "--image base: expected an image file"),
-        (["base={text}"], [], "--image base: expected an image file"),
-        (["base={cut}"], [], "--image base: expected an image file"),
+        (["base=absent.png"], [], "--image base: expected a JPEG, PNG, WEBP or TIFF file"),
+        (["base={text}"], [], "--image base: expected a JPEG, PNG, WEBP or TIFF file"),
+        (["base={cut}"], [], "--image base: expected a JPEG, PNG, WEBP or TIFF file"),
         ([BASE, BASE], [], "every view once"),
         ([BASE], [], "left_wrist"),
         ([BASE, WRIST, "top={ego}"], [], "top"),

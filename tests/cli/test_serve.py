@@ -73,6 +73,22 @@ def test_openpi_and_released_clients_get_the_engine_s_chunks(checkpoint):
 
 
 @pytest.mark.parametrize(
+    ("flags", "formats"),
+    [
+        pytest.param([], None, id="neither"),
+        pytest.param(["--legacy-npz"], ("npz",), id="archives"),
+        pytest.param(["--legacy-npz", "--legacy-pickle"], ("pickle", "npz"), id="both"),
+    ],
+)
+def test_flags_open_the_released_ports(checkpoint, monkeypatch, flags, formats):
+    served = []
+    monkeypatch.setattr("xr0_engine.cli.serve.run", served.append)
+    assert CliRunner().invoke(app, ["serve", *options(checkpoint), *flags, "--legacy-port", "4321"]).exit_code == 0
+    config = served[0].config
+    assert (config.legacy_port, config.legacy_formats if formats else None) == (4321 if formats else None, formats)
+
+
+@pytest.mark.parametrize(
     ("more", "complaint"),
     [
         pytest.param(["--host", "0.0.0.0"], "takes API keys", id="open to all"),

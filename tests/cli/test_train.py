@@ -118,3 +118,42 @@ def test_a_checkpoint_is_seen_through_the_profile_of_its_run(tmp_path, monkeypat
     assert [view.key for view in chosen.views] == ["ego", "left_wrist", "right_wrist"]
     shown = CliRunner().invoke(app, ["inspect", "run/model", "--json"])
     assert json.loads(shown.output)["robot_types"]["bimanual"]["embodiment"] == "ego_alone"
+
+
+POINTS = "tests.training.points:points"
+
+
+def test_datasets_and_driving_by_functions_from_a_file_of_sizes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    told = {
+        "vlm_config": {
+            "text_config": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16},
+            "vision_config": {"depth": 1, "hidden_size": 32, "deepstack_visual_indexes": [0]},
+        },
+        "dit_config": {"hidden_size": 64, "num_hidden_layers": 2},
+    }
+    (tmp_path / "sizes.json").write_text(json.dumps(told))
+    commands = [
+        ["init", "--config", "sizes.json", "--out", "base"],
+        ["data", "check", POINTS],
+        ["data", "stats", POINTS, "--out", "statistics.json", "--chunk-length", "5"],
+    ]
+    assert [CliRunner().invoke(app, command).exit_code for command in commands] == [0, 0, 0]
+    given = ["model.checkpoint=base", f"data.robot={POINTS}=2", "data.statistics=statistics.json"]
+    given += ["data.chunk_length=5", "data.batch_size=2", "data.workers=0", "data.validation_samples=2"]
+    given += ["run.closed_loop=tests.training.driving:moves", "run.closed_loop_every=1"]
+    given += ["run.checkpoint_every=1", "optim.steps=2"]
+    started = run("post_train_sync", "--tiny", "--out", "run", *given)
+    assert started.exit_code == 0, started.output
+    assert f"{POINTS}: trains on top of profile point" in started.output
+    # A name stays a name, where a path would be made absolute.
+    assert TrainConfig.from_json((tmp_path / "run" / "config.json").read_text()).data.robot == (f"{POINTS}=2",)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "closed_loop/far" in line] == [0, 1, 2]
+    assert {"validation/l1", "validation/l1_mean"} <= lines[-1].keys()
+    assert run("resume", "run").exit_code == 0
+    assert run("export", "run", "--out", "first", "--step", "1").exit_code == 0
+    for folder in ("run/model", "first"):
+        engine = Engine.from_pretrained(tmp_path / folder)
+        assert (engine.robot_types, engine.embodiment("point").control_rate_hz) == (("point",), 10)
+        assert engine.statistics["point"].chunk_length == 5

@@ -32,7 +32,7 @@ from xr0_engine.executor import (
     read_recording,
 )
 from xr0_engine.robot.decode import BIMANUAL_COLUMNS, LEFT, RIGHT
-from xr0_engine.robot.layouts import BIMANUAL, LAYOUTS
+from xr0_engine.robot.layouts import BIMANUAL, LAYOUTS, PLAIN
 from xr0_engine.serve.worker import describe
 from xr0_engine.sim import CONTROL_RATE_HZ, AlohaEnv, columns_to_joints, joints_to_columns
 
@@ -111,7 +111,16 @@ def test_live_simulation_draws_beside_the_loop(env, monkeypatch):
 def test_null_robot(layout):
     snapshot = NullRobot(("ego",), layout, "r", state_width=32).observe(3.0)
     assert snapshot.observation.timestamp_s == 3.0
-    assert layout.frame(32).absolute(np.zeros((2, 32)), snapshot.origin).shape == (2, 32)
+    # A layout with columns of its own has one width, whoever asks.
+    width = layout.frame(32).width
+    assert layout.frame(width).absolute(np.zeros((2, width)), snapshot.origin).shape == (2, width)
+
+
+def test_null_robot_shows_videos_to_who_sees_them():
+    robot = NullRobot(("ego",), PLAIN, "r", state_width=8, image_size=(32, 48), frames=4, state_length=3)
+    observation = robot.observe(0.0).observation
+    assert observation.images["ego"].shape == (4, 32, 48, 3)
+    assert observation.state.shape == (3, 8)
 
 
 @pytest.mark.parametrize("given", [0, 1, 2, 6], ids=lambda given: f"prefix-{given}")

@@ -137,7 +137,7 @@ def test_dataset_is_described_by_its_fields(embodiment, tmp_path):
 def test_unknown_to_others_it_is_refused(recording, embodiment, tmp_path, monkeypatch):
     """A server, or a recording, of a layout that this installation lacks."""
     monkeypatch.delitem(LAYOUTS, "rail")
-    with pytest.raises(ValueError, match="layout: expected one of plain, bimanual, got 'rail'"):
+    with pytest.raises(ValueError, match="layout: expected one of plain, bimanual, mobile, robodojo, got 'rail'"):
         plot_recording(recording[0], tmp_path / "run.png")
     robots = {"crane_v1": RobotInfo(20, 10.0, None, ("base",), "rail")}
     monkeypatch.setattr(Client, "__init__", lambda self, *arguments, **options: None)
@@ -146,7 +146,7 @@ def test_unknown_to_others_it_is_refused(recording, embodiment, tmp_path, monkey
         Client, "metadata", PolicyMetadata(robots, 3, 1, (0, 6), 1 << 20, 1 << 20, 100.0), raising=False
     )
     with (
-        pytest.raises(ValueError, match="layout: expected one of plain, bimanual, got 'rail'"),
+        pytest.raises(ValueError, match="layout: expected one of plain, bimanual, mobile, robodojo, got 'rail'"),
         from_server("", "", None),
     ):
         pass

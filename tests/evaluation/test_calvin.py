@@ -14,7 +14,7 @@ from tests.evaluation.fake_calvin import SUBTASKS, FakeEnv, install
 from xr0_engine.evaluation.benchmark import Trial
 from xr0_engine.evaluation.calvin import Calvin, CalvinWorld
 from xr0_engine.evaluation.episode import Execution, act
-from xr0_engine.types import ActionChunk, Observation, RobotInfo
+from xr0_engine.types import ActionChunk, FileError, Observation, RobotInfo
 
 WIDTH = 32
 
@@ -181,16 +181,38 @@ def test_sequences_from_a_file(opened: Opened, tmp_path: Path) -> None:
         ([], "expected a list of at least 1 chains, got 0"),
         ({}, "expected a list of at least 1 chains, got dict"),
         ([["a", "b"]], r"sequences\[0\]: expected \[initial state, subtasks\]"),
+        ([[{}, 5]], r"sequences\[0\]: expected a list of subtasks, got 5"),
         ([[{}, ["open_drawer"]]], "expected 5 subtasks"),
         ([[{}, ["open_drawer"] * 4 + ["dance"]]], "with annotations"),
     ],
-    ids=["empty", "no list", "no state", "short", "unknown"],
+    ids=["empty", "no list", "no state", "no subtasks", "short", "unknown"],
 )
 def test_refuses_sequences(opened: Opened, tmp_path: Path, sequences: Any, message: str) -> None:
     path = tmp_path / "sequences.json"
     path.write_text(json.dumps(sequences), encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         replace(opened.benchmark, sequences=str(path), chains=1).open()
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[" * 5000, b"[[{}, [1e999]]]", b"\xff"], ids=["empty", "deep", "inf", "bytes"]
+)
+def test_sequences_that_are_no_json_are_refused_by_name(opened: Opened, tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "sequences.json"
+    path.write_bytes(content)
+    with pytest.raises(FileError, match=r"sequences\.json is not valid JSON"):
+        replace(opened.benchmark, sequences=str(path), chains=1).open()
+
+
+def test_an_initial_state_that_calvin_cannot_use_is_refused_by_name(opened: Opened) -> None:
+    world = opened.benchmark.open()
+
+    def condition(initial: Any) -> Any:
+        return {"left": 0, "right": 1}[initial["slider"]]
+
+    world._condition = condition
+    with pytest.raises(FileError, match=r"sequences\[0\]: initial state: 'slider' is missing"):
+        world.reset(opened.trial())
 
 
 def test_refuses_frames_of_another_size(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:

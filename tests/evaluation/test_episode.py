@@ -9,7 +9,7 @@ import pytest
 
 from tests.evaluation.fake import GRIPPER, WIDTH, PointBenchmark, PointExpert, as_line
 from xr0_engine.evaluation.benchmark import Trial
-from xr0_engine.evaluation.episode import PICTURE_EVERY, Execution, Interrupted, act, noise_seed
+from xr0_engine.evaluation.episode import PICTURE_EVERY, Execution, Interrupted, Unfit, act, noise_seed
 from xr0_engine.serve.protocol import Busy
 from xr0_engine.types import ActionChunk
 
@@ -135,6 +135,38 @@ def test_a_robot_with_absolute_targets_stands_where_it_is():
     act(world, lambda world: actor, trial(benchmark, delay=3), execution(benchmark))
     for row in steps(world)[:3]:
         np.testing.assert_array_equal(row[7:13], 0)
+
+
+class GuidedActor(Actor):
+    """Keeps its guides."""
+
+    def __init__(self, benchmark):
+        super().__init__(benchmark)
+        self.guides = []
+
+    def infer(self, observation, prefix, seed, guide=None):
+        self.guides.append(guide)
+        return super().infer(observation, prefix, seed)
+
+
+def test_guided_chunks_are_drawn_toward_what_is_planned():
+    benchmark = PointBenchmark(horizon=20)
+    actor = GuidedActor(benchmark)
+    episode, _ = run(benchmark, lambda world: actor, mode="guided", delay=2.0)
+    assert episode.error is None
+    first, *rest = actor.guides
+    assert (len(first.actions), first.frozen) == (0, 0)
+    assert {guide.frozen for guide in rest[1:]} == {2}
+    assert all(prefix is None for _, prefix, _ in actor.asked)
+    for number, guide in enumerate(rest, start=1):
+        # Second column: call and place in its chunk; what is guided to is the chunk before's.
+        assert (np.floor(guide.actions[:, 1]) == number).all()
+
+
+def test_a_policy_without_guides_cannot_be_guided():
+    benchmark = PointBenchmark()
+    with pytest.raises(Unfit, match=r"mode guided: .*infer"):
+        run(benchmark, lambda world: Actor(benchmark), mode="guided", delay=2.0)
 
 
 @pytest.mark.parametrize("mode", ["naive", "async"])
@@ -326,3 +358,24 @@ def test_film():
     act(benchmark.open(), lambda world: Actor(benchmark), trial(benchmark), execution(benchmark), film=pictures.append)
     assert len(pictures) == 1 + 10 // PICTURE_EVERY + 1
     assert all(picture.shape == (16, 16, 3) for picture in pictures)
+
+
+@pytest.mark.parametrize("delay", [0, 2])
+def test_a_policy_that_sees_the_past_is_given_videos(delay):
+    """The world is looked at in every step, those that execute a chunk included; each rollout begins anew."""
+    benchmark = PointBenchmark(horizon=9)
+    actor = Actor(benchmark)
+    info = replace(benchmark.info, history=(4, 2), state_length=2)
+    actor.robot_info = lambda robot_type=None: info
+    episode, world = run(benchmark, lambda world: actor, delay=delay)
+    assert looks(world) == list(range(9))
+    called = list(range(0, 9, benchmark.execute + delay))
+    assert episode.calls == len(actor.asked) == len(called)
+    for step, (observation, _, _) in zip(called, actor.asked, strict=True):
+        video = observation.images["base"]
+        assert video.shape[0] == 4
+        assert observation.state.shape == (2, len(observation.state[0]))
+        # The point moves at every step of a chunk, and its place is in the state.
+        assert np.array_equal(*observation.state) == (step == 0)
+        if step == 0:
+            assert all(np.array_equal(frame, video[0]) for frame in video)

@@ -153,7 +153,7 @@ def test_a_full_disk_leaves_what_is_written(folder, room):
         pytest.param({"task": -1}, "task: expected a whole number of at least 0, got -1", id="negative"),
         pytest.param({"trial": True}, "trial: expected a whole number", id="truth"),
         pytest.param({"steps": 1.5}, "steps: expected a whole number", id="fraction"),
-        pytest.param({"mode": "fast"}, "mode: expected one of sync, naive, async, got 'fast'", id="mode"),
+        pytest.param({"mode": "fast"}, "mode: expected one of sync, naive, async, guided, got 'fast'", id="mode"),
         pytest.param({"mode": ["sync"]}, "mode: expected one of", id="list"),
         pytest.param({"delay_steps": "2"}, "delay_steps: expected a number", id="number as text"),
         pytest.param({"success": 1}, "success: expected true or false", id="success"),

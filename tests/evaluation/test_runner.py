@@ -36,7 +36,7 @@ class Engine:
     def __init__(self, benchmark):
         self.benchmark, self.batches = benchmark, []
 
-    def infer(self, observation, prefix=None, seed=None):
+    def infer(self, observation, prefix=None, seed=None, guide=None):
         if not isinstance(observation, list):
             self.batches.append(1)
             return self._chunk(observation, prefix, seed)

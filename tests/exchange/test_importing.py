@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -282,7 +283,7 @@ def damaged_tensors(module):
     yield "unexpected", {**module, "model.extra": module[SINK]}, ["unexpected extra"]
     shape = module["model.t_projector.layers.0.bias"]
     yield "shape", {**module, "model.t_projector.layers.0.bias": shape[:half]}, ["t_projector.layers.0.bias has shape"]
-    yield "lm head", {**module, f"model.{TIED_LM_HEAD}": module[f"model.{TIED_LM_HEAD}"] + 1}, ["XR-0 ties them"]
+    yield "lm head", {**module, f"model.{TIED_LM_HEAD}": module[f"model.{TIED_LM_HEAD}"] + 1}, ["the model ties them"]
     yield "nan", {**module, SINK: module[SINK] * float("nan")}, ["sink.weight holds NaN", "earlier step"]
     yield "integers", {**module, SINK: module[SINK].int()}, ["'model.sink.weight' is of int32", "expected tensors of"]
     yield "no tensor", {**module, SINK: [1.0]}, ["'model.sink.weight' is list"]
@@ -302,6 +303,13 @@ def damaged_files(file):
     whole = file.read_bytes()
     yield "truncated", whole[: len(whole) // 2], "truncated, or no file of torch.save"
     yield "empty", b"", "(0 bytes) is truncated"
+    at = whole.rindex(b"PK\6\7") + 16
+    yield "several disks", whole[:at] + b"\7" + whole[at + 1 :], "no file of torch.save"
+    held: dict = {}
+    held["module"] = held
+    stream = io.BytesIO()
+    torch.save(held, stream)
+    yield "itself", stream.getvalue(), "'module' is dict"
     yield "pointer", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 2\n", "git lfs pull"
     yield "pickle", pickle.dumps({"module": {}}), "no file of torch.save"
     yield "text", b"not weights", "no file of torch.save"

@@ -14,6 +14,7 @@ from tests.executor.support import (
     RATE_HZ,
     STEP,
     WIDTH,
+    GuidedPolicy,
     MarkedPolicy,
     MarkedRobot,
     assert_adds_up,
@@ -244,7 +245,7 @@ def test_an_error_of_the_robot_stops_it():
 
 
 @given(
-    mode=st.sampled_from(["sync", "async", "naive_async"]),
+    mode=st.sampled_from(["sync", "async", "naive_async", "guided"]),
     length=st.integers(2, 30),
     trigger=st.one_of(st.integers(1, 30), st.just("deadline")),
     delays=st.lists(st.floats(0, 40), min_size=1, max_size=8),
@@ -256,7 +257,8 @@ def test_an_error_of_the_robot_stops_it():
 def test_no_action_is_repeated_or_skipped_without_being_counted(mode, length, trigger, delays, faults, jumps, age):
     clock = VirtualClock(1000.0)
     kinds = {"raise": RuntimeError("down"), "nan": with_actions(lambda a: a * np.nan)}
-    policy = MarkedPolicy(length, faults={call: kinds[kind] for call, kind in faults.items()})
+    policy_kind = GuidedPolicy if mode == "guided" else MarkedPolicy
+    policy = policy_kind(length, faults={call: kinds[kind] for call, kind in faults.items()})
     robot = MarkedRobot(
         clock, on_command=lambda count: clock.jump(jumps.get(count, 0.0) / RATE_HZ), age_s=age / RATE_HZ
     )

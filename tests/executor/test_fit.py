@@ -67,7 +67,7 @@ def test_what_it_says_is_how_it_is_driven():
         pytest.param({"chunk_length": 10}, {"mode": "sync", "execute": 12}, "have 10 actions, .* 12", id="execute"),
         pytest.param({"max_prefix": 3}, {}, r"prefixes of up to 3 .* have 6: Settings\(max_prefix=3\)", id="prefix"),
         pytest.param({"chunk_length": 4}, {}, "up to 3 actions, of chunks of 4, Settings have 6", id="short chunks"),
-        pytest.param({"max_prefix": 0}, {}, "up to 0 .* mode sync or naive_async", id="no prefixes"),
+        pytest.param({"max_prefix": 0}, {}, "up to 0 .* mode sync, guided or naive_async", id="no prefixes"),
     ],
 )
 def test_a_difference_is_refused_before_the_first_command(told, settings, complaint):

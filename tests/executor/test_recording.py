@@ -27,6 +27,8 @@ class TestRecording:
         assert recording.header["title"] == "a test"
         assert len(lines["chunk"]) == report.counts["chunks"]
         assert len(lines["inference"]) == report.counts["inferences"] == len(policy.calls)
+        ended = [line["number"] for kind in ("chunk", "lost") for line in lines[kind]]
+        assert sorted(ended) == [line["number"] for line in lines["inference"]]
         np.testing.assert_array_equal([line["row"] for line in lines["step"]], robot.rows)
         assert [line["step"] for line in lines["step"]] == robot.steps.tolist()
         assert lines["report"][0]["counts"] == dict(report.counts)

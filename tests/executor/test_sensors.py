@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from xr0_engine.executor import Mistimed, SensorsNotReady, Synchronizer
 from xr0_engine.robot.decode import ArmPose, BimanualPose
+from xr0_engine.types import RobotInfo
 
 IMAGE = np.zeros((2, 2, 3), np.uint8)
 
@@ -121,3 +123,71 @@ class TestSynchronizer:
             thread.join()
         assert sensors.observe(2.0).observation.timestamp_s == 1.999
         assert max(map(len, (*sensors._frames.values(), sensors._states))) <= 400
+
+
+VIDEOS = RobotInfo(16, 20, 16, ("ego", "wrist"), "plain", history=(4, 2), state_length=4)
+
+
+class TestVideos:
+    """Four frames two control steps apart, at 20 Hz: of 0.3, 0.2, 0.1 and 0 s before."""
+
+    def sensors(self, hz, until_s, since_s=0.0, **limits):
+        sensors = Synchronizer(["ego", "wrist"], "go", None, robot=VIDEOS, **limits)
+        for tick in range(round(since_s * hz), round(until_s * hz) + 1):
+            for view in ("ego", "wrist"):
+                sensors.add_frame(view, tick / hz, np.full((2, 2, 3), tick % 256, np.uint8))
+            sensors.add_state(tick / hz, np.array([tick, 0.0], np.float32))
+        return sensors
+
+    @pytest.mark.parametrize("hz", [20, 60, 240])
+    def test_the_frames_of_the_released_rule_at_any_rate_of_the_camera(self, hz):
+        observation = self.sensors(hz, until_s=5).observe(5.0).observation
+        expected = [round(5 * hz - age * hz / 10) for age in (3, 2, 1, 0)]
+        for view in ("ego", "wrist"):
+            assert observation.images[view].shape == (4, 2, 2, 3)
+            assert observation.images[view][:, 0, 0, 0].tolist() == [tick % 256 for tick in expected]
+        assert observation.state[:, 0].tolist() == expected
+
+    def test_the_oldest_is_repeated_where_the_episode_is_younger(self):
+        observation = self.sensors(20, until_s=10.15, since_s=10).observe(10.15).observation
+        assert observation.images["ego"][:, 0, 0, 0].tolist() == [200, 200, 201, 203]
+        assert observation.state[:, 0].tolist() == [200, 200, 201, 203]
+
+    def test_a_reset_begins_an_episode(self):
+        sensors = self.sensors(20, until_s=5)
+        sensors.reset("Open the drawer.")
+        with pytest.raises(SensorsNotReady, match="nothing yet from ego, wrist, state"):
+            sensors.observe(5.0)
+        for view in ("ego", "wrist"):
+            sensors.add_frame(view, 5.05, IMAGE + 7)
+        sensors.add_state(5.05, np.zeros(2, np.float32))
+        observation = sensors.observe(5.05).observation
+        assert (observation.images["ego"] == 7).all()
+        assert observation.instruction == "Open the drawer."
+
+    def test_frames_that_are_missing_in_between_are_refused(self):
+        sensors = Synchronizer(["ego"], "go", None, max_skew_s=0.02, robot=replace(VIDEOS, state_length=None))
+        for time_s in (0.6, 0.7, 0.9, 1.0, 1.1):
+            sensors.add_frame("ego", time_s, IMAGE)
+            sensors.add_state(time_s, np.zeros(2, np.float32))
+        with pytest.raises(
+            SensorsNotReady, match=r"ego has nothing of 0\.300 s before; the nearest is 0\.100 s from it"
+        ):
+            sensors.observe(1.1)
+
+    def test_what_was_dropped_is_not_repeated(self):
+        """A stamp of another clock has pushed out what videos reach back to: the oldest is not the episode's first."""
+        sensors = self.sensors(240, until_s=5)
+        sensors.add_frame("wrist", 100.0, IMAGE)
+        with pytest.raises(SensorsNotReady, match=r"wrist has nothing of 0\.300 s before; the nearest is 0\.183 s"):
+            sensors.observe(5.0)
+
+    def test_poses_give_their_states(self):
+        sensors = Synchronizer(["ego"], "go", None, robot=replace(VIDEOS, views=("ego",), state_length=2))
+        for tick in range(20):
+            sensors.add_frame("ego", tick / 20, IMAGE)
+            sensors.add_state(tick / 20, make_pose(tick))
+        snapshot = sensors.observe(0.95)
+        expected = np.concatenate([make_pose(17).state(), make_pose(19).state()])
+        np.testing.assert_array_equal(snapshot.observation.state, expected)
+        assert snapshot.origin.left.position_m[0] == 19

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import threading
 
+import pytest
+
 from tests.executor.support import RATE_HZ, WIDTH, MarkedPolicy, MarkedRobot, assert_adds_up
-from xr0_engine.executor import Executor, PlainFrame, Settings, SystemClock
+from xr0_engine.executor import Executor, PlainFrame, Recorder, Settings, SystemClock, read_recording
 
 PATIENCE_S = 60.0
 
@@ -40,6 +42,41 @@ def test_a_policy_that_hangs_does_not_hold_up_the_loop():
     assert (report.ended, c["hung"], c["chunks"]) == ("done", 1, 1)
     assert c["executed"] + c["held"] == len(robot.rows)
     assert robot.stops == 1
+    assert_adds_up(report, 8)
+
+
+@pytest.mark.parametrize("patience_s", [0.05, PATIENCE_S], ids=["still at work", "done meanwhile"])
+def test_an_inference_that_is_open_at_the_end_is_counted(patience_s, tmp_path):
+    """Whether it ends while the policy is waited for or not: what it gave was not executed."""
+    release = threading.Event()
+
+    class Slow(MarkedPolicy):
+        def infer(self, observation, prefix=None):
+            release.wait(PATIENCE_S)
+            return super().infer(observation, prefix)
+
+    class Releasing(MarkedRobot):
+        def stop(self):
+            super().stop()
+            if patience_s == PATIENCE_S:
+                release.set()
+
+    clock = SystemClock()
+    path = tmp_path / "run.jsonl"
+    try:
+        with Recorder(path, "") as recorder:
+            robot, settings = Releasing(clock), Settings(RATE_HZ, hang_s=patience_s)
+            report = Executor(
+                Slow(length=8), robot, PlainFrame(WIDTH, ()), settings, None, clock, recorder=recorder
+            ).run(0.2)
+    finally:
+        release.set()
+    assert {kind: report.counts[kind] for kind in ("inferences", "open", "chunks")} == {
+        "inferences": 1,
+        "open": 1,
+        "chunks": 0,
+    }
+    assert [line["reason"] for line in read_recording(path).lines["lost"]][-1] == "open"
     assert_adds_up(report, 8)
 
 

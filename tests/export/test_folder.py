@@ -19,7 +19,7 @@ from xr0_engine.export.folder import export_onnx, write_graphs
 from xr0_engine.exported.manifest import ExportCase, Manifest, StaticShapes
 from xr0_engine.exported.model import ExportedModel
 from xr0_engine.exported.onnx_stage import OnnxStage
-from xr0_engine.golden import golden_config, golden_inputs
+from xr0_engine.golden.cases import golden_config, golden_inputs
 from xr0_engine.model.weights import read_headers, read_index
 from xr0_engine.types import CheckpointError
 

@@ -283,7 +283,7 @@ def settings_no_object(folder: Path) -> None:
     [
         (no_images, "a chat template that places images"),
         (no_template_text, "a chat template that places images"),
-        (other_video_token, r"the id of <\|video_pad\|>"),
+        (other_video_token, r"<\|video_pad\|> has id \d+, config\.json says 7"),
         (no_length, "max_position_embeddings is 'long'"),
         (no_norm, r"missing vlm\.model\.language_model\.norm\.weight"),
         (one_too_many, r"unexpected vlm\.model\.language_model\.adapter\.weight"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
@@ -134,6 +135,37 @@ def test_a_verdict_comes_back_as_it_was_kept(cache, folder):
     assert list((cache / "selfcheck").iterdir()) == []
 
 
+def test_a_failure_without_a_finite_error_is_kept_too(cache):
+    assert keep(Verdict("failed", identity(), "flow", "NaN", (Comparison(**{**GOOD, "error": math.nan}),))) is not None
+    found = recall(identity())
+    assert found.outcome == "failed"
+    assert math.isnan(found.comparisons[0].error)
+    assert not found.comparisons[0].passed
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"created": 1},
+        {"seconds": "3"},
+        {"lasting": "yes"},
+        {"errors": "one"},
+        {"reason": None},
+        {"comparisons": [{**GOOD, "tolerance": "1"}]},
+        {"comparisons": [{**GOOD, "error": True}]},
+        {"comparisons": 5},
+        {"identity": {"machine": [], "model": {"dtype": "float32", "sizes": None}}},
+        {"identity": {"machine": {}, "model": {"dtype": 3, "sizes": None}}},
+    ],
+    ids=str,
+)
+def test_a_verdict_of_other_kinds_is_none(cache, change):
+    path = keep(Verdict("passed", identity()))
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    assert recall(identity()) is None
+    assert verdicts_on(machine_of(CPU)) == []
+
+
 def test_what_a_verdict_depends_on_gives_it_another_key(cache, folder, monkeypatch):
     keep(Verdict("passed", identity()))
     config = ModelConfig.load(folder)
@@ -205,7 +237,7 @@ def test_without_a_gpu_nothing_is_checked(cache, folder, monkeypatch):
     assert choose(CPU, "bfloat16", folder) == Choice("reference", "the device is no GPU")
     engine = Engine.from_pretrained(folder, device="cpu")
     assert (engine.backend, engine.backend_reason) == ("reference", "the device is no GPU")
-    assert not cache.exists()
+    assert not (cache / "selfcheck").exists()
 
 
 @pytest.fixture
@@ -265,16 +297,21 @@ def test_the_checkpoint_s_own_layers_are_checked_where_the_seeded_model_passed(g
     assert recall(identity(config=ModelConfig.load(folder))).outcome == "failed"
 
 
-def test_heads_without_kernels_run_the_reference_without_a_word(gpu, tmp_path, caplog):
-    other = tmp_path / "other"
-    write_checkpoint(other, make_config(head={"stream_norms": False}))
+def test_a_model_without_kernels_runs_the_reference_without_a_word(gpu, folder, caplog, monkeypatch):
+    refusals = []
+
+    def refused(command, identity, limit_s):
+        refusals.append(command)
+        return Verdict("refused", identity, reason="such heads have no kernels")
+
+    monkeypatch.setattr(choice, "run_check", refused)
     keep(Verdict("passed", identity()))
     for _ in range(2):
-        found = choose(CPU, "float32", other)
-        assert found.backend == "reference"
-        assert "have no kernels" in found.reason
+        found = choose(CPU, "float32", folder)
+        assert found == Choice("reference", "such heads have no kernels")
     assert caplog.records == []
-    assert recall(identity(config=ModelConfig.load(other))).outcome == "refused"
+    assert len(refusals) == 1, "it is kept"
+    assert recall(identity(config=ModelConfig.load(folder))).outcome == "refused"
 
 
 def test_a_checkpoint_that_cannot_be_used_gives_no_verdict(gpu, folder, tmp_path):

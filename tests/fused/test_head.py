@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from xr0_engine.fused.head import FusedHead
 from xr0_engine.fused.ops import FlowInputs, FusedOps, Tactic, tactic_key
 from xr0_engine.model.dit import ActionHead
 from xr0_engine.model.layers import pack_linears
+from xr0_engine.types import KVBlock
 
 pytest.importorskip("triton")
 
@@ -23,9 +25,13 @@ SPLIT = Tactic(block_m=16, block_n=64, block_k=32, split_k=2)
 WHOLE = Tactic(block_m=16, block_n=16, block_k=128, schedule="whole")
 
 
-def make_head(dtype: torch.dtype = torch.float32, columns: int = 64) -> FusedHead:
+XR1 = {"stream_norms": False, "output_width": 48, "action_dim": 20}
+"""A head of the other family: no stream norms, and an output layer whose first product is one of its own."""
+
+
+def make_head(dtype: torch.dtype = torch.float32, columns: int = 64, **variant: Any) -> FusedHead:
     """At the smallest sizes that have every part: 2 heads, which share one of the cache."""
-    sizes = {"num_layers": 2, "hidden_size": columns, "head_dim": 32, "num_kv_heads": 1, "flow_steps": 2}
+    sizes = {"num_layers": 2, "hidden_size": columns, "head_dim": 32, "num_kv_heads": 1, "flow_steps": 2, **variant}
     text = {"head_dim": sizes["head_dim"], "num_kv_heads": sizes["num_kv_heads"]}
     config = make_config(text=text, head=sizes)
     torch.manual_seed(0)
@@ -65,18 +71,26 @@ def make_inputs(head: FusedHead, batch: int) -> FlowInputs:
     return FlowInputs(**{name: value.to(DEVICE) for name, value in vars(inputs).items()})
 
 
+ONE_CHIP = pytest.mark.one_chip
+
+
 @pytest.mark.parametrize(
-    ("flow", "tactic", "attention", "programs"),
+    ("flow", "tactic", "attention", "programs", "variant"),
     [
-        pytest.param("layered", SPLIT, SPLIT, None, id="layered"),
-        pytest.param("persistent", SPLIT, SPLIT, 5, id="persistent, 5 programs"),
-        pytest.param("persistent", WHOLE, WHOLE, None, id="persistent, K whole", marks=pytest.mark.one_chip),
-        pytest.param("persistent", SPLIT, WHOLE, None, id="persistent, keys whole", marks=pytest.mark.one_chip),
+        pytest.param("layered", SPLIT, SPLIT, None, {}, id="layered"),
+        pytest.param("persistent", SPLIT, SPLIT, 5, {}, id="persistent, 5 programs"),
+        pytest.param("persistent", WHOLE, WHOLE, None, {}, id="persistent, K whole", marks=ONE_CHIP),
+        pytest.param("persistent", SPLIT, WHOLE, None, {}, id="persistent, keys whole", marks=ONE_CHIP),
+        pytest.param("layered", SPLIT, SPLIT, None, XR1, id="xr1, layered"),
+        pytest.param("persistent", SPLIT, SPLIT, 5, XR1, id="xr1, persistent, 5 programs"),
+        pytest.param("persistent", WHOLE, WHOLE, None, XR1, id="xr1, persistent, K whole", marks=ONE_CHIP),
+        pytest.param("persistent", SPLIT, SPLIT, None, {"output_width": 48}, id="wide output", marks=ONE_CHIP),
+        pytest.param("persistent", SPLIT, SPLIT, None, {"stream_norms": False}, id="no norms", marks=ONE_CHIP),
     ],
 )
-def test_loops_compute_the_flow(flow, tactic, attention, programs):
+def test_loops_compute_the_flow(flow, tactic, attention, programs, variant):
     """A window, a prefix and two rows are those of the whole step in test_fused.py."""
-    head, batch = make_head(columns=128 if tactic == WHOLE else 64), 1
+    head, batch = make_head(columns=128 if tactic == WHOLE else 64, **variant), 1
     inputs = make_inputs(head, batch)
     expected = head.run(FusedOps("reference", DEVICE), inputs, head.buffers(batch, 6))
     ops, buffers = FusedOps("triton", DEVICE, programs=programs), head.buffers(batch, 6)
@@ -85,6 +99,9 @@ def test_loops_compute_the_flow(flow, tactic, attention, programs):
     # What a stage leaves unwritten shows.
     for name in ("middle", "middle_sums", "end", "end_sums", "q", "k", "v", "raw", "mixed", "hidden", "embedded", "z"):
         getattr(buffers, name).fill_(torch.nan)
+    assert (buffers.wide is not None) == ("output_width" in variant)
+    if buffers.wide is not None:
+        buffers.wide.fill_(torch.nan)
     chunk = head.run(ops, inputs, buffers, flow=flow)
     torch.testing.assert_close(chunk, expected, rtol=0, atol=MAX_ERROR)
     assert not ops.workspace.counters(4).any(), "the next kernel counts from zero"
@@ -102,6 +119,27 @@ def test_attention_may_finish_the_heads():
         getattr(buffers, name).fill_(torch.nan)
     torch.testing.assert_close(head.run(ops, inputs, buffers), expected, rtol=0, atol=MAX_ERROR)
     assert not buffers.q.any(), "the op qkv ran"
+
+
+@pytest.mark.parametrize("variant", [{}, XR1, {"output_width": 48}, {"stream_norms": False}])
+def test_the_oracles_compute_what_the_head_does(variant):
+    """Op by op, against PyTorch's operators."""
+    head = make_head(**variant)
+    inputs = make_inputs(head, 2)
+    chunk = head.run(FusedOps("reference", DEVICE), inputs, head.buffers(2, 6))
+    place = torch.arange(inputs.keys.shape[3], device=DEVICE)
+    mask = (place >= inputs.begin[:, None]) & (place < inputs.end[:, None])
+    kept = mask[:, None, :, None]
+    kv = KVBlock(
+        inputs.keys.masked_fill(~kept, 0), inputs.values.masked_fill(~kept, 0), mask, inputs.next_position.long(),
+        inputs.action_mask,
+    )  # fmt: skip
+    plain = head.head
+    with torch.no_grad():
+        expected = plain.sample(
+            kv, inputs.state, inputs.noise, inputs.prefix, inputs.prefix_length, plain.modulation_table()
+        )
+    torch.testing.assert_close(chunk, expected, rtol=0, atol=MAX_ERROR)
 
 
 @pytest.mark.compiled

@@ -19,6 +19,7 @@ from tests.kernels.products import EPS, META_WORKSPACE, meta, meta_float, meta_s
 from tests.kernels.support import ARCHS
 from tests.ptx.parser import Function, parse
 from tests.support import ROOT
+from xr0_engine.config import ActionHeadConfig
 from xr0_engine.fused.head import SLOT_COLUMNS
 from xr0_engine.fused.ops import FusedOps
 from xr0_engine.kernels.arguments import (
@@ -45,6 +46,7 @@ from xr0_engine.kernels.launch import (
 )
 from xr0_engine.kernels.linear import PROCESSORS, default_tactic, linear, swiglu
 from xr0_engine.kernels.qkv import qkv
+from xr0_engine.sizes import published_config, published_xr1_config
 
 MAX_REGISTERS = 255
 ZEROS_FOR_TMA = {("_bulk_product", 120): 8}
@@ -77,9 +79,9 @@ def test_every_variant_fits_the_chip(compiled):
 
 def test_who_waits_for_the_grid_reads_and_does_nothing_else(compiled):
     """Then its program's threads meet, before any of them touches memory."""
-    loops = {entry["arch"]: parse(entry["ptx"]) for entry in compiled if entry["name"] == "_flow_loop"}
-    assert set(loops) == set(ARCHS)
-    for loop in loops.values():
+    loops = [(entry["arch"], parse(entry["ptx"])) for entry in compiled if entry["name"] == "_flow_loop"]
+    assert sorted(arch for arch, _ in loops) == sorted([*ARCHS] * 2), "one of each family"
+    for _, loop in loops:
         statements = loop.statements
         waits = [place for place, statement in enumerate(statements) if orders(statement.opcode) == {"acquire"}]
         arrivals = [place for place, statement in enumerate(statements) if orders(statement.opcode) == {"release"}]
@@ -118,7 +120,8 @@ def main() -> None:
             record_eight_bits(arch)
             record_library_epilogues()
             record_twelve_queries(arch)
-            record_flow_loop(arch)
+            for config in (published_config(), published_xr1_config()):
+                record_flow_loop(arch, config.head)
             if arch >= TMA_FROM:
                 record_tma(arch)
         for call in variants(launches):
@@ -206,15 +209,18 @@ def record_twelve_queries(arch: int) -> None:
     lambda_attention(*arguments, window=4, context=2, tactic=tactic, workspace=META_WORKSPACE)
 
 
-def record_flow_loop(arch: int) -> None:
-    """All steps for a chunk of 30 after 320 tokens, at the published sizes."""
-    batch, tokens, layers, steps, columns, inner, heads, dim, actions = 1, 32, 16, 5, 1024, 4096, 8, 128, 32
-    chunk, span = (batch, tokens - 2, actions), meta(batch, dtype=torch.int32)
+def record_flow_loop(arch: int, config: ActionHeadConfig) -> None:
+    """All steps for a chunk of 30 after 320 tokens."""
+    batch, tokens, layers, steps = 1, config.context + 30, config.num_layers, config.flow_steps
+    columns, inner, heads, dim = config.hidden_size, config.intermediate_size, config.num_heads, config.head_dim
+    actions, width = config.action_dim, config.output_hidden_size
+    chunk, span = (batch, tokens - config.context, actions), meta(batch, dtype=torch.int32)
 
     def half(outputs: int) -> HalfBlock:
         return HalfBlock(*(meta_float(steps, layers, size) for size in (columns, outputs, columns)))
 
-    norms, head_norms = meta_float(layers, columns), meta_float(layers, dim)
+    norms = meta_float(layers, columns) if config.stream_norms else None
+    head_norms = meta_float(layers, dim)
     weights = FlowWeights(
         addresses=meta(layers, 4, dtype=torch.int64),
         matrices=(),
@@ -225,22 +231,30 @@ def record_flow_loop(arch: int) -> None:
         q_norms=head_norms,
         k_norms=head_norms,
         in_weights=(meta(columns, actions), meta(columns, columns)),
-        out_weights=(meta(actions, columns), meta(actions, actions)),
+        out_weights=(meta(width, columns), meta(actions, width)),
     )
-    cache = meta(layers, batch, 8, 320, dim)
+    cache = meta(layers, batch, config.num_kv_heads, 320, dim)
+    state = meta(batch, config.state_length, config.state_dim)
     inputs = FlowInputs(
-        *(cache, cache, span, span, meta(3, batch, dtype=torch.int32), meta(batch, 1, 32)),
+        *(cache, cache, span, span, meta(3, batch, dtype=torch.int32), state),
         *(meta_float(*chunk), meta_float(*chunk), span, meta_float(*chunk)),
     )
     stream, sums = meta_float(batch, tokens, columns), meta_float(columns // SLOT_COLUMNS, batch, tokens, 2)
     own, table = meta(batch, heads, tokens, dim), meta_float(batch, tokens, dim // 2)
     buffers = FlowBuffers(
         *(stream, sums, stream, sums, stream, sums, own, own, own),
-        *(meta(batch, tokens, columns), meta(batch, tokens, inner), meta(batch, tokens - 2, columns)),
-        *(meta(batch, 1, columns), table, table, meta_float(2, *chunk), meta_float(batch, tokens, 3 * columns)),
+        *(meta(batch, tokens, columns), meta(batch, tokens, inner), meta(*chunk[:2], columns)),
+        *(meta(batch, config.state_length, columns), table, table, meta_float(2, *chunk)),
+        *(meta_float(batch, tokens, 3 * columns), None if width == actions else meta(*chunk[:2], width)),
     )
     FusedOps("triton", torch.device("meta"), arch=arch).flow_loop(
-        weights, inputs, buffers, eps=EPS, context=2, window=4, places=(0, steps * layers)
+        weights,
+        inputs,
+        buffers,
+        eps=EPS,
+        context=config.context,
+        window=config.local_window,
+        places=(0, steps * layers),
     )
 
 

@@ -85,6 +85,30 @@ def test_euler_step(batch, tokens, actions, columns, dtype, last):
         assert_as_plain(hidden.result(), exact, plain)
 
 
+@pytest.mark.parametrize("output", [1, 2], ids=["of one product", "of two"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_euler_step_of_rows_that_no_norm_is_for(output, dtype):
+    """With one product: what another kernel has made of the stream, the last of a wide output layer."""
+    batch, tokens, actions, columns = 2, 15, 60, 200
+    torch.manual_seed(0)
+    x = randn(batch, tokens, columns, dtype=dtype if output == 1 else torch.float32)
+    weight1 = randn(actions, columns, dtype=dtype, scale=2 * columns**-0.5)
+    weight2 = None if output == 1 else randn(actions, actions, dtype=dtype, scale=2 * actions**-0.5)
+    in_weight = randn(columns, actions, dtype=dtype, scale=actions**-0.5)
+    z, mask, length = randn(batch, tokens, actions), action_masks(batch, tokens, actions), prefix_lengths(batch, tokens)
+    frame, hidden = Frame(batch, tokens, actions), Frame(batch, tokens, columns, dtype=dtype)
+    euler_step(x, None, EPS, weight1, weight2, z, frame.view, length, mask, DT, in_weight, hidden.view)
+    exact_z, exact = (torch.empty(batch, tokens, size, device=DEVICE) for size in (actions, columns))
+    fused_reference.euler_step(x, None, EPS, weight1, weight2, z, exact_z, length, mask, DT, in_weight, exact)
+    velocity = x.to(dtype) @ weight1.T
+    if weight2 is not None:
+        velocity = F.gelu(velocity, approximate="tanh") @ weight2.T
+    given = (torch.arange(tokens, device=DEVICE) < length[:, None])[..., None]
+    plain_z = torch.where(given, z, z + DT * velocity.float())
+    assert_as_plain((frame.result() - z).to(dtype), exact_z - z, (plain_z - z).to(dtype))
+    assert_as_plain(hidden.result(), exact, F.gelu((plain_z * mask).to(dtype) @ in_weight.T, approximate="tanh"))
+
+
 @pytest.mark.parametrize("offset", [0, 10])
 @pytest.mark.parametrize(("batch", "tokens", "half"), [(1, 12, 64), (3, 34, 8)])
 def test_dit_rope_tables(batch, tokens, half, offset):

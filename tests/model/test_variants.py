@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 
 from tests.support import GOLDEN, ROOT, make_config
 from xr0_engine.comparison import FLOAT32_MAX_ERROR
-from xr0_engine.config import VARIANT, ModelConfig
-from xr0_engine.fused.head import FusedHead
-from xr0_engine.golden import golden_config
+from xr0_engine.config import ModelConfig
+from xr0_engine.family import VARIANT
+from xr0_engine.golden.cases import golden_config
 from xr0_engine.model.dit import ActionHead
 from xr0_engine.model.weights import head_shapes
 from xr0_engine.types import CheckpointError, KVBlock
@@ -73,7 +73,10 @@ def test_a_word_is_no_truth_value():
         ModelConfig.from_hf(hf)
 
 
-ASKED_IN = ("config.py", "part_configs.py", "model", "fused", "export/stages.py", "golden.py")
+ASKED_IN = (
+    *("family.py", "config.py", "part_configs.py", "sizes.py"),
+    *("model", "fused", "export/stages.py", "golden/cases.py"),
+)
 """Where what differs between families may be asked for: their configuration, the networks, and golden cases' names."""
 
 
@@ -84,11 +87,3 @@ def test_nobody_else_asks_which_family_it_is(name):
     places = [path.relative_to(package).as_posix() for path in files]
     # The released way is one family's, restated.
     assert [place for place in places if not place.startswith(ASKED_IN) and place != "bench/measure/baseline.py"] == []
-
-
-def test_kernels_refuse_what_they_lack():
-    plain = make_config()
-    with torch.device("meta"):
-        head = ActionHead(replace(plain, head=replace(plain.head, stream_norms=False)))
-    with pytest.raises(NotImplementedError, match="backend 'triton': action heads without stream norms"):
-        FusedHead(head)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.support import CPU, ROOT, load, make_config
-from xr0_engine.checkpoint import init_checkpoint, published_config, write_checkpoint
+from xr0_engine.checkpoint import init_checkpoint, write_checkpoint
 from xr0_engine.config import ModelConfig
 from xr0_engine.model.weights import (
     INDEX_FILE,
@@ -23,6 +23,7 @@ from xr0_engine.model.weights import (
     read_index,
     resolve_checkpoint,
 )
+from xr0_engine.sizes import published_config
 from xr0_engine.types import CheckpointError
 
 SHARD = "model-00001-of-00001.safetensors"

@@ -9,9 +9,10 @@ from contextlib import nullcontext
 import pytest
 
 from tests.support import GOLDEN
-from xr0_engine import golden
+from xr0_engine.comparison import Comparison
 from xr0_engine.env import emulated_arch
 from xr0_engine.fused.tactics import TacticTable
+from xr0_engine.golden import verify as golden
 
 pytest.importorskip("triton")
 
@@ -24,18 +25,19 @@ pytestmark = [
 QUANTITIES = {"vision tokens", "KV block", "flow trace", "actions", "actions, one step"}
 
 
-def verify(folder, dtype: str, flow: str, monkeypatch) -> list[golden.Comparison]:
+def verify(folder, dtype: str, flow: str, monkeypatch) -> list[Comparison]:
     monkeypatch.setattr(golden, "tactics_for", lambda device: TacticTable("", flow=flow))
     return list(golden.verify_folder(folder, "triton", "cpu", dtype))
 
 
 def one_case(folder, model: str, case: str):
+    source = GOLDEN if (GOLDEN / f"{model}.json").is_file() else GOLDEN.parent / "golden_xr1"
     for name in (f"{model}.json", f"{model}.weights.safetensors", f"{model}.{case}.safetensors"):
-        shutil.copyfile(GOLDEN / name, folder / name)
+        shutil.copyfile(source / name, folder / name)
     return folder
 
 
-def assert_passed(comparisons: list[golden.Comparison]) -> None:
+def assert_passed(comparisons: list[Comparison]) -> None:
     assert {each.quantity for each in comparisons} == QUANTITIES
     assert [each for each in comparisons if not each.passed] == []
 
@@ -59,6 +61,8 @@ def test_a_case_passes_whichever_way_it_runs(flow, overlapped, monkeypatch, tmp_
         ("grouped", "prefix4_two_views", "bfloat16"),
         pytest.param("grouped", "prefix6_batch2", "bfloat16", marks=pytest.mark.one_chip),
         pytest.param("full_causal", "one_view", "float16", marks=pytest.mark.one_chip),
+        ("xr1_post", "prefix4_two_views", "bfloat16"),
+        pytest.param("xr1_video", "padded_batch2", "bfloat16", marks=pytest.mark.one_chip),
     ],
 )
 def test_cases_pass(model, case, dtype, monkeypatch, tmp_path):

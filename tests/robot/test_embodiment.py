@@ -15,6 +15,7 @@ from xr0_engine.robot.embodiment import (
     embodiment_for,
     load_embodiment,
 )
+from xr0_engine.robot.history import FrameHistory
 from xr0_engine.types import CheckpointError
 
 TITLES = {
@@ -23,7 +24,13 @@ TITLES = {
     "bridge": ["Base View"],
     "fractal": ["Ego View"],
     "bimanual": ["Ego View", "Left-Wrist View", "Right-Wrist View"],
+    "mobile": ["Ego View", "Left-Wrist View", "Right-Wrist View"],
+    "robodojo": ["Ego View", "Left-Wrist View", "Right-Wrist View"],
+    "robocasa": ["Base View", "Base View", "Left-Wrist View"],
+    "robocasa365": ["Left camera", "Right camera", "Wrist camera"],
+    "vlabench": ["Ego View", "Base View", "Left-Wrist View"],
 }
+LAYOUTS = {"bimanual": "bimanual", "mobile": "mobile", "robodojo": "robodojo"}
 OWN_PROFILE = """
 name: my_arm
 robot_types: [my_arm_v1]
@@ -54,7 +61,7 @@ def test_builtin_titles_and_layout(name):
     profile = load_embodiment(name)
     assert profile.name == name
     assert [view.title for view in profile.views] == TITLES[name]
-    assert profile.layout == profile.action_layout.name == ("bimanual" if name == "bimanual" else "plain")
+    assert profile.layout == profile.action_layout.name == LAYOUTS.get(name, "plain")
 
 
 @pytest.mark.parametrize(
@@ -66,6 +73,11 @@ def test_builtin_titles_and_layout(name):
         ("bridge_delta", "bridge"),
         ("fractal_delta", "fractal"),
         ("bimanual", "bimanual"),
+        ("mobile", "mobile"),
+        ("robodojo", "robodojo"),
+        ("robocasa_mg", "robocasa"),
+        ("robocasa365", "robocasa365"),
+        ("vlabench_choice", "vlabench"),
     ],
 )
 def test_profile_is_found_by_robot_type(robot_type, name):
@@ -77,7 +89,59 @@ def test_benchmark_protocols():
     assert all(view.rotate_180 for view in libero.views)
     assert [view.center_crop for view in calvin.views] == [0.95, 0.95]
     replan = {name: load_embodiment(name).replan_every for name in builtin_embodiments()}
-    assert replan == {"libero": 10, "calvin": 10, "bridge": 4, "fractal": 4, "bimanual": None}
+    assert replan == {
+        **{"libero": 10, "calvin": 10, "bridge": 4, "fractal": 4, "bimanual": None},
+        **{"mobile": None, "robocasa": 10, "robocasa365": 16, "robodojo": 10, "vlabench": 5},
+    }
+
+
+def test_xr1_benchmark_protocols():
+    """spec section 8: crops, first resize, videos, what is done to the instruction."""
+    profiles = {name: load_embodiment(name) for name in ("mobile", "robocasa", "robocasa365", "robodojo", "vlabench")}
+    crops = {name: {view.center_crop for view in profile.views} for name, profile in profiles.items()}
+    assert crops == {"mobile": {1.0}, "robocasa": {0.95}, "robocasa365": {0.95}, "robodojo": {0.95}, "vlabench": {1.0}}
+    resized = {name: {(view.resize, view.resize_filter) for view in each.views} for name, each in profiles.items()}
+    assert resized.pop("robodojo") == {((256, 320), "bilinear")}
+    assert all(found == {(None, "bicubic")} for found in resized.values())
+    assert {name: each.instruction for name, each in profiles.items() if each.instruction != "given"} == {
+        "robodojo": "bare"
+    }
+    videos = {name: each.history for name, each in profiles.items() if each.history}
+    assert videos == {"robocasa365": FrameHistory(4, 2)}
+    assert profiles["robocasa365"].robot_info(16, 60, 6, 4).history == (4, 2)
+
+
+def test_views_under_one_title_stand_together(yaml_file):
+    two = "title: Base View}\n  - {key: wrist, title: Wrist}\n  - {key: again, title: Base View"
+    with pytest.raises(ValueError, match="a title again only right behind"):
+        load_embodiment(yaml_file(OWN_PROFILE.replace("title: Base View", two, 1)))
+    two = "title: Base View}\n  - {key: again, title: Base View"
+    assert [view.key for view in load_embodiment(yaml_file(OWN_PROFILE.replace("title: Base View", two, 1))).views] == [
+        "base",
+        "again",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("history", "match"),
+    [
+        ("{frames: 4}", "history: stride: missing"),
+        ("{frames: 4, stride: 2, fps: 24}", "history: fps: unknown, expected one of frames, stride"),
+        ("{frames: 0, stride: 2}", "history: frames: expected a whole number from 1 to 64, got 0"),
+        ("{frames: 4, stride: true}", "history: stride: expected a whole number from 1 to 64, got True"),
+        ("{frames: 1000000000, stride: 2}", "history: frames: expected"),
+        ("[4, 2]", "history: expected a mapping of frames and stride, or null"),
+    ],
+)
+def test_faulty_history(history, match, yaml_file):
+    with pytest.raises(ValueError, match=match):
+        load_embodiment(yaml_file(f"{OWN_PROFILE}history: {history}\n"))
+
+
+def test_a_history_fills_its_temporal_patches(yaml_file):
+    profile = load_embodiment(yaml_file(f"{OWN_PROFILE}history: {{frames: 3, stride: 2}}\n"))
+    with pytest.raises(ValueError, match=r"'my_arm': history: expected a multiple of 2 frames.*got 3"):
+        profile.prompt_form(2)
 
 
 def test_unknown_robot_type_lists_the_known_and_the_remedy():
@@ -161,7 +225,7 @@ def test_every_fault_of_a_file_in_one_error(yaml_file):
         "robot_types: missing",
         "robot_type: unknown",
         "name: expected",
-        "layout: expected one of plain, bimanual, got 'trimanual'",
+        "layout: expected one of plain, bimanual, mobile, robodojo, got 'trimanual'",
         "control_rate_hz: expected",
         "replan_every: expected",
         "views[0] title: missing",
@@ -178,12 +242,15 @@ def test_every_fault_of_a_file_in_one_error(yaml_file):
     ("line", "replacement", "match"),
     [
         ("views:", "views: []\nold:", "views: expected a list of 1 to 32 views"),
-        ("title: Base View", "title: Base View}\n  - {key: base, title: Base View", "no key or title twice"),
+        ("title: Base View", "title: Base View}\n  - {key: base, title: Base View", "no key twice"),
         ("robot_types: [my_arm_v1]", "robot_types: my_arm_v1", "robot_types: expected a list"),
         ("control_rate_hz: 15", "control_rate_hz: -1", "control_rate_hz: expected a number from 0.01 to 1000, got -1"),
         ("control_rate_hz: 15", "control_rate_hz: true", "control_rate_hz: expected a number .*, got True"),
         ("replan_every: null", "replan_every: 2.5", "replan_every: expected a whole number"),
         ("layout: plain", "layout: {plain: true}", "layout: expected one of plain, bimanual"),
+        ("layout: plain", "layout: plain\nprompt: chatty", "prompt: expected one of titled, cameras"),
+        ("layout: plain", "layout: plain\ninstruction: loud", "instruction: expected one of given, sentence, bare"),
+        ("center_crop: 0.9", "resize_filter: nearest", "resize_filter: expected one of bicubic, bilinear"),
         ("name: my_arm", "name: 2020-99-99", "not valid YAML"),
         ("name: my_arm", "name: [", "not valid YAML"),
     ],
@@ -195,6 +262,9 @@ def test_every_fault_of_a_file_in_one_error(yaml_file):
         "rate is a flag",
         "half a step",
         "layout",
+        "prompt",
+        "instruction",
+        "resize filter",
         "date",
         "syntax",
     ],
@@ -213,7 +283,7 @@ def test_file_that_is_no_mapping(yaml_file, text):
 
 
 def test_missing_file_lists_the_built_in_profiles(tmp_path):
-    with pytest.raises(ValueError, match="bimanual, bridge, calvin, fractal, libero or the path of a YAML file"):
+    with pytest.raises(ValueError, match=r"bimanual, bridge, .*, libero, .*vlabench or the path of a YAML file"):
         load_embodiment(tmp_path / "absent.yaml")
 
 

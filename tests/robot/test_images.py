@@ -13,7 +13,10 @@ import pytest
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from xr0_engine.robot.images import PictureError, array_fault, read_picture
+from tests.robot.test_picture_cost import many_scans
+from xr0_engine.robot import images
+from xr0_engine.robot.images import array_fault, read_picture
+from xr0_engine.robot.picture_cost import MAX_SCANS, PictureError
 
 # A JPEG of smooth pictures at the best quality, and Pillow's way from CMYK.
 JPEG_NOISE = 8
@@ -149,7 +152,7 @@ def test_remedy_for_numbers_that_are_no_bytes(picture):
         assert remedy in array_fault(picture.astype(kind))
 
 
-@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
 def test_animation_is_refused(picture, kind):
     frames = [Image.fromarray(picture + np.uint8(step)) for step in (0, 9)]
     data = file_of(frames[0], kind, save_all=True, append_images=frames[1:])
@@ -176,11 +179,31 @@ def test_size_is_limited_before_anything_is_decoded(picture, monkeypatch):
         read_picture(data, max_pixels=767)
 
 
+def test_cost_is_limited_before_anything_is_opened(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "open", lambda *_, **__: pytest.fail("opened"))
+    path = tmp_path / "front.jpg"
+    path.write_bytes(many_scans(MAX_SCANS + 1))
+    for source in (path, path.read_bytes()):
+        with pytest.raises(PictureError, match="expected a JPEG of at most 32 scans, got 33: save it as a baseline"):
+            read_picture(source)
+    monkeypatch.setattr(images, "MAX_BYTES", 1024)
+    path.write_bytes(bytes(1025))
+    with pytest.raises(PictureError, match=r"front\.jpg: expected at most 1 KiB"):
+        read_picture(path)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "BMP", "EPS"])
+def test_formats_whose_cost_is_unknown_are_refused(picture, kind):
+    """Pillow would run Ghostscript for the last."""
+    with pytest.raises(PictureError, match=r"expected a JPEG, PNG, WEBP or TIFF file, but .* cannot be read"):
+        read_picture(file_of(picture, kind))
+
+
 @pytest.mark.parametrize("cut", [0, 7, 40, 200])
 def test_cut_off_file_is_named(picture, tmp_path, cut):
     path = tmp_path / "front.png"
     path.write_bytes(file_of(np.random.default_rng(0).integers(0, 256, picture.shape, dtype=np.uint8))[:cut])
-    with pytest.raises(PictureError, match=r"expected an image file .*, but .*front\.png cannot be read"):
+    with pytest.raises(PictureError, match=r"expected a JPEG, PNG, WEBP or TIFF file, but .*front\.png cannot be read"):
         read_picture(path)
     with pytest.raises(PictureError, match=f"expected a JPEG or PNG file, but .* {cut} bytes cannot be read"):
         read_picture(path.read_bytes(), formats=("JPEG", "PNG"))

@@ -210,5 +210,5 @@ def test_layouts_are_found_by_the_name_that_they_and_their_frames_have(name):
 
 
 def test_unknown_layout_lists_the_known():
-    with pytest.raises(ValueError, match="layout: expected one of plain, bimanual, got 'trimanual'"):
+    with pytest.raises(ValueError, match="layout: expected one of plain, bimanual, mobile, robodojo, got 'trimanual'"):
         find_layout("trimanual")

@@ -155,7 +155,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"image_mean": [0.48145466, 0.4578275, 0.40821073]}, r"image_mean is \[0.48.*the engine has \[0.5, 0.5, 0.5\]"),
     ({"image_std": [0.5, 0.5, 0.4]}, "image_std is"),
     ({"rescale_factor": 1.0}, "rescale_factor is 1.0"),
-    ({"do_resize": False}, "do_resize is False"),
+    ({"do_resize": "no"}, "do_resize is 'no', not true or false"),
     ({"do_rescale": 0}, "do_rescale is 0"),
     ({"do_normalize": False}, "do_normalize is False"),
     ({"do_center_crop": True}, "do_center_crop is True"),
@@ -174,8 +174,19 @@ def test_what_the_engine_does_not_do_is_refused(tmp_path, settings, complaint):
 
 
 def test_every_fault_is_named_at_once(tmp_path):
-    with pytest.raises(CheckpointError, match=r"do_resize is False.*min_pixels is 'x'"):
-        limits_of(tmp_path, do_resize=False, min_pixels="x")
+    with pytest.raises(CheckpointError, match=r"do_rescale is False.*min_pixels is 'x'"):
+        limits_of(tmp_path, do_rescale=False, min_pixels="x")
+
+
+def test_a_checkpoint_may_resize_nothing(tmp_path):
+    """Its images then come in the size that the model takes, or are refused (spec section 8)."""
+    limits = limits_of(tmp_path, do_resize=False)
+    assert not limits.resize
+    assert limits_of(tmp_path, **limits.to_hf()) == limits
+    assert smart_resize(512, 640, 32, limits) == (512, 640)
+    for size in [(480, 648), (2048, 1024)]:
+        with pytest.raises(ValueError, match=r"image: expected multiples of 32 pixels, .*do_resize.*got height"):
+            smart_resize(*size, 32, limits)
 
 
 def test_the_factor_may_be_rounded(tmp_path):

@@ -136,6 +136,45 @@ def test_pillow_path_gives_the_same(monkeypatch):
     assert torch.equal(*both.values())
 
 
+VIDEOS = {
+    "one behind the other": NOISE[:96].reshape(2, 48, 1920, 3)[:, :, :70],
+    "backwards": NOISE[:96].reshape(2, 48, 1920, 3)[::-1, :, 7:77],
+    "upside down": NOISE[:96].reshape(2, 48, 1920, 3)[:, ::-1, 70:0:-1],
+    "channels reversed": NOISE[:96].reshape(2, 48, 1920, 3)[:, :, :70, ::-1],
+    "between other frames": NOISE[:96].reshape(4, 24, 1920, 3)[::2, :, ::5],
+    "the same frame twice": np.broadcast_to(NOISE[:48, :70], (2, 48, 70, 3)),
+}
+
+
+@pytest.mark.parametrize("instruction_set", [*native.instruction_sets(), "pillow"])
+@pytest.mark.parametrize("video", VIDEOS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_videos_frames_share_their_patches(dtype, video, instruction_set, monkeypatch):
+    images, sizes = [NOISE[:40, :90], VIDEOS[video], NOISE[:1, :1]], [(64, 32), (32, 96), (32, 32)]
+    parts = [restated(images[0], sizes[0]), None, restated(images[2], sizes[2])]
+    first, second = (restated(frame, sizes[1], temporal=1).reshape(-1, 3, 1, PATCH**2) for frame in VIDEOS[video])
+    parts[1] = np.concatenate([first, second], axis=2).reshape(-1, PATCH_DIM)
+    expected = torch.from_numpy(np.concatenate(parts)).to(dtype)
+    if instruction_set == "pillow":
+        monkeypatch.setattr(frames, "native", "hidden by the test")
+    else:
+        one = partial(native.images_to_patches, instruction_set=instruction_set)
+        monkeypatch.setattr(frames, "_C", SimpleNamespace(images_to_patches=one))
+    out = torch.full(expected.shape, torch.nan, dtype=dtype)
+    frames.images_to_patches(images, sizes, PATCH, TEMPORAL, MERGE, out, threads=3)
+    assert torch.equal(out.view(torch.uint8), expected.view(torch.uint8))
+
+
+@pytest.mark.parametrize("temporal", [1, 2])
+@pytest.mark.parametrize("path", ["native", "pillow"])
+def test_a_video_has_as_many_frames_as_its_patches(path, temporal, monkeypatch):
+    if path == "pillow":
+        monkeypatch.setattr(frames, "native", "hidden by the test")
+    out = torch.empty(4, 3 * temporal * PATCH**2)
+    with pytest.raises(ValueError, match=f"frames.*: expected .*{temporal}.*, got"):
+        frames.images_to_patches([NOISE[:96].reshape(3, 32, 1920, 3)[:, :, :32]], [(32, 32)], 16, temporal, 2, out)
+
+
 def test_no_frames_give_no_patches(monkeypatch):
     native.images_to_patches([], [], poisoned(0))
     monkeypatch.setattr(frames, "native", "hidden by the test")

@@ -42,10 +42,17 @@ CALL = {
     "temporal_patch_size": 2,
     "merge_size": 2,
     "vertical_first": [False],
+    "slices": [-1],
     "bgr": False,
     "device": 0,
     "stream": 0,
 }
+
+
+def pair_of(name, value):
+    """The call with two frames, and another value."""
+    per_frame = ("frames", "sizes", "columns", "rows", "vertical_first", "slices")
+    return {each: CALL[each] * 2 for each in per_frame} | {name: value}
 
 
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
@@ -95,6 +102,16 @@ def test_without_a_gpu_the_call_says_so():
         ({"columns": []}, "columns: expected one for each of 1 frames, got 0"),
         ({"rows": []}, "rows: expected one for each of 1 frames, got 0"),
         ({"vertical_first": []}, "vertical_first: expected one for each of 1 frames, got 0"),
+        ({"slices": []}, "slices: expected one for each of 1 frames, got 0"),
+        ({"slices": [1]}, "slices.0.: expected -1 or 0, got 1 and \\(64, 32\\)"),
+        ({"slices": [-2]}, "slices.0.: expected -1 or 0, got -2"),
+        ({"slices": [0]}, "slices: expected all 2 of a patch, got 1 for the last"),
+        (pair_of("slices", [0, 0]), "slices.1.: expected 1 and the size of the frame before, got 0"),
+        (pair_of("slices", [0, 2]), "slices.1.: expected 1 and the size of the frame before, got 2"),
+        (
+            pair_of("slices", [0, 1]) | {"sizes": [(64, 32), (32, 64)]},
+            "slices.1.: expected 1 and the size of the frame before, got 1 and \\(32, 64\\)",
+        ),
         ({"merge_size": 0}, "merge_size: expected 1 to 1024, got 0"),
         ({"dtype": "int8"}, "dtype: expected float32, bfloat16 or float16, got 'int8'"),
     ],
@@ -138,8 +155,8 @@ class HostsGpu:
         self.launches = []
 
     def images_to_patches_cuda(
-        self, frames, sizes, columns, rows, out, dtype, temporal_patch_size, merge_size, vertical_first, bgr, device,
-        stream,
+        self, frames, sizes, columns, rows, out, dtype, temporal_patch_size, merge_size, vertical_first, slices, bgr,
+        device, stream,
     ):  # fmt: skip
         assert (device, stream) == (None, 7)
         assert 1 <= len(frames) <= 16
@@ -153,12 +170,17 @@ class HostsGpu:
             # NumPy must not be told of an array's end, since it runs to both sides from the first pixel.
             image = np.lib.stride_tricks.as_strided(memory(address, 1), (height, width, 3), strides)
             images.append(image)
-        shape = (sum(height * width for height, width in sizes) // 256, 3 * temporal_patch_size * 256)
         element = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}[dtype]
-        native.images_to_patches(
-            images, sizes, memory(out, shape[0] * shape[1], element).reshape(shape), 16, temporal_patch_size,
-            merge_size, vertical_first, bgr,
-        )  # fmt: skip
+        begin = 0
+        for image, size, first, own in zip(images, sizes, vertical_first, slices, strict=True):
+            # What one frame gives, into its own temporal slices of the patches that it shares.
+            rows = size[0] * size[1] // 256
+            one = np.zeros((rows, 3 * 256), element)
+            native.images_to_patches([image], [size], one, 16, 1, merge_size, [first], bgr)
+            shape = (begin + rows, 3, temporal_patch_size, 256)
+            patches = memory(out, np.prod(shape), element).reshape(shape)[begin:]
+            patches[:, :, slice(None) if own < 0 else slice(own, own + 1)] = one.reshape(rows, 3, 1, 256)
+            begin += rows if own in (-1, temporal_patch_size - 1) else 0
 
 
 @pytest.fixture
@@ -207,6 +229,20 @@ def test_an_engine_on_the_operator_gives_the_same_chunks(hosts_gpu, monkeypatch,
     assert hosts_gpu.launches == [16, 2]
     for ours, theirs in zip(found, expected, strict=True):
         np.testing.assert_array_equal(ours.normalized, theirs.normalized)
+
+
+def test_frames_that_share_patches_are_launched_together(hosts_gpu):
+    """Ten videos behind seven pictures: the sixteenth view of the first launch would be half a video."""
+    pictures = [NOISE[row : row + 40, 30:90] for row in range(7)]
+    videos = [NOISE[row : row + 100].reshape(2, 50, 1920, 3)[:, ::-1, 5:75] for row in range(10)]
+    images, sizes = [*pictures, *videos], [(32, 64), (64, 32), (96, 96), (32, 32)] * 4 + [(32, 32)]
+    shape = (sum(height * width for height, width in sizes) // 256, 1536)
+    out, expected = (torch.full(shape, torch.nan) for _ in range(2))
+    launched(images, sizes, 16, 2, 2, out)
+    assert hosts_gpu.launches == [15, 12]
+    order = [frames.vertical_first(image.shape[-3:], size) for image, size in zip(images, sizes, strict=True)]
+    native.images_to_patches(images, sizes, expected.numpy(), 16, 2, 2, order)
+    assert torch.equal(out, expected)
 
 
 @pytest.mark.parametrize(
@@ -283,6 +319,13 @@ def test_upload_and_launch_apart_give_the_hosts_bits():
     out = torch.full_like(host, torch.nan, device="cuda:0")
     frames.launch_patches(staged.to(out.device, non_blocking=True), packed, sizes, 2, 2, out)
     assert torch.equal(host, out.cpu())
+
+
+@pytest.mark.gpu
+def test_gpu_puts_a_videos_frames_into_the_same_patches():
+    videos = [NOISE[row : row + 100].reshape(2, 50, 1920, 3)[:, ::-1, 5:75] for row in range(10)]
+    host, device = on_both([*videos, NOISE[:50, :70]], [(32, 64)] * 11, torch.bfloat16)
+    assert torch.equal(host, device)
 
 
 @pytest.mark.gpu

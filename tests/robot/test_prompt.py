@@ -23,6 +23,7 @@ from xr0_engine.robot.prompt import (
     prompt_text,
     task_of,
 )
+from xr0_engine.robot.templates import INSTRUCTION_RULES
 from xr0_engine.types import CheckpointError
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
@@ -141,19 +142,19 @@ def test_instruction_is_normalised(text, expected):
     ],
     ids=["empty", "blank", "none", "bytes", "end of turn", "image", "lone surrogate"],
 )
-@pytest.mark.parametrize("normalize", [True, False], ids=["normalised", "as given"])
-def test_refused_instruction(text, match, normalize):
+@pytest.mark.parametrize("rule", INSTRUCTION_RULES)
+def test_refused_instruction(text, match, rule):
     with pytest.raises(ValueError, match=f"instruction: .*{match}"):
-        prompt_text(text, normalize)
+        prompt_text(text, rule)
 
 
-@pytest.mark.parametrize("normalize", [True, False], ids=["normalised", "as given"])
-def test_an_instruction_has_an_end(normalize):
+@pytest.mark.parametrize("rule", INSTRUCTION_RULES)
+def test_an_instruction_has_an_end(rule):
     longest = "go " * (MAX_INSTRUCTION_CHARACTERS // 3) + "."
     assert len(longest) == MAX_INSTRUCTION_CHARACTERS
-    assert prompt_text(longest, normalize)
+    assert prompt_text(longest, rule)
     with pytest.raises(ValueError, match="instruction: expected at most 4096 characters, got 4097"):
-        prompt_text(longest + "!", normalize)
+        prompt_text(longest + "!", rule)
 
 
 def test_a_prompt_has_so_many_tokens_at_most(tokenizer):
@@ -167,8 +168,8 @@ def test_a_prompt_has_so_many_tokens_at_most(tokenizer):
 
 @pytest.mark.parametrize("text", ["pick up the cup", "  put A on B.\n", "Fold it!"])
 def test_an_instruction_as_given_is_not_touched(text, tokenizer):
-    assert prompt_text(text, normalize=False) == text
-    as_given = tokenizer.encode(["Base View"], [2], text, normalize=False)
+    assert prompt_text(text, "given") == text
+    as_given = tokenizer.encode(["Base View"], [2], text, "given")
     prompt = build_prompt(["Base View"], [2], text)
     assert as_given.tolist() == tokenizer._tokenizer.encode(prompt, add_special_tokens=False).ids
     assert tokenizer.encode(["Base View"], [2], text).tolist() != as_given.tolist()

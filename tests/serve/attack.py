@@ -27,9 +27,9 @@ import websockets.exceptions
 import websockets.sync.client
 from PIL import Image
 
+from tests.robot.test_picture_cost import PNG, chunk, many_scans, with_chunks
 from tests.serve.support import EchoEngine, backend, make_certificate, observation
 from tests.serve.test_legacy import REQUEST, free_port
-from tests.serve.test_pictures import PNG, chunk, many_scans, with_chunks
 from xr0_engine import Client
 from xr0_engine.cli.serve import run
 from xr0_engine.serve.access import tls_context

@@ -14,9 +14,11 @@ import resource
 import sys
 import time
 import warnings
+import zipfile
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -24,12 +26,16 @@ from PIL import Image
 
 from tests.serve.support import observation
 from xr0_engine.robot.embodiment import embodiment_for
+from xr0_engine.robot.picture_cost import decoding_cost
+from xr0_engine.serve import npz
 from xr0_engine.serve.images import encode_jpeg, read_image
-from xr0_engine.serve.pictures import decoding_cost
+from xr0_engine.serve.legacy import reader
 from xr0_engine.serve.protocol import (
     PolicyMetadata,
     Refused,
+    Reply,
     Request,
+    check_digest,
     decode_metadata,
     decode_reply,
     encode_chunk,
@@ -40,7 +46,7 @@ from xr0_engine.serve.released import read_request as read_released
 from xr0_engine.serve.requests import decoded_pixels, encode_request, read_fields, read_request
 from xr0_engine.serve.unpickle import restricted_loads
 from xr0_engine.serve.wire import pack
-from xr0_engine.types import ActionChunk
+from xr0_engine.types import ActionChunk, Guide
 
 MAX_PIXELS = 1 << 16
 SLOWEST_S = 5.0
@@ -54,7 +60,9 @@ GROWTH_BYTES = 64 << 20
 
 ROBOT = embodiment_for("libero_all").robot_info(10, 32, 6)
 METADATA = PolicyMetadata({"libero_all": ROBOT}, 32, 32, (0, 6), 1 << 20, MAX_PIXELS, 100.0)
+OF_VIDEOS = replace(METADATA, robots={"libero_all": replace(ROBOT, history=(2, 2), state_length=4)})
 TIMING = {"infer_ms": 1.0, "queue_ms": 1.0, "total_ms": 2.0}
+BEFORE = 0x01020304
 
 # Bytes that mean something to msgpack, to pickle, or in a JPEG.
 
@@ -85,7 +93,7 @@ def picture_files(image: np.ndarray) -> list[bytes]:
 
 def decode_picture(data: bytes) -> object:
     """As a request's pictures are: what it costs is counted first, and what was let pass is decoded in good time."""
-    decoding_cost("image", data, MAX_PIXELS)
+    decoding_cost(data, MAX_PIXELS)
     start = time.thread_time()
     try:
         with warnings.catch_warnings():
@@ -95,11 +103,64 @@ def decode_picture(data: bytes) -> object:
         assert time.thread_time() - start < SLOWEST_PICTURE_S
 
 
-def read_counted(data: bytes) -> object:
+def read_counted(data: bytes, metadata: PolicyMetadata = METADATA) -> object:
     """A request as the server reads it."""
     fields = read_fields(data)
     decoded_pixels(fields, MAX_PIXELS)
-    return read_request(fields, METADATA)
+    return read_request(fields, metadata)
+
+
+def read_archive(data: bytes, metadata: PolicyMetadata) -> object:
+    """As the port of the released protocols does."""
+    return reader(data, metadata, ("npz",))[0]()
+
+
+def read_array(data: bytes) -> object:
+    """An array's bytes in an archive that is whole, so that no sum of it tells of the damage."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as made:
+        made.writestr("a.npy", data)
+    archive, fields = file.getvalue(), {"a": npz.Field("iufU", (0, 3), 1 << 20)}
+    return npz.read(archive, npz.directory(archive, fields, 1 << 20), fields)
+
+
+def archives(tensors: dict[str, object], videos: bool = False) -> list[bytes]:
+    """Requests as archives, of either released server."""
+    shared = {name: np.asarray(tensors[name]) for name in ("input_ids", "attention_mask", "state")}
+    pixels, grids = ("pixel_values_videos", "video_grid_thw") if videos else ("pixel_values", "image_grid_thw")
+    shared |= {pixels: np.zeros((16, 24), np.float32), grids: np.array([[1, 2, 4], [1, 4, 2]])}
+    mask = {"action_mask": np.ones((1, 10, 32), np.float32), "task_id": np.array("libero_all"), "seed": np.array(42)}
+    requests = [{**shared, **mask}]
+    if not videos:
+        requests.append({**shared, "action": np.asarray(tensors["action"]), "prefix_length": np.array(3)})
+    made = []
+    for save in (np.savez, np.savez_compressed):
+        for request in requests:
+            file = io.BytesIO()
+            save(file, **request)
+            made.append(file.getvalue())
+    return made
+
+
+def arrays(tensors: dict[str, object]) -> list[bytes]:
+    """Files of single arrays."""
+    made = []
+    for array in (
+        *map(np.asarray, (tensors["input_ids"], tensors["action"], "libero_all")),
+        np.ones((2, 3), order="F"),
+    ):
+        file = io.BytesIO()
+        np.save(file, array)
+        made.append(file.getvalue())
+    return made
+
+
+def read_reply(data: bytes) -> Reply:
+    """As a client does."""
+    reply = decode_reply(data)
+    if reply.digest is not None:
+        check_digest(reply, data, BEFORE)
+    return reply
 
 
 def targets() -> dict[str, Target]:
@@ -129,12 +190,19 @@ def targets() -> dict[str, Target]:
     }
     files = {view: encode_jpeg(image, 90) for view, image in asked.images.items()}
     with_files = pack({"images": files, "prompt": "Go.", "state": asked.state})
+    videos = {view: np.stack([image, image[::-1]]) for view, image in asked.images.items()}
+    of_videos = Request(replace(asked, images=videos, state=np.stack([asked.state] * 4)), prefix, 3, 7)
     return {
+        "request of videos": (
+            partial(read_counted, metadata=OF_VIDEOS),
+            [encode_request(of_videos, quality, videos=True) for quality in (None, 90)],
+        ),
         "request": (
             read_counted,
             [
                 encode_request(Request(asked, prefix, 3, 7)),
                 encode_request(Request(replace(asked, prepared=True))),
+                encode_request(Request(asked, guide=Guide(prefix, 2))),
                 pack(
                     {
                         "observation/image": asked.images["base"],
@@ -150,9 +218,16 @@ def targets() -> dict[str, Target]:
             lambda data: read_released(restricted_loads(data, MAX_PIXELS), METADATA),
             [pickle.dumps(request, protocol) for request in (released, tensors) for protocol in (2, 3, 4, 5)],
         ),
+        "legacy archive": (partial(read_archive, metadata=METADATA), archives(tensors)),
+        "legacy archive of videos": (partial(read_archive, metadata=OF_VIDEOS), archives(tensors, videos=True)),
+        "array in an archive": (read_array, arrays(tensors)),
         "reply": (
-            decode_reply,
-            [encode_chunk(chunk, 5, TIMING), encode_error(Refused("no"), 3)],
+            read_reply,
+            [
+                encode_chunk(chunk, 5, TIMING),
+                encode_chunk(chunk, 5, TIMING, before=BEFORE),
+                encode_error(Refused("no"), 3),
+            ],
         ),
         "metadata": (decode_metadata, [encode_metadata(METADATA)]),
         "picture": (decode_picture, picture_files(asked.images["base"])),
@@ -197,12 +272,12 @@ def fuzz(seconds: float, seed: int) -> dict[str, int]:
     while (elapsed := time.monotonic() - start) < seconds:
         if settled is None and elapsed > seconds / 4:
             settled = peak_bytes()
-        for name, (reader, valid) in chosen.items():
+        for name, (reads, valid) in chosen.items():
             message = damage(rng.choice(valid), valid, rng)
             began = time.monotonic()
             try:
                 with suppress(ValueError):
-                    reader(message)
+                    reads(message)
             except BaseException as error:
                 raise AssertionError(f"{name}, seed {seed}: {error!r} for {message!r}") from error
             assert time.monotonic() - began < SLOWEST_S, f"{name}, seed {seed}: slow for {message!r}"

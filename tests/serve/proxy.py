@@ -2,22 +2,59 @@
 
 from __future__ import annotations
 
+import random
 import socket
 import threading
+import time
+from collections import Counter
 from contextlib import suppress
 
 STATUS = b"HTTP/1.1 %s\r\nContent-Length: 0\r\n\r\n"
+
+
+class Trouble:
+    """A bad network: so many of the pieces that pass are delayed, cut off, changed in one bit, or sent twice.
+
+    share: of the pieces, one of them about a message. counts: how many of each kind.
+    """
+
+    KINDS = ("delay", "cut", "flip", "duplicate")
+    LONGEST_S = 1.0
+
+    def __init__(self, share: float, seed: int) -> None:
+        self.share = share
+        self.counts: Counter[str] = Counter(dict.fromkeys(self.KINDS, 0))
+        self._chance = random.Random(seed)
+        self._lock = threading.Lock()
+
+    def befall(self, piece: bytes) -> bytes:
+        """What comes of a piece. Raises ConnectionError where it is cut off."""
+        with self._lock:
+            if self._chance.random() >= self.share:
+                return piece
+            kind = self._chance.choice(self.KINDS)
+            place, bit = self._chance.randrange(len(piece)), 1 << self._chance.randrange(8)
+            pause_s = self._chance.uniform(0, self.LONGEST_S)
+            self.counts[kind] += 1
+        if kind == "cut":
+            raise ConnectionError
+        if kind == "delay":
+            time.sleep(pause_s)
+        if kind == "flip":
+            piece = piece[:place] + bytes([piece[place] ^ bit]) + piece[place + 1 :]
+        return piece + piece if kind == "duplicate" else piece
 
 
 class Proxy:
     """Passes bytes to a port of this machine and back. mode, which connections to come and those that are there go by:
 
     pass; hold: reads nothing and sends nothing; flip: damages what the server sends; a text such as "403 Forbidden":
-    answers with that. cut ends what is connected.
+    answers with that. cut ends what is connected. trouble: befalls what passes, if given.
     """
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, trouble: Trouble | None = None) -> None:
         self.mode = "pass"
+        self.trouble = trouble
         self._to = port
         self._pairs: list[tuple[socket.socket, socket.socket]] = []
         self._moving = threading.Event()
@@ -58,10 +95,18 @@ class Proxy:
                     client.sendall(STATUS % self.mode.encode())
                     client.close()
                     continue
-                server = socket.create_connection(("127.0.0.1", self._to))
-                self._pairs.append((client, server))
-                for source, sink, is_back in ((client, server, False), (server, client, True)):
-                    threading.Thread(target=self._pass, args=(source, sink, is_back), daemon=True).start()
+                threading.Thread(target=self._connect, args=(client,), daemon=True).start()
+
+    def _connect(self, client: socket.socket) -> None:
+        with client, suppress(OSError), socket.create_connection(("127.0.0.1", self._to)) as server:
+            pair = client, server
+            self._pairs.append(pair)
+            back = threading.Thread(target=self._pass, args=(server, client, True), daemon=True)
+            back.start()
+            self._pass(client, server, False)
+            back.join()
+            with suppress(ValueError):
+                self._pairs.remove(pair)
 
     def _pass(self, source: socket.socket, sink: socket.socket, is_back: bool) -> None:
         with suppress(OSError):
@@ -69,6 +114,8 @@ class Proxy:
                 # A websocket's handshake stays whole: what follows is damaged.
                 if is_back and self.mode == "flip" and not data.startswith(b"HTTP"):
                     data = bytes(byte ^ 0x55 for byte in data)
+                if self.trouble is not None:
+                    data = self.trouble.befall(data)
                 self._moving.wait()
                 sink.sendall(data)
         for one in (source, sink):

@@ -10,13 +10,14 @@ from dataclasses import replace
 import pytest
 from websockets.sync.client import connect
 
+from tests.robot.test_picture_cost import JPEG, many_scans
 from tests.serve.support import EchoEngine, backend, observation, wait_until
 from xr0_engine import Client
 from xr0_engine.serve import connection as connection_module
 from xr0_engine.serve import decoding
 from xr0_engine.serve.decoding import LIGHT_PIXELS, Allowance, DecodeAllowance, Decoder
 from xr0_engine.serve.images import encode_jpeg
-from xr0_engine.serve.protocol import Busy, Request
+from xr0_engine.serve.protocol import Busy, Refused, Request
 from xr0_engine.serve.requests import encode_request
 from xr0_engine.serve.server import BackgroundServer
 from xr0_engine.serve.service import ServerConfig
@@ -199,3 +200,17 @@ def test_messages_that_take_long_to_read_hold_up_their_sender_alone():
         stop.set()
         flooding.join()
     assert sorted(took)[5] < 0.5
+
+
+def test_a_bomb_is_refused_before_it_is_decoded(monkeypatch):
+    decoded = []
+    monkeypatch.setattr("xr0_engine.serve.requests.read_image", lambda *arguments: decoded.append(arguments))
+    asked = observation(0.25, instruction="Go.")
+    bomb = type(asked)({"base": many_scans(10_000), "left_wrist": JPEG}, "Go.", asked.state, "libero_all")
+    with (
+        BackgroundServer(backend(EchoEngine()), ServerConfig(port=0)) as server,
+        Client(server.url) as client,
+        pytest.raises(Refused, match="image 'base': expected a JPEG of at most 32 scans, got 10000"),
+    ):
+        client.infer(bomb)
+    assert decoded == []

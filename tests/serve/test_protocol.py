@@ -287,6 +287,34 @@ def test_robot_type_may_be_left_out_where_there_is_one():
         pytest.param({"prefix": np.zeros((7, 32))}, "prefix: expected 0 to 6 actions of 32 columns", id="long prefix"),
         pytest.param({"prefix": np.zeros((3, 7))}, "prefix: expected 0 to 6 actions of 32 columns", id="narrow prefix"),
         pytest.param({"prefix": np.full((3, 32), np.inf)}, "prefix: expected finite", id="infinite prefix"),
+        pytest.param(
+            {"guide": np.zeros((3, 32))}, "guide: expected a map of actions and frozen", id="guide of numbers"
+        ),
+        pytest.param({"guide": {"actions": np.zeros((3, 32))}}, "guide: expected a map of", id="guide without frozen"),
+        pytest.param(
+            {"guide": {"actions": np.zeros((11, 32)), "frozen": 3}},
+            r"guide, actions: expected up to 10 actions of 32 columns, got \(11, 32\)",
+            id="long guide",
+        ),
+        pytest.param(
+            {"guide": {"actions": np.zeros((3, 7)), "frozen": 3}}, "guide, actions: expected up to", id="narrow guide"
+        ),
+        pytest.param(
+            {"guide": {"actions": np.full((3, 32), np.inf), "frozen": 3}}, "guide, actions: expected finite", id="inf"
+        ),
+        pytest.param(
+            {"guide": {"actions": np.zeros((3, 32)), "frozen": 4}}, "guide, frozen: expected 0 to 3, got 4", id="frozen"
+        ),
+        pytest.param(
+            {"guide": {"actions": np.zeros((3, 32)), "frozen": True}},
+            "guide, frozen: expected 0 to 3",
+            id="frozen true",
+        ),
+        pytest.param(
+            {"guide": {"actions": np.zeros((3, 32)), "frozen": 1}, "prefix": np.zeros((2, 32))},
+            "prefix, guide: expected at most one of them",
+            id="prefix and guide",
+        ),
         pytest.param({"seed": -1}, "seed: expected a whole number", id="negative seed"),
         pytest.param({"seed": True}, "seed: expected a whole number", id="seed of truth"),
         pytest.param({"seed": 1.0}, "seed: expected a whole number", id="seed with a point"),

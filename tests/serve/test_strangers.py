@@ -86,6 +86,18 @@ def test_names_that_lead_here_are_found_out_with_allow_anyone_too():
             robot.recv()
 
 
+@pytest.mark.parametrize("config", [{}, {"keys": (KEY,)}, ANYONE], ids=["this machine", "keys", "anyone"])
+@pytest.mark.parametrize("origin", ["http://evil.example", "null"])
+def test_a_page_whose_name_leads_here_opens_no_websocket(config, origin):
+    """To its browser it is of one origin with the server; but browsers tell the origin of every websocket, always."""
+    key = {"Authorization": f"Bearer {KEY}"} if "keys" in config else {}
+    opens = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Key": "x" * 22 + "==", "Origin": origin}
+    with serving(**config) as server:
+        for host in ("evil.example", f"localhost:{server.port}"):
+            told = get(server, "/", Host=host, **opens, **{"Sec-WebSocket-Version": "13"}, **key)
+            assert told == (403, "expected no origin: web pages cannot open websockets here")
+
+
 @pytest.mark.parametrize(
     "headers",
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import os
 import socket
 
@@ -10,7 +11,8 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from tests.training.support import FORKED, config_for, train
+from tests.training.driving import KEPT
+from tests.training.support import FORKED, config_for, metrics, train
 from xr0_engine.training.checkpoint import checkpoints
 
 SAME_PARAMETERS = 1e-5
@@ -18,16 +20,18 @@ SAME_PARAMETERS = 1e-5
 batch come in another order, and Adam divides by small roots."""
 
 
-def twenty_steps(base, folder, accumulate):
+def twenty_steps(base, folder, accumulate, *more):
     published = ("optim.peak_lr=1e-4", "optim.min_lr=5e-7", "optim.weight_decay=0.1")
     short = ("optim.steps=20", "optim.warmup_steps=2", "run.checkpoint_every=20", "data.batch_size=2", "flow.repeat=1")
-    train(config_for("post_train_async", base, *published, *short, f"optim.accumulate={accumulate}"), folder)
+    train(config_for("post_train_async", base, *published, *short, f"optim.accumulate={accumulate}", *more), folder)
 
 
 def one_of_two(base, folder, rank, port):
     places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in places.items()})
-    twenty_steps(base, folder, accumulate=1)
+    KEPT[:] = [folder, folder / "kept"]
+    driven = ("run.closed_loop=tests.training.driving:kept", "run.closed_loop_every=20")
+    twenty_steps(base, folder, 1, *driven)
 
 
 def trained(folder):
@@ -61,4 +65,8 @@ def test_two_processes_give_the_parameters_of_one(base, tmp_path):
     assert max(float((expected[name] - actual[name]).abs().max()) for name in expected) < SAME_PARAMETERS
     begun = load_file(base / "model-00001-of-00001.safetensors")["sink.weight"].float()
     assert (expected["model.head.sink.weight"] - begun).abs().max() > 20 * SAME_PARAMETERS
-    assert (together / "model" / "config.json").is_file()
+    # What drove after the last step had the shards of both.
+    names = sorted(path.name for path in (together / "model").iterdir())
+    assert filecmp.cmpfiles(together / "model", together / "kept", names, shallow=False) == (names, [], [])
+    steps = [line["step"] for line in metrics(together) if "closed_loop/kept" in line]
+    assert steps == [0, 20]

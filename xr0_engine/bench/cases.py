@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from xr0_engine.backend import resolve_device, resolve_dtype
-from xr0_engine.checkpoint import ROBOTS, SIZES, init_checkpoint
+from xr0_engine.checkpoint import init_checkpoint
 from xr0_engine.config import ModelConfig
 from xr0_engine.engine import Engine
 from xr0_engine.env import cache_dir
@@ -24,6 +24,7 @@ from xr0_engine.model.xr0 import XR0Model
 from xr0_engine.robot.decode import encode_prefix
 from xr0_engine.robot.embodiment import Embodiment, embodiment_for, load_embodiment
 from xr0_engine.robot.preprocess import Preprocessor
+from xr0_engine.sizes import ROBOTS, SIZES
 from xr0_engine.types import ActionChunk, KVBlock, ModelInputs, Observation
 
 LONG_INSTRUCTION = (

@@ -37,6 +37,7 @@ COMMANDS = (
     "serve",
     "drive",
     "eval",
+    "lab",
     "replay",
     "train",
     "export",

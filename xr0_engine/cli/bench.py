@@ -109,6 +109,7 @@ def latency(
         Path | None, typer.Option(help="A folder of `xr0 export` for this case, as a further rival.")
     ] = None,
     export_backend: Annotated[str, typer.Option(help="What runs the export: onnx, tensorrt or auto.")] = "auto",
+    guided: Annotated[bool, typer.Option("--guided", help="A call with a guide as a further rival.")] = False,
 ) -> Measured:
     """The engine against the released way to run the model, per stage, taking turns in one run.
 
@@ -117,7 +118,7 @@ def latency(
     """
     from xr0_engine.bench.measure import latency as module
 
-    options = (part, boundary, alone, attention, compiled, export, export_backend)
+    options = (part, boundary, alone, attention, compiled, export, export_backend, guided)
     return module.measure(setup, rounds, _command(), *options), module.show
 
 

@@ -21,8 +21,8 @@ def convert(
     like: Annotated[
         str | None,
         typer.Option(
-            help="Checkpoint of the same model. To engine: gives sizes, tokenizer, image settings. To released: a "
-            "released folder as downloaded, for its code."
+            help="Checkpoint of the same model. To engine: gives sizes, tokenizer, image settings; a folder of "
+            "Qwen3-VL-4B-Instruct will do. To released: a released folder as downloaded, for its code."
         ),
     ] = None,
     step: Annotated[str | None, typer.Option(help="Which step of a run; else the newest.")] = None,
@@ -33,8 +33,8 @@ def convert(
     mode: Annotated[
         str | None,
         typer.Option(
-            help="post-training (window 4, offset 10, std + 1e-6, task text as given; the default for a run) or "
-            "benchmark (full causal)."
+            help="post-training (offset 10, std + 1e-6, task text as given, and for Xiaomi-Robotics-0 window 4; the "
+            "default for a run) or benchmark (full causal, offset 0)."
         ),
     ] = None,
     local_window: Annotated[int | None, typer.Option(min=0, help="Instead of the mode's.")] = None,
@@ -65,7 +65,7 @@ def convert(
     elif like is None:
         raise ValueError(
             "like: weights alone have no tokenizer and no image settings: --like CHECKPOINT, such as the released "
-            "Xiaomi-Robotics-0-Pretrain that the run started from"
+            "Xiaomi-Robotics-0-Pretrain that the run started from, or a folder of Qwen3-VL-4B-Instruct"
         )
     else:
         told = import_released(Path(source).expanduser(), out, like, options)

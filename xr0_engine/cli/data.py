@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -25,20 +26,31 @@ def record(
     first_seed: Annotated[int, typer.Option(min=0, help="Seed of the first try: the cube's place, the start.")] = 0,
     width: Annotated[int, typer.Option(help="Of the frames, in pixels.")] = 160,
     height: Annotated[int, typer.Option(help="Of the frames, in pixels.")] = 120,
+    over_table: Annotated[
+        float, typer.Option(help="Share of the episodes that begin with the right gripper somewhere over the table.")
+    ] = 0.0,
+    seconds: Annotated[float | None, typer.Option(help="Keep so much of each episode, from its start.")] = None,
+    antialias: Annotated[bool, typer.Option(help="Smooth edges; without, a CPU renders twice as fast.")] = True,
+    view: Annotated[
+        list[str] | None, typer.Option(help="Record this one; give it more than once. All if not given.")
+    ] = None,
     processes: Processes = 1,
 ) -> None:
     """Roll out a scripted expert in the simulated ALOHA robot; keep the episodes in which it hands the cube over."""
     from xr0_engine.training.data.record import Settings
     from xr0_engine.training.data.record import record as run
 
-    result = run(out, episodes, first_seed, Settings(width, height), processes)
+    settings = Settings(width, height, over_table=over_table, seconds=seconds, antialias=antialias)
+    if view:
+        settings = replace(settings, views=tuple(view))
+    result = run(out, episodes, first_seed, settings, processes)
     tries = result.recorded + result.failed
     print(f"{out}: {result.present + result.recorded} episodes, {result.recorded} of them new, from {tries} tries")
 
 
 @app.command()
 def check(
-    datasets: Annotated[list[Path], typer.Argument(help="Folders, YAML descriptions, or .jsonl of vision-language.")],
+    datasets: Annotated[list[Path], typer.Argument(help="Folders, YAML files, package.module:function, .jsonl.")],
     fast: Annotated[bool, typer.Option("--fast", help="Only the first and last frame of each view.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
     processes: Processes = 1,
@@ -64,18 +76,21 @@ def check(
 
 @app.command()
 def stats(
-    datasets: Annotated[list[Path], typer.Argument(help="One robot's datasets: folders, or YAML descriptions.")],
+    datasets: Annotated[list[Path], typer.Argument(help="One robot's: folders, YAML files, package.module:function.")],
     out: Annotated[Path, typer.Option(help="preprocessor_config.json, new or of a checkpoint: others' stay in it.")],
     chunk_length: Annotated[int, typer.Option(min=1, help="Actions in a chunk, T.")] = 30,
     validation_fraction: Annotated[float, typer.Option(help="Of the episodes, held out; as in training.")] = 0.1,
     replace: Annotated[bool, typer.Option("--replace", help="Replace statistics of this robot type.")] = False,
     skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Leave out episodes that cannot be read.")] = False,
+    quantiles: Annotated[
+        bool, typer.Option("--quantiles", help="q01 and q99 too; XR-1 normalises states by them.")
+    ] = False,
     processes: Processes = 1,
 ) -> None:
     """Mean and std of the actions, per timestep and column, over all training windows."""
     from xr0_engine.training.data.stats import compute, merge
 
-    statistics = compute(datasets, chunk_length, validation_fraction, processes, skip_broken)
+    statistics = compute(datasets, chunk_length, validation_fraction, processes, skip_broken, quantiles)
     merge(out, statistics, replace)
     print(
         f"{out}: {statistics.robot_type}, {chunk_length} steps, "

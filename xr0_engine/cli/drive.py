@@ -34,7 +34,9 @@ def drive(
     image_size: Annotated[
         str | None, typer.Option(metavar="WIDTHxHEIGHT", help="Of the robot's images; 320x240, env null 256x256.")
     ] = None,
-    mode: Annotated[str, typer.Option(help="async, naive_async (without prefix) or sync.")] = "async",
+    mode: Annotated[
+        str, typer.Option(help="async, guided (trained without prefixes), naive_async (neither) or sync.")
+    ] = "async",
     seconds: Annotated[float, typer.Option(min=0.1, help="How long.")] = 10.0,
     delay_steps: Annotated[
         float | None,
@@ -43,7 +45,7 @@ def drive(
     trigger: Annotated[
         str, typer.Option(help="Infer when fewer actions than this remain, or `deadline`: as late as the delay allows.")
     ] = "10",
-    margin: Annotated[int, typer.Option(min=0, help="Prefix actions beyond the delay.")] = 1,
+    margin: Annotated[int, typer.Option(min=0, help="Committed actions beyond the delay.")] = 1,
     starvation: Annotated[str, typer.Option(help="When actions run out: hold, decelerate or stop.")] = "hold",
     commands_per_action: Annotated[int, typer.Option(min=1, help="With env null: interpolated commands.")] = 1,
     record: Annotated[Path | None, typer.Option(metavar="FILE", help="For `xr0 replay`; must not exist.")] = None,
@@ -62,6 +64,8 @@ def drive(
         raise ValueError(f"--env: expected demo or null, got {env!r}")
     if server is not None and checkpoint is not None:
         raise ValueError("--server, --checkpoint: expected at most one of them, got both")
+    if mode == "guided" and server is None and checkpoint is None:
+        raise ValueError("--mode guided: expected with --checkpoint or --server: the script takes no guide")
     if embodiment is not None and checkpoint is None:
         raise ValueError("--embodiment: expected only with --checkpoint: a server and a script know their own")
     if env == "demo" and (robot_type is not None or commands_per_action != 1):

@@ -46,7 +46,10 @@ COMMON: dict[str, tuple[Any, Any]] = {
         Annotated[int | None, typer.Option(min=1, help="Of each task; the released number, if not given.")],
         None,
     ),
-    "mode": (Annotated[str, typer.Option(help="sync, naive (async without prefix), async; with commas.")], "sync"),
+    "mode": (
+        Annotated[str, typer.Option(help="sync, naive (async without prefix), async, guided; with commas.")],
+        "sync",
+    ),
     "delay_steps": (
         Annotated[str, typer.Option(help="Control steps that an inference takes: 3, 0-6 or 0,2.5.")],
         "0",
@@ -58,13 +61,11 @@ COMMON: dict[str, tuple[Any, Any]] = {
     "trigger": (
         Annotated[
             str,
-            typer.Option(
-                help="Modes naive, async: infer every --execute actions (execute), deadline, or a number left."
-            ),
+            typer.Option(help="Modes but sync: infer every --execute actions (execute), deadline, or a number left."),
         ],
         "execute",
     ),
-    "margin": (Annotated[int, typer.Option(min=0, help="Mode async: prefix actions beyond the delay.")], 0),
+    "margin": (Annotated[int, typer.Option(min=0, help="Modes async, guided: committed actions beyond the delay.")], 0),
     "max_prefix": (Annotated[int | None, typer.Option(min=0, help="Mode async: the policy's, if not given.")], None),
     "device": (Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")], "auto"),
     "dtype": (Annotated[str, typer.Option(help="bfloat16, float16 or float32.")], "bfloat16"),

@@ -24,7 +24,11 @@ def infer(
     image: Annotated[
         list[str],
         typer.Option(
-            "--image", "-i", metavar="VIEW=FILE", help="A camera image; once for every view, such as base=front.png."
+            "--image",
+            "-i",
+            metavar="VIEW=FILE",
+            help="A camera image; once for every view, such as base=front.png; where the robot's views are videos, "
+            "their frames one after the other, the oldest first (too few: the oldest again).",
         ),
     ],
     state: Annotated[
@@ -57,11 +61,9 @@ def infer(
 
     `xr0 infer CHECKPOINT -i base=front.png -i left_wrist=hand.png -t "Open the drawer." --robot-type libero_all`
     """
-    images = dict(_read_image(argument) for argument in image)
-    if len(images) != len(image):
-        raise ValueError(f"--image: expected every view once, got {', '.join(image)}")
-    given_state = None if state is None else _read_numbers("--state", state)
-    given_prefix = None if prefix is None else _read_numbers("--prefix", str(prefix))
+    views = read_views("--image", image)
+    given_state = None if state is None else read_numbers("--state", state)
+    given_prefix = None if prefix is None else read_numbers("--prefix", str(prefix))
     if plot is not None and (plot.suffix.lower() != ".png" or not plot.parent.is_dir()):
         raise ValueError(f"--plot: expected a .png file in an existing folder, got {plot}")
 
@@ -77,7 +79,9 @@ def infer(
     preprocess = Preprocessor.load(folder, own_profile)
     if given_state is None:
         given_state = np.zeros((preprocess.config.head.state_length, preprocess.config.head.state_dim), np.float32)
-    observation = Observation(images, instruction, given_state, robot_type)
+    observation = Observation(
+        shown("--image", views, preprocess.resolve(robot_type)[1]), instruction, given_state, robot_type
+    )
     preprocess.check(observation)
     engine = Engine.from_pretrained(folder, device, dtype, backend, own_profile)
     for _ in range(repeat):
@@ -95,19 +99,37 @@ def infer(
         print(f"backend {engine.backend}: {engine.backend_reason}")
 
 
-def _read_image(argument: str) -> tuple[str, np.ndarray]:
-    from xr0_engine.robot.images import PictureError, read_picture
+def shown(option: str, views: dict[str, list[np.ndarray]], profile: Embodiment) -> dict[str, np.ndarray]:
+    """What read_views read, as Observation.images. Raises ValueError that names the option, for more files of a view
+    than the robot has, or of several sizes."""
+    most = 1 if profile.history is None else profile.history.frames
+    for view, frames in views.items():
+        if len(frames) > most or len({frame.shape for frame in frames}) > 1:
+            expected = "every view once" if most == 1 else f"up to {most} frames of one size"
+            raise ValueError(f"{option} {view}: expected {expected}, got {', '.join(str(f.shape[:2]) for f in frames)}")
+    if profile.history is None:
+        return {view: frames[0] for view, frames in views.items()}
+    return {view: np.stack([frames[0]] * (most - len(frames)) + frames) for view, frames in views.items()}
 
-    view, separator, file = argument.partition("=")
-    if not (view and separator and file):
-        raise ValueError(f"--image: expected VIEW=FILE, such as base=front.png, got {argument!r}")
-    try:
-        return view, read_picture(Path(file))
-    except PictureError as error:
-        raise ValueError(f"--image {view}: {error}") from None
+
+def read_views(option: str, arguments: list[str]) -> dict[str, list[np.ndarray]]:
+    """View -> its pictures in turn, of arguments VIEW=FILE. Raises ValueError that names the option."""
+    from xr0_engine.robot.images import read_picture
+    from xr0_engine.robot.picture_cost import PictureError
+
+    views: dict[str, list[np.ndarray]] = {}
+    for argument in arguments:
+        view, separator, file = argument.partition("=")
+        if not (view and separator and file):
+            raise ValueError(f"{option}: expected VIEW=FILE, such as base=front.png, got {argument!r}")
+        try:
+            views.setdefault(view, []).append(read_picture(Path(file)))
+        except PictureError as error:
+            raise ValueError(f"{option} {view}: {error}") from None
+    return views
 
 
-def _read_numbers(option: str, text: str) -> np.ndarray:
+def read_numbers(option: str, text: str) -> np.ndarray:
     """A table of numbers as float32: a .npy or .json file, or numbers with commas between them."""
     from tokenize import TokenError
 

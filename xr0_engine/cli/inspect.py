@@ -1,4 +1,4 @@
-"""xr0 inspect: what a checkpoint holds, from its headers alone."""
+"""xr0 inspect: what a checkpoint holds, from its headers alone; and where its policy looks."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import numpy as np
 import typer
 
 if TYPE_CHECKING:
@@ -20,6 +21,13 @@ PARTS = {
     "vlm.model.visual.": "vision tower",
     "vlm.model.language_model.": "language model",
     "vlm.lm_head.": "language model head (tied, unused)",
+    **dict.fromkeys(
+        (
+            *("vlm.model.action_embed.", "vlm.model.score_embed."),
+            *("state_projector_choice.", "action_projector_choice.", "score_projector_choice."),
+        ),
+        "choice heads (training alone)",
+    ),
     "": "action head",
 }
 """Start of a tensor's name -> part of the model; the first that fits."""
@@ -31,11 +39,36 @@ PROMPT_TEXT_TOKENS = 75
 def inspect(
     checkpoint: Annotated[str, typer.Argument(help="Checkpoint folder or Hugging Face hub id.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    attention: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="VIEW=FILE", help="Run it on this camera image, and draw where it looks; once for a view."
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE.png", help="The drawing.")] = None,
+    instruction: Annotated[
+        str | None, typer.Option("--instruction", "-t", help="Beside --attention, as these, which are `xr0 infer`'s.")
+    ] = None,
+    state: Annotated[str | None, typer.Option(help="0.1,-0.5,... or a .json or .npy file; zeros if not given.")] = None,
+    prefix: Annotated[Path | None, typer.Option(help=".json or .npy file: actions already decided.")] = None,
+    robot_type: Annotated[str | None, typer.Option(help="Needed if the checkpoint has several.")] = None,
+    embodiment: Annotated[str | None, typer.Option(help="A built-in profile or your own YAML file.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="The noise that the chunk grows from.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
 ) -> None:
     """Show a checkpoint's sizes, robot types and memory need, and check its tensors, without loading them.
 
     Exit code 0: the checkpoint is complete; 2: it cannot be used, and the message says why.
+
+    `xr0 inspect CHECKPOINT --attention base=front.png --attention left_wrist=hand.png -t "Open the drawer." --out
+    looks.png` runs it instead, and draws over the images where the actions look, at each flow step.
     """
+    if attention or out is not None:
+        others = (attention, instruction, state, prefix, robot_type, embodiment, seed, device, dtype)
+        return _draw_attention(checkpoint, out, as_json, *others)
+    if instruction is not None or state is not None or prefix is not None:
+        raise ValueError("--instruction, --state, --prefix: expected only beside --attention")
     from xr0_engine.robot.embodiment import builtin_embodiments, load_embodiment
 
     # Before torch is imported, which takes seconds: a mistake in these files is told at once.
@@ -44,6 +77,7 @@ def inspect(
 
     from xr0_engine.bench.step.memory import memory_need
     from xr0_engine.bench.step.workload import Workload, image_grid
+    from xr0_engine.family import FAMILIES
     from xr0_engine.model.weights import check_model, read_index, resolve_checkpoint
 
     folder = resolve_checkpoint(checkpoint)
@@ -58,6 +92,7 @@ def inspect(
     typical = Workload((grid,) * 3, PROMPT_TEXT_TOKENS + image_tokens, chunk_length=30, batch=1)
     report = {
         "checkpoint": str(folder),
+        "family": FAMILIES[config.family].title,
         "tensors": len(stored),
         "stored_bytes": sum(place.num_bytes for place in stored.values()),
         "parameters": _parameters(stored),
@@ -87,6 +122,55 @@ def inspect(
         _print_tables(report)
 
 
+def _draw_attention(
+    checkpoint: str,
+    out: Path | None,
+    as_json: bool,
+    images: list[str] | None,
+    instruction: str | None,
+    state: str | None,
+    prefix: Path | None,
+    robot_type: str | None,
+    embodiment: str | None,
+    seed: int,
+    device: str,
+    dtype: str,
+) -> None:
+    if not images or instruction is None or as_json:
+        raise ValueError("--out: expected --attention VIEW=FILE and --instruction beside it, and no --json")
+    if out is None or out.suffix.lower() != ".png" or not out.parent.is_dir():
+        raise ValueError(f"--out: expected a .png file in an existing folder beside --attention, got {out}")
+    from xr0_engine.cli.infer import read_numbers, read_views, shown
+
+    views = read_views("--attention", images)
+    given_prefix = None if prefix is None else read_numbers("--prefix", str(prefix))
+
+    from xr0_engine.engine import Engine
+    from xr0_engine.model.attention import KINDS
+    from xr0_engine.model.weights import resolve_checkpoint
+    from xr0_engine.plot import plot_attention
+    from xr0_engine.robot.embodiment import load_embodiment
+    from xr0_engine.robot.preprocess import Preprocessor
+    from xr0_engine.types import Observation
+
+    # All but the weights first: a mistake must not cost their loading.
+    folder = resolve_checkpoint(checkpoint)
+    own = None if embodiment is None else load_embodiment(embodiment)
+    preprocess = Preprocessor.load(folder, own)
+    head, read = preprocess.config.head, shown("--attention", views, preprocess.resolve(robot_type)[1])
+    zeros = np.zeros((head.state_length, head.state_dim), np.float32)
+    observation = Observation(read, instruction, zeros if state is None else read_numbers("--state", state), robot_type)
+    _, profile = preprocess.check(observation)
+    engine = Engine.from_pretrained(folder, device, dtype, "reference", own)
+    seen = engine.attention(observation, prefix=given_prefix, seed=seed)
+    plot_attention(seen, observation, profile, out)
+    noisy = seen.where("action", of="queries")
+    shares = {kind: float(seen.mass(kind)[..., noisy].mean()) for kind in KINDS}
+    told = ", ".join(f"{kind} {100 * share:.1f} %" for kind, share in shares.items())
+    print(f"of what the sampled actions take, mean over layers, heads and flow steps: {told}")
+    print(f"drawn: {out}")
+
+
 def _read(folder: Path) -> tuple[ModelConfig, dict[str, ActionStatistics], ImageLimits, Embodiment | None]:
     """All but the weights."""
     from xr0_engine.config import ModelConfig
@@ -96,7 +180,7 @@ def _read(folder: Path) -> tuple[ModelConfig, dict[str, ActionStatistics], Image
     from xr0_engine.robot.prompt import PromptTokenizer
 
     config = ModelConfig.load(folder)
-    statistics = load_statistics(folder, config.head.action_dim, config.std_epsilon)
+    statistics = load_statistics(folder, config.head.action_dim, config.std_epsilon, config.double_statistics)
     limits, own = load_limits(folder, config.vision), checkpoint_embodiment(folder)
     PromptTokenizer.load(folder, config.tokens, config.text.vocab_size)
     return config, statistics, limits, own
@@ -125,7 +209,7 @@ def _notes(robot_type: str, statistics: ActionStatistics, profiles: Sequence[Emb
 
 
 def _sizes(part: Any) -> dict[str, Any]:
-    from xr0_engine.config import VARIANT
+    from xr0_engine.family import VARIANT
 
     told = {name: value for name, value in vars(part).items() if name not in VARIANT or value != VARIANT[name]}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in told.items()}
@@ -136,7 +220,7 @@ def _print_tables(report: dict[str, Any]) -> None:
     from rich.table import Table
 
     console = Console()
-    parameters = Table("part", "parameters", title=report["checkpoint"])
+    parameters = Table("part", "parameters", title=f"{report['checkpoint']}: {report['family']}")
     for part, count in report["parameters"].items():
         parameters.add_row(part, f"{count:,}")
     console.print(parameters)

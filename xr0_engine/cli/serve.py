@@ -67,9 +67,13 @@ def serve(
     legacy_pickle: Annotated[
         bool, typer.Option("--legacy-pickle", help="Also speak the released TCP protocol, through a safe unpickler.")
     ] = False,
-    legacy_port: Annotated[int, typer.Option(min=1, max=65535, help="Its port.")] = 10086,
+    legacy_npz: Annotated[
+        bool,
+        typer.Option("--legacy-npz", help="Also speak Xiaomi-Robotics-1's, on the same port: archives of arrays."),
+    ] = False,
+    legacy_port: Annotated[int, typer.Option(min=1, max=65535, help="Their port.")] = 10086,
     legacy_ranks: Annotated[
-        int, typer.Option(min=1, help="Its ports, one after the other: CALVIN's rank r takes --legacy-port + r.")
+        int, typer.Option(min=1, help="Their ports, one after the other: CALVIN's rank r takes --legacy-port + r.")
     ] = 1,
     ray: Annotated[
         bool, typer.Option("--ray", help="Replicas of the engine on Ray Serve, one per GPU (extra `ray`).")
@@ -88,12 +92,14 @@ def serve(
     from xr0_engine import env
     from xr0_engine.serve.access import read_keys, tls_context
     from xr0_engine.serve.server import Server
-    from xr0_engine.serve.service import ServerConfig
+    from xr0_engine.serve.service import LEGACY_FORMATS, ServerConfig
     from xr0_engine.serve.worker import EngineThread
 
     if (checkpoint is None) == (export is None):
         raise ValueError("CHECKPOINT, --export: expected one of them")
     size = read_size(image_size)
+    released = {"pickle": legacy_pickle, "npz": legacy_npz}
+    formats = tuple(name for name, is_spoken in released.items() if is_spoken)
     config = ServerConfig(
         host=host,
         port=port,
@@ -107,8 +113,9 @@ def serve(
         max_message_bytes=max_message_mb << 20,
         max_requests_per_s=max_rate,
         max_prefix=max_prefix,
-        legacy_port=legacy_port if legacy_pickle else None,
+        legacy_port=legacy_port if formats else None,
         legacy_ranks=legacy_ranks,
+        legacy_formats=formats or LEGACY_FORMATS,
     )
 
     def load() -> Engine:

@@ -23,7 +23,7 @@ Run = Annotated[Path, typer.Argument(help="A run's folder.")]
 
 @app.callback()
 def _train() -> None:
-    """Train XR-0: a recipe with changes, into a run's folder (docs/training.md).
+    """Train XR-0 or XR-1: a recipe with changes, into a run's folder (docs/training.md).
 
     More than one GPU: `torchrun --nproc-per-node 8 -m xr0_engine train RECIPE ...`.
     """

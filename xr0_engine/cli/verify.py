@@ -33,7 +33,7 @@ def verify(
     and training losses with the stored ones. Exit code 0: all within tolerance; 1: at least one is not; 2: no such
     cases.
     """
-    from xr0_engine.golden import verify_folder
+    from xr0_engine.golden.verify import verify_folder
 
     report(verify_folder(folder, backend, device, dtype, way), f"{folder}, {dtype}", as_json)
 

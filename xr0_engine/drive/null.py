@@ -12,7 +12,8 @@ from xr0_engine.types import Observation
 class NullRobot:
     """A Robot that shows noise, stands still and takes every command.
 
-    views: image keys. The images (image_size = height, width) are made once.
+    views: image keys. The images (image_size = height, width) are made once. frames: of each view's video, None where
+    it is a picture. state_length: states of an observation.
     """
 
     def __init__(
@@ -22,11 +23,16 @@ class NullRobot:
         robot_type: str,
         state_width: int,
         image_size: tuple[int, int] = (256, 256),
+        frames: int | None = None,
+        state_length: int = 1,
     ) -> None:
         rng = np.random.default_rng(0)
         self._origin = layout.rest
-        self._images = {view: rng.integers(0, 256, (*image_size, 3), dtype=np.uint8) for view in views}
+        shape = (*(() if frames is None else (frames,)), *image_size, 3)
+        self._images = {view: rng.integers(0, 256, shape, dtype=np.uint8) for view in views}
         self._state = np.zeros(state_width, np.float32) if layout.rest is None else layout.rest.state()
+        if state_length > 1:
+            self._state = np.repeat(np.atleast_2d(self._state), state_length, axis=0)
         self._robot_type = robot_type
 
     def observe(self, now_s: float) -> Snapshot:

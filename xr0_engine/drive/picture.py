@@ -92,7 +92,7 @@ def _cut(recording: Recording, start_s: float, seconds: float) -> _Window:
 def _title(recording: Recording) -> str:
     settings, report = recording.header["settings"], recording.lines["report"]
     counts = report[-1]["counts"] if report else {}
-    unusual = ("held", "missed", "late", "failed", "rejected", "hung", "outdated", "clock_jumps")
+    unusual = ("held", "missed", "late", "failed", "rejected", "hung", "outdated", "void", "clock_jumps")
     events = ", ".join(f"{counts[name]} {name}" for name in unusual if counts.get(name))
     parts = [recording.header["title"], f"{settings['mode']} at {settings['rate_hz']:g} Hz", events]
     return "   ·   ".join(part for part in parts if part)
@@ -119,7 +119,7 @@ def _plot_chunks(axes: Axes, window: _Window) -> None:
         end_s = finished if finished is not None else lost["time_s"] if lost else window.zero_s + window.end_s
         axes.plot([window.at(line["time_s"]), window.at(end_s)], [number - 0.45] * 2, color="black", linewidth=1.4)
         axes.plot(window.at(line["observed_s"]), number - 0.45, "o", color="black", markersize=3.5)
-        if lost and finished is None:
+        if lost and finished is None and lost["reason"] != "open":
             axes.plot(window.at(end_s), number - 0.45, "x", color=LATE, markersize=6, markeredgewidth=2)
     _shade_held(axes, window)
     numbers = sorted(asked)

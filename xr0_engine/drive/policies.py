@@ -19,7 +19,8 @@ class Source:
 
     title: for people. control_rate_hz: actions per second. views: as in the embodiment profile. action_width,
     state_width: columns. max_prefix: the longest prefix that it takes. step_columns, two_valued_columns: as in the
-    embodiment profile, empty where it does not say.
+    embodiment profile, empty where it does not say. frames: of each view's video, None where it is a picture.
+    state_length: states of an observation.
     """
 
     policy: Policy
@@ -33,6 +34,8 @@ class Source:
     max_prefix: int
     step_columns: tuple[int, ...] = ()
     two_valued_columns: tuple[int, ...] = ()
+    frames: int | None = None
+    state_length: int = 1
 
     @property
     def frame(self) -> Frame:
@@ -55,6 +58,8 @@ def _source(
         max_prefix=max_prefix if robot.max_prefix is None else robot.max_prefix,
         step_columns=robot.step_columns or (),
         two_valued_columns=robot.two_valued_columns or (),
+        frames=None if robot.history is None else robot.history[0],
+        state_length=robot.state_length or 1,
     )
 
 

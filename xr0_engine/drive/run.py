@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from typing import cast
+
+import numpy as np
 
 from xr0_engine.drive.null import NullRobot
 from xr0_engine.drive.policies import Source
 from xr0_engine.executor import (
     Clock,
     Executor,
+    GuidedPolicy,
     Limits,
     Recorder,
     Report,
@@ -21,6 +25,7 @@ from xr0_engine.executor import (
     VirtualClock,
 )
 from xr0_engine.robot.layouts import BIMANUAL
+from xr0_engine.types import Guide
 
 # (height, width) of frames, unless asked otherwise.
 SIMULATION_SIZE, NULL_SIZE = (240, 320), (256, 256)
@@ -56,16 +61,29 @@ def run(
             robot, limits = _simulation(source, clock, delay_steps is None, seed, image_size or SIMULATION_SIZE, stack)
         else:
             size = image_size or NULL_SIZE
-            robot = NullRobot(source.views, source.layout, source.robot_type, source.state_width, size)
+            robot = NullRobot(
+                source.views,
+                source.layout,
+                source.robot_type,
+                source.state_width,
+                size,
+                source.frames,
+                source.state_length,
+            )
             limits = None
         if delay_s is None:
-            _warm_up(source, robot, clock)
+            _warm_up(source, robot, clock, settings.mode == "guided")
         return Executor(source.policy, robot, source.frame, settings, limits, clock, delay_s, recorder).run(seconds)
 
 
-def _warm_up(source: Source, robot: Robot, clock: Clock) -> None:
-    """One inference, whose chunk nobody executes. Raises whatever the policy raises."""
-    source.policy.infer(_wait_for_sensors(robot, clock).observation)
+def _warm_up(source: Source, robot: Robot, clock: Clock, guided: bool) -> None:
+    """One inference, whose chunk nobody executes. Raises whatever the policy raises, among others for a guide."""
+    observation = _wait_for_sensors(robot, clock).observation
+    if guided:
+        nothing = Guide(np.zeros((0, source.action_width), np.float32), 0)
+        cast(GuidedPolicy, source.policy).infer(observation, guide=nothing)
+    else:
+        source.policy.infer(observation)
     # A simulated robot catches up with the time that this took.
     _wait_for_sensors(robot, clock)
 

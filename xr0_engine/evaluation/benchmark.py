@@ -16,8 +16,8 @@ from xr0_engine.executor import Policy
 from xr0_engine.robot.layouts import Pose
 from xr0_engine.types import Observation
 
-Mode = Literal["sync", "naive", "async"]
-"""How chunks are executed: `naive` is the executor's naive_async, without a prefix."""
+Mode = Literal["sync", "naive", "async", "guided"]
+"""How chunks are executed: `naive` is the executor's naive_async, without a prefix or a guide."""
 
 
 @dataclass(frozen=True)

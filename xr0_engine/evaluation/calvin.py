@@ -6,7 +6,6 @@ profile does, and a gripper that is open or closed by its action's sign. docs/ev
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,7 +17,8 @@ import numpy as np
 from xr0_engine.evaluation.benchmark import Task, Trial, World
 from xr0_engine.evaluation.installed import check_suites, required, version_of
 from xr0_engine.executor import Policy
-from xr0_engine.types import Observation
+from xr0_engine.files import YAML_BYTES, read_bytes, read_json, reading
+from xr0_engine.types import FileError, Observation
 
 # Suite -> robot type of the checkpoint that was trained on it; the scene is D in both.
 ROBOT_TYPES = {"ABCD_D": "calvin_abcd_orig", "ABC_D": "calvin_abc_orig"}
@@ -114,7 +114,7 @@ class CalvinWorld:
         scene = self._validation / ".hydra" / "merged_config.yaml"
         if not scene.is_file():
             raise RuntimeError(f"{scene} is missing: dataset has to be a CALVIN dataset. {DATASET_REMEDY}")
-        if SCENE not in scene.read_text(encoding="utf-8"):
+        if SCENE.encode() not in read_bytes(scene, FileError, YAML_BYTES):
             raise ValueError(f"dataset: expected scene D, which has a {SCENE}, and {scene} names none")
         self._benchmark = benchmark
         # The tactile sensor's renderer asks for a display otherwise.
@@ -141,7 +141,8 @@ class CalvinWorld:
                 raise ValueError(f"cameras: expected {', '.join(VIEWS)} in the dataset's description of the scene")
             # Its step draws whatever cameras it has.
             self._env.cameras = []
-        robot_obs, scene_obs = self._condition(initial)
+        with reading(f"sequences[{trial.number % len(self._chains)}]: initial state", FileError):
+            robot_obs, scene_obs = self._condition(initial)
         self._env.reset(robot_obs=robot_obs, scene_obs=scene_obs)
         self._gripper = OPEN
         self._begin(0)
@@ -245,7 +246,7 @@ def _chains(benchmark: Calvin, annotations: Mapping[str, Sequence[str]]) -> list
     if benchmark.sequences is None:
         raw = required("calvin_agent.evaluation.multistep_sequences", REMEDY).get_sequences(benchmark.chains)
     else:
-        raw = json.loads(Path(benchmark.sequences).read_text(encoding="utf-8"))
+        raw = read_json(Path(benchmark.sequences), FileError)
     if not isinstance(raw, list) or len(raw) < benchmark.chains:
         count = len(raw) if isinstance(raw, list) else type(raw).__name__
         raise ValueError(f"sequences: expected a list of at least {benchmark.chains} chains, got {count}")
@@ -253,6 +254,8 @@ def _chains(benchmark: Calvin, annotations: Mapping[str, Sequence[str]]) -> list
     for number, pair in enumerate(raw[: benchmark.chains]):
         if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not isinstance(pair[0], Mapping):
             raise ValueError(f"sequences[{number}]: expected [initial state, subtasks], got {pair!r:.80}")
+        if not isinstance(pair[1], (list, tuple)):
+            raise ValueError(f"sequences[{number}]: expected a list of subtasks, got {pair[1]!r:.80}")
         subtasks = tuple(map(str, pair[1]))
         unknown = [subtask for subtask in subtasks if subtask not in annotations]
         if len(subtasks) != CHAIN or unknown:
@@ -275,4 +278,4 @@ def _digest(path: str) -> str:
     """What a file holds, in short."""
     from hashlib import sha256
 
-    return "sha256:" + sha256(Path(path).read_bytes()).hexdigest()
+    return "sha256:" + sha256(read_bytes(Path(path), FileError)).hexdigest()

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from xr0_engine.serve.protocol import PolicyFailed, Refused
-from xr0_engine.types import ActionChunk, Observation
+from xr0_engine.types import ActionChunk, Guide, Observation
 
 if TYPE_CHECKING:
     from xr0_engine.engine import Engine
@@ -35,6 +35,7 @@ class Call:
     prefix: np.ndarray | None
     seed: int
     answer: Callable[[Reply], None]
+    guide: Guide | None = None
 
 
 class Desk:
@@ -98,6 +99,7 @@ def _infer(engine: Engine, calls: list[Call]) -> list[Reply]:
                 [call.observation for call in calls],
                 prefix=[call.prefix for call in calls],
                 seed=[call.seed for call in calls],
+                guide=[call.guide for call in calls],
             )
         )
     # One that is refused, or too many at once, must not cost the others their chunks.
@@ -107,7 +109,7 @@ def _infer(engine: Engine, calls: list[Call]) -> list[Reply]:
 
 def _alone(engine: Engine, call: Call) -> Reply:
     try:
-        return engine.infer(call.observation, call.prefix, seed=call.seed)
+        return engine.infer(call.observation, call.prefix, seed=call.seed, guide=call.guide)
     except ValueError as error:
         return Refused(str(error))
     # A fault of the network or of the package: the episode ends with it.

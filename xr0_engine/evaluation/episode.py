@@ -14,32 +14,42 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import numpy as np
 
 from xr0_engine.evaluation.benchmark import Episode, Trial, World
 from xr0_engine.executor import Executor, Frame, Recorder, Report, Settings, Snapshot, VirtualClock, frame_for
 from xr0_engine.executor.fit import check_fit
+from xr0_engine.robot.history import History
 from xr0_engine.serve.protocol import Busy
-from xr0_engine.types import ActionChunk, Observation, RobotInfo
+from xr0_engine.types import ActionChunk, Guide, Observation, RobotInfo
 
-EXECUTOR_MODES: Mapping[str, Literal["sync", "async", "naive_async"]] = {
+EXECUTOR_MODES: Mapping[str, Literal["sync", "async", "naive_async", "guided"]] = {
     "sync": "sync",
     "naive": "naive_async",
     "async": "async",
+    "guided": "guided",
 }
 PICTURE_EVERY = 4
 """Control steps from one picture of a video to the next."""
 
 
 class Actor(Protocol):
-    """A policy as episodes ask it: with the noise that is theirs."""
+    """A policy as episodes ask it: with the noise that is theirs. For mode guided see GuidedActor."""
 
     def infer(self, observation: Observation, prefix: np.ndarray | None, seed: int) -> ActionChunk:
         """As Engine.infer and Client.infer. seed: for policies that draw noise."""
 
     def robot_info(self, robot_type: str | None = None) -> RobotInfo: ...
+
+
+class GuidedActor(Actor, Protocol):
+    """An Actor for mode guided."""
+
+    def infer(
+        self, observation: Observation, prefix: np.ndarray | None, seed: int, guide: Guide | None = None
+    ) -> ActionChunk: ...
 
 
 class Interrupted(Exception):
@@ -55,7 +65,7 @@ class Execution:
     """How chunks are executed, the same for all trials of a run.
 
     rate_hz: control steps per second. execute: actions of each chunk that mode sync executes. trigger: when the modes
-    naive and async infer: `execute` starts an inference every `execute` actions, or earlier where the delay takes it so
+    but sync infer: `execute` starts an inference every `execute` actions, or earlier where the delay takes it so
     that actions never run out; a number or `deadline` is as in the executor's Settings. margin: steps that a prefix is
     longer than the delay. max_prefix: None takes the policy's. seed: of the noise and of what a benchmark draws.
     """
@@ -98,7 +108,7 @@ def longest_prefix(info: RobotInfo) -> int:
 def delay_of(trial: Trial) -> float:
     """Control steps from an observation to the first action that comes of it.
 
-    In the modes naive and async the executor looks when it has given a step's command, so one is the least.
+    In the modes but sync the executor looks when it has given a step's command, so one is the least.
     """
     return trial.delay_steps if trial.mode == "sync" else max(trial.delay_steps, 1)
 
@@ -117,18 +127,20 @@ def act(
     robot_type: str | None = None,
     film: Callable[[np.ndarray], None] | None = None,
     beat: Callable[[], None] = lambda: None,
+    note: Callable[[str, Mapping[str, Any]], None] | None = None,
 ) -> Episode:
     """Act a trial out. Its video and repeats are the caller's to tell.
 
     begin: the policy at the beginning of each rollout. robot_type: the policy's name for the robot. film: takes a
     picture, (height, width, 3) uint8, at every PICTURE_EVERY-th step and at each rollout's end. beat: called whenever
-    something goes on.
+    something goes on. note: takes the kind and the fields of each line that a recording of the trial would have
+    (executor/recording.py).
 
     What the world raises, or the policy but for its server's absence, is the episode's error. Raises Interrupted;
     PermissionError of a server; Unfit, a ValueError, for a policy that cannot be executed so.
     """
     policy = _EpisodePolicy(trial, robot_type, beat)
-    notes = _Notes()
+    notes = _Notes(note)
     started, rollouts, solved, steps = time.perf_counter(), 0, 0, 0
     rollout: _Rollout | None = None
     error = None
@@ -140,7 +152,7 @@ def act(
             policy.actor = begin(world)
             info = policy.actor.robot_info(robot_type)
             rollouts += 1
-            rollout = _Rollout(world, policy, notes, film, beat)
+            rollout = _Rollout(world, policy, notes, film, beat, _history_of(info))
             solved += rollout.run(_settings(execution, trial, info), frame_for(info), delay_of(trial))
             steps, rollout = steps + rollout.steps, None
             goes_on = world.proceed()
@@ -154,6 +166,9 @@ def act(
             raise Interrupted(str(policy.error) or type(policy.error).__name__) from None
         if isinstance(policy.error, PermissionError):
             raise policy.error from None
+        if trial.mode == "guided" and policy.error is not None and len(policy.latencies_ms) == 1:
+            # The first guide is empty: what refuses it takes none.
+            raise Unfit(f"mode guided: {policy.error}") from None
         source = "policy" if failure is policy.error or isinstance(failure, _Rejected) else "world"
         error = f"{source}, rollout {rollouts}, step {steps}: {_told(failure)}"
     return Episode.of(
@@ -189,13 +204,17 @@ class _EpisodePolicy:
         self.latencies_ms: list[float] = []
         self.error: Exception | None = None
 
-    def infer(self, observation: Observation, prefix: np.ndarray | None = None) -> ActionChunk:
+    def infer(
+        self, observation: Observation, prefix: np.ndarray | None = None, guide: Guide | None = None
+    ) -> ActionChunk:
         seed = noise_seed(self._trial, len(self.latencies_ms))
         if self._robot_type is not None:
             observation = replace(observation, robot_type=self._robot_type)
         start = time.perf_counter()
         try:
-            return self.actor.infer(observation, prefix, seed)
+            if guide is None:
+                return self.actor.infer(observation, prefix, seed)
+            return cast(GuidedActor, self.actor).infer(observation, None, seed, guide)
         # Kept for the world's clock, which raises it.
         except Exception as error:
             self.error = error
@@ -208,12 +227,14 @@ class _EpisodePolicy:
 class _Notes(Recorder):
     """Keeps what a recording would say of when an action was chosen, in memory."""
 
-    def __init__(self) -> None:
-        self.title = ""
+    def __init__(self, note: Callable[[str, Mapping[str, Any]], None] | None) -> None:
+        self.title, self._note = "", note
         self.reactions_ms: list[float] = []
         self._observed_s: dict[int, float] = {}
 
     def write(self, kind: str, **fields: Any) -> None:
+        if self._note is not None:
+            self._note(kind, fields)
         if kind == "session":
             self._observed_s = {}
         elif kind == "inference":
@@ -246,8 +267,11 @@ class _Rollout:
         notes: _Notes,
         film: Callable[[np.ndarray], None] | None,
         beat: Callable[[], None],
+        history: History | None = None,
     ) -> None:
         self._world, self._policy, self._notes, self._film, self._beat = world, policy, notes, film, beat
+        # What the policy sees of the past: the world is looked at in every step, those that execute a chunk included.
+        self._history, self._seen = history, -1
         self.steps = 0
         self._row: np.ndarray | None = None
         self._report: Report | None = None
@@ -269,7 +293,17 @@ class _Rollout:
 
     def observe(self, now_s: float) -> Snapshot:
         self._beat()
-        return Snapshot(replace(self._world.observe(), timestamp_s=now_s), self._world.pose())
+        if self._history is None:
+            observation = self._world.observe()
+        else:
+            self._look(self._history)
+            observation = self._history.observe()
+        return Snapshot(replace(observation, timestamp_s=now_s), self._world.pose())
+
+    def _look(self, history: History) -> None:
+        if self._seen != self.steps:
+            history.push(self._world.observe())
+            self._seen = self.steps
 
     def command(self, row: np.ndarray) -> None:
         self._row = row
@@ -291,6 +325,13 @@ class _Rollout:
             if self._film is not None:
                 self._film(self._world.picture())
             raise _RolloutOver
+        if self._history is not None:
+            self._look(self._history)
+
+
+def _history_of(info: RobotInfo) -> History | None:
+    """Of a policy that sees the past; begun anew in each rollout."""
+    return None if info.history is None and info.state_length is None else History.of(info)
 
 
 def _settings(execution: Execution, trial: Trial, info: RobotInfo) -> Settings:

@@ -176,7 +176,8 @@ def _delays(found: Sequence[Condition]) -> str:
     head.append(f"against {found[0].label}, trial by trial")
     note = (
         "The world moves on while the policy thinks. sync: the robot waits for the next chunk. naive: it goes on with "
-        "the last one, then changes over. async: as naive, but each chunk is made to go on from what is done meanwhile."
+        "the last one, then changes over. async: as naive, but each chunk is made to go on from what is done "
+        "meanwhile; guided: the same for a policy that was trained without, by the flow's gradient."
     )
     return (
         f'<section><h2>Under inference delay</h2><p class="note">{note}</p><div class="pair">{"".join(drawn)}</div>'

@@ -22,8 +22,8 @@ from xr0_engine.types import ActionChunk, Observation, RobotInfo
 if TYPE_CHECKING:
     from xr0_engine.engine import Engine
 
-Ask = Callable[[Observation, "np.ndarray | None", int], ActionChunk]
-"""The engine in the parent's process: (observation, prefix, seed) -> chunk. Raises Refused or PolicyFailed."""
+Ask = Callable[..., ActionChunk]
+"""The engine in the parent's process, as GuidedActor.infer. Raises Refused or PolicyFailed."""
 Begin = Callable[[World], Actor]
 """The policy at the beginning of a rollout."""
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from xr0_engine.evaluation.results import Results
 
 Item = TypeVar("Item")
-MODES: tuple[Mode, ...] = ("sync", "naive", "async")
+MODES: tuple[Mode, ...] = ("sync", "naive", "async", "guided")
 NOT_REACHED = "goal not reached"
 """The cause of a failure without an error."""
 LONGEST_CAUSE = 160

@@ -205,7 +205,7 @@ class _Crew:
             with suppress(OSError):
                 connection.send(reply)
 
-        self._desk.ask(Call(asked.observation, asked.prefix, asked.seed, answer))
+        self._desk.ask(Call(asked.observation, asked.prefix, asked.seed, answer, asked.guide))
 
     def _ended(self, episode: Episode) -> None:
         episode = replace(episode, repeats=self._repeats.get(episode.key, 0))

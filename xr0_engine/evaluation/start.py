@@ -117,6 +117,8 @@ def evaluate(benchmark: Benchmark, who: Who, which: Which, how: How, out: Path, 
 
     Raises ValueError for what does not fit, naming the option; RuntimeError for what is missing here; as runner.run.
     """
+    if "guided" in which.modes and (who.expert or who.openpi is not None):
+        raise ValueError("--mode guided: expected a CHECKPOINT or --server: a script or openpi's server takes no guide")
     benchmark = chosen(benchmark, which.suites, how.execute)
     tasks = chosen_tasks(benchmark, which.suites, which.tasks)
     check_trials(benchmark, which.trials)

@@ -21,7 +21,7 @@ from xr0_engine.evaluation.episode import PICTURE_EVERY, Execution, Interrupted,
 from xr0_engine.evaluation.film import Film
 from xr0_engine.evaluation.policies import Begin, Source
 from xr0_engine.serve.protocol import PolicyFailed, Refused
-from xr0_engine.types import ActionChunk, Observation
+from xr0_engine.types import ActionChunk, Guide, Observation
 
 BEAT_S = 1.0
 
@@ -46,6 +46,7 @@ class Asked:
     observation: Observation
     prefix: np.ndarray | None
     seed: int
+    guide: Guide | None = None
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def work(connection: Connection, job: Job, log: Path) -> None:
     """The process's main function. log: what simulators print goes there."""
     # Ctrl-C is the parent's, which ends its processes.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     _redirect(log)
     with Simulation(connection, job) as simulation:
         while (trial := connection.recv()) is not None:
@@ -169,8 +170,10 @@ class Simulation:
             self._heard = now
             self._connection.send(Beat())
 
-    def _ask(self, observation: Observation, prefix: np.ndarray | None, seed: int) -> ActionChunk:
-        self._connection.send(Asked(observation, prefix, seed))
+    def _ask(
+        self, observation: Observation, prefix: np.ndarray | None, seed: int, guide: Guide | None = None
+    ) -> ActionChunk:
+        self._connection.send(Asked(observation, prefix, seed, guide))
         reply = self._connection.recv()
         if isinstance(reply, Refused | PolicyFailed):
             raise reply
@@ -192,7 +195,7 @@ class _Acting:
         return act(self.world, self.begin, self.trial, job.execution, job.source.robot_type, film, self.beat)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """A parent that was killed leaves nobody to work for."""
     parent = parent_process()
     if parent is not None:

@@ -12,6 +12,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from xr0_engine.checkpoint import EXAMPLE_TASKS, write_weights
-from xr0_engine.config import HEAD_SIZES, VARIANT, ModelConfig, read_hf_config
-from xr0_engine.exchange.importing import EMBEDDINGS, MODES, read_settings, refuse_occupied
+from xr0_engine.config import HEAD_SIZES, ModelConfig, read_hf_config
+from xr0_engine.exchange.importing import EMBEDDINGS, read_settings, refuse_occupied
+from xr0_engine.exchange.modes import MODES
+from xr0_engine.family import VARIANT
 from xr0_engine.files import PROCESSOR_FILE, read_json
 from xr0_engine.model.weights import (
     TIED_LM_HEAD,
@@ -99,7 +102,7 @@ def to_released_pt(checkpoint: str | Path, out: Path) -> list[str]:
     folder = resolve_checkpoint(checkpoint)
     config = ModelConfig.load(folder)
     _refuse_variant(config)
-    trained, usual = config.head, MODES["post-training"]
+    trained, usual = config.head, MODES[config.family]["post-training"]
     if trained.local_window is not None and trained.position_offset != usual.position_offset:
         raise CheckpointError(
             f"{folder} has position_offset {trained.position_offset}; the post-training code always adds "
@@ -161,8 +164,11 @@ def _read_like(like: Path, config: ModelConfig) -> dict[str, Any]:
         )
     ours, differing = config.to_hf(), []
     for part in ("text", "vision", "tokens"):
-        if getattr(config, part) != getattr(theirs, part):
-            differing.append(f"{part} {getattr(theirs, part)}, not {getattr(config, part)}")
+        one, other = getattr(config, part), getattr(theirs, part)
+        if part == "tokens" and None in (one.video, other.video):
+            one, other = (replace(tokens, video=None) for tokens in (one, other))
+        if one != other:
+            differing.append(f"{part} {other}, not {one}")
     for key, value in {**ours["dit_config"], **{key: ours[key] for key in HEAD_SIZES}}.items():
         other = {**released["dit_config"], **released}.get(key)
         # Chunks are as long as the statistics; the released code uses this key nowhere else.
@@ -198,7 +204,9 @@ def _preprocessor(folder: Path, like: Path, config: ModelConfig) -> dict[str, An
 def _action_config(folder: Path, config: ModelConfig) -> dict[str, Any]:
     """Statistics by which the released processor decodes and masks exactly as the engine does."""
     action_config = {}
-    for name, statistics in load_statistics(folder, config.head.action_dim, config.std_epsilon).items():
+    for name, statistics in load_statistics(
+        folder, config.head.action_dim, config.std_epsilon, config.double_statistics
+    ).items():
         mean = statistics.denormalize(np.zeros_like(statistics.mean))
         active = statistics.action_mask > 0
         # A column that is not used must have no std there.

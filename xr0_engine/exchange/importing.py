@@ -1,14 +1,13 @@
 """A released training run, or a file of its weights -> a checkpoint folder that the engine loads.
 
-Such a file holds tensors alone. Sizes that tensors do not tell, the tokenizer and the image settings come from a
-checkpoint of the same model; mask mode, statistics and robot type from the run's own configuration, or they are asked
-for (spec sections 2.4, 3.3 and 4.1).
+Such a file holds tensors alone. They tell the family and the sizes of the action head; other sizes, the tokenizer and
+the image settings come from a checkpoint of the same model, or from the VLM that it was made of; mask mode, statistics
+and robot type from the run's own configuration, or they are asked for (spec sections 2.4, 3.3 and 4.1).
 """
 
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -20,12 +19,15 @@ from torch import Tensor
 
 from xr0_engine.checkpoint import write_weights
 from xr0_engine.config import TRAINED_PREFIX, ModelConfig
+from xr0_engine.exchange.foundation import base_config, other_sizes, weights_family
+from xr0_engine.exchange.modes import MODES, Mode, described
 from xr0_engine.exchange.pickled import Weights, read_weights
-from xr0_engine.exchange.recipe import Recipe, find_recipe, read_action_config
+from xr0_engine.exchange.recipe import QUANTILES, Recipe, find_recipe, read_action_config
+from xr0_engine.family import FAMILIES
 from xr0_engine.files import find_settings
+from xr0_engine.model.choice import choice_shapes
 from xr0_engine.model.weights import TIED_LM_HEAD, StoredTensor, check_tensors, checkpoint_shapes, resolve_checkpoint
-from xr0_engine.robot.layouts import BIMANUAL
-from xr0_engine.robot.limits import load_limits
+from xr0_engine.robot.limits import ImageLimits, load_limits
 from xr0_engine.robot.normalize import STATISTICS_FILE, load_statistics
 from xr0_engine.types import CheckpointError
 from xr0_engine.whole import whole_folder
@@ -37,21 +39,8 @@ IMPORT_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
-class Mode:
-    """What code the weights were made to run in: mask, offset, decoding and task text (spec sections 2.4, 3.3, 4.1)."""
-
-    local_window: int | None
-    position_offset: int
-    std_epsilon: float
-    normalize_instruction: bool
-
-
-MODES = {"post-training": Mode(4, 10, 1e-6, False), "benchmark": Mode(None, 0, 0.0, True)}
-
-
-@dataclass(frozen=True)
 class ImportOptions:
-    """step: of a run's steps. mode: a key of MODES; None: post-training for a run, refused for anything else.
+    """step: of a run's steps. mode: a key of the family's MODES; None: post-training for a run, else refused.
 
     local_window, position_offset, max_prefix: instead of the mode's and the run's. statistics: a file of them; None:
     the run's own. robot_type: the name for statistics without one, or the one that is wanted. dtype: of IMPORT_DTYPES.
@@ -70,8 +59,8 @@ class ImportOptions:
 def import_released(source: Path, out: Path, like: str | Path, options: ImportOptions | None = None) -> list[str]:
     """Write a folder that the engine loads; it appears whole or not at all. Returns what was taken from where.
 
-    source: as in pickled.read_weights. like: folder or hub id of a checkpoint of the same model. Raises CheckpointError
-    or ValueError that names file, field and remedy, and OSError.
+    source: as in pickled.read_weights. like: folder or hub id of a checkpoint of the same model, or of its VLM alone.
+    Raises CheckpointError or ValueError that names file, field and remedy, and OSError.
     """
     options = options or ImportOptions()
     if options.dtype not in IMPORT_DTYPES:
@@ -79,15 +68,15 @@ def import_released(source: Path, out: Path, like: str | Path, options: ImportOp
     refuse_occupied(out)
     weights = read_weights(source, options.step)
     recipe = find_recipe(weights.files[0]) if weights.is_run else None
-    mode = _mode(weights, recipe, options)
+    family = weights_family(weights)
+    mode = _mode(weights, family, recipe, options)
     folder = resolve_checkpoint(like)
-    base = ModelConfig.load(folder)
-    config = _configured(base, weights, mode, recipe, options)
-    shapes = checkpoint_shapes(config)
-    _check(weights, shapes, folder)
-    action_config, told_by = _action_config(weights, recipe, options)
+    base = base_config(folder, weights)
+    config = _configured(base, mode, recipe, options)
+    shapes = _check(weights, config, folder)
+    action_config, told_by = _action_config(weights, mode, recipe, options)
     settings = read_settings(folder)
-    limits = load_limits(folder, config.vision)
+    limits = mode.limits or load_limits(folder, config.vision)
     preprocessor = {**settings, **limits.to_hf(), "action_config": action_config}
     dtype = IMPORT_DTYPES[options.dtype]
     num_bytes = sum(torch.Size(shape).numel() for shape in shapes.values()) * dtype.itemsize
@@ -97,10 +86,8 @@ def import_released(source: Path, out: Path, like: str | Path, options: ImportOp
         _check_statistics(target, config, told_by)
         copy_tokenizer(folder, target)
         write_weights(target, shapes, dtype, lambda names: _converted(names, weights, dtype))
-    told = [*_told(weights, config, options), f"statistics: {', '.join(action_config)}, from {told_by}"]
-    sizes = _head_sizes(weights.tensors)
-    other = {size: value for size, value in sizes.items() if getattr(base.head, size) != value}
-    return told + ([f"action head: {other} by its tensors; {folder} has another"] if other else [])
+    told = [*_told(weights, config, mode, limits, options), f"statistics: {', '.join(action_config)}, from {told_by}"]
+    return told + list(other_sizes(folder, config))
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -127,36 +114,34 @@ def copy_tokenizer(folder: Path, target: Path) -> None:
             shutil.copy(file, target / file.name)
 
 
-def _mode(weights: Weights, recipe: Recipe | None, options: ImportOptions) -> Mode:
+def _mode(weights: Weights, family: str, recipe: Recipe | None, options: ImportOptions) -> Mode:
+    modes = MODES[family]
     name = options.mode or ("post-training" if weights.is_run else None)
     if name is None:
+        choices = " or ".join(f"--mode {key} ({described(mode)})" for key, mode in modes.items())
         raise ValueError(
             f"mode: {weights.files[0]} is no state of a training run, so nothing says how its weights are to be run: "
-            "--mode post-training (window 4, offset 10: trained by the released post-training code) or "
-            "--mode benchmark (full causal mask: converted from a released checkpoint)"
+            f"{choices}. The first is that of {FAMILIES[family].title}'s post-training code, the other that of the "
+            "released benchmark checkpoints"
         )
-    if name not in MODES:
-        raise ValueError(f"mode: expected {' or '.join(MODES)}, got {name!r}")
-    mode = MODES[name]
-    trained = recipe.model.get("local_window") if recipe and name == "post-training" else None
+    if name not in modes:
+        raise ValueError(f"mode: expected {' or '.join(modes)}, got {name!r}")
+    mode = modes[name]
+    trained = recipe.model.get("local_window") if recipe and mode.local_window is not None else None
     if isinstance(trained, int):
         mode = replace(mode, local_window=trained)
     given = {key: getattr(options, key) for key in ("local_window", "position_offset")}
     return replace(mode, **{key: value for key, value in given.items() if value is not None})
 
 
-def _configured(
-    config: ModelConfig, weights: Weights, mode: Mode, recipe: Recipe | None, options: ImportOptions
-) -> ModelConfig:
-    """The checkpoint's configuration with the sizes that the tensors tell, and the mode."""
+def _configured(config: ModelConfig, mode: Mode, recipe: Recipe | None, options: ImportOptions) -> ModelConfig:
+    """The checkpoint's configuration in the mode."""
     max_prefix = options.max_prefix
     if max_prefix is None and mode.local_window is not None:
         is_async = bool(recipe and recipe.model.get("async_train") is True)
         max_prefix = TRAINED_PREFIX if is_async else 0
-    sizes: dict[str, Any] = dict(_head_sizes(weights.tensors))
     head = replace(
         config.head,
-        **sizes,
         local_window=mode.local_window,
         position_offset=mode.position_offset,
         max_prefix=config.head.max_prefix if max_prefix is None else max_prefix,
@@ -164,35 +149,26 @@ def _configured(
     return replace(config, head=head, std_epsilon=mode.std_epsilon, normalize_instruction=mode.normalize_instruction)
 
 
-def _head_sizes(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """Sizes of the action head that its tensors tell; those of tensors that are missing are left out."""
-    columns = {
-        "hidden_size": "sink.weight",
-        "state_dim": "state_projector.layers.0.weight",
-        "action_dim": "action_projector.layers.0.weight",
-        "head_dim": "dit.layers.0.attn.q_norm.weight",
-    }
-    sizes = {size: tensors[name].shape[-1] for size, name in columns.items() if name in tensors and tensors[name].ndim}
-    layers = {int(match[1]) for name in tensors if (match := re.match(r"dit\.layers\.(\d+)\.", name))}
-    return sizes | ({"num_layers": max(layers) + 1} if layers else {})
-
-
-def _check(weights: Weights, shapes: Mapping[str, tuple[int, ...]], like: Path) -> None:
-    file = weights.files[0]
+def _check(weights: Weights, config: ModelConfig, like: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of what is written: all that the model has, and what only training has where it is there."""
+    file, shapes, optional = weights.files[0], checkpoint_shapes(config), choice_shapes(config)
     if not shapes.keys() & weights.tensors.keys():
         names = ", ".join(list(weights.tensors)[:3])
         raise CheckpointError(f"{file} holds another model: {names}, ... instead of {', '.join(list(shapes)[:3])}, ...")
     places = {name: StoredTensor(file, name, tuple(it.shape), it.dtype) for name, it in weights.tensors.items()}
     try:
-        check_tensors(places, shapes)
+        check_tensors(places, shapes, optional)
     except CheckpointError as error:
         raise CheckpointError(f"{file}, by the config.json of {like}: {error}") from None
     head = weights.tensors.get(TIED_LM_HEAD)
     if head is not None and not torch.equal(head, weights.tensors[EMBEDDINGS]):
-        raise CheckpointError(f"{file}: {TIED_LM_HEAD} differs from the text embeddings; XR-0 ties them")
+        raise CheckpointError(f"{file}: {TIED_LM_HEAD} differs from the text embeddings; the model ties them")
+    return {**shapes, **{name: shape for name, shape in optional.items() if name in places}}
 
 
-def _action_config(weights: Weights, recipe: Recipe | None, options: ImportOptions) -> tuple[dict[str, Any], Path]:
+def _action_config(
+    weights: Weights, mode: Mode, recipe: Recipe | None, options: ImportOptions
+) -> tuple[dict[str, Any], Path]:
     """Robot type -> statistics, and the file that they are from."""
     file = options.statistics
     if file is not None:
@@ -205,24 +181,44 @@ def _action_config(weights: Weights, recipe: Recipe | None, options: ImportOptio
             f"statistics: {weights.files[0]} comes without mean and std of actions, as a run's config.py would give "
             "them: --statistics FILE, as `xr0 data stats` writes it, or a checkpoint's preprocessor_config.json"
         )
-    if (options.mode or "post-training") == "post-training":
+    if mode.columns:
         if len(action_config) > 1:
             raise ValueError(
                 f"robot_type: a released run trains one robot, {file} holds {', '.join(action_config)}: "
                 "choose by --robot-type"
             )
         # The post-training code always uses these, whatever the statistics (spec section 3.3).
-        columns = sorted(column.index for column in BIMANUAL.columns)
         action_config = {
-            name: {"active_columns": columns, **entry} if isinstance(entry, dict) else entry
+            name: {"active_columns": list(mode.columns), **entry} if isinstance(entry, dict) else entry
             for name, entry in action_config.items()
         }
+    if mode.has_quantiles:
+        action_config = {name: _with_quantiles(file, name, entry) for name, entry in action_config.items()}
     return action_config, file
+
+
+def _with_quantiles(file: Path, name: str, entry: Any) -> Any:
+    """An entry that says how states are normalised: as it stands, or by the q01 and q99 of released statistics."""
+    if not isinstance(entry, Mapping) or entry.get("state") is not None:
+        return entry
+    missing = [key for key in QUANTILES if entry.get(key) is None]
+    if missing:
+        raise CheckpointError(
+            f"{file}: robot type {name!r} lacks {' and '.join(missing)} of its states, by which this code normalises "
+            "them: give --statistics FILE with `state`, or with `q01` and `q99` as released data configurations have"
+        )
+    others = {key: value for key, value in entry.items() if key not in QUANTILES}
+    return {**others, "state": {"rule": "post_training", **{key: _row(entry[key]) for key in QUANTILES}}}
+
+
+def _row(table: Any) -> Any:
+    """Released statistics have a row in a list."""
+    return table[0] if isinstance(table, list) and len(table) == 1 and isinstance(table[0], list) else table
 
 
 def _check_statistics(target: Path, config: ModelConfig, told_by: Path) -> None:
     try:
-        load_statistics(target, config.head.action_dim, config.std_epsilon)
+        load_statistics(target, config.head.action_dim, config.std_epsilon, config.double_statistics)
     except CheckpointError as error:
         raise CheckpointError(str(error).replace(str(target / STATISTICS_FILE), str(told_by))) from None
 
@@ -238,10 +234,13 @@ def _converted(names: list[str], weights: Weights, dtype: torch.dtype) -> dict[s
     return values
 
 
-def _told(weights: Weights, config: ModelConfig, options: ImportOptions) -> Iterator[str]:
+def _told(
+    weights: Weights, config: ModelConfig, mode: Mode, limits: ImageLimits, options: ImportOptions
+) -> Iterator[str]:
     head = config.head
     stored = sorted({str(it.dtype).removeprefix("torch.") for it in weights.tensors.values()})
     yield f"weights: {', '.join(str(file) for file in weights.files)}, {' and '.join(stored)} -> {options.dtype}"
+    yield f"family: {FAMILIES[config.family].title}, by the names of its tensors"
     if weights.is_run and stored == ["bfloat16"]:
         yield (
             "these are the bfloat16 weights that the released server loads; a run's float32 masters are not read "
@@ -251,5 +250,7 @@ def _told(weights: Weights, config: ModelConfig, options: ImportOptions) -> Iter
     yield f"mask: {mask}; position offset {head.position_offset}; std_epsilon {config.std_epsilon:g}"
     text = "with a capital and a full stop" if config.normalize_instruction else "as it is given"
     yield f"task text: {text}; prefixes of up to {head.max_prefix} actions"
+    if mode.limits is not None:
+        yield f"images: {limits.min_pixels:,} to {limits.max_pixels:,} pixels, as that code has them"
     if head.max_prefix == 0 and options.max_prefix is None:
         yield "no prefixes: nothing says that the run trained with them (async_train: true); --max-prefix 6 if it did"

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from xr0_engine.files import read_json, refuse_pointer
+from xr0_engine.files import FAULTS, one_line, read_json, refuse_pointer
 from xr0_engine.model.weights import DTYPES, INDEX_FILE, MAX_NAMED
 from xr0_engine.types import CheckpointError
 
@@ -40,6 +40,8 @@ MERGED = ("pytorch_model.bin", "model.safetensors")
 MERGED_INDEX = ("pytorch_model.bin.index.json", INDEX_FILE)
 HOLDERS = ("module", "state_dict", "model")
 """Keys under which a file may keep its weights."""
+MOST_HOLDERS = 8
+"""In each other."""
 PREFIXES = ("_forward_module.", "_orig_mod.", "module.", "model.")
 """What wrappers of a model put before every name."""
 RUN_KEYS = ("ds_version", "ds_config", "param_shapes", "global_steps")
@@ -179,7 +181,7 @@ def _load(file: Path) -> Any:
             return load_file(file)
         except SafetensorError as error:
             raise CheckpointError(f"{file} is truncated or corrupt ({error})") from None
-    if not zipfile.is_zipfile(file):
+    if not _is_zip(file):
         raise CheckpointError(
             f"{file} ({file.stat().st_size} bytes) is truncated, or no file of torch.save: compare its size with the "
             "original's and copy it again; a file of torch before 1.6 must be saved again by a newer one"
@@ -191,15 +193,23 @@ def _load(file: Path) -> Any:
             return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(_foreign(file, error)) from None
-    except (RuntimeError, ValueError, KeyError, EOFError, AttributeError, TypeError) as error:
+    except (*FAULTS, RuntimeError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"{file} cannot be read: {_first_line(error)}") from None
+
+
+def _is_zip(file: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(file)
+    except zipfile.BadZipFile:
+        # What some versions of Python say of one whose end is damaged.
+        return False
 
 
 def _foreign(file: Path, error: Exception) -> str:
     """What to tell of a file that asks for code to be run."""
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-    except (RuntimeError, ValueError, pickle.UnpicklingError):
+    except (*FAULTS, RuntimeError, KeyError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError):
         names = []
     told = re.search(r"WeightsUnpickler error: ([^\n]+)", str(error))
     what = ", ".join(sorted(names)[:MAX_NAMED]) or (told[1] if told else "an instruction that weights have no need of")
@@ -212,11 +222,14 @@ def _foreign(file: Path, error: Exception) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return one_line(Exception((str(error).splitlines() or [type(error).__name__])[0]))
 
 
 def _state_dict(content: Any, file: Path) -> dict[str, Tensor]:
-    while isinstance(content, Mapping):
+    # It may hold itself.
+    for _ in range(MOST_HOLDERS):
+        if not isinstance(content, Mapping):
+            break
         inner = next((content[key] for key in HOLDERS if isinstance(content.get(key), Mapping)), None)
         if inner is None:
             break

@@ -19,6 +19,8 @@ from xr0_engine.types import CheckpointError
 RECIPE_FILES = ("config.py", "config.yaml")
 """The first is what the released server reads."""
 STATISTICS_PLACE = ("data", "params", "train_datasets")
+QUANTILES = ("q01", "q99")
+"""Of states, beside mean and std of actions: XR-1's data configurations have them."""
 MODEL_PLACE = ("model", "params", "model")
 
 
@@ -68,7 +70,10 @@ def read_action_config(file: Path, robot_type: str | None) -> dict[str, Any]:
 
 
 def statistics_of(file: Path, values: Any) -> dict[str, Any]:
-    """{mean, std} of a released configuration, or of a file that holds nothing else. Raises CheckpointError."""
+    """{mean, std}, and QUANTILES if they are there, of a released configuration, or of a file that holds nothing else.
+
+    Raises CheckpointError.
+    """
     place = _at(values, STATISTICS_PLACE)
     if not place:
         place = values if isinstance(values, Mapping) else {}
@@ -83,7 +88,8 @@ def statistics_of(file: Path, values: Any) -> dict[str, Any]:
             f"{file}: {'.'.join(STATISTICS_PLACE)}.active_parts is unknown to the released training, which always uses "
             "26 columns: give --statistics FILE with `active_columns`, a list of column numbers, beside mean and std"
         )
-    return {name: _numbers(place[name]) for name in ("mean", "std")}
+    told = [name for name in QUANTILES if place.get(name) is not None]
+    return {name: _numbers(place[name]) for name in ("mean", "std", *told)}
 
 
 def _named(file: Path, robot_type: str | None) -> str:

@@ -21,7 +21,7 @@ from xr0_engine.executor.settings import Settings
 from xr0_engine.executor.timeline import Timeline, coast
 from xr0_engine.executor.worker import DelayedWorker, Outcome, Request, ThreadWorker, Worker
 from xr0_engine.robot.layouts import Frame
-from xr0_engine.types import ActionChunk
+from xr0_engine.types import ActionChunk, Guide
 
 # A tick that is due in 1e-6 periods is due: times are rounded.
 ROUNDING_TICKS = 1e-6
@@ -188,7 +188,7 @@ class Executor:
             self._row = None
             return
         self._row = coast(self._frame, *self._told, self._settings.motion_kept)
-        motion = np.where(self._frame.delta, self._row, self._frame.difference(self._row, self._told[0]))
+        motion = np.where(self._frame.zero_at_rest, self._row, self._frame.difference(self._row, self._told[0]))
         if np.abs(motion).max() > STILL:
             self._still_since = None
         elif self._still_since is None:
@@ -221,10 +221,10 @@ class Executor:
         settings, counts = self._settings, self.report.counts
         if self._pending is not None or now < self._retry_s:
             return
-        prefix_length = self._prefix_length()
+        committed = self._commits()
         if settings.mode != "sync":
             remaining = 0 if self._timeline.end is None else self._timeline.end - (step + 1)
-            trigger = prefix_length if settings.trigger == "deadline" else max(settings.trigger, prefix_length)
+            trigger = committed if settings.trigger == "deadline" else max(settings.trigger, committed)
             if remaining >= max(trigger, 1):
                 return
         seen = self._observer.observe(now)
@@ -235,9 +235,13 @@ class Executor:
         began = self._timeline.began
         # The robot stood still until its first command: an older observation shows it as it was then.
         first = first if began is None else max(first, began)
-        prefix = None if began is None else self._prefix(first, step, prefix_length, snapshot)
+        committed = 0 if began is None else committed
+        prefix = self._path(first, step, committed, snapshot) if settings.mode == "async" and committed else None
+        guide = self._guide(first, step, committed, snapshot) if settings.mode == "guided" else None
+        if committed and (self._delay.steps(settings.rate_hz) or 0) > committed:
+            counts["prefix_short"] += 1
         counts["inferences"] += 1
-        self._pending = Request(counts["inferences"], snapshot, prefix, first, now, at_rest=began is None)
+        self._pending = Request(counts["inferences"], snapshot, prefix, first, now, began is None, guide)
         self._pending_is_void = self._pending_is_reported = False
         self._record(
             "inference",
@@ -245,23 +249,31 @@ class Executor:
             time_s=now,
             observed_s=seen_s,
             first_step=first,
-            prefix_length=self._pending.prefix_length,
+            prefix_length=self._pending.committed,
         )
         self._worker.submit(self._pending)
 
-    def _prefix_length(self) -> int:
-        """Enough for the delay, as far as the policy was trained for it; 0 in the modes without."""
-        settings = self._settings
-        if settings.mode != "async" or self._chunk_length is None:
+    def _commits(self) -> int:
+        """How many of the next chunk's first actions are the last one's: enough for the delay, as far as the policy was
+        trained for it; 0 in the modes without."""
+        settings, length = self._settings, self._chunk_length
+        if settings.mode not in ("async", "guided") or length is None:
             return 0
+        most = settings.max_prefix if settings.mode == "async" else length - 1
         steps = self._delay.steps(settings.rate_hz)
-        needed = settings.max_prefix if steps is None else steps + settings.margin
-        return min(needed, settings.max_prefix, self._chunk_length - 1)
+        # Of a guided chunk at most half is expected to pass: with more, the next could never be there in time.
+        unknown = most if settings.mode == "async" else length // 2
+        return min(unknown if steps is None else steps + settings.margin, most, length - 1)
 
-    def _prefix(self, first: int, step: int, length: int, snapshot: Snapshot) -> np.ndarray | None:
+    def _guide(self, first: int, step: int, frozen: int, snapshot: Snapshot) -> Guide:
+        """All that is planned, what is executed meanwhile at least; nothing for a robot at rest."""
+        length = min(max((self._timeline.end or first) - first, frozen), self._chunk_length or 0)
+        if self._timeline.began is None or not length:
+            return Guide(np.zeros((0, self._frame.width), np.float32), 0)
+        return Guide(self._path(first, step, length, snapshot), frozen)
+
+    def _path(self, first: int, step: int, length: int, snapshot: Snapshot) -> np.ndarray:
         """The actions of the steps from `first` on, executed, planned or held, in the new observation's frame."""
-        if not length:
-            return None
         step_limits = 1 / self._settings.rate_hz, self._settings.commands_per_action
         path = [self._timeline.in_force(first - 1)]
         for prefix_step in range(first, first + length):
@@ -272,9 +284,6 @@ class Executor:
                 row = coast(self._frame, path[-1], path[-2], self._settings.motion_kept)
                 # What the robot will be told, not what is planned: a plan beyond the limits goes on from within.
                 path.append(self._limiter.allowed(row if planned is None else planned.row, path[-1], *step_limits)[0])
-        steps = self._delay.steps(self._settings.rate_hz)
-        if steps is not None and steps > length:
-            self.report.counts["prefix_short"] += 1
         return self._frame.anchored(np.stack(path[1:]), snapshot.origin)
 
     def _collect(self, step: int, now: float) -> None:
@@ -288,7 +297,7 @@ class Executor:
             return
         self._pending = None
         if self._pending_is_void:
-            self._lose(outcome.request, "outdated", "the clock went backwards meanwhile", now)
+            self._lose(outcome.request, "void", "the clock went backwards meanwhile", now)
         elif isinstance(outcome.result, Exception):
             self._retry_s = now + self._settings.retry_s
             self._lose(outcome.request, "failed", f"{type(outcome.result).__name__}: {outcome.result}", now)
@@ -324,13 +333,13 @@ class Executor:
         if settings.mode == "sync" or request.at_rest:
             first = step
         elif self._still_since is not None and first >= self._still_since:
-            first = max(first, step - request.prefix_length)
+            first = max(first, step - request.committed)
         if self._told is None:
             start = self._frame.start(request.snapshot.origin)
             if start is not None:
                 self._limiter.start(start, (step - 1) / settings.rate_hz)
         used = rows[: settings.execute] if settings.mode == "sync" else rows
-        placement = self._timeline.place(used, first, request.prefix_length, step, request.number)
+        placement = self._timeline.place(used, first, request.committed, step, request.number)
         counts["unused"] += len(rows) - len(used)
         counts["late"] += placement.late
         counts["committed"] += placement.committed
@@ -349,7 +358,7 @@ class Executor:
             time_s=now,
             first_step=first,
             takeover=placement.takeover,
-            prefix_length=request.prefix_length,
+            prefix_length=request.committed,
             late=placement.late,
             rows=used.tolist(),
         )
@@ -374,6 +383,11 @@ class Executor:
         self._worker.close(self._settings.hang_s)
         report = self.report
         report.ended = report.ended or "time"
+        if self._pending is not None:
+            # What it gave while the policy was waited for, if anything, nobody has looked at.
+            report.counts["open"] += 1
+            number, detail = self._pending.number, "the run ended before its outcome"
+            self._record("lost", number=number, time_s=self._clock.now(), reason="open", detail=detail)
         report.counts["left"] += len(self._timeline)
         report.counts.update({f"clipped {kind}": count for kind, count in self._limiter.clipped.items()})
         self._record("report", **report.to_json())

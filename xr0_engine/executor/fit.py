@@ -46,7 +46,7 @@ def _chunk_problems(info: RobotInfo, settings: Settings) -> list[str]:
     elif settings.mode == "async":
         longest = info.chunk_length - 1 if info.max_prefix is None else min(info.max_prefix, info.chunk_length - 1)
         if settings.max_prefix > longest:
-            remedy = f"Settings(max_prefix={longest})" if longest else "mode sync or naive_async"
+            remedy = f"Settings(max_prefix={longest})" if longest else "mode sync, guided or naive_async"
             found.append(
                 f"max_prefix: the policy takes prefixes of up to {longest} actions, of chunks of {info.chunk_length}, "
                 f"Settings have {settings.max_prefix}: {remedy}"

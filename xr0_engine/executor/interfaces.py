@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from xr0_engine.robot.layouts import Pose
-from xr0_engine.types import ActionChunk, Observation, RobotInfo
+from xr0_engine.types import ActionChunk, Guide, Observation, RobotInfo
 
 
 class Policy(Protocol):
@@ -17,6 +17,14 @@ class Policy(Protocol):
     def infer(self, observation: Observation, prefix: np.ndarray | None = None) -> ActionChunk:
         """The next chunk. prefix: (P, A) float32, robot units, in the frame of this observation: the actions that are
         executed from the observation's time on while this call runs. They come back as the chunk's first P."""
+
+
+class GuidedPolicy(Protocol):
+    """A policy for mode guided. Engine is one, and so is the client of a server."""
+
+    def infer(self, observation: Observation, prefix: np.ndarray | None = None, *, guide: Guide) -> ActionChunk:
+        """The next chunk, drawn toward the guide, which is in the frame of this observation; no prefix then. Raises
+        whatever it likes if it takes no guides: the first call has one that is empty, before the robot moves."""
 
 
 @runtime_checkable

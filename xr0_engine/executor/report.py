@@ -30,7 +30,9 @@ COUNTS = {
     "failed": "inferences that raised an error",
     "rejected": "chunks refused: wrong shape, not finite, or without the prefix",
     "hung": "inferences that took longer than hang_s",
-    "outdated": "chunks that were no use: too late for any action, or from before the clock jumped",
+    "void": "inferences whose outcome was dropped: the clock jumped meanwhile",
+    "open": "inferences whose outcome had not come when the run ended",
+    "outdated": "chunks that were no use: too late for any action",
     "prefix_short": "inferences whose prefix could not cover the delay: it would exceed max_prefix",
     "sensors": "observations that could not be made: sensors missing or stale",
     "mistimed": "observations stamped by another clock: from the future, or impossibly old",
@@ -100,6 +102,7 @@ class Steps:
 
 class Report:
     """counts: see COUNTS, and `clipped position`, `clipped velocity`, `clipped jump` (commands that a limit changed).
+    Every inference ends in one of five: inferences = chunks + failed + rejected + void + open.
 
     jitter: how late each command was. delay: from observation to chunk, warm-up and outliers included.
     seams: steps of the actions from one chunk to the next; inner: those within chunks, to compare with.

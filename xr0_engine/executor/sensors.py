@@ -14,7 +14,7 @@ import numpy as np
 
 from xr0_engine.executor.interfaces import Mistimed, SensorsNotReady, Snapshot
 from xr0_engine.robot.layouts import Pose
-from xr0_engine.types import Observation
+from xr0_engine.types import Observation, RobotInfo
 
 # Half a second of a 60 Hz camera, or of a state at 60 Hz; older samples could only make stale observations.
 KEPT_FRAMES = 30
@@ -48,8 +48,10 @@ class Synchronizer:
     """Takes samples from any thread and in any order; gives the newest observation whose parts are close in time.
 
     views: keys of the cameras, all required. max_age_s: how old an observation may be. max_skew_s: how far apart in
-    time its parts may be. counts: samples that were `reordered` (came after a newer one), `duplicate` (same time stamp,
-    the first one stays) or from the `future` (refused).
+    time its parts may be. robot: as the policy tells it; where its views are videos, and its states several, an
+    observation holds those of the control steps before it, the oldest again where the episode is younger. counts:
+    samples that were `reordered` (came after a newer one), `duplicate` (same time stamp, the first one stays) or from
+    the `future` (refused).
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Synchronizer:
         robot_type: str | None,
         max_age_s: float = 0.15,
         max_skew_s: float = 0.05,
+        robot: RobotInfo | None = None,
     ) -> None:
         self.instruction = instruction
         self.counts: Counter[str] = Counter()
@@ -66,6 +69,9 @@ class Synchronizer:
         self._max_age_s, self._max_skew_s = max_age_s, max_skew_s
         self._frames: dict[str, list[_Sample]] = {view: [] for view in views}
         self._states: list[_Sample] = []
+        self._ages_s = {name: _ages_s(robot, name) for name in (*views, "state")}
+        # Sensors of which samples were dropped since the last reset: their oldest is not the episode's first.
+        self._dropped: set[str] = set()
         # Sensor -> the time of its last sample that was refused for being from the future.
         self._refused_s: dict[str, float] = {}
         self._lock = threading.Lock()
@@ -75,11 +81,20 @@ class Synchronizer:
         for another view."""
         if view not in self._frames:
             raise ValueError(f"view: expected one of {', '.join(self._frames)}, got {view!r}")
-        self._add(self._frames[view], _Sample(time_s, image), KEPT_FRAMES)
+        self._add(view, self._frames[view], _Sample(time_s, image), KEPT_FRAMES)
 
     def add_state(self, time_s: float, state: np.ndarray | Pose) -> None:
         """The proprio state (S,) as the model takes it, or the pose that chunks are anchored at, which gives it."""
-        self._add(self._states, _Sample(time_s, state), KEPT_STATES)
+        self._add("state", self._states, _Sample(time_s, state), KEPT_STATES)
+
+    def reset(self, instruction: str | None = None) -> None:
+        """Before the next episode: forget all samples, so that no video shows the one before. instruction: None keeps
+        it."""
+        with self._lock:
+            for kept in (*self._frames.values(), self._states):
+                kept.clear()
+            self._dropped.clear()
+            self.instruction = self.instruction if instruction is None else instruction
 
     def observe(self, now_s: float) -> Snapshot:
         """The observation at the newest time that every camera has reached; of each, the sample nearest to that time.
@@ -98,6 +113,7 @@ class Synchronizer:
             slowest = min(self._frames, key=lambda view: self._frames[view][-1].time_s)
             time_s = self._frames[slowest][-1].time_s
             nearest = {name: _nearest(kept, time_s) for name, kept in samples.items()}
+            past = {name: self._past(name, kept, nearest[name]) for name, kept in samples.items()}
         check_time(slowest, time_s, now_s, max(OLDEST_S, self._max_age_s))
         if now_s - time_s > self._max_age_s:
             raise SensorsNotReady(f"{slowest} is {now_s - time_s:.3f} s old, more than {self._max_age_s:g}")
@@ -107,16 +123,34 @@ class Synchronizer:
                 raise SensorsNotReady(f"{name} is {skew_s:.3f} s from the others, more than {self._max_skew_s:g}")
         state = nearest.pop("state").value
         origin = state if isinstance(state, Pose) else None
+        states = [each.state() if isinstance(each, Pose) else each for each in past.pop("state")]
         observation = Observation(
-            images={view: sample.value for view, sample in nearest.items()},
+            images={view: frames[0] if len(frames) == 1 else np.stack(frames) for view, frames in past.items()},
             instruction=self.instruction,
-            state=state if origin is None else origin.state(),
+            state=states[0] if len(states) == 1 else np.concatenate([np.atleast_2d(each) for each in states]),
             robot_type=self._robot_type,
             timestamp_s=time_s,
         )
         return Snapshot(observation, origin)
 
-    def _add(self, kept: list[_Sample], sample: _Sample, most: int) -> None:
+    def _past(self, name: str, kept: list[_Sample], newest: _Sample) -> list[Any]:
+        """What a sensor gave at the control steps that the policy sees, the oldest first. Raises SensorsNotReady."""
+        found = []
+        for age_s in self._ages_s[name][:-1]:
+            time_s = newest.time_s - age_s
+            sample = kept[0]
+            if time_s > sample.time_s or name in self._dropped:
+                sample = _nearest(kept, time_s)
+                gap_s = abs(sample.time_s - time_s)
+                if gap_s > self._max_skew_s:
+                    raise SensorsNotReady(
+                        f"{name} has nothing of {age_s:.3f} s before; the nearest is {gap_s:.3f} s from it, more than "
+                        f"{self._max_skew_s:g}"
+                    )
+            found.append(sample.value)
+        return [*found, newest.value]
+
+    def _add(self, name: str, kept: list[_Sample], sample: _Sample, most: int) -> None:
         with self._lock:
             if kept and sample.time_s < kept[-1].time_s:
                 self.counts["reordered"] += 1
@@ -125,7 +159,14 @@ class Synchronizer:
                 self.counts["duplicate"] += 1
                 return
             insort(kept, sample)
-            del kept[:-most]
+            drop = len(kept) - most
+            if (reach_s := self._ages_s[name][0]) > 0:
+                # What videos reach back to stays, whatever the sensor's rate.
+                begin_s = kept[-1].time_s - reach_s - self._max_age_s - 2 * self._max_skew_s
+                drop = min(drop, bisect_left(kept, _Sample(begin_s, None)))
+            if drop > 0:
+                del kept[:drop]
+                self._dropped.add(name)
 
     def _drop_future(self, now_s: float) -> None:
         # After a clock went backwards, samples from before would be the newest for ever.
@@ -133,6 +174,14 @@ class Synchronizer:
             while kept and kept[-1].time_s > now_s + FUTURE_TOLERANCE_S:
                 self._refused_s[name] = kept.pop().time_s
                 self.counts["future"] += 1
+
+
+def _ages_s(robot: RobotInfo | None, name: str) -> list[float]:
+    """How much older than an observation the samples are that a policy sees of a sensor; the last is 0."""
+    frames, stride = (robot and robot.history) or (1, 1)
+    count = frames if name != "state" else (robot and robot.state_length) or 1
+    step_s = stride / robot.control_rate_hz if robot else 0.0
+    return [step_s * before for before in reversed(range(count))]
 
 
 def _nearest(kept: list[_Sample], time_s: float) -> _Sample:

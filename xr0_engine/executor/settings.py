@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from xr0_engine.executor.delay import delay_steps
 
-Mode = Literal["sync", "async", "naive_async"]
+Mode = Literal["sync", "async", "naive_async", "guided"]
 Starvation = Literal["hold", "decelerate", "stop"]
 
 MAX_LOOP_HZ = 1000.0
@@ -21,12 +21,14 @@ class Settings:
     """rate_hz: actions per second, the policy's control rate.
 
     mode: `async`: the next chunk is inferred while the last one is executed, given the actions that are executed
-    meanwhile (its prefix); `naive_async`: the same without a prefix; `sync`: the robot holds still during inference.
+    meanwhile (its prefix); `guided`: the same for policies that were trained without prefixes, drawn toward what is
+    executed and planned; `naive_async`: without either; `sync`: the robot holds still during inference.
     commands_per_action: the loop's rate over rate_hz; the commands between two actions are interpolated.
     trigger: infer when fewer actions than this remain, or `deadline`: as late as the delay allows. async modes.
     execute: how many actions of a chunk are executed; None: all. sync.
-    margin: steps added to the delay for the prefix's length. max_prefix: the longest prefix that the policy was trained
-    with. expected_delay_s: from observation to chunk, until it is measured; None: as long as max_prefix covers.
+    margin: steps added to the delay, for the length of the prefix or of what is frozen in a guide. max_prefix: the
+    longest prefix that the policy was trained with; async. expected_delay_s: from observation to chunk, until it is
+    measured; None: as long as max_prefix covers, or half a guided chunk.
     starvation: when actions run out: `hold` the last target, `decelerate` to rest, or `stop` the robot and end.
     hang_s: an inference that takes longer is reported as hanging. retry_s: pause after a failed one.
     Raises ValueError that names the field; among others for async without prefixes, or if expected_delay_s takes a
@@ -69,8 +71,8 @@ class Settings:
             raise ValueError(f"commands_per_action: expected at most {MAX_LOOP_HZ:g} commands/s, got {self.loop_hz:g}")
         if self.mode == "async" and self.max_prefix == 0:
             raise ValueError(
-                "mode: async needs a policy trained with prefixes (max_prefix above 0), got max_prefix 0; sync and "
-                "naive_async do without"
+                "mode: async needs a policy trained with prefixes (max_prefix above 0), got max_prefix 0; sync, guided "
+                "and naive_async do without"
             )
         if self.mode == "async" and self.expected_delay_s is not None:
             needed = delay_steps(self.expected_delay_s, self.rate_hz) + self.margin

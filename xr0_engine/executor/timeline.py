@@ -114,6 +114,6 @@ def coast(frame: Frame, row: np.ndarray, before: np.ndarray, keep: float) -> np.
     keep: 0 stands still (hold), below 1 decelerates. No motion is known if row is before: then it stands still.
     """
     after = frame.moved(row, keep * frame.difference(row, before)) if keep else row.copy()
-    after[frame.delta] = keep * row[frame.delta]
+    after[frame.zero_at_rest] = keep * row[frame.zero_at_rest]
     after[frame.held] = row[frame.held]
     return after

@@ -6,20 +6,20 @@ import queue
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 
 from xr0_engine.executor.clock import Clock
-from xr0_engine.executor.interfaces import Policy, Snapshot
-from xr0_engine.types import ActionChunk
+from xr0_engine.executor.interfaces import GuidedPolicy, Policy, Snapshot
+from xr0_engine.types import ActionChunk, Guide
 
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """One inference. number: counts them. prefix: (P, A) float32, anchored at the snapshot, or None. first_step: the
-    step that the observation belongs to. submitted_s: on the executor's clock. at_rest: the robot has not been told
-    anything yet."""
+    """One inference. number: counts them. prefix: (P, A) float32, anchored at the snapshot, or None. guide: the same,
+    of mode guided. first_step: the step that the observation belongs to. submitted_s: on the executor's clock. at_rest:
+    the robot has not been told anything yet."""
 
     number: int
     snapshot: Snapshot
@@ -27,10 +27,16 @@ class Request:
     first_step: int
     submitted_s: float
     at_rest: bool
+    guide: Guide | None = None
 
     @property
     def prefix_length(self) -> int:
         return 0 if self.prefix is None else len(self.prefix)
+
+    @property
+    def committed(self) -> int:
+        """How many of its chunk's first actions the chunk before it gives."""
+        return self.prefix_length if self.guide is None else self.guide.frozen
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,8 +61,13 @@ class Worker(Protocol):
 
 
 def _attempt(policy: Policy, request: Request, clock: Clock) -> Outcome:
+    observation = request.snapshot.observation
     try:
-        result: ActionChunk | Exception = policy.infer(request.snapshot.observation, request.prefix)
+        result: ActionChunk | Exception
+        if request.guide is None:
+            result = policy.infer(observation, request.prefix)
+        else:
+            result = cast(GuidedPolicy, policy).infer(observation, guide=request.guide)
     # Whatever a policy raises, the robot must not be left without a loop: the executor counts the error and tells it.
     except Exception as error:
         result = error

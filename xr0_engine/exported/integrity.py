@@ -17,6 +17,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from xr0_engine.env import cache_dir
 from xr0_engine.exported.manifest import READ_BYTES, FileRecord, check_sizes
+from xr0_engine.files import read_json
+from xr0_engine.types import FileError
 from xr0_engine.whole import write_whole
 
 FOLDER = "checked"
@@ -86,7 +88,7 @@ def _recall(path: Path) -> str | None:
     """The remembered sum of this version of the file, None if there is none."""
     # No note, a broken one, no home folder: the sum is computed.
     with contextlib.suppress(OSError, ValueError, RuntimeError):
-        content = json.loads(_note(path).read_text(encoding="utf-8"))
+        content = read_json(_note(path), FileError)
         if (
             isinstance(content, dict)
             and content.items() >= _version(path).items()

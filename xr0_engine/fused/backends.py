@@ -27,8 +27,9 @@ LOOP_STAGES = {
     "gate_up": "swiglu",
     "down": "linear",
     "tokens": "linear",
+    "wide": "linear",
 }
-"""Stage of a flow loop -> the kind of op that it is."""
+"""Stage of a flow loop -> the kind of op that it is. The last is of wide output layers alone."""
 
 
 def loop_shapes(inputs: FlowInputs, buffers: FlowBuffers) -> dict[str, Shape]:
@@ -36,6 +37,7 @@ def loop_shapes(inputs: FlowInputs, buffers: FlowBuffers) -> dict[str, Shape]:
     batch, heads, tokens, dim = buffers.q.shape
     columns, inner = buffers.mixed.shape[-1], buffers.hidden.shape[-1]
     rows, action_rows = batch * tokens, batch * buffers.embedded.shape[1]
+    wide = {} if buffers.wide is None else {"wide": (action_rows, buffers.wide.shape[-1], columns)}
     return {
         "qkv": (rows, 3 * heads * dim, columns, dim),
         "attention": (batch, heads, tokens, *inputs.keys.shape[2:]),
@@ -43,6 +45,7 @@ def loop_shapes(inputs: FlowInputs, buffers: FlowBuffers) -> dict[str, Shape]:
         "gate_up": (rows, 2 * inner, columns),
         "down": (rows, columns, inner),
         "tokens": (action_rows, columns, columns),
+        **wide,
     }
 
 
@@ -82,10 +85,10 @@ def _default_of_ours(kind: str, shape: Shape, arch: int) -> Tactic:
     from xr0_engine.kernels.attention import attention_tactic
     from xr0_engine.kernels.lambda_attention import lambda_tactic, split_lambda_tactic
     from xr0_engine.kernels.linear import default_tactic
-    from xr0_engine.kernels.loop import loop_tactic
+    from xr0_engine.kernels.loop import WIDE, loop_tactic, wide_tactic
     from xr0_engine.kernels.whole import whole_tactic
 
-    stage = kind.startswith(LOOP)
+    stage, is_wide = kind.startswith(LOOP), kind == LOOP + WIDE
     kind = LOOP_STAGES[kind.removeprefix(LOOP)] if stage else kind
     if kind == "attention":
         return attention_tactic(shape, arch)
@@ -94,7 +97,7 @@ def _default_of_ours(kind: str, shape: Shape, arch: int) -> Tactic:
     rows, n, k = shape[:3]
     tiled = default_tactic(kind, rows, n, k, arch)
     if stage:
-        return loop_tactic(kind, shape, tiled)
+        return wide_tactic(tiled) if is_wide else loop_tactic(kind, shape, tiled)
     return whole_tactic(kind, rows, n, k, arch) or tiled
 
 

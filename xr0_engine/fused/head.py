@@ -39,13 +39,7 @@ class FusedHead:
     """Shares the head's matrices, which it leaves as they are."""
 
     def __init__(self, head: ActionHead) -> None:
-        """Raises NotImplementedError for a family of heads that the kernels do not have."""
         self.head, self.config = head, head.config
-        if not self.config.stream_norms or self.config.output_hidden_size != self.config.action_dim:
-            raise NotImplementedError(
-                "backend 'triton': action heads without stream norms or with another output layer than XR-0's have no "
-                "kernels; use backend='reference'"
-            )
         weight = head.sink.weight
         self.context = self.config.context
         self.frequencies = inverse_frequencies(
@@ -59,6 +53,12 @@ class FusedHead:
     @property
     def steps(self) -> int:
         return self.config.flow_steps
+
+    @property
+    def _is_wide(self) -> bool:
+        """Whether the output layer's first product is one of its own: the Euler step's kernel has it where it has as
+        many columns as actions."""
+        return self.config.output_hidden_size != self.config.action_dim
 
     def buffers(self, batch: int, chunk_length: int) -> FlowBuffers:
         config, sink = self.config, self.head.sink.weight
@@ -98,6 +98,7 @@ class FusedHead:
             cos=table(),
             sin=table(),
             z=empty(2, *z_shape, dtype=torch.float32),
+            wide=empty(batch, chunk_length, config.output_hidden_size) if self._is_wide else None,
         )
 
     def run(
@@ -164,12 +165,12 @@ class FusedHead:
         """The first layer of a step reads b.start, the others b.end; all write b.end."""
         layer, weights = self._layers[index], self._weights
         attention, mlp = weights.attention.at(step, index), weights.mlp.at(step, index)
-        middle_norm, final_norm = weights.middle_norms[index], weights.final_norms[index]
+        middle_norm, final_norm = _at(weights.middle_norms, index), _at(weights.final_norms, index)
         if index == 0:
             norm, residual = InputNorm(b.start_sums, DIT_RMS_EPS), Residual(b.start, attention.gate)
         else:
-            norm = InputNorm(b.end_sums, DIT_RMS_EPS, "double_rms")
-            residual = Residual(b.end, attention.gate, b.end_sums, weights.final_norms[index - 1], DIT_RMS_EPS)
+            norm = _norm(b.end_sums, final_norm)
+            residual = _residual(b.end, attention.gate, b.end_sums, _at(weights.final_norms, index - 1))
         attn, window = layer.attn, self.config.local_window
         kv_block = inputs.keys[index], inputs.values[index], inputs.begin, inputs.end
         heads = Heads(weights.q_norms[index], weights.k_norms[index], DIT_RMS_EPS, b.cos, b.sin)
@@ -192,18 +193,26 @@ class FusedHead:
         )
         ops.swiglu(
             b.middle, Weight(packed(layer.mlp)), b.hidden, bias=mlp.bias, col_scale=mlp.scale,
-            norm=InputNorm(b.middle_sums, DIT_RMS_EPS, "double_rms"),
+            norm=_norm(b.middle_sums, middle_norm),
         )  # fmt: skip
         ops.linear(
             b.hidden, Weight(layer.mlp.down_proj.weight), b.end, stats=StatsOut(b.end_sums, final_norm),
-            residual=Residual(b.middle, mlp.gate, b.middle_sums, middle_norm, DIT_RMS_EPS),
+            residual=_residual(b.middle, mlp.gate, b.middle_sums, middle_norm),
         )  # fmt: skip
 
     def end_step(self, ops: FusedOps, inputs: FlowInputs, b: FlowBuffers, step: int) -> None:
         """Velocity, Euler update and, but for the last step, the next step's input."""
         (first, second), more = self._weights.in_weights, step + 1 < self.steps
+        x, sums = b.end[:, self.context :], b.end_sums[:, :, self.context :] if self.config.stream_norms else None
+        weight1: Tensor
+        weight2: Tensor | None
+        weight1, weight2 = self._weights.out_weights
+        if b.wide is not None:
+            norm = None if sums is None else InputNorm(sums, DIT_RMS_EPS)
+            ops.linear(x, Weight(weight1), b.wide, norm=norm, activation="gelu_tanh")
+            x, sums, weight1, weight2 = b.wide, None, self._weights.out_weights[1], None
         ops.euler_step(
-            b.end[:, self.context :], b.end_sums[:, :, self.context :], DIT_RMS_EPS, *self._weights.out_weights,
+            x, sums, DIT_RMS_EPS, weight1, weight2,
             b.z[step % 2], b.z[(step + 1) % 2], inputs.prefix_length, inputs.action_mask, 1.0 / self.steps,
             first if more else None, b.embedded if more else None,
         )  # fmt: skip
@@ -214,6 +223,20 @@ class FusedHead:
         ops.linear(hidden, Weight(weight), b.start[:, tokens], stats=StatsOut(b.start_sums[:, :, tokens]))
 
 
+def _at(norms: Tensor | None, index: int) -> Tensor | None:
+    """The weight of a layer's stream norm, in heads that have them."""
+    return None if norms is None else norms[index]
+
+
+def _norm(sums: Tensor, weight: Tensor | None) -> InputNorm:
+    """Of a stream that its own norm of this weight, or none, comes before."""
+    return InputNorm(sums, DIT_RMS_EPS, "rms" if weight is None else "double_rms")
+
+
+def _residual(x: Tensor, gate: Tensor, sums: Tensor, weight: Tensor | None) -> Residual:
+    return Residual(x, gate) if weight is None else Residual(x, gate, sums, weight, DIT_RMS_EPS)
+
+
 def _weights(projector: Projector) -> tuple[Tensor, Tensor]:
     first, second = (part for part in projector.layers.children() if isinstance(part, nn.Linear))
     return first.weight, second.weight
@@ -222,7 +245,11 @@ def _weights(projector: Projector) -> tuple[Tensor, Tensor]:
 def _flow_weights(head: ActionHead, layers: list[DiTLayer]) -> FlowWeights:
     attention, mlp = _half_blocks(head, layers)
     first, second = _weights(head.action_output_layer)
-    final_norms = torch.stack([layer.final_layernorm.weight.float() for layer in layers])
+    middle_norms, final_norms = None, None
+    if head.config.stream_norms:
+        middle_norms = torch.stack([layer.middle_layernorm.weight.float() for layer in layers])
+        final_norms = torch.stack([layer.final_layernorm.weight.float() for layer in layers])
+        first = (first.float() * final_norms[-1]).to(first.dtype)
     matrices = [
         (layer.attn.qkv_proj.weight, layer.attn.o_proj.weight, packed(layer.mlp), layer.mlp.down_proj.weight)
         for layer in layers
@@ -234,12 +261,12 @@ def _flow_weights(head: ActionHead, layers: list[DiTLayer]) -> FlowWeights:
         matrices=tuple(matrix for layer in matrices for matrix in layer),
         attention=attention,
         mlp=mlp,
-        middle_norms=torch.stack([layer.middle_layernorm.weight.float() for layer in layers]),
+        middle_norms=middle_norms,
         final_norms=final_norms,
         q_norms=torch.stack([layer.attn.q_norm.weight.float() for layer in layers]),
         k_norms=torch.stack([layer.attn.k_norm.weight.float() for layer in layers]),
         in_weights=_weights(head.action_projector),
-        out_weights=((first.float() * final_norms[-1]).to(first.dtype), second),
+        out_weights=(first, second),
     )
 
 
@@ -254,8 +281,10 @@ def _half_blocks(head: ActionHead, layers: list[DiTLayer]) -> tuple[HalfBlock, H
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = parts
         qkv, gate_up = layer.attn.qkv_proj, packed(layer.mlp).float()
         into_attention = outer * layer.input_layernorm.weight.float()
-        into_mlp = layer.middle_layernorm.weight.float() * layer.post_layernorm.weight.float()
-        outer = layer.final_layernorm.weight.float()
+        into_mlp = layer.post_layernorm.weight.float()
+        if layer.stream_norms:
+            into_mlp = layer.middle_layernorm.weight.float() * into_mlp
+            outer = layer.final_layernorm.weight.float()
         attention.append((into_attention * scale_a, shift_a @ qkv.weight.float().T + qkv.bias.float(), gate_a))
         mlp.append((into_mlp * scale_m, shift_m @ gate_up.T, gate_m))
 

@@ -16,7 +16,7 @@ from xr0_engine.fused.session import FlowSession, Session
 from xr0_engine.fused.tactics import TacticTable
 from xr0_engine.model.flow import Trace
 from xr0_engine.model.kept import Kept
-from xr0_engine.model.network import Grids, Mark, own_arithmetic, unmarked
+from xr0_engine.model.network import Grids, Mark, Network, own_arithmetic, unmarked
 from xr0_engine.model.xr0 import XR0Model
 from xr0_engine.robot.patches import made_on
 from xr0_engine.types import KVBlock, ModelInputs, VisionTokens
@@ -90,3 +90,15 @@ class FusedModel(FusedParts):
         """The buffers and graphs for these inputs, made on first use."""
         key = session_key(inputs)
         return self._sessions.get(key, lambda: Session(self, key, inputs))
+
+
+def reference_of(network: Network, what: str) -> XR0Model:
+    """The network by PyTorch's operators, of the same weights: itself, or what a FusedModel was made of. Raises
+    NotImplementedError that names what it is for if there is none."""
+    reference = network.reference if isinstance(network, FusedModel) else network
+    if not isinstance(reference, XR0Model):
+        raise NotImplementedError(
+            f"{what}: an export's graphs have no gradients, and no attention to show; load the checkpoint that was "
+            "exported, with Engine.from_pretrained"
+        )
+    return reference

@@ -192,10 +192,10 @@ class FusedOps:
     def euler_step(
         self,
         x: Tensor,
-        sums: Tensor,
+        sums: Tensor | None,
         eps: float,
         out_weight1: Tensor,
-        out_weight2: Tensor,
+        out_weight2: Tensor | None,
         z: Tensor,
         z_next: Tensor,
         prefix_length: Tensor,

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import re
 import subprocess
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -19,7 +20,9 @@ from xr0_engine import __version__
 from xr0_engine.comparison import Comparison
 from xr0_engine.config import ModelConfig
 from xr0_engine.env import cache_dir, emulated_arch
+from xr0_engine.files import flag, number, one_line, read_json, reading, section, text, whole
 from xr0_engine.fused.tactics import TacticTable
+from xr0_engine.types import FileError
 from xr0_engine.whole import write_whole
 
 SCHEMA = 1
@@ -126,7 +129,7 @@ def keep(verdict: Verdict) -> Path | None:
         return None
     path = verdict_path(verdict.identity)
     try:
-        write_whole(path, json.dumps({"schema": SCHEMA, **asdict(verdict)}, indent=1) + "\n")
+        write_whole(path, json.dumps({"schema": SCHEMA, **_as_json(verdict)}, indent=1, allow_nan=False) + "\n")
     except OSError as error:
         log.warning("the self-check's verdict cannot be kept, so every start checks again: %s", error)
         return None
@@ -151,21 +154,59 @@ def forget(machine: Mapping[str, str]) -> None:
         verdict_path(verdict.identity).unlink(missing_ok=True)
 
 
+def _as_json(verdict: Verdict) -> dict[str, Any]:
+    # What is not finite, JSON does not have.
+    told = asdict(verdict)
+    for each in told["comparisons"]:
+        each["error"] = each["error"] if math.isfinite(each["error"]) else None
+    return told
+
+
 def _read(path: Path) -> Verdict | None:
     # A damaged file is no verdict: the check is made again, and writes it anew.
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content.pop("schema") != SCHEMA:
-            return None
-        verdict = Verdict(**content)
-        comparisons = tuple(Comparison(**each) for each in content["comparisons"])
-        known = {"dtype", "sizes"} <= verdict.identity["model"].keys() and "machine" in verdict.identity
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        with reading(path, FileError):
+            return _verdict(read_json(path, FileError))
+    except (OSError, FileError) as fault:
+        if path.exists():
+            log.debug("no verdict: %s", one_line(fault))
         return None
-    return (
-        replace(verdict, comparisons=comparisons, errors=tuple(verdict.errors))
-        if known and verdict.outcome in get_args(Outcome)
-        else None
+
+
+def _verdict(content: Mapping[str, Any]) -> Verdict:
+    """Raises what `reading` reads."""
+    whole(content, "schema", least=SCHEMA, most=SCHEMA)
+    identity, errors = section(content, "identity"), content["errors"]
+    model, machine = section(identity, "model"), section(identity, "machine")
+    text(model, "dtype")
+    if model["sizes"] is not None:
+        section(model, "sizes")
+    for name in machine:
+        text(machine, name)
+    if not isinstance(errors, list) or not all(isinstance(each, str) for each in errors):
+        raise TypeError(f"errors is {errors!r:.80}, not a list of lines")
+    outcome: Outcome = content["outcome"]
+    if outcome not in get_args(Outcome):
+        raise ValueError(f"outcome: expected one of {', '.join(get_args(Outcome))}, got {outcome!r:.80}")
+    comparisons = tuple(
+        Comparison(
+            case=text(each, "case"),
+            quantity=text(each, "quantity"),
+            error=math.nan if each["error"] is None else number(each, "error"),
+            tolerance=number(each, "tolerance"),
+            measure=text(each, "measure"),
+        )
+        for each in content["comparisons"]
+    )
+    words = {name: text(content, name) for name in ("stage", "reason", "created")}
+    return Verdict(
+        outcome=outcome,
+        identity=identity,
+        comparisons=comparisons,
+        seconds=number(content, "seconds"),
+        lasting=flag(content, "lasting"),
+        errors=tuple(errors),
+        **words,
     )
 
 

@@ -185,16 +185,17 @@ class FlowWeights:
 
     addresses: (L, 4) int64, of each layer's contiguous matrices: attention's (3 H D, C) and (C, H D), the MLP's
     (2 F, C) and (C, F). matrices: those, so that they are kept as long as their addresses. middle_norms, final_norms:
-    (L, C), q_norms, k_norms: (L, D), float32.
-    in_weights: (C, A), (C, C), of the action projector; out_weights: (A, C), the last norm folded in, and (A, A).
+    (L, C) of heads that normalise the residual stream itself, None of others; q_norms, k_norms: (L, D); float32.
+    in_weights: (C, A), (C, C), of the action projector; out_weights: (A, C), the last norm folded in, and (A, A), or of
+    a wide output layer, whose first product is one of its own, (wide, C) and (A, wide).
     """
 
     addresses: Tensor
     matrices: tuple[Tensor, ...]
     attention: HalfBlock
     mlp: HalfBlock
-    middle_norms: Tensor
-    final_norms: Tensor
+    middle_norms: Tensor | None
+    final_norms: Tensor | None
     q_norms: Tensor
     k_norms: Tensor
     in_weights: tuple[Tensor, Tensor]
@@ -227,7 +228,8 @@ class FlowBuffers(NamedTuple):
 
     start: the step's input; middle: after a layer's attention; end: after its MLP. q, k, v: (B, H, Q, D); raw: (B, Q,
     3 H D) float32, the three before norms and RoPE; mixed: (B, Q, C); hidden: (B, Q, 4 C); embedded: (B, T, C);
-    state_hidden: (B, state_length, C); cos, sin: (B, Q, D / 2); z: (2, B, T, A) float32, whose halves take turns.
+    state_hidden: (B, state_length, C); cos, sin: (B, Q, D / 2); z: (2, B, T, A) float32, whose halves take turns; wide:
+    (B, T, wide), between the products of a wide output layer, None of another.
     """
 
     start: Tensor
@@ -247,6 +249,7 @@ class FlowBuffers(NamedTuple):
     sin: Tensor
     z: Tensor
     raw: Tensor
+    wide: Tensor | None = None
 
 
 class Workspace:

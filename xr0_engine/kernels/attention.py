@@ -237,4 +237,6 @@ def attention_tactic(shape: tuple[int, ...], arch: int) -> Tactic:
     roomy = SHARED_LIMIT[arch] >= 160 * 1024
     # Without the wide products of roomier chips, heads of 128 columns take more registers than four warps have.
     warps = 4 if roomy or shape[-1] < 128 else 8
-    return Tactic(block_m=64, block_n=64, warps=warps, stages=3 if roomy else 2)
+    # Of 64 packed queries they spill on sm_120 (ptxas of Triton 3.7.1), which has room for twice the programs.
+    rows = 32 if arch >= 120 and warps == 8 else 64
+    return Tactic(block_m=rows, block_n=64, warps=warps, stages=3 if roomy else 2)

@@ -19,8 +19,11 @@ from xr0_engine.kernels.embed import ROPE_ROWS, expect_tables, store_rope
 from xr0_engine.kernels.launch import launch
 from xr0_engine.kernels.shapes import expect, strided
 
-HIDDEN_BLOCK = 64
-"""Columns of the input projection that one program computes."""
+HIDDEN_BLOCK, NARROW_BLOCK = 64, 32
+"""Columns of the input projection that one program computes: fewer where it has more columns to take in, which would
+need more registers than there are."""
+FEW_ACTIONS = 32
+"""Up to so many columns of an action."""
 OUTPUT_BLOCK = 128
 """Columns of the residual stream that the output layer takes at a time."""
 MIN_DOT = 16
@@ -117,7 +120,7 @@ def start_flow(
     rows, tiles = batch * tokens, flow_tiles(batch * tokens, actions)
     launch(
         _start_flow,
-        (triton.cdiv(rows, tiles["ROWS"]), triton.cdiv(hidden_columns, HIDDEN_BLOCK)),
+        (triton.cdiv(rows, tiles["ROWS"]), triton.cdiv(hidden_columns, tiles["HIDDEN"])),
         {
             **strided("noise", noise, "bt"),
             **strided("prefix", prefix, "bt"),
@@ -194,22 +197,28 @@ def _euler_step(
         for start in range(column_tile * OUTPUT, columns, column_tiles * OUTPUT):
             line = start + tl.arange(0, OUTPUT // LINE)[:, None] * LINE
             prefetch_l2(tl.where((line < columns) & in_actions[None, :], weight1 + line, out_weight1))
-    weight2_inside = in_actions[:, None] & in_actions[None, :]
-    weight2 = tl.load(out_weight2 + action[None, :] * out_weight2_a + action[:, None], weight2_inside, 0.0)
+    if out_weight2 is not None:
+        weight2_inside = in_actions[:, None] & in_actions[None, :]
+        weight2 = tl.load(out_weight2 + action[None, :] * out_weight2_a + action[:, None], weight2_inside, 0.0)
     if hidden is not None:
         projection = _load_projection(in_weight, in_weight_c, column_tile, actions, hidden_columns, ACTIONS, HIDDEN)
     gdc_begin(PDL)
 
-    slot = tl.arange(0, SLOTS)[None, :]
-    squares = tl.load(sums + slot * sums_s + batch * sums_b + token * sums_t, in_rows & (slot < slots), 0.0)
-    row_scale = tl.rsqrt(tl.sum(squares, 1) / columns + eps)[:, None]
+    if sums is not None:
+        slot = tl.arange(0, SLOTS)[None, :]
+        squares = tl.load(sums + slot * sums_s + batch * sums_b + token * sums_t, in_rows & (slot < slots), 0.0)
+        row_scale = tl.rsqrt(tl.sum(squares, 1) / columns + eps)[:, None]
     acc = tl.zeros((ROWS, ACTIONS), tl.float32)
     for start in range(0, columns, OUTPUT):
         column = start + tl.arange(0, OUTPUT)
         left = tl.load(x + batch * x_b + token * x_t + column[None, :], in_rows & (column < columns)[None, :], 0.0)
         right = tl.load(weight1 + column[:, None], (column < columns)[:, None] & in_actions[None, :], 0.0)
-        acc = tl.dot((left * row_scale).to(right.dtype), right, acc, input_precision="ieee")
-    velocity = tl.dot(gelu_tanh(acc).to(weight2.dtype), weight2, input_precision="ieee")
+        if sums is not None:
+            left *= row_scale
+        acc = tl.dot(left.to(right.dtype), right, acc, input_precision="ieee")
+    velocity = acc
+    if out_weight2 is not None:
+        velocity = tl.dot(gelu_tanh(acc).to(weight2.dtype), weight2, input_precision="ieee")
 
     value = tl.load(z + batch * z_b + token * z_t + action[None, :], inside, 0.0)
     given = token < tl.load(prefix_length + batch, in_rows, 0)
@@ -225,10 +234,10 @@ def _euler_step(
 
 def euler_step(
     x: Tensor,
-    sums: Tensor,
+    sums: Tensor | None,
     eps: float,
     out_weight1: Tensor,
-    out_weight2: Tensor,
+    out_weight2: Tensor | None,
     z: Tensor,
     z_next: Tensor,
     prefix_length: Tensor,
@@ -239,20 +248,24 @@ def euler_step(
 ) -> None:
     """z_next = z + dt * gelu(rms_norm(x) @ out_weight1.T) @ out_weight2.T, or z where the prefix is given.
 
-    With hidden, also what start_flow computes of the new z: the input of the next step.
-    x: (B, T, C) float32, the residual stream of the action tokens; sums: (slots, B, T, 2) float32, as StatsOut has it;
-    out_weight1: (A, C), the final norm's weight folded in; out_weight2: (A, A); z, z_next (two buffers), action_mask:
-    (B, T, A) float32; prefix_length: (B,) int32; in_weight: (C, A); hidden: (B, T, C). in_weight and hidden are None in
-    the last step. Raises ValueError for shapes that do not fit.
+    With hidden, also what start_flow computes of the new z: the input of the next step. Without sums x is multiplied as
+    it is; without out_weight2 the first product is the velocity: the last of an output layer that is too wide for this
+    kernel, whose first was one of its own.
+    x: (B, T, C) float32, the residual stream of the action tokens, or (B, T, wide) what that product left; sums:
+    (slots, B, T, 2) float32, as StatsOut has it; out_weight1: (A, C), the final norm's weight folded in; out_weight2:
+    (A, A); z, z_next (two buffers), action_mask: (B, T, A) float32; prefix_length: (B,) int32; in_weight: (C, A);
+    hidden: (B, T, C). in_weight and hidden are None in the last step. Raises ValueError for shapes that do not fit.
     """
     batch, tokens, columns = x.shape
     actions = out_weight1.shape[0]
-    slots = sums.shape[0]
+    slots = 1 if sums is None else sums.shape[0]
     expect("x", x, (batch, tokens, columns))
-    expect("sums", sums, (slots, batch, tokens, 2))
-    slot_columns("sums", sums, columns)
+    if sums is not None:
+        expect("sums", sums, (slots, batch, tokens, 2))
+        slot_columns("sums", sums, columns)
     expect("out_weight1", out_weight1, (actions, columns))
-    expect("out_weight2", out_weight2, (actions, actions))
+    if out_weight2 is not None:
+        expect("out_weight2", out_weight2, (actions, actions))
     for name, tensor in (("z", z), ("z_next", z_next), ("action_mask", action_mask)):
         expect(name, tensor, (batch, tokens, actions))
     expect("prefix_length", prefix_length, (batch,))
@@ -260,12 +273,12 @@ def euler_step(
         raise ValueError("hidden: expected with in_weight, and without it in the last step; got one of the two")
     if z_next is z:
         raise ValueError("z_next: expected another buffer than z, got the same")
-    hidden_columns = HIDDEN_BLOCK if in_weight is None else in_weight.shape[0]
+    rows, tiles = batch * tokens, flow_tiles(batch * tokens, actions)
+    hidden_columns = tiles["HIDDEN"] if in_weight is None else in_weight.shape[0]
     if in_weight is not None and hidden is not None:
         expect("in_weight", in_weight, (hidden_columns, actions))
         expect("hidden", hidden, (batch, tokens, hidden_columns))
-    rows, tiles = batch * tokens, flow_tiles(batch * tokens, actions)
-    column_tiles = triton.cdiv(hidden_columns, HIDDEN_BLOCK)
+    column_tiles = triton.cdiv(hidden_columns, tiles["HIDDEN"])
     launch(
         _euler_step,
         (triton.cdiv(rows, tiles["ROWS"]) * column_tiles,),
@@ -302,7 +315,7 @@ def flow_tiles(rows: int, actions: int) -> dict[str, int]:
     return {
         "ROWS": max(MIN_DOT, min(MAX_ROWS, triton.next_power_of_2(rows))),
         "ACTIONS": max(MIN_DOT, triton.next_power_of_2(actions)),
-        "HIDDEN": HIDDEN_BLOCK,
+        "HIDDEN": HIDDEN_BLOCK if actions <= FEW_ACTIONS else NARROW_BLOCK,
     }
 
 

@@ -119,10 +119,10 @@ def start_flow(
 
 def euler_step(
     x: Tensor,
-    sums: Tensor,
+    sums: Tensor | None,
     eps: float,
     out_weight1: Tensor,
-    out_weight2: Tensor,
+    out_weight2: Tensor | None,
     z: Tensor,
     z_next: Tensor,
     prefix_length: Tensor,
@@ -132,8 +132,12 @@ def euler_step(
     hidden: Tensor | None,
 ) -> None:
     """As kernels/flow.py: euler_step."""
-    row_scale = torch.rsqrt(sums[..., 0].sum(0) / x.shape[-1] + eps)[..., None]
-    velocity = F.gelu((row_scale * x) @ out_weight1.float().T, approximate="tanh") @ out_weight2.float().T
+    x = x.float()
+    if sums is not None:
+        x = x * torch.rsqrt(sums[..., 0].sum(0) / x.shape[-1] + eps)[..., None]
+    velocity = x @ out_weight1.float().T
+    if out_weight2 is not None:
+        velocity = F.gelu(velocity, approximate="tanh") @ out_weight2.float().T
     token = torch.arange(x.shape[1], device=x.device)
     z_next.copy_(torch.where((token < prefix_length[:, None])[..., None], z, z + dt * velocity))
     if hidden is not None and in_weight is not None:

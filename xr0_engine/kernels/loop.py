@@ -8,15 +8,19 @@ from typing import Any
 
 import triton
 
-from xr0_engine.kernels.arguments import FlowBuffers, FlowInputs, Tactic, slot_columns
+from xr0_engine.kernels.arguments import FlowBuffers, FlowInputs, FlowWeights, Tactic, slot_columns
 from xr0_engine.kernels.lambda_attention import OWN_BLOCK
 from xr0_engine.kernels.product import MIN_DOT
-from xr0_engine.kernels.shapes import expect_tiles
+from xr0_engine.kernels.shapes import expect, expect_head_dim, expect_tiles
 from xr0_engine.kernels.stages import Tiling
 from xr0_engine.kernels.whole import whole_steps
 
 STAGES = ("qkv", "attention", "out", "gate_up", "down", "tokens")
 """What the tactic of each stage is called; the Euler step has none."""
+WIDE = "wide"
+"""The stage besides where an output layer's first product is one of its own."""
+WIDE_BLOCK = 32
+"""Rows, columns and depth of its default tile: with larger ones the loop spills registers on sm_120 (Triton 3.7)."""
 WARPS = 8
 """One program has a processor to itself; with fewer warps the stage that needs most registers spills some."""
 WITH_SLOTS = ("out", "down", "tokens")
@@ -55,13 +59,18 @@ def loop_tactic(kind: str, shape: tuple[int, ...], alone: Tactic) -> Tactic:
     return Tactic(block_m, NARROW, block_k, warps=WARPS, stages=alone.stages)
 
 
+def wide_tactic(alone: Tactic) -> Tactic:
+    """As loop_tactic, of the stage WIDE."""
+    return Tactic(WIDE_BLOCK, WIDE_BLOCK, WIDE_BLOCK, warps=WARPS, stages=alone.stages)
+
+
 def plan_loop(inputs: FlowInputs, buffers: FlowBuffers, context: int, tactics: Mapping[str, Tactic]) -> Plan:
     """Raises ValueError for tiles that cannot be, NotImplementedError for schedules that a loop does not have."""
     batch, heads, tokens, dim = buffers.q.shape
     groups, cached = inputs.keys.shape[2:4]
     columns, inner = buffers.start.shape[-1], buffers.hidden.shape[-1]
     rows, stream, own = batch * tokens, buffers.start.element_size(), buffers.mixed.element_size()
-    for name in STAGES:
+    for name in (*STAGES, *(() if buffers.wide is None else (WIDE,))):
         _check_tactic(name, tactics[name])
     raw = tactics["qkv"].schedule == "whole"
     attention, tiles = tactics["attention"], dict[str, Any]()
@@ -85,6 +94,10 @@ def plan_loop(inputs: FlowInputs, buffers: FlowBuffers, context: int, tactics: M
         "down": (rows, columns, inner, own, tactics["down"].block_n),
         "tokens": (batch * (tokens - context), columns, columns, own, tactics["tokens"].block_n),
     }
+    if buffers.wide is not None:
+        width = buffers.wide.shape[-1]
+        products[WIDE] = (batch * (tokens - context), width, columns, stream, tactics[WIDE].block_n)
+    tiles[WIDE.upper()] = None
     slot = slot_columns("start_sums", buffers.start_sums, columns)
     for name, (product_rows, outputs, depth, size, width) in products.items():
         if name in WITH_SLOTS and width % slot:
@@ -119,3 +132,56 @@ def _tiling(tactic: Tactic, inputs: int, width: int, x_bytes: int, weight_bytes:
     whole = whole_steps(x_bytes, weight_bytes, inputs, width, replace(tactic, warps=WARPS))
     # A loop has more to keep beside them: of what a kernel alone holds, half.
     return Tiling(*tile, whole.PARTS, whole.STEPS, max(1, whole.HELD // 2), max(1, whole.AHEAD // 2))
+
+
+def check_loop(weights: FlowWeights, inputs: FlowInputs, b: FlowBuffers, context: int) -> None:
+    """Raises ValueError for shapes that do not fit, as persistent.py: flow_loop has them, and for gaps in memory."""
+    steps, layers, columns = weights.attention.scale.shape
+    batch, heads, tokens, dim = b.q.shape
+    groups, cached = inputs.keys.shape[2:4]
+    inner, actions = b.hidden.shape[-1], b.z.shape[-1]
+    width = actions if b.wide is None else b.wide.shape[-1]
+    expect_head_dim(dim)
+    if (weights.middle_norms is None) != (weights.final_norms is None):
+        raise ValueError("weights.middle_norms: expected with final_norms, or neither; got one of the two")
+    if heads % groups or heads * dim != columns:
+        raise ValueError(f"q: expected {columns} columns, heads a multiple of {groups}; got {heads} heads of {dim}")
+    chunk = (batch, tokens - context, actions)
+    stream, sums = (batch, tokens, columns), (b.start_sums.shape[0], batch, tokens, 2)
+    shapes = {
+        "weights.addresses": (weights.addresses, (layers, 4)),
+        **{
+            f"weights.{half}.{name}": (getattr(getattr(weights, half), name), (steps, layers, width))
+            for half, outputs in (("attention", 3 * columns), ("mlp", 2 * inner))
+            for name, width in (("scale", columns), ("bias", outputs), ("gate", columns))
+        },
+        **{
+            f"weights.{name}": (norms, (layers, columns))
+            for name in ("middle_norms", "final_norms")
+            if (norms := getattr(weights, name)) is not None
+        },
+        **{f"weights.{name}": (getattr(weights, name), (layers, dim)) for name in ("q_norms", "k_norms")},
+        "weights.in_weights[0]": (weights.in_weights[0], (columns, actions)),
+        "weights.in_weights[1]": (weights.in_weights[1], (columns, columns)),
+        "weights.out_weights[0]": (weights.out_weights[0], (width, columns)),
+        "weights.out_weights[1]": (weights.out_weights[1], (actions, width)),
+        **({} if b.wide is None else {"wide": (b.wide, (batch, tokens - context, width))}),
+        **{name: (getattr(b, name), stream) for name in ("start", "middle", "end", "mixed")},
+        **{f"{name}_sums": (getattr(b, f"{name}_sums"), sums) for name in ("start", "middle", "end")},
+        **{name: (getattr(b, name), (batch, heads, tokens, dim)) for name in ("q", "k", "v")},
+        "raw": (b.raw, (batch, tokens, 3 * heads * dim)),
+        **{name: (getattr(b, name), (batch, tokens, dim // 2)) for name in ("cos", "sin")},
+        "hidden": (b.hidden, (batch, tokens, inner)),
+        "embedded": (b.embedded, (batch, tokens - context, columns)),
+        "z": (b.z, (2, *chunk)),
+        "action_mask": (inputs.action_mask, chunk),
+        **{name: (getattr(inputs, name), (batch,)) for name in ("begin", "end", "prefix_length")},
+    }
+    for name, (tensor, shape) in shapes.items():
+        expect(name, tensor, shape)
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
+    for name, cache in (("keys", inputs.keys), ("values", inputs.values)):
+        expect(name, cache, (layers, batch, groups, cached, dim))
+    if inputs.keys.stride() != inputs.values.stride():
+        raise ValueError(f"values: expected the strides of keys, {inputs.keys.stride()}; got {inputs.values.stride()}")

@@ -1,4 +1,4 @@
-"""Steps of the flow as one kernel: no launch between its 82 stages a step, a barrier of the whole grid instead.
+"""Steps of the flow as one kernel: no launch between stages, 82 a step of XR-0, a barrier of the whole grid instead.
 
 There is at most one program per processor, and all of them run at once (a cooperative launch). Every program takes
 its share of a stage's tiles, with the bodies of the kernels that are otherwise launched one after the other. stages.py
@@ -25,9 +25,9 @@ from xr0_engine.kernels.attention import LOG2_E
 from xr0_engine.kernels.flow import OUTPUT_BLOCK, _euler_step, flow_tiles
 from xr0_engine.kernels.lambda_attention import _lambda_attention
 from xr0_engine.kernels.launch import INTERPRETED, launch, processors
-from xr0_engine.kernels.loop import WARPS, plan_loop
+from xr0_engine.kernels.loop import WARPS, check_loop, plan_loop
 from xr0_engine.kernels.product import STREAM_ROW_TILES
-from xr0_engine.kernels.shapes import expect, expect_head_dim, strided
+from xr0_engine.kernels.shapes import strided
 from xr0_engine.kernels.stages import (
     Shared,
     arrive,
@@ -38,6 +38,7 @@ from xr0_engine.kernels.stages import (
     raw_stage,
     swiglu_stage,
     wait,
+    wide_stage,
 )
 from xr0_engine.kernels.whole_attention import Cached, Own
 
@@ -58,6 +59,7 @@ def _flow_loop(
     final_norms,
     q_norms,
     k_norms,
+    wide_weight,
     out_weight1,
     out_weight2,
     in_weight,
@@ -101,6 +103,9 @@ def _flow_loop(
     GATE_UP: tl.constexpr,
     DOWN: tl.constexpr,
     TOKENS: tl.constexpr,
+    WIDE: tl.constexpr,
+    OUT_COLUMNS: tl.constexpr,
+    STREAM_NORM: tl.constexpr,
     ROWS: tl.constexpr,
     ACTIONS: tl.constexpr,
     HIDDEN: tl.constexpr,
@@ -141,11 +146,11 @@ def _flow_loop(
             if QKV.PARTS == 0:
                 qkv_stage(
                     shared, stage, b.end, b.end_sums, qkv_weight, bias, col_scale, b.q, b.k, b.v, q_norm, k_norm,
-                    b.cos, b.sin, "double_rms", COLUMNS, SLOTS[0], HEADS, DIM, STREAM, QKV, COMPILED, PDL,
+                    b.cos, b.sin, STREAM_NORM, COLUMNS, SLOTS[0], HEADS, DIM, STREAM, QKV, COMPILED, PDL,
                 )  # fmt: skip
             else:
                 raw_stage(
-                    shared, stage, b.end, b.end_sums, qkv_weight, bias, col_scale, b.raw, "double_rms", COLUMNS,
+                    shared, stage, b.end, b.end_sums, qkv_weight, bias, col_scale, b.raw, STREAM_NORM, COLUMNS,
                     3 * HEADS * DIM, SLOTS[0], STREAM, QKV, COMPILED, PDL,
                 )  # fmt: skip
 
@@ -192,16 +197,22 @@ def _flow_loop(
 
         stage += 1
         out_weight, gate = _weight(addresses, 4 * layer + 1, DTYPE), attention.gate + place * COLUMNS
-        middle_norm = middle_norms + layer * COLUMNS
+        # Of streams that are never normalised, nobody takes weighted sums.
+        middle_norm, end_norm, normed_middle = None, None, None
+        if STREAM_NORM == "double_rms":
+            middle_norm, end_norm = middle_norms + layer * COLUMNS, final_norms + layer * COLUMNS
+            normed_middle = b.middle_sums
         if layer == 0:
             linear_stage(
                 shared, stage, b.mixed, tokens, out_weight, b.middle, b.start, gate, None, None, b.middle_sums,
                 middle_norm, COLUMNS, COLUMNS, SLOTS, STREAM, OUT, COMPILED,
             )  # fmt: skip
         else:
-            norm_before = final_norms + (layer - 1) * COLUMNS
+            norm_before, normed_end = None, None
+            if STREAM_NORM == "double_rms":
+                norm_before, normed_end = final_norms + (layer - 1) * COLUMNS, b.end_sums
             linear_stage(
-                shared, stage, b.mixed, tokens, out_weight, b.middle, b.end, gate, b.end_sums, norm_before,
+                shared, stage, b.mixed, tokens, out_weight, b.middle, b.end, gate, normed_end, norm_before,
                 b.middle_sums, middle_norm, COLUMNS, COLUMNS, SLOTS, STREAM, OUT, COMPILED,
             )  # fmt: skip
 
@@ -209,35 +220,43 @@ def _flow_loop(
         gate_up_weight = _weight(addresses, 4 * layer + 2, DTYPE)
         swiglu_stage(
             shared, stage, b.middle, b.middle_sums, gate_up_weight, mlp.bias + place * (2 * INNER),
-            mlp.scale + place * COLUMNS, b.hidden, "double_rms", COLUMNS, SLOTS[0], INNER, STREAM, GATE_UP, COMPILED,
+            mlp.scale + place * COLUMNS, b.hidden, STREAM_NORM, COLUMNS, SLOTS[0], INNER, STREAM, GATE_UP, COMPILED,
         )  # fmt: skip
 
         stage += 1
         down_weight = _weight(addresses, 4 * layer + 3, DTYPE)
         linear_stage(
-            shared, stage, b.hidden, tokens, down_weight, b.end, b.middle, mlp.gate + place * COLUMNS, b.middle_sums,
-            middle_norms + layer * COLUMNS, b.end_sums, final_norms + layer * COLUMNS, INNER, COLUMNS, SLOTS, STREAM,
-            DOWN, COMPILED,
+            shared, stage, b.hidden, tokens, down_weight, b.end, b.middle, mlp.gate + place * COLUMNS, normed_middle,
+            middle_norm, b.end_sums, end_norm, INNER, COLUMNS, SLOTS, STREAM, DOWN, COMPILED,
         )  # fmt: skip
 
         if layer == layers - 1:
             stage += 1
-            arrive(barrier)
-            wait(barrier, stage, COMPILED)
             turn = step % 2
             column_tiles: tl.constexpr = triton.cdiv(COLUMNS, HIDDEN)
             z_b, z_size = actions * ACTION_COLUMNS, action_rows * ACTION_COLUMNS
+            last, last_b, last_sums = b.end + context * COLUMNS, stream_b, None
+            if STREAM_NORM == "double_rms":
+                last_sums = b.end_sums + 2 * context
+            if WIDE is not None:
+                wide_stage(
+                    shared, stage, last, last_sums, wide_weight, b.wide, actions, COLUMNS, OUT_COLUMNS, SLOTS[0],
+                    STREAM, WIDE, COMPILED,
+                )  # fmt: skip
+                stage += 1
+                last, last_b, last_sums = b.wide, actions * OUT_COLUMNS, None
+            arrive(barrier)
+            wait(barrier, stage, COMPILED)
             for program in range(first, tl.cdiv(action_rows, ROWS) * column_tiles, count):
                 _euler_step(
-                    program=program, x=b.end + context * COLUMNS, x_b=stream_b, x_t=COLUMNS,
-                    sums=b.end_sums + 2 * context, sums_s=2 * batch * tokens, sums_b=2 * tokens, sums_t=2, eps=eps,
-                    out_weight1=out_weight1, out_weight1_a=COLUMNS, out_weight2=out_weight2,
-                    out_weight2_a=ACTION_COLUMNS, z=b.z + turn * z_size, z_b=z_b, z_t=ACTION_COLUMNS,
-                    z_next=b.z + (1 - turn) * z_size, z_next_b=z_b, z_next_t=ACTION_COLUMNS,
+                    program=program, x=last, x_b=last_b, x_t=OUT_COLUMNS, sums=last_sums, sums_s=2 * batch * tokens,
+                    sums_b=2 * tokens, sums_t=2, eps=eps, out_weight1=out_weight1, out_weight1_a=OUT_COLUMNS,
+                    out_weight2=out_weight2, out_weight2_a=ACTION_COLUMNS, z=b.z + turn * z_size, z_b=z_b,
+                    z_t=ACTION_COLUMNS, z_next=b.z + (1 - turn) * z_size, z_next_b=z_b, z_next_t=ACTION_COLUMNS,
                     prefix_length=prefix_length, action_mask=action_mask, action_mask_b=z_b,
                     action_mask_t=ACTION_COLUMNS, dt=dt, in_weight=in_weight, in_weight_c=ACTION_COLUMNS,
                     hidden=b.embedded, hidden_b=actions * COLUMNS, hidden_t=COLUMNS, rows=action_rows, tokens=actions,
-                    actions=ACTION_COLUMNS, columns=COLUMNS, slots=SLOTS[0], hidden_columns=COLUMNS,
+                    actions=ACTION_COLUMNS, columns=OUT_COLUMNS, slots=SLOTS[0], hidden_columns=COLUMNS,
                     column_tiles=column_tiles, ROWS=ROWS, ACTIONS=ACTIONS, HIDDEN=HIDDEN, OUTPUT=OUTPUT,
                     SLOTS=triton.next_power_of_2(SLOTS[0]), PDL=False,
                 )  # fmt: skip
@@ -277,7 +296,7 @@ def flow_loop(
     batch, heads, tokens, dim = buffers.q.shape
     groups, cached = inputs.keys.shape[2:4]
     inner, actions, slots = buffers.hidden.shape[-1], buffers.z.shape[-1], buffers.start_sums.shape[0]
-    _check(weights, inputs, buffers, context)
+    check_loop(weights, inputs, buffers, context)
     if not 0 <= places[0] < places[1] <= steps * layers:
         raise ValueError(f"places: expected a run within {steps * layers}, got {places}")
     if programs is not None and programs < 1:
@@ -293,10 +312,14 @@ def flow_loop(
             "attention": weights.attention,
             "mlp": weights.mlp,
             **{name: getattr(weights, name) for name in ("middle_norms", "final_norms", "q_norms", "k_norms")},
+            "STREAM_NORM": "rms" if weights.middle_norms is None else "double_rms",
+            "OUT_COLUMNS": columns if buffers.wide is None else buffers.wide.shape[-1],
             "in_weight": weights.in_weights[0],
             "tokens_weight": weights.in_weights[1],
-            "out_weight1": weights.out_weights[0],
-            "out_weight2": weights.out_weights[1],
+            # The Euler step has both products of the output layer, or the second.
+            "wide_weight": None if buffers.wide is None else weights.out_weights[0],
+            "out_weight1": weights.out_weights[buffers.wide is not None],
+            "out_weight2": None if buffers.wide is not None else weights.out_weights[1],
             **strided("kv_keys", inputs.keys, "lbgn"),
             "kv_values": inputs.values,
             "begin": inputs.begin,
@@ -338,47 +361,3 @@ def flow_loop(
         cooperative=True,
         reached=weights.matrices,
     )
-
-
-def _check(weights: FlowWeights, inputs: FlowInputs, b: FlowBuffers, context: int) -> None:
-    steps, layers, columns = weights.attention.scale.shape
-    batch, heads, tokens, dim = b.q.shape
-    groups, cached = inputs.keys.shape[2:4]
-    inner, actions = b.hidden.shape[-1], b.z.shape[-1]
-    expect_head_dim(dim)
-    if heads % groups or heads * dim != columns:
-        raise ValueError(f"q: expected {columns} columns, heads a multiple of {groups}; got {heads} heads of {dim}")
-    chunk = (batch, tokens - context, actions)
-    stream, sums = (batch, tokens, columns), (b.start_sums.shape[0], batch, tokens, 2)
-    shapes = {
-        "weights.addresses": (weights.addresses, (layers, 4)),
-        **{
-            f"weights.{half}.{name}": (getattr(getattr(weights, half), name), (steps, layers, width))
-            for half, outputs in (("attention", 3 * columns), ("mlp", 2 * inner))
-            for name, width in (("scale", columns), ("bias", outputs), ("gate", columns))
-        },
-        **{f"weights.{name}": (getattr(weights, name), (layers, columns)) for name in ("middle_norms", "final_norms")},
-        **{f"weights.{name}": (getattr(weights, name), (layers, dim)) for name in ("q_norms", "k_norms")},
-        "weights.in_weights[0]": (weights.in_weights[0], (columns, actions)),
-        "weights.in_weights[1]": (weights.in_weights[1], (columns, columns)),
-        "weights.out_weights[0]": (weights.out_weights[0], (actions, columns)),
-        "weights.out_weights[1]": (weights.out_weights[1], (actions, actions)),
-        **{name: (getattr(b, name), stream) for name in ("start", "middle", "end", "mixed")},
-        **{f"{name}_sums": (getattr(b, f"{name}_sums"), sums) for name in ("start", "middle", "end")},
-        **{name: (getattr(b, name), (batch, heads, tokens, dim)) for name in ("q", "k", "v")},
-        "raw": (b.raw, (batch, tokens, 3 * heads * dim)),
-        **{name: (getattr(b, name), (batch, tokens, dim // 2)) for name in ("cos", "sin")},
-        "hidden": (b.hidden, (batch, tokens, inner)),
-        "embedded": (b.embedded, (batch, tokens - context, columns)),
-        "z": (b.z, (2, *chunk)),
-        "action_mask": (inputs.action_mask, chunk),
-        **{name: (getattr(inputs, name), (batch,)) for name in ("begin", "end", "prefix_length")},
-    }
-    for name, (tensor, shape) in shapes.items():
-        expect(name, tensor, shape)
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
-    for name, cache in (("keys", inputs.keys), ("values", inputs.values)):
-        expect(name, cache, (layers, batch, groups, cached, dim))
-    if inputs.keys.stride() != inputs.values.stride():
-        raise ValueError(f"values: expected the strides of keys, {inputs.keys.stride()}; got {inputs.values.stride()}")

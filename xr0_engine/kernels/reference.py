@@ -47,6 +47,17 @@ def lambda_attention(q: Tensor, k: Tensor, v: Tensor, kv_keys: Tensor, kv_values
     """
     batch, heads, queries, dim = q.shape
     groups, cached = kv_keys.shape[1], kv_keys.shape[2]
+    weights = lambda_weights(q, k, kv_keys, mask).to(v.dtype)
+    on_cache, on_own = weights.split((cached, queries), dim=-1)
+    out = torch.bmm(on_cache.reshape(batch * groups, -1, cached), kv_values.flatten(0, 1))
+    out = torch.baddbmm(out.view(-1, queries, dim), on_own.flatten(0, 1), v.flatten(0, 1))
+    return out.view(batch, heads, queries, dim)
+
+
+def lambda_weights(q: Tensor, k: Tensor, kv_keys: Tensor, mask: Tensor) -> Tensor:
+    """What lambda_attention weighs values with, in float32: (B, H, Q, N + Q), rows of sum 1. Arguments as there."""
+    batch, heads, queries, dim = q.shape
+    groups, cached = kv_keys.shape[1], kv_keys.shape[2]
     scale, unread = dim**-0.5, q.new_empty(())
     over_cache = torch.baddbmm(
         unread, q.reshape(batch * groups, -1, dim), kv_keys.flatten(0, 1).transpose(1, 2), beta=0, alpha=scale
@@ -55,8 +66,4 @@ def lambda_attention(q: Tensor, k: Tensor, v: Tensor, kv_keys: Tensor, kv_values
     scores = torch.cat(
         (over_cache.view(batch, heads, queries, cached), over_own.view(batch, heads, queries, queries)), dim=-1
     )
-    weights = scores.masked_fill_(~mask, float("-inf")).softmax(dim=-1, dtype=torch.float32).to(v.dtype)
-    on_cache, on_own = weights.split((cached, queries), dim=-1)
-    out = torch.bmm(on_cache.reshape(batch * groups, -1, cached), kv_values.flatten(0, 1))
-    out = torch.baddbmm(out.view(-1, queries, dim), on_own.flatten(0, 1), v.flatten(0, 1))
-    return out.view(batch, heads, queries, dim)
+    return scores.masked_fill_(~mask, float("-inf")).softmax(dim=-1, dtype=torch.float32)

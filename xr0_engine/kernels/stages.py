@@ -294,3 +294,48 @@ def swiglu_stage(
             if program == first:
                 wait(shared.barrier, stage, COMPILED)
             swiglu_after(ahead, product, tile, end, HOW, WHOLE)
+
+
+@triton.jit
+def wide_stage(
+    shared, stage, x, sums, w, out, x_rows,
+    COLUMNS: tl.constexpr, OUTPUTS: tl.constexpr, SLOTS: tl.constexpr, STREAM: tl.constexpr, TILE: tl.constexpr,
+    COMPILED: tl.constexpr,
+):  # fmt: skip
+    """gelu(x @ w.T), the first product of a wide output layer. x: the last x_rows of each batch's rows of a stream of
+    COLUMNS, where sums are given their norm; out: (B, x_rows, OUTPUTS)."""
+    rows = shared.batch * x_rows
+    product = Product(
+        x=x, x_b=shared.tokens * COLUMNS, x_m=COLUMNS, w=w, w_n=COLUMNS, scale=None, bias=None, col_scale=None,
+        sums=sums, sums_s=2 * shared.batch * shared.tokens, sums_b=2 * shared.tokens, sums_m=2, column_sums=None,
+        norm_eps=shared.eps, partials=shared.partials, counters=shared.counters, rows=rows, batch_rows=x_rows,
+        inputs=COLUMNS, slots=SLOTS, row_tiles=tl.cdiv(rows, TILE.BLOCK_M),
+    )  # fmt: skip
+    end = LinearEnd(
+        outputs=OUTPUTS, out=out, out_b=x_rows * OUTPUTS, out_m=OUTPUTS, residual=None, residual_b=0, residual_m=0,
+        gate=None, base_sums=None, base_sums_s=0, base_sums_b=0, base_sums_m=0, base_weight=None, base_eps=0.0,
+        extra=None, extra_r=0, extra_index=None, extra_index_b=0, stats=None, stats_s=0, stats_b=0, stats_m=0,
+        stats_weight=None,
+    )  # fmt: skip
+    NORM: tl.constexpr = None if sums is None else "rms"
+    HOW: tl.constexpr = _how(NORM, COLUMNS, SLOTS, STREAM, TILE)
+    NO_SLOTS: tl.constexpr = (1, 1)
+    tiles = product.row_tiles * triton.cdiv(OUTPUTS, TILE.BLOCK_N) * TILE.SPLIT_K
+    first, count = tl.program_id(0), tl.num_programs(0)
+    arrive(shared.barrier)
+    if TILE.PARTS == 0:
+        if COMPILED:
+            _prefetch(product, tiles, OUTPUTS, False, TILE)
+        wait(shared.barrier, stage, COMPILED)
+        for program in tl.range(first, tiles, count, num_stages=1, disable_licm=True):
+            _linear(program, product, end, False, "gelu_tanh", NO_SLOTS, HOW, False)
+    else:
+        WHOLE: tl.constexpr = _whole(TILE)
+        if first >= tiles:
+            wait(shared.barrier, stage, COMPILED)
+        for program in tl.range(first, tiles, count, num_stages=1, disable_licm=True):
+            tile = take_tile(program, product, HOW)
+            ahead = linear_ahead(product, tile, end, HOW, WHOLE, COMPILED)
+            if program == first:
+                wait(shared.barrier, stage, COMPILED)
+            linear_after(ahead, product, tile, end, False, "gelu_tanh", NO_SLOTS, HOW, WHOLE)

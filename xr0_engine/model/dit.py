@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from xr0_engine.config import ActionHeadConfig, ModelConfig
 from xr0_engine.kernels import reference
-from xr0_engine.model.flow import Trace, euler_sample, flow_times, prefix_positions
+from xr0_engine.model.flow import Guidance, Trace, euler_sample, flow_times, prefix_positions
 from xr0_engine.model.layers import GatedMLP, RMSNorm, inverse_frequencies, mrope_tables
 from xr0_engine.types import KVBlock
 
@@ -109,11 +109,14 @@ class DiTAttention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
         """x: (B, Q, C); keys, values: (B, G, N, D) of the VLM layer that this layer reads. Returns (B, Q, C)."""
+        mixed = reference.lambda_attention(*self.heads(x, cos, sin), keys, values, mask)
+        return self.o_proj(mixed.transpose(1, 2).flatten(2))
+
+    def heads(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys, normalised and rotated, and values: (B, H, Q, D) each."""
         qkv = self.qkv_proj(x).unflatten(-1, (3, self.num_heads, self.head_dim))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        q, k = reference.rotate(self.q_norm(q), cos, sin), reference.rotate(self.k_norm(k), cos, sin)
-        mixed = reference.lambda_attention(q, k, v, keys, values, mask)
-        return self.o_proj(mixed.transpose(1, 2).flatten(2))
+        return reference.rotate(self.q_norm(q), cos, sin), reference.rotate(self.k_norm(k), cos, sin), v
 
 
 class DiTLayer(nn.Module):
@@ -224,12 +227,14 @@ class ActionHead(nn.Module):
         table: Tensor,
         trace: Trace = None,
         mask: Tensor | None = None,
+        guidance: Guidance | None = None,
     ) -> Tensor:
         """One chunk per row, (B, T, A) float32, in the model's units (spec section 2.5).
 
         state: (B, state_length, S); noise, prefix: (B, T, A), prefix read where the row's prefix_length (B,) covers it;
         table: from modulation_table; trace, if given, receives z before each step and after the last; mask: as
-        DiTGeometry's, where not everything that the geometry shows may be seen.
+        DiTGeometry's, where not everything that the geometry shows may be seen; guidance: on the device, where autograd
+        works.
         """
         device, dtype = self.sink.weight.device, self.sink.weight.dtype
         prefix_length = prefix_length.to(device)
@@ -242,5 +247,5 @@ class ActionHead(nn.Module):
             return self(z.to(dtype), context, table[:, step : step + 1], rope, attends, kv.keys, kv.values)
 
         is_prefix = prefix_positions(prefix_length, noise.shape[1])
-        steps = self.config.flow_steps
-        return euler_sample(velocity, noise.to(device), prefix.to(device), is_prefix, kv.action_mask, steps, trace)
+        start, given, steps = noise.to(device), prefix.to(device), self.config.flow_steps
+        return euler_sample(velocity, start, given, is_prefix, kv.action_mask, steps, trace, guidance)

@@ -38,6 +38,18 @@ def own_arithmetic(method: Method) -> Method:
     return run  # type: ignore[return-value]
 
 
+def own_gradients(method: Method) -> Method:
+    """As own_arithmetic, for methods that differentiate: they switch autograd on where they need it. What was made
+    under own_arithmetic has to be cloned first."""
+
+    @wraps(method)
+    def run(self: Network, *given: Any, **named: Any) -> Any:
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            return method(self, *given, **named)
+
+    return run  # type: ignore[return-value]
+
+
 def unmarked(stage: str) -> None:
     """A Mark for those who do not ask."""
 
@@ -119,10 +131,16 @@ def step_by_stages(
     network: Network, inputs: ModelInputs, noise: Tensor, prefix: Tensor, prefix_length: Tensor, mark: Mark
 ) -> Tensor:
     """Network.step of a network that runs its stages one after the other."""
+    kv = block_by_stages(network, inputs, mark)
+    chunk = network.sample(kv, inputs.state, noise, prefix, prefix_length)
+    mark("flow")
+    return chunk
+
+
+def block_by_stages(network: Network, inputs: ModelInputs, mark: Mark = unmarked) -> KVBlock:
+    """The first two stages."""
     vision = network.encode_images(inputs)
     mark("vision")
     kv = network.prefill(inputs, vision)
     mark("prefill")
-    chunk = network.sample(kv, inputs.state, noise, prefix, prefix_length)
-    mark("flow")
-    return chunk
+    return kv

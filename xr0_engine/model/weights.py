@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from rich.console import Console
@@ -18,7 +19,9 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from xr0_engine.config import ModelConfig
+from xr0_engine.family import FAMILIES, named_family
 from xr0_engine.files import parse_json, pointer_fault, read_bytes, reading, section, text
+from xr0_engine.model.choice import choice_shapes
 from xr0_engine.model.dit import ActionHead
 from xr0_engine.model.vlm import VLM
 from xr0_engine.model.xr0 import XR0Model
@@ -151,8 +154,17 @@ def read_headers(files: Iterable[Path]) -> tuple[dict[str, StoredTensor], list[s
     return stored, faults
 
 
-def check_tensors(stored: Mapping[str, StoredTensor], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises one CheckpointError that names missing, unexpected and wrongly shaped tensors."""
+def check_tensors(
+    stored: Mapping[str, StoredTensor],
+    expected: Mapping[str, tuple[int, ...]],
+    optional: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
+) -> None:
+    """Raises one CheckpointError that names missing, unexpected and wrongly shaped tensors.
+
+    optional: those that a checkpoint has all of or none, as those of training alone.
+    """
+    if optional.keys() & stored.keys():
+        expected = {**expected, **optional}
     faults = [f"missing {name} {list(shape)}" for name, shape in expected.items() if name not in stored]
     faults += [f"unexpected {name}" for name in stored if name not in expected and name != TIED_LM_HEAD]
     faults += [
@@ -175,8 +187,16 @@ def check_model(config: ModelConfig, stored: Mapping[str, StoredTensor], complet
             f"config.json describes a model of at least {least:,} parameters, the files hold {held:,}: its sizes "
             "(layers, widths, vocab_size) are not those of these weights"
         )
+    named = named_family(stored)
+    if complete and named is not None and named != config.family:
+        ours, theirs = FAMILIES[config.family].title, FAMILIES[named].title
+        raise CheckpointError(
+            f"the weights do not fit config.json: it describes the action head of {ours}, they are named as those of "
+            f"{theirs} are: this folder holds the files of two models"
+        )
     shapes = checkpoint_shapes(config)
-    check_tensors(stored, shapes if complete else {n: s for n, s in shapes.items() if n.startswith(VLM_PREFIX)})
+    wanted = shapes if complete else {n: s for n, s in shapes.items() if n.startswith(VLM_PREFIX)}
+    check_tensors(stored, wanted, choice_shapes(config) if complete else {})
 
 
 def load_model(

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import torch
 from torch import Tensor, nn
 
 from xr0_engine.config import ModelConfig
 from xr0_engine.model.dit import ActionHead
-from xr0_engine.model.flow import Trace
+from xr0_engine.model.flow import Guidance, Trace
 from xr0_engine.model.kept import Kept
 from xr0_engine.model.layers import pack_linears
-from xr0_engine.model.network import Grids, Mark, full_buffer, own_arithmetic, step_by_stages, unmarked, whole_patches
+from xr0_engine.model.network import (
+    Grids,
+    Mark,
+    Network,
+    block_by_stages,
+    full_buffer,
+    own_arithmetic,
+    own_gradients,
+    step_by_stages,
+    unmarked,
+    whole_patches,
+)
 from xr0_engine.model.vlm import VLM, Preamble
 from xr0_engine.types import KVBlock, ModelInputs, VisionTokens
 
@@ -36,6 +49,8 @@ class XR0Model(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.head.sink.weight.dtype
 
+    # What is made in inference mode, a caller's too, has no gradient to be asked for.
+    @torch.inference_mode(False)
     def allocate(self, device: torch.device, dtype: torch.dtype) -> None:
         """Uninitialised storage in its final place, packed; every element must then be loaded."""
         self.to(dtype)
@@ -83,6 +98,26 @@ class XR0Model(nn.Module):
     ) -> Tensor:
         assert self._modulations is not None, "finish_loading was not called"
         return self.head.sample(kv, state, noise, prefix, prefix_length, self._modulations, trace)
+
+    @own_gradients
+    def sample_guided(
+        self, kv: KVBlock, state: Tensor, noise: Tensor, guidance: Guidance, trace: Trace = None
+    ) -> Tensor:
+        """As sample, without a prefix, drawn toward a guide (on the host): each step runs the head backward too."""
+        assert self._modulations is not None, "finish_loading was not called"
+        kv = KVBlock(*(getattr(kv, field.name).clone() for field in fields(kv)))
+        guidance = Guidance(guidance.target.to(self.device), guidance.weights.to(self.device))
+        nothing = torch.zeros(len(noise), dtype=torch.long, device="cpu")
+        table = self._modulations.clone()
+        return self.head.sample(kv, state, noise, noise, nothing, table, trace, guidance=guidance)
+
+    def step_guided(
+        self, network: Network, inputs: ModelInputs, noise: Tensor, guidance: Guidance, mark: Mark = unmarked
+    ) -> Tensor:
+        """As step, drawn toward a guide. network: what runs the stages before the flow, over these weights."""
+        chunk = self.sample_guided(block_by_stages(network, inputs, mark), inputs.state, noise, guidance)
+        mark("flow")
+        return chunk
 
     def step(
         self, inputs: ModelInputs, noise: Tensor, prefix: Tensor, prefix_length: Tensor, mark: Mark = unmarked

@@ -17,6 +17,8 @@ BIMANUAL_COLUMNS = 32
 # Robots report float32 matrices, often from angles: rounding stays far below this, a swapped axis far above.
 ROTATION_TOLERANCE = 1e-3
 
+SHORTEST_QUATERNION = 1e-12
+
 
 def decode(normalized: np.ndarray, statistics: ActionStatistics) -> np.ndarray:
     """The sampled chunk in robot units. normalized: (T, A) float32. Returns (T, A) float32.
@@ -73,9 +75,7 @@ class ArmPose:
             if not np.isfinite(value).all():
                 raise ValueError(f"{name}: expected finite values, got NaN or infinity")
             object.__setattr__(self, name, value)
-        residual = np.abs(_transposed(self.rotation) @ self.rotation - np.eye(3)).max(initial=0)
-        if residual > ROTATION_TOLERANCE or (np.linalg.det(self.rotation) < 0).any():
-            raise ValueError(f"rotation: expected rotation matrices, got R^T R off by {residual:.1e} or a reflection")
+        check_rotations(self.rotation)
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,6 +148,28 @@ def recover(actions: np.ndarray, origin: BimanualPose) -> BimanualPose:
         for columns, start in origin.arms()
     )
     return BimanualPose(left, right)
+
+
+def check_rotations(rotation: np.ndarray) -> None:
+    """rotation: (..., 3, 3). Raises ValueError for matrices that are no rotations."""
+    residual = np.abs(_transposed(rotation) @ rotation - np.eye(3)).max(initial=0)
+    if residual > ROTATION_TOLERANCE or (np.linalg.det(rotation) < 0).any():
+        raise ValueError(f"rotation: expected rotation matrices, got R^T R off by {residual:.1e} or a reflection")
+
+
+def quaternion_log(xyzw: np.ndarray) -> np.ndarray:
+    """Axis-angle vectors (..., 3) float64 in radians, length 0 to pi, of quaternions (..., 4), real part last, of any
+    length; 0 for one shorter than SHORTEST_QUATERNION, as benchmarks have it (spec section 8)."""
+    given = np.asarray(xyzw, dtype=np.float64)
+    length = np.linalg.norm(given, axis=-1, keepdims=True)
+    is_one = length >= SHORTEST_QUATERNION
+    # q and -q are the same rotation: w >= 0 picks the angle of at most pi.
+    q = np.where(given[..., 3:] < 0, -given, given) / np.where(is_one, length, 1)
+    sine = np.linalg.norm(q[..., :3], axis=-1, keepdims=True)
+    angle = 2 * np.arctan2(sine, q[..., 3:])
+    scale = np.divide(angle, sine, out=np.full_like(sine, 2.0), where=sine > 0)
+    axis_angle: np.ndarray = np.where(is_one, q[..., :3] * scale, 0)
+    return axis_angle
 
 
 def rotation_exp(axis_angle: np.ndarray) -> np.ndarray:

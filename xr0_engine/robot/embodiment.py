@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ import yaml as yaml
 
 from xr0_engine.files import FAULTS, is_number, one_line, read_json, read_yaml, reading
 from xr0_engine.part_configs import COLUMNS, STEPS
+from xr0_engine.robot.history import FrameHistory
 from xr0_engine.robot.layouts import LAYOUTS, PLAIN, Layout, find_layout
+from xr0_engine.robot.templates import INSTRUCTION_RULES, TEMPLATES, TITLED, PromptForm, video_form
 from xr0_engine.types import CheckpointError, RobotInfo, ViewInfo
 
 _BUILTIN_FOLDER = Path(__file__).parent / "embodiments"
@@ -33,6 +36,8 @@ MOST_VIEWS = 32
 """The released robots have three at most."""
 LONGEST_LINE = 200
 """Characters of a name or title; every prompt holds the titles."""
+RESIZE_FILTERS = ("bicubic", "bilinear")
+"""Pillow's."""
 LOWEST_RATE_HZ, HIGHEST_RATE_HZ = 0.01, 1000.0
 """Of control: what the executor's loop does at most; and an action in a minute and a half."""
 
@@ -42,8 +47,9 @@ class View:
     """One camera.
 
     key: its name in Observation.images. title: its name in the prompt, as in training.
-    rotate_180: turn a frame by half a turn first. resize: then bring it to (height, width), its aspect not kept; None
-    leaves its size. center_crop: then keep this fraction of each side, in (0, 1], and enlarge it to the size before.
+    rotate_180: turn a frame by half a turn first. resize: then bring it to (height, width), its aspect not kept, by the
+    resize_filter; None leaves its size. center_crop: then keep this fraction of each side, in (0, 1], and enlarge it to
+    the size before.
     Raises ValueError that lists every wrong field.
     """
 
@@ -52,6 +58,7 @@ class View:
     rotate_180: bool = False
     center_crop: float = 1.0
     resize: tuple[int, int] | None = None
+    resize_filter: str = "bicubic"
 
     def __post_init__(self) -> None:
         _refuse(f"view {self.key!r}", _wrong_values(View, vars(self)))
@@ -62,11 +69,14 @@ class Embodiment:
     """A robot as the model knows it.
 
     robot_types: keys of a checkpoint's action statistics for which this profile is chosen when none is named.
-    views: in the order of the prompt. layout: the name of action_layout, what the robot's action columns are.
+    views: in the order of the prompt; those that share a title stand one behind the other. layout: the name of
+    action_layout, what the robot's action columns are.
     control_rate_hz: actions executed per second. replan_every: actions executed before the next inference starts,
     None where inference runs beside execution. step_columns: action columns that say how far to move, not where to;
     layout plain only, other layouts know theirs. two_valued_columns: those with nothing between their values, such as a
-    gripper that is open or closed. None: not known. Raises ValueError that lists every wrong field.
+    gripper that is open or closed. None: not known. prompt: the name of a template. instruction: one of
+    INSTRUCTION_RULES, None leaves it to the checkpoint. history: what each view shows of the past, None: one picture.
+    Raises ValueError that lists every wrong field.
     """
 
     name: str
@@ -77,6 +87,9 @@ class Embodiment:
     replan_every: int | None
     step_columns: tuple[int, ...] | None = None
     two_valued_columns: tuple[int, ...] | None = None
+    prompt: str = TITLED.template
+    instruction: str | None = None
+    history: FrameHistory | None = None
 
     def __post_init__(self) -> None:
         _refuse(f"embodiment {self.name!r}", _wrong_values(Embodiment, vars(self)))
@@ -85,8 +98,23 @@ class Embodiment:
     def action_layout(self) -> Layout:
         return find_layout(self.layout)
 
-    def robot_info(self, chunk_length: int, action_width: int, max_prefix: int) -> RobotInfo:
-        """The profile as a policy tells it, which knows the rest: T, A and the longest prefix it was trained with."""
+    def prompt_form(self, temporal_patch: int) -> PromptForm:
+        """temporal_patch: frames in a patch of the vision tower. Raises ValueError for a history that they do not
+        divide."""
+        if self.history is None:
+            return PromptForm(self.prompt)
+        if self.history.frames % temporal_patch:
+            raise ValueError(
+                f"embodiment {self.name!r}: history: expected a multiple of {temporal_patch} frames, as the model's "
+                f"temporal patches have, got {self.history.frames}"
+            )
+        return video_form(self.prompt, self.history.frames, temporal_patch)
+
+    def robot_info(
+        self, chunk_length: int, action_width: int, max_prefix: int, state_length: int | None = None
+    ) -> RobotInfo:
+        """The profile as a policy tells it, which knows the rest: T, A, the longest prefix it was trained with, states
+        of an observation."""
         return RobotInfo(
             chunk_length=chunk_length,
             control_rate_hz=float(self.control_rate_hz),
@@ -98,9 +126,12 @@ class Embodiment:
             step_columns=self.step_columns,
             two_valued_columns=self.two_valued_columns,
             preparation=tuple(
-                ViewInfo(view.title, view.rotate_180, view.resize, view.center_crop) for view in self.views
+                ViewInfo(view.title, view.rotate_180, view.resize, view.center_crop, view.resize_filter)
+                for view in self.views
             ),
             embodiment=self.name,
+            history=None if self.history is None else (self.history.frames, self.history.stride),
+            state_length=None if state_length == 1 else state_length,
         )
 
 
@@ -134,7 +165,7 @@ def checkpoint_embodiment(folder: Path) -> Embodiment | None:
     if raw is None:
         return None
     try:
-        return _built(f"{path}: {CHECKPOINT_KEY}", raw)
+        return embodiment_from(f"{path}: {CHECKPOINT_KEY}", raw)
     except FAULTS as error:
         raise CheckpointError(one_line(error)) from None
 
@@ -173,10 +204,14 @@ def _builtin_by_robot_type() -> dict[str, Embodiment]:
 def _read(path: Path) -> Embodiment:
     raw = read_yaml(path, ValueError)
     with reading(path, ValueError):
-        return _built(str(path), raw)
+        return embodiment_from(str(path), raw)
 
 
-def _built(where: str, raw: Any) -> Embodiment:
+def embodiment_from(where: str, raw: Any) -> Embodiment:
+    """The profile of a mapping, as YAML files and checkpoints hold one. Raises ValueError that names every wrong field.
+
+    where: what the message begins with.
+    """
     if not isinstance(raw, Mapping):
         raise ValueError(f"{where}: expected a mapping of fields, got {raw!r:.80}")
     # Lists become the tuples that the dataclasses hold. Views that are wrong are reported one by one, not as a field.
@@ -192,6 +227,13 @@ def _built(where: str, raw: Any) -> Embodiment:
         del values["views"]
     elif raw_views:
         values["views"] = tuple(View(**view) for view in raw_views)
+    if isinstance(history := values.get("history"), Mapping):
+        view_problems += [f"history: {problem}" for problem in _wrong_names(FrameHistory, history)]
+        try:
+            values["history"] = None if view_problems else FrameHistory(**history)
+        except ValueError as error:
+            view_problems.append(str(error))
+            del values["history"]
     _refuse(where, _wrong_names(Embodiment, raw) + _wrong_values(Embodiment, values) + view_problems)
     return Embodiment(**values)
 
@@ -261,7 +303,9 @@ def _are_views(value: Any) -> bool:
         return False
     if not all(isinstance(view, View) for view in value):
         return False
-    return len({view.key for view in value}) == len({view.title for view in value}) == len(value)
+    # A title twice is one heading over several views: what stands between them would come under it too.
+    headings = [title for title, _ in groupby(view.title for view in value)]
+    return len({view.key for view in value}) == len(value) and len(set(headings)) == len(headings)
 
 
 def _are_columns(value: Any) -> bool:
@@ -285,6 +329,7 @@ _RULES: dict[type, dict[str, tuple[Callable[[Any], bool], str]]] = {
             lambda value: value is None or _is_size(value),
             f"[height, width] in whole pixels up to {LARGEST_SIDE}, or null",
         ),
+        "resize_filter": (lambda value: value in RESIZE_FILTERS, f"one of {', '.join(RESIZE_FILTERS)}"),
     },
     Embodiment: {
         "name": (_is_line, _LINE),
@@ -292,7 +337,7 @@ _RULES: dict[type, dict[str, tuple[Callable[[Any], bool], str]]] = {
             lambda value: isinstance(value, tuple) and all(_is_line(name) for name in value),
             "a list of names (it may be empty)",
         ),
-        "views": (_are_views, f"a list of 1 to {MOST_VIEWS} views, no key or title twice"),
+        "views": (_are_views, f"a list of 1 to {MOST_VIEWS} views, no key twice, a title again only right behind"),
         "layout": (lambda value: value in tuple(LAYOUTS), f"one of {', '.join(LAYOUTS)}"),
         "control_rate_hz": (
             lambda value: _is_number(value) and LOWEST_RATE_HZ <= value <= HIGHEST_RATE_HZ,
@@ -304,5 +349,14 @@ _RULES: dict[type, dict[str, tuple[Callable[[Any], bool], str]]] = {
         ),
         "step_columns": (_are_columns, _COLUMNS),
         "two_valued_columns": (_are_columns, _COLUMNS),
+        "prompt": (lambda value: value in tuple(TEMPLATES), f"one of {', '.join(TEMPLATES)}"),
+        "instruction": (
+            lambda value: value is None or value in INSTRUCTION_RULES,
+            f"one of {', '.join(INSTRUCTION_RULES)}, or null",
+        ),
+        "history": (
+            lambda value: value is None or isinstance(value, FrameHistory),
+            "a mapping of frames and stride, or null",
+        ),
     },
 }

@@ -12,6 +12,9 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image
 
+from xr0_engine.files import read_bytes
+from xr0_engine.robot.picture_cost import PictureError, decoding_cost
+
 # What Pillow raises for files that are broken, cut off, or more than they claim.
 _BROKEN = (
     OSError,
@@ -24,8 +27,19 @@ _BROKEN = (
     TypeError,
     struct.error,
     EOFError,
+    MemoryError,
     Image.DecompressionBombError,
 )
+
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF")
+"""Those whose cost is known before they are decoded (picture_cost.py). Pillow's EPS would run another program."""
+
+MAX_PIXELS = 1 << 26
+"""8192 x 8192, the most that a checkpoint may keep of a picture; decoded, and turned upright, they take 0.9 GiB, as
+WebP 1.4."""
+
+MAX_BYTES = 256 << 20
+"""Of a file: as many pixels as are taken, not packed, and a third more."""
 
 MAX_ASPECT = 200
 """Of a side to the other, as the released image processor has it."""
@@ -40,10 +54,6 @@ _BYTES_REMEDY = {
     "i": ": if it runs from 0 to 255, `image.astype(np.uint8)`",
 }
 _NO_GREY = "if the model shall see it, repeat it in three channels"
-
-
-class PictureError(ValueError):
-    """A picture that is refused: what was expected, what came, and the remedy. Whoever knows its name adds that."""
 
 
 def array_fault(image: object) -> str | None:
@@ -77,32 +87,35 @@ def aspect_fault(height: int, width: int) -> str | None:
 def read_picture(
     source: bytes | Path,
     *,
-    formats: tuple[str, ...] | None = None,
-    max_pixels: int | None = None,
+    formats: tuple[str, ...] = FORMATS,
+    max_pixels: int = MAX_PIXELS,
     grey: bool = False,
 ) -> np.ndarray:
     """What a picture file shows, upright as its EXIF orientation says: (H, W, 3) uint8 RGB.
 
-    source: the file's bytes or its path. formats: of Pillow's, those that are taken; None: all. max_pixels: nothing
-    larger is decoded; None: Pillow's own limit. grey: take a grey picture, its value in all three channels; a camera's
-    is refused, as an array without colour is. Of 16 bits per channel the upper 8 are taken. Raises PictureError for
-    what is broken, too large, has alpha or several frames, or values whose range is unknown.
+    source: the file's bytes or its path. formats: of FORMATS, those that are taken. max_pixels: nothing larger is
+    decoded. grey: take a grey picture, its value in all three channels; a camera's is refused, as an array without
+    colour is. Of 16 bits per channel the upper 8 are taken. Raises PictureError for what is broken, too large, costs
+    more than its size lets expect, has alpha or several frames, or values whose range is unknown.
     """
     what = str(source) if isinstance(source, Path) else f"the file of {len(source)} bytes"
     try:
+        data = read_bytes(source, PictureError, MAX_BYTES) if isinstance(source, Path) else source
+        decoding_cost(data, max_pixels)
         # Only the header is read here.
-        with Image.open(source if isinstance(source, Path) else io.BytesIO(source), formats=formats) as picture:
+        with Image.open(io.BytesIO(data), formats=formats) as picture:
             check_size(picture.width, picture.height, max_pixels)
             _refuse_kind(picture, what, grey)
             upright = _upright(picture)
             if _is_deep_grey(picture):
                 values = (np.asarray(upright) >> 8).astype(np.uint8)
                 return np.repeat(values[..., None], 3, axis=2)
-            return np.asarray(upright.convert("RGB"))
+            # Pillow would make another copy.
+            return np.asarray(upright if upright.mode == "RGB" else upright.convert("RGB"))
     except PictureError:
         raise
     except _BROKEN as error:
-        kind = f"a {' or '.join(formats)} file" if formats else "an image file (PNG, JPEG, ...)"
+        kind = f"a {' or '.join([', '.join(formats[:-1]), formats[-1]] if formats[1:] else formats)} file"
         raise PictureError(f"expected {kind}, but {what} cannot be read: {error}") from None
 
 
@@ -126,9 +139,9 @@ def _upright(picture: Image.Image) -> Image.Image:
     return picture if turn is None else picture.transpose(turn)
 
 
-def check_size(width: int, height: int, max_pixels: int | None) -> None:
+def check_size(width: int, height: int, max_pixels: int) -> None:
     """Raises PictureError for more pixels than that, or none."""
-    if width * height < 1 or (max_pixels is not None and width * height > max_pixels):
+    if not 1 <= width * height <= max_pixels:
         raise PictureError(f"expected at most {max_pixels} pixels, got {width} x {height}")
 
 

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from xr0_engine.robot import mobile
 from xr0_engine.robot.decode import (
     BIMANUAL_COLUMNS,
     LEFT,
@@ -46,6 +48,7 @@ class Frame:
     layout: its name. width: A. angular: (A,) bool, columns of axis-angle rotations. delta: (A,) bool, columns that say
     how far to move in one step instead of where to: at rest they are 0. held: (A,) bool, columns with nothing between
     their values, such as a gripper that is open or closed: each is held until the next action, never interpolated.
+    velocity: (A,) bool, columns of velocities: at rest they are 0 too, but they are interpolated and do not add up.
 
     Raises ValueError for columns outside the width, or that are both delta and held.
     """
@@ -57,9 +60,11 @@ class Frame:
         angular: Iterable[int] = (),
         delta: Iterable[int] = (),
         held: Iterable[int] = (),
+        velocity: Iterable[int] = (),
     ) -> None:
         self.layout, self.width = layout, width
         self.angular = _mask("angular", angular, width)
+        self.velocity = _mask("velocity", velocity, width)
         self.delta = self.held = np.zeros(width, bool)
         self.mark(delta, held)
 
@@ -69,6 +74,11 @@ class Frame:
         self.held = self.held | _mask("held_columns", held, self.width)
         if both := np.flatnonzero(self.delta & self.held).tolist():
             raise ValueError(f"held_columns: expected none of delta_columns, which become 0 at rest, got {both}")
+
+    @property
+    def zero_at_rest(self) -> np.ndarray:
+        """(A,) bool."""
+        return self.delta | self.velocity
 
     def absolute(self, actions: np.ndarray, origin: Pose | None) -> np.ndarray:
         """A chunk (T, A) as rows (T, A) float64. Raises ValueError for another shape or values that are not finite."""
@@ -114,42 +124,97 @@ def _mask(name: str, columns: Iterable[int], width: int) -> np.ndarray:
 _AT_ORIGIN = ArmPose(np.zeros(3), np.eye(3), np.zeros(6), np.zeros(1))
 _WORLD = BimanualPose(_AT_ORIGIN, _AT_ORIGIN)
 _ROTATIONS = [column for arm in (LEFT, RIGHT) for column in range(BIMANUAL_COLUMNS)[arm.rotation]]
+_MOBILE_AT_ORIGIN = mobile.MobileArm(np.zeros(3), np.eye(3), np.zeros(1))
+_MOBILE_WORLD = mobile.MobilePose(_MOBILE_AT_ORIGIN, _MOBILE_AT_ORIGIN)
 
 
-class BimanualFrame(Frame):
-    """Layout `bimanual`: rows are actions anchored at the world's origin. held_columns: see Frame."""
+class AnchoredFrame(Frame):
+    """Rows are actions anchored at the world's origin. rotations: the columns of axis-angle rotations, three by three.
 
-    def __init__(self, held_columns: Iterable[int] = ()) -> None:
-        super().__init__("bimanual", BIMANUAL_COLUMNS, angular=_ROTATIONS, held=held_columns)
+    world: the pose at that origin, of the kind that the layout's chunks are anchored at. anchor, recover: of poses of
+    that kind, as those of decode.py. Otherwise see Frame.
+    """
+
+    def __init__(
+        self,
+        layout: str,
+        width: int,
+        rotations: list[int],
+        world: Pose,
+        anchor: Callable[[Any, Any], np.ndarray],
+        recover: Callable[[np.ndarray, Any], Any],
+        held: Iterable[int] = (),
+        velocity: Iterable[int] = (),
+    ) -> None:
+        super().__init__(layout, width, angular=rotations, held=held, velocity=velocity)
+        self._rotations, self._world = rotations, world
+        self._anchor, self._recover = anchor, recover
 
     def absolute(self, actions: np.ndarray, origin: Pose | None) -> np.ndarray:
-        return anchor(recover(super().absolute(actions, origin), _required(origin)), _WORLD)
+        rows = super().absolute(actions, origin)
+        return self._anchor(self._recover(rows, self._required(origin)), self._world)
 
     def anchored(self, rows: np.ndarray, origin: Pose | None) -> np.ndarray:
-        return anchor(recover(rows, _WORLD), _required(origin)).astype(np.float32)
+        return self._anchor(self._recover(rows, self._world), self._required(origin)).astype(np.float32)
 
     def start(self, origin: Pose | None) -> np.ndarray | None:
         return self.absolute(np.zeros((1, self.width)), origin)[0]
 
     def difference(self, row: np.ndarray, reference: np.ndarray) -> np.ndarray:
         change = row - reference
-        change[_ROTATIONS] = rotation_log(np.swapaxes(_rotations(reference), -1, -2) @ _rotations(row)).ravel()
+        turns = np.swapaxes(self._matrices(reference), -1, -2) @ self._matrices(row)
+        change[self._rotations] = rotation_log(turns).ravel()
         return change
 
     def moved(self, row: np.ndarray, difference: np.ndarray) -> np.ndarray:
         result = row + difference
-        result[_ROTATIONS] = rotation_log(_rotations(row) @ _rotations(difference)).ravel()
+        result[self._rotations] = rotation_log(self._matrices(row) @ self._matrices(difference)).ravel()
         return result
 
+    def _matrices(self, row: np.ndarray) -> np.ndarray:
+        return rotation_exp(row[self._rotations].reshape(-1, 3))
 
-def _rotations(row: np.ndarray) -> np.ndarray:
-    return rotation_exp(row[_ROTATIONS].reshape(2, 3))
+    def _required(self, origin: Pose | None) -> Pose:
+        if not isinstance(origin, type(self._world)):
+            raise ValueError(
+                f"origin: expected the robot's pose at the observation (layout {self.layout}), got {origin!r:.80}"
+            )
+        return origin
 
 
-def _required(origin: Pose | None) -> BimanualPose:
-    if not isinstance(origin, BimanualPose):
-        raise ValueError(f"origin: expected the robot's pose at the observation (layout bimanual), got {origin!r:.80}")
-    return origin
+class BimanualFrame(AnchoredFrame):
+    """Layout `bimanual`. held_columns: see Frame."""
+
+    def __init__(self, held_columns: Iterable[int] = ()) -> None:
+        super().__init__("bimanual", BIMANUAL_COLUMNS, _ROTATIONS, _WORLD, anchor, recover, held=held_columns)
+
+
+class MobileFrame(AnchoredFrame):
+    """A layout of 60 columns; an absolute gripper is one in the rows too, of any origin."""
+
+    def __init__(self, layout: str, columns: mobile.Columns) -> None:
+        super().__init__(
+            layout,
+            mobile.MOBILE_COLUMNS,
+            columns.rotations,
+            _MOBILE_WORLD,
+            partial(mobile.anchor, columns=columns),
+            partial(mobile.recover, columns=columns),
+            velocity=range(mobile.MOBILE_COLUMNS)[columns.base_velocity or slice(0)],
+        )
+        self._columns = columns
+
+    def start(self, origin: Pose | None) -> np.ndarray | None:
+        row = super().start(origin)
+        assert row is not None
+        if self._columns.gripper_is_absolute:
+            pose = self._required(origin)
+            assert isinstance(pose, mobile.MobilePose)
+            row[self._columns.left.gripper], row[self._columns.right.gripper] = (
+                pose.left.gripper[0],
+                pose.right.gripper[0],
+            )
+        return row
 
 
 @dataclass(frozen=True)
@@ -170,7 +235,8 @@ class Layout:
     active_columns: those that a model sees and sets whatever its statistics say; None: it is for the statistics to say.
 
     rest: a pose to stand at, of the kind that chunks are anchored at; None: chunks are not anchored. described_by: the
-    fields that map columns in a dataset's description (training/data/description.py).
+    fields that map columns in a dataset's description (training/data/description.py). mobile: where the parts of a
+    robot with waist and base stand; None: the layout is of another kind.
     """
 
     name: str
@@ -179,6 +245,7 @@ class Layout:
     columns: tuple[Column, ...] = ()
     rest: Pose | None = None
     active_columns: tuple[int, ...] | None = None
+    mobile: mobile.Columns | None = None
 
     def frame_of(self, width: int, step_columns: Iterable[int] = (), two_valued_columns: Iterable[int] = ()) -> Frame:
         """The frame for a robot whose profile names such columns. Raises ValueError for columns outside the width."""
@@ -210,6 +277,37 @@ def _bimanual_columns() -> Iterator[Column]:
                 yield Column(index, f"{side} {kind}", name, unit, f"{side} {label}")
 
 
+def _mobile_columns(columns: mobile.Columns) -> Iterator[Column]:
+    """The columns in use, as they are shown; the others are reserved (spec section 8)."""
+    for side, arm in (("left", columns.left), ("right", columns.right)):
+        for kind, unit, part, labels in (
+            ("position", "m", arm.position, "xyz"),
+            ("rotation", "rad", arm.rotation, ("rx", "ry", "rz")),
+        ):
+            indices = range(mobile.MOBILE_COLUMNS)[part]
+            for index, name, label in zip(indices, "xyz", labels, strict=True):
+                yield Column(index, f"{side} {kind}", name, unit, f"{side} {label}")
+        yield Column(arm.gripper, f"{side} gripper", "", "robot units", f"{side} gripper")
+    if columns.waist is not None:
+        yield Column(columns.waist, "waist", "", "robot units", "waist")
+    if columns.base_velocity is not None:
+        for index, name in zip(range(mobile.MOBILE_COLUMNS)[columns.base_velocity], ("1", "2", "3"), strict=True):
+            yield Column(index, "base velocity", name, "robot units", f"base velocity {name}")
+
+
+def _mobile(name: str, columns: mobile.Columns) -> Layout:
+    shown = tuple(_mobile_columns(columns))
+    return Layout(
+        name,
+        lambda width: MobileFrame(name, columns),
+        described_by=("arms",),
+        columns=shown,
+        rest=_MOBILE_WORLD,
+        active_columns=tuple(sorted(column.index for column in shown)),
+        mobile=columns,
+    )
+
+
 PLAIN = Layout("plain", PlainFrame, described_by=("state", "action"))
 BIMANUAL = Layout(
     "bimanual",
@@ -219,7 +317,8 @@ BIMANUAL = Layout(
     rest=_WORLD,
     active_columns=tuple(sorted(column.index for column in _bimanual_columns())),
 )
-LAYOUTS = {layout.name: layout for layout in (PLAIN, BIMANUAL)}
+MOBILE, ROBODOJO = _mobile("mobile", mobile.MOBILE), _mobile("robodojo", mobile.ROBODOJO)
+LAYOUTS = {layout.name: layout for layout in (PLAIN, BIMANUAL, MOBILE, ROBODOJO)}
 """Name -> layout. A new one needs its entry here, and nothing elsewhere."""
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from xr0_engine.config import VisionConfig
-from xr0_engine.files import find_settings, is_number
+from xr0_engine.files import PROCESSOR_FILE, find_settings, is_number, read_json
 from xr0_engine.types import CheckpointError
 
 BICUBIC = 3
@@ -27,10 +27,12 @@ LARGEST_MAXIMUM = 2**26
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """Pixels of a resized image, at least and at most. Raises ValueError for limits that make no sense."""
+    """Pixels of a resized image, at least and at most; resize False: images come in a size that the model takes, within
+    max_pixels. Raises ValueError for limits that make no sense."""
 
     min_pixels: int
     max_pixels: int
+    resize: bool = True
 
     def __post_init__(self) -> None:
         most = min(self.max_pixels, LARGEST_MINIMUM)
@@ -46,10 +48,18 @@ class ImageLimits:
             "min_pixels": self.min_pixels,
             "max_pixels": self.max_pixels,
             "size": {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels},
+            **({} if self.resize else {"do_resize": False}),
         }
 
 
 RELEASED_LIMITS = ImageLimits(1024, 90_000)
+
+POST_TRAINING_LIMITS = ImageLimits(3136, 160_000)
+"""Of XR-1's post-training code and its clients (spec section 8); none of its processor files says so."""
+
+VIDEO_FILE = "video_preprocessor_config.json"
+LARGEST_UNRESIZED = 1 << 20
+"""Pixels of an image that is taken as it is: sixteen times what the released model has seen of videos."""
 
 
 def load_limits(folder: Path, vision: VisionConfig) -> ImageLimits:
@@ -67,6 +77,34 @@ def load_limits(folder: Path, vision: VisionConfig) -> ImageLimits:
     return next(iter(told.values()), RELEASED_LIMITS)
 
 
+def load_video_limits(folder: Path, vision: VisionConfig) -> ImageLimits:
+    """The limits of a checkpoint's videos; where no file says anything of videos, those of images.
+
+    Raises CheckpointError as load_limits does, and for a file whose videos are resized: what transformers does then
+    goes by all frames together, which no released XR-1 does (spec section 8).
+    """
+    path = folder / VIDEO_FILE
+    if path.is_file():
+        raw = read_json(path)
+    else:
+        path = folder / PROCESSOR_FILE
+        content = read_json(path) if path.is_file() else None
+        raw = content.get("video_processor") if isinstance(content, Mapping) else None
+        if raw is None:
+            return load_limits(folder, vision)
+    if not isinstance(raw, Mapping):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(raw).__name__}")
+    faults = _unsupported({**raw, "do_resize": None}, vision)
+    if raw.get("do_resize", True) is not False:
+        faults.append("do_resize is not false: the engine takes videos in the size that they come in")
+    if faults:
+        raise CheckpointError(
+            f"{path}: {'; '.join(faults)}. Correct the file if the model was trained with what the engine does, or "
+            "choose an embodiment profile without a history"
+        )
+    return ImageLimits(1, LARGEST_UNRESIZED, resize=False)
+
+
 def read_limits(path: Path, raw: Any, vision: VisionConfig) -> ImageLimits:
     """As load_limits; raw: what the file `path` holds."""
     if not isinstance(raw, Mapping):
@@ -74,7 +112,7 @@ def read_limits(path: Path, raw: Any, vision: VisionConfig) -> ImageLimits:
     faults = _unsupported(raw, vision)
     limits = RELEASED_LIMITS
     try:
-        limits = _limits(raw)
+        limits = _limits(raw) if raw.get("do_resize") is not False else ImageLimits(1, LARGEST_UNRESIZED, resize=False)
         token = (vision.patch_size * vision.spatial_merge_size) ** 2
         if limits.max_pixels < token:
             raise ValueError(f"max_pixels is {limits.max_pixels}, less than the {token} pixels of one image token")
@@ -102,7 +140,7 @@ def _limits(raw: Mapping[str, Any]) -> ImageLimits:
         if len(set(given.values())) > 1:
             raise ValueError(f"size.{key} is {given[key]}, {older} is {given[older]}: keep the one of the training")
         chosen[older] = next(iter(given.values()), getattr(RELEASED_LIMITS, older))
-    return ImageLimits(**chosen)
+    return ImageLimits(chosen["min_pixels"], chosen["max_pixels"])
 
 
 def _has(place: Mapping[str, Any], name: str) -> bool:
@@ -118,7 +156,6 @@ def _pixels(name: str, value: Any) -> int:
 def _unsupported(raw: Mapping[str, Any], vision: VisionConfig) -> list[str]:
     """What the file asks for, and the engine does not do."""
     supported: dict[str, object] = {
-        "do_resize": True,
         "do_rescale": True,
         "do_normalize": True,
         "do_center_crop": False,
@@ -131,7 +168,9 @@ def _unsupported(raw: Mapping[str, Any], vision: VisionConfig) -> list[str]:
         "temporal_patch_size": vision.temporal_patch_size,
         "merge_size": vision.spatial_merge_size,
     }
-    return [
+    resize = raw.get("do_resize")
+    strange = [] if resize is None or isinstance(resize, bool) else [f"do_resize is {resize!r:.80}, not true or false"]
+    return strange + [
         f"{key} is {raw[key]!r:.80}, the engine has {expected!r} alone"
         for key, expected in supported.items()
         if _has(raw, key) and not _equal(raw[key], expected)

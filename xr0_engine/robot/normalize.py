@@ -1,4 +1,4 @@
-"""Action statistics: robot units to the model's units and back (spec section 3.3). NumPy only."""
+"""Statistics: robot units to the model's units and back (spec sections 3.3 and 8). NumPy only."""
 
 from __future__ import annotations
 
@@ -10,17 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from xr0_engine.files import SETTINGS_FILE, find_settings, read_json, table
-from xr0_engine.part_configs import STEPS
+from xr0_engine.files import SETTINGS_FILE, find_settings, read_json
+from xr0_engine.robot.quantiles import ACTIVE_STD as ACTIVE_STD
+from xr0_engine.robot.quantiles import (
+    Quantiles,
+    StateStatistics,
+    read_quantiles,
+    read_state,
+    read_table,
+)
 from xr0_engine.types import CheckpointError
-
-# Where statistics name no active columns, one whose std is not above this does not move in the training data: the model
-# neither sees nor sets it.
-ACTIVE_STD = 1e-5
-
-LARGEST = 1e9
-"""Of a mean or std, in the robot's units: encoders of 24 bits count to 2e7. What float32 can hold, but an action of
-twice the std cannot, would make actions infinite."""
 
 STATISTICS_FILE = SETTINGS_FILE
 
@@ -29,9 +28,11 @@ STATISTICS_FILE = SETTINGS_FILE
 class ActionStatistics:
     """Mean and standard deviation of one robot type's actions, per timestep of the chunk and column.
 
-    mean, std: (T, A) float32, robot units. epsilon: added to std; 0 as the hub code, 1e-6 as the post-training code.
-    active_columns: those that the model sees and sets whatever their std, at every timestep, as the post-training code
-    has them; the others decode to 0. None: the hub's rule, std above ACTIVE_STD.
+    mean, std: (T, A), robot units, float32, or float64 for families whose statistics are applied in it. epsilon: added
+    to std; 0 as the hub code, 1e-6 as the post-training code. active_columns: those that the model sees and sets
+    whatever their std, at every timestep, as the post-training code has them; the others decode to 0. None: the hub's
+    rule, std above ACTIVE_STD. quantiles: the columns that go by these instead, scaled so that q01 and q99 are -1 and
+    1. state: how the robot type's states are normalised; None: not.
 
     Raises ValueError for active columns that are none, twice the same or outside the width, or that cannot be
     normalised since std and epsilon are 0.
@@ -41,6 +42,8 @@ class ActionStatistics:
     std: np.ndarray
     epsilon: float
     active_columns: tuple[int, ...] | None = None
+    quantiles: Quantiles | None = None
+    state: StateStatistics | None = None
 
     def __post_init__(self) -> None:
         columns, width = self.active_columns, self.mean.shape[-1]
@@ -51,7 +54,7 @@ class ActionStatistics:
             raise ValueError(
                 f"active_columns: expected numbers from 0 to {width - 1}, each once, got {list(columns) or 'none'}"
             )
-        still = [column for column in columns if (self._scale(len(self.std))[:, column] <= 0).any()]
+        still = [column for column in columns if (self._scale[:, column] <= 0).any()]
         if still:
             raise ValueError(
                 f"active columns {still} have std 0, and epsilon is 0 too, so nothing can be divided by it: "
@@ -77,7 +80,7 @@ class ActionStatistics:
         """The active columns of (P, A) actions in robot units that are further from the mean than so many std, at any
         step from `start` on."""
         rows = self._rows(actions)
-        apart = np.abs(actions - self.mean[:rows]) > deviations * self._scale(rows)
+        apart = np.abs(actions - self._offset[:rows]) > deviations * self._scale[:rows]
         return [int(column) for column in np.flatnonzero((apart & (self.action_mask[:rows] > 0))[start:].any(0))]
 
     def normalize(self, actions: np.ndarray) -> np.ndarray:
@@ -88,8 +91,8 @@ class ActionStatistics:
         """
         rows = self._rows(actions)
         active = self.action_mask[:rows] > 0
-        scale = np.where(active, self._scale(rows), np.float32(1))
-        return np.where(active, (actions - self.mean[:rows]) / scale, 0).astype(np.float32)
+        scale = np.where(active, self._scale[:rows], self._scale.dtype.type(1))
+        return np.where(active, (actions - self._offset[:rows]) / scale, 0).astype(np.float32)
 
     def denormalize(self, normalized: np.ndarray) -> np.ndarray:
         """The model's units to the robot's, the inverse of normalize on active columns: `a * (std + epsilon) + mean`.
@@ -98,19 +101,29 @@ class ActionStatistics:
         .. P-1. Returns the same shape, float32. Raises ValueError for another shape.
         """
         rows = self._rows(normalized)
-        actions: np.ndarray = normalized * self._scale(rows) + self.mean[:rows]
+        actions: np.ndarray = normalized * self._scale[:rows] + self._offset[:rows]
         if self.active_columns is not None:
             actions = np.where(self.action_mask[:rows] > 0, actions, 0)
         return actions.astype(np.float32)
 
     def to_json(self) -> dict[str, Any]:
         """As a robot type's entry in `action_config`."""
-        tables = {"mean": self.mean.tolist(), "std": self.std.tolist()}
-        return tables if self.active_columns is None else {**tables, "active_columns": list(self.active_columns)}
+        told: dict[str, Any] = {"mean": self.mean.tolist(), "std": self.std.tolist()}
+        if self.active_columns is not None:
+            told["active_columns"] = list(self.active_columns)
+        if self.quantiles is not None:
+            told |= self.quantiles.to_json()
+        return told if self.state is None else {**told, "state": self.state.to_json()}
 
-    def _scale(self, rows: int) -> np.ndarray:
-        scale: np.ndarray = self.std[:rows] + np.float32(self.epsilon)
-        return scale
+    @cached_property
+    def _scale(self) -> np.ndarray:
+        """(T, A): what the model's units are multiplied by; then _offset is added."""
+        scale: np.ndarray = self.std + self.std.dtype.type(self.epsilon)
+        return scale if self.quantiles is None else self.quantiles.placed(scale, self.quantiles.half_range())
+
+    @cached_property
+    def _offset(self) -> np.ndarray:
+        return self.mean if self.quantiles is None else self.quantiles.placed(self.mean, self.quantiles.middle())
 
     def _rows(self, actions: np.ndarray) -> int:
         length, width = self.mean.shape
@@ -119,9 +132,10 @@ class ActionStatistics:
         return int(actions.shape[-2])
 
 
-def load_statistics(folder: Path, action_dim: int, epsilon: float) -> dict[str, ActionStatistics]:
+def load_statistics(folder: Path, action_dim: int, epsilon: float, double: bool = False) -> dict[str, ActionStatistics]:
     """Read the statistics of every robot type from the checkpoint folder's preprocessor_config.json, or from the
-    processor_config.json that transformers 5 writes in its place.
+    processor_config.json that transformers 5 writes in its place. double: whether they are kept, and applied, in
+    float64 (ModelConfig.double_statistics), as an engine must; float32 else.
 
     Raises CheckpointError that names the file and, for each robot type at fault, what is wrong, and for two files that
     contradict each other.
@@ -138,26 +152,26 @@ def load_statistics(folder: Path, action_dim: int, epsilon: float) -> dict[str, 
             f"{' and '.join(map(str, told))} hold different action statistics (`action_config`): keep those of the "
             "training alone"
         )
-    return _statistics(first, found[first], action_dim, epsilon)
+    return _statistics(first, found[first], action_dim, epsilon, double)
 
 
-def read_statistics(path: Path, action_dim: int, epsilon: float) -> dict[str, ActionStatistics]:
+def read_statistics(path: Path, action_dim: int, epsilon: float, double: bool = False) -> dict[str, ActionStatistics]:
     """As load_statistics, from any JSON file with an `action_config`."""
-    return _statistics(path, read_json(path), action_dim, epsilon)
+    return _statistics(path, read_json(path), action_dim, epsilon, double)
 
 
 def _has(settings: Mapping[str, Any]) -> bool:
     return settings.get("action_config") is not None
 
 
-def _statistics(path: Path, config: Any, action_dim: int, epsilon: float) -> dict[str, ActionStatistics]:
+def _statistics(path: Path, config: Any, action_dim: int, epsilon: float, double: bool) -> dict[str, ActionStatistics]:
     robot_types = config.get("action_config") if isinstance(config, Mapping) else None
     if not isinstance(robot_types, dict) or not robot_types:
         raise CheckpointError(f"{path} lacks `action_config`: {{robot type: {{mean, std}}}}")
     statistics, faults = {}, []
     for robot_type, raw in robot_types.items():
         try:
-            statistics[robot_type] = _read(raw, action_dim, epsilon)
+            statistics[robot_type] = _read(raw, action_dim, epsilon, np.float64 if double else np.float32)
         except ValueError as error:
             faults.append(f"robot type {robot_type!r}: {error}")
     if faults:
@@ -180,28 +194,23 @@ def select_robot_type(statistics: Mapping[str, ActionStatistics], robot_type: st
     return robot_type
 
 
-def _read(raw: Any, action_dim: int, epsilon: float) -> ActionStatistics:
+def _read(raw: Any, action_dim: int, epsilon: float, dtype: type[np.floating]) -> ActionStatistics:
     if not isinstance(raw, dict) or not {"mean", "std"} <= raw.keys():
         raise ValueError("expected a mapping with mean and std")
-    mean, std = (_table(name, raw[name], action_dim) for name in ("mean", "std"))
+    mean, std = (read_table(name, raw[name], action_dim).astype(dtype) for name in ("mean", "std"))
     if mean.shape != std.shape:
         raise ValueError(f"mean has {len(mean)} timesteps, std has {len(std)}")
     if (std < 0).any():
         raise ValueError("std holds a negative value")
+    quantiles = None
+    if raw.get("quantile_columns") is not None:
+        if dtype is not np.float64:
+            raise ValueError("quantile_columns: expected none, as this family's actions go by mean and std")
+        quantiles = read_quantiles(raw, action_dim, len(mean))
+    state = None if raw.get("state") is None else read_state(raw["state"])
     columns = raw.get("active_columns")
-    if columns is None:
-        return ActionStatistics(mean, std, epsilon)
-    if not isinstance(columns, list) or not all(type(column) is int for column in columns):
-        raise ValueError(f"active_columns: expected a list of column numbers, got {columns!r:.80}")
-    return ActionStatistics(mean, std, epsilon, tuple(sorted(columns)))
-
-
-def _table(name: str, raw: Any, action_dim: int) -> np.ndarray:
-    numbers = table(raw, name)
-    if len(numbers) == 0 or numbers.shape[1] != action_dim:
-        raise ValueError(f"{name}: expected shape (T, {action_dim}), got {numbers.shape}")
-    if len(numbers) > STEPS[1]:
-        raise ValueError(f"{name}: expected at most {STEPS[1]} timesteps, got {len(numbers)}")
-    if np.abs(numbers).max() > LARGEST:
-        raise ValueError(f"{name}: expected values up to {LARGEST:g}, got {np.abs(numbers).max():g}")
-    return numbers.astype(np.float32)
+    if columns is not None:
+        if not isinstance(columns, list) or not all(type(column) is int for column in columns):
+            raise ValueError(f"active_columns: expected a list of column numbers, got {columns!r:.80}")
+        columns = tuple(sorted(columns))
+    return ActionStatistics(mean, std, epsilon, columns, quantiles, state)

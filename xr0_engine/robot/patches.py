@@ -6,7 +6,7 @@ The only importer of the native module _C.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -34,7 +34,8 @@ def images_to_patches(
 ) -> torch.Tensor:
     """Resize images as Pillow does (bicubic), normalise them, and cut them into patches in Qwen's order (spec 3.1).
 
-    images: (H, W, 3) uint8 RGB each, any strides. sizes: the (height, width) to resize each to, multiples of patch *
+    images: (H, W, 3) uint8 RGB each, any strides, a picture that fills its patches; or (temporal, H, W, 3), a video's
+    frames that share theirs (spec section 8). sizes: the (height, width) to resize each to, multiples of patch *
     merge. out: (all images' patches, 3 * temporal * patch**2) float32, bfloat16 or float16, C-contiguous; filled image
     by image and returned. threads: how many to use at most. On the CPU native where _C was built, Pillow and NumPy on
     one thread otherwise. If out is on a GPU, the images are uploaded at once and processed there, on the current
@@ -49,12 +50,17 @@ def images_to_patches(
         return _patches_on_gpu(images, sizes, patch, temporal, merge, out)
     array = _as_array(out)
     if native is None:
-        first = [vertical_first(image.shape, size) for image, size in zip(images, sizes, strict=True)]
+        first = [vertical_first(image.shape[-3:], size) for image, size in zip(images, sizes, strict=True)]
         _C.images_to_patches(images, sizes, array, patch, temporal, merge, first, threads=threads)
         return out
     begin, values = 0, _as_array(torch.from_numpy(PIXEL_VALUES).to(out.dtype))
     for image, size, rows in zip(images, sizes, _patch_rows(sizes, patch, temporal, out), strict=True):
-        _pillow_patches(image, size, patch, temporal, merge, values, array[begin : begin + rows])
+        place = array[begin : begin + rows].reshape(rows, 3, temporal, patch, patch)
+        if image.ndim == 4 and len(image) != temporal:
+            raise ValueError(f"frames: expected {temporal} in a video's patches, got {len(image)}")
+        for number, frame in enumerate(image if image.ndim == 4 else image[None]):
+            slices = slice(number, number + 1) if image.ndim == 4 else slice(None)
+            _pillow_patches(frame, size, patch, merge, values, place[:, :, slices])
         begin += rows
     return out
 
@@ -120,28 +126,31 @@ def _patches_on_gpu(
 
 
 class PackedImage(NamedTuple):
-    """Where an image lies. first: byte of its first pixel; shape: (height, width); strides: in bytes, of any sign."""
+    """Where a frame lies. first: byte of its first pixel; shape: (height, width); strides: in bytes, of any sign.
+    slice: its temporal slice of the patches that it shares with the frames before and behind it; -1: it fills all."""
 
     first: int
     shape: tuple[int, int]
     strides: tuple[int, int, int]
+    slice: int = -1
 
 
 def pack(images: Sequence[np.ndarray], out: torch.Tensor) -> list[PackedImage]:
-    """Copy images, (H, W, 3) uint8 of any strides, one behind the other into out, (bytes,) uint8; where each lies.
+    """Copy images, (H, W, 3) or (temporal, H, W, 3) uint8 of any strides, into out, (bytes,) uint8, one behind the
+    other; where each frame lies.
 
     Axes that run backwards, as those of a turned image do, stay so: a copy in the order of the memory takes a hundredth
     of the time.
     """
     packed, begin = [], 0
-    for image in images:
+    for image, own_slice in _frames(images):
         backwards = [stride < 0 for stride in image.strides]
         in_order = image[tuple(slice(None, None, -1) if axis else slice(None) for axis in backwards)]
         target = out.numpy()[begin : begin + image.size].reshape(image.shape)
         np.copyto(target, in_order, casting="no")
         steps = [-step if axis else step for step, axis in zip(target.strides, backwards, strict=True)]
         first = begin + sum((side - 1) * -min(step, 0) for side, step in zip(image.shape, steps, strict=True))
-        packed.append(PackedImage(first, (image.shape[0], image.shape[1]), (steps[0], steps[1], steps[2])))
+        packed.append(PackedImage(first, (image.shape[0], image.shape[1]), (steps[0], steps[1], steps[2]), own_slice))
         begin += image.size
     return packed
 
@@ -160,26 +169,43 @@ def launch_patches(
     images_to_patches; patches are of 16. Raises ValueError for memory of another device. Not yet run on a GPU.
     """
     patches = np.cumsum([0, *_patch_rows(sizes, DEVICE_PATCH, temporal, out)]).tolist()
-    columns = [_table(image.shape[1], size[1], out.device) for image, size in zip(packed, sizes, strict=True)]
-    rows = [_table(image.shape[0], size[0], out.device) for image, size in zip(packed, sizes, strict=True)]
-    frames = [(pixels.data_ptr() + image.first, image.shape, image.strides) for image in packed]
-    order = [vertical_first(image.shape, size) for image, size in zip(packed, sizes, strict=True)]
-    for begin in range(0, len(frames), LAUNCH_VIEWS):
-        part = slice(begin, begin + LAUNCH_VIEWS)
+    starts = [number for number, image in enumerate(packed) if image.slice <= 0]
+    # The number of each frame's image.
+    owner = np.repeat(np.arange(len(sizes)), np.diff([*starts, len(packed)])).tolist()
+    frames = [(image, sizes[own]) for image, own in zip(packed, owner, strict=True)]
+    begin = 0
+    while begin < len(frames):
+        end = min(begin + LAUNCH_VIEWS, len(frames))
+        while end < len(frames) and packed[end].slice > 0:
+            end -= 1
+        part = frames[begin:end]
+        columns = [_table(image.shape[1], size[1], out.device) for image, size in part]
+        rows = [_table(image.shape[0], size[0], out.device) for image, size in part]
         _C.images_to_patches_cuda(
-            frames=frames[part],
-            sizes=sizes[part],
-            columns=[(table.data_ptr(), taps) for table, taps in columns[part]],
-            rows=[(table.data_ptr(), taps) for table, taps in rows[part]],
-            out=out[patches[begin] :].data_ptr(),
+            frames=[(pixels.data_ptr() + image.first, image.shape, image.strides) for image, _ in part],
+            sizes=[size for _, size in part],
+            columns=[(table.data_ptr(), taps) for table, taps in columns],
+            rows=[(table.data_ptr(), taps) for table, taps in rows],
+            out=out[patches[owner[begin]] :].data_ptr(),
             dtype=DTYPE_NAMES[out.dtype],
             temporal_patch_size=temporal,
             merge_size=merge,
-            vertical_first=order[part],
+            vertical_first=[vertical_first(image.shape, size) for image, size in part],
+            slices=[image.slice for image, _ in part],
             bgr=False,
             device=out.device.index,
             stream=torch.cuda.current_stream(out.device).cuda_stream,
         )
+        begin = end
+
+
+def _frames(images: Sequence[np.ndarray]) -> Iterator[tuple[np.ndarray, int]]:
+    """Each frame, (H, W, 3), and its slice, as PackedImage has it."""
+    for image in images:
+        if image.ndim == 3:
+            yield image, -1
+        else:
+            yield from ((frame, number) for number, frame in enumerate(image))
 
 
 @lru_cache(maxsize=64)
@@ -197,12 +223,11 @@ def _pillow_patches(
     image: np.ndarray,
     size: tuple[int, int],
     patch: int,
-    temporal: int,
     merge: int,
     values: np.ndarray,
     out: np.ndarray,
 ) -> None:
-    """values: PIXEL_VALUES in out's dtype. out: (the image's patches, 3 * temporal * patch**2)."""
+    """values: PIXEL_VALUES in out's dtype. out: (the image's patches, 3, temporal slices to fill, patch, patch)."""
     height, width = size
     frame = np.ascontiguousarray(image)
     if frame.shape[:2] != (height, width):
@@ -210,7 +235,8 @@ def _pillow_patches(
     blocks = values[frame].reshape(height // (patch * merge), merge, patch, width // (patch * merge), merge, patch, 3)
     # -> block row, block column, row in block, column in block, channel, patch row, patch column
     ordered = blocks.transpose(0, 3, 1, 4, 6, 2, 5)
-    out.reshape(*ordered.shape[:5], temporal, patch, patch)[:] = ordered[:, :, :, :, :, None]
+    # Only the first axis is divided: still the memory that was given.
+    out.reshape(*ordered.shape[:4], *out.shape[1:])[:] = ordered[:, :, :, :, :, None]
 
 
 def _pixel_values() -> np.ndarray:

@@ -6,7 +6,7 @@ Images are processed exactly as transformers' PIL Qwen2-VL processor does, posit
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -16,12 +16,18 @@ import torch
 from xr0_engine.config import ModelConfig, VisionConfig
 from xr0_engine.robot import patches
 from xr0_engine.robot.embodiment import Embodiment, View, checkpoint_embodiment, embodiment_for
-from xr0_engine.robot.images import array_fault, aspect_fault
-from xr0_engine.robot.limits import RELEASED_LIMITS, ImageLimits, load_limits
+from xr0_engine.robot.images import aspect_fault
+from xr0_engine.robot.limits import RELEASED_LIMITS, ImageLimits, load_limits, load_video_limits
 from xr0_engine.robot.normalize import ActionStatistics, load_statistics, select_robot_type
-from xr0_engine.robot.prompt import PromptTokenizer, check_prompt_tokens, checked_instruction, preamble_length
+from xr0_engine.robot.observation import checked_state, validate_observation
+from xr0_engine.robot.prompt import (
+    PromptTokenizer,
+    check_prompt_tokens,
+    instruction_rule,
+    preamble_length,
+)
 from xr0_engine.robot.views import orient as orient
-from xr0_engine.types import ModelInputs, Observation
+from xr0_engine.types import CheckpointError, ModelInputs, Observation
 
 MIN_PIXELS, MAX_PIXELS = RELEASED_LIMITS.min_pixels, RELEASED_LIMITS.max_pixels
 
@@ -29,10 +35,18 @@ MIN_PIXELS, MAX_PIXELS = RELEASED_LIMITS.min_pixels, RELEASED_LIMITS.max_pixels
 def smart_resize(height: int, width: int, factor: int = 32, limits: ImageLimits = RELEASED_LIMITS) -> tuple[int, int]:
     """The (height, width) that an image is resized to: multiples of factor, pixels within limits, aspect roughly kept.
 
-    factor: patch size times spatial merge size. Raises ValueError if one side is more than 200 times the other.
+    factor: patch size times spatial merge size. Raises ValueError if one side is more than 200 times the other, and
+    where nothing may be resized for sides that are no multiples of factor, or more pixels than the limits have.
     """
     if fault := aspect_fault(height, width):
         raise ValueError(f"image: got {fault}")
+    if not limits.resize:
+        if height % factor or width % factor or height * width > limits.max_pixels:
+            raise ValueError(
+                f"image: expected multiples of {factor} pixels, at most {limits.max_pixels} in all, as the checkpoint "
+                f"resizes nothing (do_resize), got height {height}, width {width}"
+            )
+        return height, width
     # Python's round, to the even neighbour on a tie, is part of the reference.
     new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
     if new_height * new_width > limits.max_pixels:
@@ -59,18 +73,22 @@ def images_to_patches(
 ) -> tuple[torch.Tensor, tuple[tuple[int, int], ...]]:
     """Resize images and cut them into normalised patches (spec section 3.1).
 
-    images: (H, W, 3) uint8 RGB each, any strides. threads: how many to use at most. limits: the checkpoint's. buffer:
-    (P, patch_dim), or (P, frame_dim) for one frame of each temporal patch; None is new memory for whole patches in
-    float32. Returns it, filled with the patches of all images in sequence, in [-1, 1], those of one merge block
+    images: (H, W, 3) uint8 RGB each, or (temporal_patch, H, W, 3) for a video's frames in one temporal patch, any
+    strides. threads: how many to use at most. limits: the checkpoint's. buffer: (P, patch_dim), or (P, frame_dim) for
+    one frame of each temporal patch, which with videos is widened to whole ones; None is new memory for whole patches
+    in float32. Returns it, filled with the patches of all images in sequence, in [-1, 1], those of one merge block
     together, and (grid_h, grid_w) of each image. Raises ValueError for an aspect ratio above 200.
     """
     patch, merge = vision.patch_size, vision.spatial_merge_size
-    sizes = [smart_resize(image.shape[0], image.shape[1], patch * merge, limits) for image in images]
+    sizes = [smart_resize(image.shape[-3], image.shape[-2], patch * merge, limits) for image in images]
     grids = tuple((height // patch, width // patch) for height, width in sizes)
     if buffer is None:
         out = torch.empty(sum(height * width for height, width in grids), vision.patch_dim)
     else:
         out = buffer(grids)
+        if out.shape[1] != vision.patch_dim and any(image.ndim == 4 for image in images):
+            shape = (len(out), vision.patch_dim)
+            out = torch.empty(shape, dtype=out.dtype, device=out.device, pin_memory=out.is_pinned())
     return patches.images_to_patches(images, sizes, patch, vision.frames_of(out.shape[1]), merge, out, threads), grids
 
 
@@ -115,27 +133,11 @@ def position_ids(
     return positions
 
 
-def validate_observation(observation: Observation, embodiment: Embodiment, config: ModelConfig) -> None:
-    """Refuse an observation that the model cannot take, before any work on it.
-
-    Raises ValueError that names the field, what was expected and what came. The robot type is checked where it is
-    resolved.
-    """
-    if not isinstance(observation.prepared, bool | np.bool_):
-        raise ValueError(f"prepared: expected true or false, got {observation.prepared!r:.80}")
-    _validate_images(observation, embodiment)
-    checked_instruction(observation.instruction)
-    _state(observation.state, config)
-    stamp = observation.timestamp_s
-    if stamp is not None and not (_is_real(stamp) and -math.inf < stamp < math.inf):
-        raise ValueError(f"timestamp_s: expected seconds as a finite number, or None, got {stamp!r}")
-
-
 class Preprocessor:
     """Turns batches of observations into ModelInputs for one checkpoint.
 
     embodiment: used for every robot type; None chooses the built-in profile that lists the observation's robot type.
-    limits: of images, the checkpoint's.
+    limits: of images, the checkpoint's; video_limits: of videos, None is those of images.
     """
 
     def __init__(
@@ -145,9 +147,10 @@ class Preprocessor:
         statistics: Mapping[str, ActionStatistics],
         embodiment: Embodiment | None = None,
         limits: ImageLimits = RELEASED_LIMITS,
+        video_limits: ImageLimits | None = None,
     ) -> None:
         self.config = config
-        self.limits = limits
+        self.limits, self.video_limits = limits, video_limits or limits
         self.tokenizer = tokenizer
         self.statistics = statistics
         self.embodiment = embodiment
@@ -160,10 +163,27 @@ class Preprocessor:
         file that cannot be used.
         """
         config = ModelConfig.load(folder)
-        statistics = load_statistics(folder, config.head.action_dim, config.std_epsilon)
+        statistics = load_statistics(folder, config.head.action_dim, config.std_epsilon, config.double_statistics)
+        width = config.head.state_dim
+        for name, told in statistics.items():
+            if told.state is not None and len(told.state.q01) != width:
+                raise CheckpointError(
+                    f"{folder}: statistics of robot type {name!r}: state: expected q01 and q99 of {width} columns, got "
+                    f"{len(told.state.q01)}"
+                )
         tokenizer = PromptTokenizer.load(folder, config.tokens, config.text.vocab_size)
         embodiment = embodiment or checkpoint_embodiment(folder)
-        return cls(config, tokenizer, statistics, embodiment, load_limits(folder, config.vision))
+        made = cls(config, tokenizer, statistics, embodiment, load_limits(folder, config.vision))
+        if any(made._sees_videos(robot_type) for robot_type in statistics):
+            made.video_limits = load_video_limits(folder, config.vision)
+        return made
+
+    def _sees_videos(self, robot_type: str) -> bool:
+        """Also False for a robot type that no profile is known for."""
+        try:
+            return self.resolve(robot_type)[1].history is not None
+        except ValueError:
+            return False
 
     def resolve(self, robot_type: str | None) -> tuple[str, Embodiment]:
         """The robot type and the embodiment profile that an observation's robot type means; None is the only one.
@@ -188,18 +208,26 @@ class Preprocessor:
         if len(set(lengths.values())) > 1:
             raise ValueError(f"observations: expected one chunk length in a batch, got {lengths}")
 
-        images = [
-            observation.images[view.key] if observation.prepared else orient(observation.images[view.key], view)
-            for observation, (_, embodiment) in zip(observations, resolved, strict=True)
-            for view in embodiment.views
-        ]
         vision = self.config.vision
         for observation, (_, embodiment) in zip(observations, resolved, strict=True):
-            check_prompt_tokens(sum(self._image_tokens(observation, view) for view in embodiment.views))
-        threads = torch.get_num_threads()
-        pixel_values, grids = images_to_patches(images, vision, threads, self.limits, buffer)
+            check_prompt_tokens(sum(self._image_tokens(observation, view, embodiment) for view in embodiment.views))
+        videos = {embodiment.history is not None for _, embodiment in resolved}
+        if len(videos) > 1:
+            raise ValueError("observations: expected pictures or videos in a batch, got robot types of both")
+        images = [
+            image
+            for observation, (_, embodiment) in zip(observations, resolved, strict=True)
+            for view in embodiment.views
+            for image in self._images(observation, view)
+        ]
+        limits = self.video_limits if True in videos else self.limits
+        pixel_values, grids = images_to_patches(images, vision, torch.get_num_threads(), limits, buffer)
         remaining = iter(grids)
-        grids_of_row = [[next(remaining) for _ in embodiment.views] for _, embodiment in resolved]
+        forms = [embodiment.prompt_form(vision.temporal_patch_size) for _, embodiment in resolved]
+        grids_of_row = [
+            [next(remaining) for _ in range(len(embodiment.views) * len(form.stamps))]
+            for (_, embodiment), form in zip(resolved, forms, strict=True)
+        ]
 
         tokens, merge = self.config.tokens, vision.spatial_merge_size
         prompts = [
@@ -207,9 +235,12 @@ class Preprocessor:
                 [view.title for view in embodiment.views],
                 [height * width // merge**2 for height, width in row_grids],
                 observation.instruction,
-                self.config.normalize_instruction,
+                instruction_rule(embodiment.instruction, self.config.normalize_instruction),
+                form,
             )
-            for observation, (_, embodiment), row_grids in zip(observations, resolved, grids_of_row, strict=True)
+            for observation, (_, embodiment), row_grids, form in zip(
+                observations, resolved, grids_of_row, forms, strict=True
+            )
         ]
         input_ids, attention = _pad_left(prompts, self.tokenizer.pad_id)
         positions = [
@@ -223,18 +254,53 @@ class Preprocessor:
             image_grids=grids,
             position_ids=torch.from_numpy(np.stack(positions, axis=1)),
             preamble_length=_common_head(prompts, tokens.vision_start),
-            state=torch.from_numpy(np.stack([_state(observation.state, self.config) for observation in observations])),
+            state=torch.from_numpy(
+                np.stack(
+                    [
+                        checked_state(observation.state, self.config, self.statistics[name].state)
+                        for observation, name in zip(observations, robot_types, strict=True)
+                    ]
+                )
+            ),
             action_mask=torch.from_numpy(np.stack([self.statistics[name].action_mask for name in robot_types])),
         )
 
-    def _image_tokens(self, observation: Observation, view: View) -> int:
-        """How many a view will have, before anything is made of its frame."""
-        height, width = observation.images[view.key].shape[:2]
+    def example(self, robot_type: str | None, image_size: tuple[int, int]) -> Observation:
+        """As Engine.example."""
+        robot_type, embodiment = self.resolve(robot_type)
+        rng, head = np.random.default_rng(0), self.config.head
+        video = () if embodiment.history is None else (embodiment.history.frames,)
+        rows = () if head.state_length == 1 else (head.state_length,)
+        return Observation(
+            images={
+                view.key: rng.integers(0, 256, (*video, *image_size, 3), dtype=np.uint8) for view in embodiment.views
+            },
+            instruction="Pick up the red cube and place it on the plate.",
+            state=rng.standard_normal((*rows, head.state_dim)).astype(np.float32),
+            robot_type=robot_type,
+        )
+
+    def _images(self, observation: Observation, view: View) -> Iterator[np.ndarray]:
+        """What fills one grid of patches each: a view's picture, or the frames of a temporal patch of its video."""
+        frames = observation.images[view.key]
+        if not observation.prepared:
+            frames = orient(frames, view)
+        if frames.ndim == 3:
+            yield frames
+        else:
+            step = self.config.vision.temporal_patch_size
+            yield from (frames[first : first + step] for first in range(0, len(frames), step))
+
+    def _image_tokens(self, observation: Observation, view: View, embodiment: Embodiment) -> int:
+        """How many a view will have, before anything is made of its frames."""
+        *video, height, width, _ = observation.images[view.key].shape
         if not observation.prepared and view.resize is not None:
             height, width = view.resize
-        side = self.config.vision.patch_size * self.config.vision.spatial_merge_size
-        height, width = smart_resize(height, width, side, self.limits)
-        return height * width // side**2
+        vision = self.config.vision
+        side = vision.patch_size * vision.spatial_merge_size
+        limits = self.limits if embodiment.history is None else self.video_limits
+        height, width = smart_resize(height, width, side, limits)
+        return math.prod(video) // (vision.temporal_patch_size if video else 1) * (height * width // side**2)
 
     def check(self, observation: Observation) -> tuple[str, Embodiment]:
         """resolve, and everything else about the observation. Raises ValueError that names the field at fault."""
@@ -242,55 +308,10 @@ class Preprocessor:
             raise ValueError(f"observations: expected Observation, got {type(observation).__name__}")
         robot_type, embodiment = self.resolve(observation.robot_type)
         validate_observation(observation, embodiment, self.config)
+        if embodiment.history is not None:
+            embodiment.prompt_form(self.config.vision.temporal_patch_size)
+            self.tokenizer.check_videos()
         return robot_type, embodiment
-
-
-def _is_real(value: object) -> bool:
-    return isinstance(value, int | float | np.integer | np.floating)
-
-
-def _validate_images(observation: Observation, embodiment: Embodiment) -> None:
-    images = observation.images
-    keys = [view.key for view in embodiment.views]
-    expected = f"expected the views {', '.join(keys)} of embodiment {embodiment.name!r}"
-    if not isinstance(images, Mapping):
-        raise ValueError(f"images: {expected}, got {type(images).__name__}")
-    faults = [f"{key!r} is missing" for key in keys if key not in images]
-    faults += [f"{key!r} is unexpected" for key in images if key not in keys]
-    if faults:
-        raise ValueError(f"images: {expected}: {', '.join(faults)}")
-    for view in embodiment.views:
-        fault = _image_fault(images[view.key], view, observation.prepared)
-        if fault:
-            raise ValueError(f"images[{view.key!r}]: expected uint8 RGB of shape (height, width, 3), got {fault}")
-
-
-def _image_fault(image: np.ndarray, view: View, prepared: bool) -> str | None:
-    fault = array_fault(image)
-    if fault is None:
-        # A crop is enlarged to the size before it, so it changes no aspect.
-        height, width = image.shape[:2] if prepared or view.resize is None else view.resize
-        fault = aspect_fault(height, width)
-    return fault
-
-
-def _state(state: np.ndarray, config: ModelConfig) -> np.ndarray:
-    """The state as (state_length, S) float32, checked."""
-    shape = (config.head.state_length, config.head.state_dim)
-    if not isinstance(state, np.ndarray) or state.dtype.kind not in "fiu":
-        kind = f"dtype {state.dtype}" if isinstance(state, np.ndarray) else type(state).__name__
-        raise ValueError(f"state: expected a NumPy array of real numbers, got {kind}")
-    if state.shape != shape and not (shape[0] == 1 and state.shape == shape[1:]):
-        short = f" or {shape[1:]}" if shape[0] == 1 else ""
-        raise ValueError(f"state: expected shape {shape}{short}, got {state.shape}")
-    # A value that float32 cannot hold becomes infinite and is refused with the others.
-    with np.errstate(over="ignore"):
-        converted = state.astype(np.float32).reshape(shape)
-    finite = np.isfinite(converted)
-    if not finite.all():
-        at = np.argwhere(~finite).tolist()
-        raise ValueError(f"state: expected finite values in float32, got NaN or infinity at {at}")
-    return converted
 
 
 def _pad_left(rows: Sequence[np.ndarray], pad: int) -> tuple[np.ndarray, np.ndarray]:

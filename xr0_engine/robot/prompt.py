@@ -11,6 +11,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from xr0_engine.config import TokenIds
+from xr0_engine.robot.templates import IMAGE_PAD, TAIL, TASK_END, TASK_HEAD, TITLED, VIDEO_PAD, PromptForm
+from xr0_engine.robot.templates import build_prompt as build_prompt
 from xr0_engine.robot.tokenizer_file import TOKENIZER_FILE as TOKENIZER_FILE
 from xr0_engine.robot.tokenizer_file import read_tokenizer
 from xr0_engine.robot.tokenizer_process import Panic, panics
@@ -28,46 +30,26 @@ MAX_PROMPT_TOKENS = 8192
 """Images included: three views and a task have 350 in the released model, whose largest image has 87. A checkpoint may
 ask for larger images; beyond this, one observation would take gigabytes."""
 
-PROMPT_TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
-"""The special tokens of build_prompt."""
+PROMPT_TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", IMAGE_PAD, "<|vision_end|>")
+"""The special tokens of build_prompt, but for a video's."""
 
-# What stands before and behind the task; the tail is missing where only the user's turn is recorded.
-_TASK_HEAD = "Generate robot actions for the task:\n"
-_TASK_END = " /no_cot"
-_TAIL = "<|im_end|>\n<|im_start|>assistant\n<cot></cot><|im_end|>\n"
-
-_IMAGE_PAD = "<|image_pad|>"
-_IMAGE_PADS = re.compile(rf"(?:{re.escape(_IMAGE_PAD)})+")
+_IMAGE_PADS = re.compile(rf"(?:{re.escape(IMAGE_PAD)})+")
 _SPECIAL_TOKEN = re.compile(r"<\|.*?\|>", re.DOTALL)
+# What training alone puts behind a prompt (spec section 8), where the tokenizer has a token for it.
+_CHOICE_TOKEN = re.compile(r"<(?:state|score|a_\d+)>")
 
 # A robot repeats its prompt at every step; a server sees the tasks of several robots.
 _CACHED_PROMPTS = 64
 
 
-def build_prompt(titles: Sequence[str], image_tokens: Sequence[int], instruction: str) -> str:
-    """The prompt for one observation.
-
-    titles: one per view, as the embodiment orders them. image_tokens: tokens of each view after the merge.
-    instruction: as prompt_text returns it.
-    """
-    views = "".join(
-        f"# {title}\n<|vision_start|>{'<|image_pad|>' * count}<|vision_end|>\n"
-        for title, count in zip(titles, image_tokens, strict=True)
-    )
-    return (
-        f"<|im_start|>user\nThe following observations are captured from multiple views.\n{views}"
-        f"{_TASK_HEAD}{instruction}{_TASK_END}{_TAIL}"
-    )
-
-
 def is_prompt(text: str) -> bool:
     """Whether a text is more than a task: a prompt, or a part of one."""
-    return _TASK_HEAD in text or "<|im_start|>" in text
+    return TASK_HEAD in text or "<|im_start|>" in text
 
 
 def prompt_task(text: str) -> str:
     """The task in a whole prompt, or in a user's turn of one; a text that is neither, as it is."""
-    return text.rpartition(_TASK_HEAD)[2].removesuffix(_TAIL).removesuffix(_TASK_END)
+    return text.rpartition(TASK_HEAD)[2].removesuffix(TAIL).removesuffix(TASK_END)
 
 
 def task_of(text: str, titles: Sequence[str]) -> str:
@@ -79,18 +61,25 @@ def task_of(text: str, titles: Sequence[str]) -> str:
     if not is_prompt(text):
         return text
     task = prompt_task(text)
-    if _IMAGE_PADS.sub(_IMAGE_PAD, text) != build_prompt(titles, [1] * len(titles), task):
+    if _IMAGE_PADS.sub(IMAGE_PAD, text) != build_prompt(titles, [1] * len(titles), task):
         expected = build_prompt(titles, [1] * len(titles), "{task}")
         raise ValueError(f"expected the task alone or the prompt {expected!r}, got {text!r:.600}")
     return task
 
 
-def prompt_text(instruction: str, normalize: bool) -> str:
-    """The instruction as it stands in the prompt: as normalize_instruction returns it, or byte for byte as recorded.
+def instruction_rule(profiles: str | None, normalize_instruction: bool) -> str:
+    """Which of INSTRUCTION_RULES holds. profiles: the embodiment profile's, None leaves it to the checkpoint's
+    normalize_instruction (config.json)."""
+    return profiles or ("sentence" if normalize_instruction else "given")
 
-    normalize: the checkpoint's normalize_instruction (config.json). Raises ValueError as normalize_instruction does.
-    """
-    return normalize_instruction(instruction) if normalize else checked_instruction(instruction)
+
+def prompt_text(instruction: str, rule: str) -> str:
+    """The instruction as it stands in the prompt. rule: of INSTRUCTION_RULES. Raises ValueError as checked_instruction
+    does."""
+    if rule == "sentence":
+        return normalize_instruction(instruction)
+    text = checked_instruction(instruction)
+    return text if rule == "given" else checked_instruction(text.strip().removesuffix("."))
 
 
 def normalize_instruction(text: str) -> str:
@@ -153,7 +142,8 @@ def check_prompt_tokens(tokens: int, of_text: int = 0) -> None:
 
 
 class PromptTokenizer:
-    """Prompt to token ids, with the checkpoint's own tokenizer. The last prompts are kept."""
+    """Prompt to token ids, with the checkpoint's own tokenizer. The last prompts are kept. choice: id -> token of those
+    that stand in a turn of training alone."""
 
     def __init__(self, tokenizer: Tokenizer, tokens: TokenIds) -> None:
         # tokenizer.json may ask for padding or truncation, and a prompt must have neither.
@@ -161,6 +151,11 @@ class PromptTokenizer:
         tokenizer.no_truncation()
         self._tokenizer = tokenizer
         self._image = tokens.image
+        self._video = tokenizer.token_to_id(VIDEO_PAD)
+        vocabulary = tokenizer.get_added_tokens_decoder()
+        self.choice = {
+            number: token.content for number, token in vocabulary.items() if _CHOICE_TOKEN.fullmatch(token.content)
+        }
         self._unknown = _unknown_id(tokenizer)
         self._cached_encode = lru_cache(maxsize=_CACHED_PROMPTS)(self._encode)
         pad = tokenizer.token_to_id("<|endoftext|>")
@@ -177,7 +172,8 @@ class PromptTokenizer:
         path = folder / TOKENIZER_FILE
         tokenizer = read_tokenizer(path)
         expected = {
-            "<|image_pad|>": tokens.image,
+            IMAGE_PAD: tokens.image,
+            **({} if tokens.video is None else {VIDEO_PAD: tokens.video}),
             "<|vision_start|>": tokens.vision_start,
             "<|vision_end|>": tokens.vision_end,
         }
@@ -192,19 +188,34 @@ class PromptTokenizer:
             raise CheckpointError(f"{path}: {'; '.join(faults)}: put the {TOKENIZER_FILE} of the training there")
         return own
 
-    def encode(
-        self, titles: Sequence[str], image_tokens: Sequence[int], instruction: str, normalize: bool = True
-    ) -> np.ndarray:
-        """Token ids of one observation's prompt, (N,) int64, read-only. normalize: as in prompt_text.
+    def check_videos(self) -> None:
+        """Raises CheckpointError if the tokenizer has no token that stands for a video's."""
+        if self._video is None:
+            raise CheckpointError(
+                f"{TOKENIZER_FILE}: it lacks {VIDEO_PAD}, and the embodiment profile has a history: videos need the "
+                "tokenizer of the training, or the profile no history"
+            )
 
-        Raises ValueError as prompt_text does, and for more tokens than MAX_TEXT_TOKENS beside the images' or
-        MAX_PROMPT_TOKENS with them.
+    def encode(
+        self,
+        titles: Sequence[str],
+        image_tokens: Sequence[int],
+        instruction: str,
+        rule: str = "sentence",
+        form: PromptForm = TITLED,
+    ) -> np.ndarray:
+        """Token ids of one observation's prompt, (N,) int64, read-only; a video's tokens have the id of an image's.
+
+        titles, image_tokens, form: as in build_prompt; rule: as in prompt_text. Raises ValueError as these do, and for
+        more tokens than MAX_TEXT_TOKENS beside the images' or MAX_PROMPT_TOKENS with them.
         """
         check_prompt_tokens(sum(image_tokens))
-        return self._cached_encode(tuple(titles), tuple(image_tokens), prompt_text(instruction, normalize))
+        return self._cached_encode(tuple(titles), tuple(image_tokens), prompt_text(instruction, rule), form)
 
-    def _encode(self, titles: tuple[str, ...], image_tokens: tuple[int, ...], instruction: str) -> np.ndarray:
-        prompt = build_prompt(titles, image_tokens, instruction)
+    def _encode(
+        self, titles: tuple[str, ...], image_tokens: tuple[int, ...], instruction: str, form: PromptForm
+    ) -> np.ndarray:
+        prompt = build_prompt(titles, image_tokens, instruction, form)
         try:
             with panics():
                 encoded = self._tokenizer.encode(prompt, add_special_tokens=False)
@@ -212,12 +223,20 @@ class PromptTokenizer:
             told = f"the checkpoint's tokenizer fails on {instruction!r:.200}"
             raise ValueError(f"instruction: {told}: {error}") from None
         input_ids = np.array(encoded.ids, dtype=np.int64)
-        found = np.count_nonzero(input_ids == self._image)
+        pad = self._image if form.pad == IMAGE_PAD else self._video
+        found = np.count_nonzero(input_ids == pad)
         if found != sum(image_tokens):
             raise ValueError(f"prompt: expected {sum(image_tokens)} image tokens, got {found}")
         if self._unknown is not None and self._unknown in input_ids:
             raise ValueError(f"instruction: the checkpoint's tokenizer does not know some of {instruction!r:.200}")
+        if turn := [self.choice[number] for number in input_ids.tolist() if number in self.choice]:
+            raise ValueError(
+                f"instruction: expected plain words, got {turn[0]}: it stands in a turn that training alone sends; at "
+                "run time there is no such turn"
+            )
         check_prompt_tokens(len(input_ids), len(input_ids) - found)
+        # The network computes a video's tokens as images' (spec section 8).
+        input_ids[input_ids == pad] = self._image
         # It is shared between calls.
         input_ids.flags.writeable = False
         return input_ids

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -24,13 +25,17 @@ def tokenized_inputs(
     config: ModelConfig,
     statistics: ActionStatistics,
     limits: ImageLimits = RELEASED_LIMITS,
+    per_view: int | None = None,
+    choice: Mapping[int, str] = MappingProxyType({}),
 ) -> ModelInputs:
     """Model inputs of a batch of one; positions and the action mask are made here. The prompt is run as it was sent.
 
-    views: of the robot type, an image for each. limits: of images, the checkpoint's. Raises ValueError that names the
-    field, what was expected and what came.
+    views: of the robot type, an image for each. limits: of images, the checkpoint's. per_view: temporal patches of each
+    view's video, which stands under the video token; None: views are pictures. choice: id -> token of what stands in
+    training's turns alone (PromptTokenizer.choice). Raises ValueError that names the field, what was expected and what
+    came.
     """
-    grids = _grids(observation.image_grids, views, config, limits)
+    grids = _grids(observation.image_grids, views, config, limits, per_view or 1)
     check_prompt_tokens(sum(height * width for height, width in grids) // config.vision.spatial_merge_size**2)
     patches = sum(height * width for height, width in grids)
     pixel_values = _numbers("pixel_values", observation.pixel_values, (patches, config.vision.patch_dim))
@@ -39,10 +44,13 @@ def tokenized_inputs(
             f"pixel_values: expected pixels scaled to [-1, 1], x / 127.5 - 1, got {pixel_values.min():.3g} to "
             f"{pixel_values.max():.3g}"
         )
-    input_ids = _input_ids(observation.input_ids, grids, config)
+    input_ids = _input_ids(observation.input_ids, grids, config, per_view is not None, choice)
     state = np.asarray(observation.state)
     shape = (config.head.state_length, config.head.state_dim)
     state = _numbers("state", state[None] if shape[0] == 1 and state.ndim == 1 else state, shape)
+    if statistics.state is not None:
+        state = statistics.state.normalize(np.reshape(observation.state, shape)).astype(np.float32)
+    _check_mask(observation.action_mask, statistics.action_mask)
     attention = np.ones(input_ids.shape, bool)
     positions = position_ids(input_ids, attention, grids, config.tokens.image, config.vision.spatial_merge_size)
     return ModelInputs(
@@ -57,11 +65,25 @@ def tokenized_inputs(
     )
 
 
+def _check_mask(sent: np.ndarray | None, mask: np.ndarray) -> None:
+    """What the sender takes the chunk to be is what will be made."""
+    if sent is None:
+        return
+    if not isinstance(sent, np.ndarray) or sent.shape != mask.shape:
+        raise ValueError(f"action_mask: expected numbers of shape {mask.shape}, got {_described(sent)}")
+    if ((sent != 0) != (mask != 0)).any():
+        raise ValueError(
+            f"action_mask: expected the columns {mask.any(0).nonzero()[0].tolist()} of this robot type's statistics, "
+            f"got {(sent != 0).any(0).nonzero()[0].tolist()}, or other steps of them: is it another robot's?"
+        )
+
+
 def _grids(
-    grids: tuple[tuple[int, int], ...], views: Sequence[str], config: ModelConfig, limits: ImageLimits
+    grids: tuple[tuple[int, int], ...], views: Sequence[str], config: ModelConfig, limits: ImageLimits, per_view: int
 ) -> tuple[tuple[int, int], ...]:
-    if len(grids) != len(views):
-        raise ValueError(f"image_grids: expected one for each view ({', '.join(views)}), got {len(grids)}")
+    if len(grids) != len(views) * per_view:
+        many = "one" if per_view == 1 else f"{per_view}, its temporal patches,"
+        raise ValueError(f"image_grids: expected {many} for each view ({', '.join(views)}), got {len(grids)}")
     merge, pixels = config.vision.spatial_merge_size, config.vision.patch_size**2
     for grid in grids:
         if min(grid) < 1 or any(side % merge for side in grid):
@@ -73,11 +95,28 @@ def _grids(
     return grids
 
 
-def _input_ids(input_ids: np.ndarray, grids: tuple[tuple[int, int], ...], config: ModelConfig) -> np.ndarray:
+def _input_ids(
+    input_ids: np.ndarray,
+    grids: tuple[tuple[int, int], ...],
+    config: ModelConfig,
+    videos: bool,
+    choice: Mapping[int, str],
+) -> np.ndarray:
     if not isinstance(input_ids, np.ndarray) or input_ids.ndim != 1 or input_ids.dtype.kind not in "iu":
         raise ValueError(f"input_ids: expected whole numbers (N,), got {_described(input_ids)}")
     ids = np.array(input_ids, np.int64)
     tokens = config.tokens
+    if turn := [choice[number] for number in ids.tolist() if number in choice]:
+        raise ValueError(f"input_ids: expected the prompt alone, got {turn[0]} of a turn that training alone sends")
+    pad, other = (tokens.video, tokens.image) if videos else (tokens.image, tokens.video)
+    if other is not None and other in ids:
+        raise ValueError(
+            f"input_ids: expected the token of {'videos' if videos else 'images'} ({pad}), got {other}, as this robot "
+            f"type's views are {'videos' if videos else 'pictures'}"
+        )
+    if videos:
+        # Computed as images' (spec section 8).
+        ids[ids == pad] = tokens.image
     is_image = ids == tokens.image
     text = len(ids) - np.count_nonzero(is_image)
     if not 0 < text <= MAX_TEXT_TOKENS:

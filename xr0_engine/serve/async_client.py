@@ -13,7 +13,7 @@ from websockets.exceptions import ConnectionClosed, WebSocketException
 
 from xr0_engine.serve.connecting import CLOSE_S, SHORTEST_TRY_S, Connecting, after, chunk_of, pauses
 from xr0_engine.serve.protocol import Reply, decode_reply
-from xr0_engine.types import ActionChunk, Observation
+from xr0_engine.types import ActionChunk, Guide, Observation
 
 
 class AsyncClient(Connecting):
@@ -33,7 +33,7 @@ class AsyncClient(Connecting):
     ) -> None:
         super().__init__(url, api_key, timeout_s, jpeg_quality, ca_file)
         self._connection: websockets.asyncio.client.ClientConnection | None = None
-        self._awaited: dict[int, asyncio.Future[Reply]] = {}
+        self._awaited: dict[int, asyncio.Future[tuple[Reply, bytes | str]]] = {}
         self._keeper: asyncio.Task[None] | None = None
 
     @property
@@ -60,14 +60,18 @@ class AsyncClient(Connecting):
         self._keeper = asyncio.create_task(self._keep(self._connection))
 
     async def infer(
-        self, observation: Observation, prefix: np.ndarray | None = None, seed: int | None = None
+        self,
+        observation: Observation,
+        prefix: np.ndarray | None = None,
+        seed: int | None = None,
+        guide: Guide | None = None,
     ) -> ActionChunk:
         """As Client.infer. Also raises Superseded if a later call overtook this one."""
         connection = self._connection
         if connection is None:
             raise self._not_connected()
         start = time.perf_counter()
-        number, message = self._request(observation, prefix, seed)
+        number, message = self._request(observation, prefix, seed, guide)
         return chunk_of(await self._exchange(connection, number, message), start)
 
     async def close(self) -> None:
@@ -97,6 +101,11 @@ class AsyncClient(Connecting):
             return await asyncio.wait_for(self._send(connection, message, reply), self.timeout_s)
         except ConnectionClosed as error:
             raise ConnectionError(f"{self.url}: connection lost: {error}") from None
+        except ValueError as error:
+            lost = ConnectionError(f"{self.url}: connection lost: {error}")
+            self._lose(connection, lost)
+            connection.transport.abort()
+            raise lost from None
         except asyncio.TimeoutError:
             # A server that hangs is as good as none. Closing in order would wait for it.
             lost = ConnectionError(f"{self.url}: no reply within {self.timeout_s:g} s")
@@ -110,10 +119,16 @@ class AsyncClient(Connecting):
                 reply.exception()
 
     async def _send(
-        self, connection: websockets.asyncio.client.ClientConnection, message: bytes, reply: asyncio.Future[Reply]
+        self,
+        connection: websockets.asyncio.client.ClientConnection,
+        message: bytes,
+        answer: asyncio.Future[tuple[Reply, bytes | str]],
     ) -> Reply:
+        """Raises ConnectionClosed, or ValueError for a reply that does not fit to what was sent."""
         await connection.send(message)
-        return await reply
+        reply, content = await answer
+        self._check(reply, content, message)
+        return reply
 
     async def _open(self, timeout_s: float) -> websockets.asyncio.client.ClientConnection:
         """Connected, and greeted by the server. Raises ConnectionError, PermissionError or ValueError."""
@@ -157,7 +172,7 @@ class AsyncClient(Connecting):
                     reply = decode_reply(message)
                     awaited = self._awaited.get(reply.id or 0)
                     if awaited is not None and not awaited.done():
-                        awaited.set_result(reply)
+                        awaited.set_result((reply, message))
             reason = f"the server closed the connection: {connection.close_reason}"
         except (ConnectionClosed, ValueError) as error:
             reason = f"connection lost: {error}"

@@ -19,7 +19,7 @@ from websockets.exceptions import ConnectionClosed, WebSocketException
 
 from xr0_engine.serve.connecting import CLOSE_S, SHORTEST_TRY_S, Connecting, after, chunk_of, pauses
 from xr0_engine.serve.protocol import Reply, decode_reply
-from xr0_engine.types import ActionChunk, Observation
+from xr0_engine.types import ActionChunk, Guide, Observation
 
 GRACE_S = 0.25
 """How much longer than its own deadline an attempt to connect is waited for, before the reason is not known: a name
@@ -67,10 +67,17 @@ class Client(Connecting):
         """Whether the next infer has a connection to go over, as far as is known."""
         return self._connection is not None
 
-    def infer(self, observation: Observation, prefix: np.ndarray | None = None, seed: int | None = None) -> ActionChunk:
+    def infer(
+        self,
+        observation: Observation,
+        prefix: np.ndarray | None = None,
+        seed: int | None = None,
+        guide: Guide | None = None,
+    ) -> ActionChunk:
         """The next chunk; its timing_ms also tells `queue` (waiting its turn), `server` and `round_trip`.
 
-        prefix: (P, A) robot units in the frame of this observation, P within the metadata's prefix_range. Raises
+        prefix: (P, A) robot units in the frame of this observation, P within the metadata's prefix_range. guide: as in
+        Engine.infer; Refused where the server's engine takes none, or is of a version that knows none. Raises
         ConnectionError if there is no connection or it is lost, without waiting for the next; Refused (a ValueError)
         for a wrong request; Busy or PolicyFailed (both RuntimeErrors) as the server says.
         """
@@ -81,7 +88,7 @@ class Client(Connecting):
             if connection is None:
                 raise self._not_connected()
             start = time.perf_counter()
-            number, message = self._request(observation, prefix, seed)
+            number, message = self._request(observation, prefix, seed, guide)
             try:
                 reply = self._exchange(connection, number, message)
             except TimeoutError:
@@ -130,8 +137,10 @@ class Client(Connecting):
         try:
             connection.send(message)
             while True:
-                reply = decode_reply(connection.recv(max(due - time.monotonic(), 0)))
+                answer = connection.recv(max(due - time.monotonic(), 0))
+                reply = decode_reply(answer)
                 if reply.id == number:
+                    self._check(reply, answer, message)
                     return reply
                 # What comes twice on a bad network is no answer to this one, and no harm.
                 if reply.id is None or reply.id > number:

@@ -6,6 +6,7 @@ import logging
 import random
 import ssl
 import time
+import zlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +15,9 @@ from typing import Any
 import numpy as np
 from websockets.exceptions import InvalidStatus, InvalidURI
 
-from xr0_engine.serve.protocol import PolicyMetadata, Refused, Reply, Request, decode_metadata
+from xr0_engine.serve.protocol import PolicyMetadata, Refused, Reply, Request, check_digest, decode_metadata, exchanged
 from xr0_engine.serve.requests import encode_request
-from xr0_engine.types import ActionChunk, Observation, RobotInfo
+from xr0_engine.types import ActionChunk, Guide, Observation, RobotInfo
 
 FIRST_PAUSE_S = 0.05
 LONGEST_PAUSE_S = 5.0
@@ -51,6 +52,9 @@ class Connecting:
         self._headers = {"Authorization": f"Api-Key {api_key}"} if api_key else {}
         self._tls = _tls(self.url, ca_file)
         self._metadata: PolicyMetadata | None = None
+        # CRC-32 of this connection's greeting, and whether its replies bring a digest, which an older server's do not.
+        self._greeting = 0
+        self._has_digests = False
         self._numbers = 0
         self._lost: Exception = ConnectionError(f"{self.url}: not connected yet")
         self._last_error: str | None = None
@@ -104,10 +108,18 @@ class Connecting:
 
     def _greeted(self, greeting: str | bytes) -> None:
         """Raises ValueError if the server speaks another protocol, or serves something else than it did."""
-        metadata = decode_metadata(greeting if isinstance(greeting, bytes) else greeting.encode())
+        content = greeting if isinstance(greeting, bytes) else greeting.encode()
+        metadata = decode_metadata(content)
         if self._metadata is not None and metadata != self._metadata:
             raise ValueError(f"{self.url}: the server came back with another policy; make a new client for it")
         self._metadata = metadata
+        self._greeting, self._has_digests = zlib.crc32(content), False
+
+    def _check(self, reply: Reply, message: bytes | str, request: bytes) -> None:
+        """Raises ValueError for a chunk that was damaged, or that answers a damaged request. message: the reply's."""
+        if reply.chunk is not None and (self._has_digests or reply.digest is not None):
+            check_digest(reply, message, exchanged(self._greeting, request))
+            self._has_digests = True
 
     def _note(self, error: Exception) -> None:
         """Remember why there is no connection."""
@@ -118,11 +130,14 @@ class Connecting:
             return PermissionError(str(self._lost))
         return ConnectionError(str(self._lost))
 
-    def _request(self, observation: Observation, prefix: np.ndarray | None, seed: int | None) -> tuple[int, bytes]:
+    def _request(
+        self, observation: Observation, prefix: np.ndarray | None, seed: int | None, guide: Guide | None
+    ) -> tuple[int, bytes]:
         """The number of the next request, and the request."""
         self._numbers += 1
-        request, metadata = Request(observation, prefix, seed, self._numbers), self.metadata
-        message = encode_request(request, self._jpeg_quality, metadata.max_image_pixels)
+        request, metadata = Request(observation, prefix, seed, self._numbers, guide=guide), self.metadata
+        videos = any(robot.history is not None for robot in metadata.robots.values())
+        message = encode_request(request, self._jpeg_quality, metadata.max_image_pixels, videos)
         if len(message) > metadata.max_message_bytes:
             raise Refused(f"message: expected at most {metadata.max_message_bytes} bytes, got {len(message)}")
         return self._numbers, message

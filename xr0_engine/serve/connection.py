@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import zlib
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,6 +23,7 @@ from xr0_engine.serve.protocol import (
     Superseded,
     encode_chunk,
     encode_error,
+    exchanged,
     request_id,
 )
 from xr0_engine.serve.requests import decoded_pixels, read_fields, read_request
@@ -36,17 +38,23 @@ READ_BURST_S = 0.2
 
 @dataclass(frozen=True)
 class _Waiting:
+    """exchanged: CRC-32 of what was said so far, for the reply's digest."""
+
     request: Request
     received: float
+    exchanged: int
 
 
 class ClientConnection:
     """One client: a reader that keeps its newest request, and an answerer that takes it when its turn comes."""
 
-    def __init__(self, service: Service, connection: ServerConnection, metadata: PolicyMetadata, number: int) -> None:
+    def __init__(
+        self, service: Service, connection: ServerConnection, metadata: PolicyMetadata, greeting: bytes, number: int
+    ) -> None:
         self._service = service
         self._connection = connection
         self._metadata = metadata
+        self._greeting = zlib.crc32(greeting)
         self._number = number
         self._waiting: _Waiting | None = None
         self._arrived = asyncio.Event()
@@ -92,7 +100,8 @@ class ClientConnection:
             except ValueError as error:
                 await self._refuse(Refused(str(error)), number)
             else:
-                old, self._waiting = self._waiting, _Waiting(request, received)
+                assert isinstance(message, bytes)
+                old, self._waiting = self._waiting, _Waiting(request, received, exchanged(self._greeting, message))
                 self._service.busy.add(self._number)
                 self._arrived.set()
                 if old is not None:
@@ -129,9 +138,12 @@ class ClientConnection:
     async def _reply(self, waiting: _Waiting, chunk: ActionChunk, infer_ms: float, queue_ms: float) -> None:
         total_ms = 1e3 * (time.perf_counter() - waiting.received)
         timing = {"infer_ms": infer_ms, "queue_ms": queue_ms, "total_ms": total_ms}
-        await self._connection.send(encode_chunk(chunk, waiting.request.id, timing, waiting.request.columns))
+        request = waiting.request
+        # Clients that count replies are openpi's, which look for no digest.
+        before = None if request.id is None else waiting.exchanged
+        await self._connection.send(encode_chunk(chunk, request.id, timing, request.columns, before))
         # The robot waits for the chunk, nobody for the metrics.
-        self._service.monitor.answered(self._number, waiting.request.observation, chunk, timing)
+        self._service.monitor.answered(self._number, request.observation, chunk, timing)
 
     async def _refuse(self, error: ServerError, number: int | None) -> None:
         self._service.monitor.refused(self._number, error.kind)

@@ -1,6 +1,7 @@
 """Reading requests that take time, on threads of their own: cheap ones first, and a client gone is a request dropped.
 
-Nobody can interrupt a thread, so what it may take is known before (pictures.py), and what a client took is counted.
+Nobody can interrupt a thread, so what it may take is known before (robot/picture_cost.py), and what a client took is
+counted.
 """
 
 from __future__ import annotations

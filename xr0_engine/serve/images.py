@@ -7,7 +7,8 @@ import io
 import numpy as np
 from PIL import Image
 
-from xr0_engine.robot.images import PictureError, array_fault, check_size, read_picture
+from xr0_engine.robot.images import array_fault, check_size, read_picture
+from xr0_engine.robot.picture_cost import PictureError
 
 FORMATS = ("JPEG", "PNG")
 

@@ -1,10 +1,11 @@
-"""The released TCP protocol (spec section 6), for clients that cannot be changed: off unless asked for.
+"""The released TCP protocols (spec section 6; docs/serving.md), for clients that cannot be changed: off unless asked
+for.
 
-4 bytes of big-endian length, then a pickle: of a dictionary one way, of a tensor (1, T, 32) float32 the other. The
-protocol knows no errors: a request that is refused ends the connection, and the log says why. It knows no keys either:
-whoever reaches the port is served.
+4 bytes of big-endian length, then a pickle: of a dictionary one way, of a tensor (1, T, A) float32 the other. Or an
+archive of arrays (npz) each way; its first bytes tell. The protocols know no errors: a request that is refused ends the
+connection, and the log says why. They know no keys either: whoever reaches the port is served.
 
-What a request may hold is released.py's, how its pickle is read unpickle.py's.
+What a request may hold is released.py's and released_npz.py's, how its bytes are read unpickle.py's and npz.py's.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ import logging
 import pickle
 import struct
 import time
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
 
+from xr0_engine.serve import npz, released_npz
 from xr0_engine.serve.decoding import DecodeAllowance
 from xr0_engine.serve.gate import ACCEPTED_AT_ONCE, Gate
 from xr0_engine.serve.protocol import Busy, PolicyFailed, PolicyMetadata, Refused, Request
@@ -35,6 +38,40 @@ MESSAGE_S = 30.0
 """How long a message may take, once it has begun, and a reply: 32 MiB at 9 Mbit/s."""
 UNREAD_MESSAGES = 4
 """Messages of the largest size that may be under way together from connections that have not asked for anything yet."""
+
+
+Read = Callable[[], tuple[Request, released_npz.Reply]]
+"""Reads a message: the request, and what its chunk is sent as. Raises ValueError that names the field."""
+
+
+def reader(data: bytes, metadata: PolicyMetadata, formats: Sequence[str]) -> tuple[Read, int]:
+    """How a message is read, and as many pixels as it can hold: they come as they are.
+
+    formats: of ServerConfig. Raises ValueError for a message of none of them, and for an archive that says at once that
+    it is no request.
+    """
+    is_archive = data.startswith(npz.START)
+    if "pickle" in formats and not (is_archive and "npz" in formats):
+        if is_archive:
+            raise ValueError("message: expected a pickle, got an archive (npz): `xr0 serve --legacy-npz` takes these")
+        return partial(_read_pickle, data, metadata), max(len(data) // 3, 1)
+    if not is_archive:
+        raise ValueError(
+            f"message: expected {' or '.join(formats)}, got {data[:8]!r}; `xr0 serve --legacy-pickle` takes pickles"
+        )
+    most = min(metadata.max_message_bytes, released_npz.MAX_ARCHIVE_BYTES)
+    members = npz.directory(data, released_npz.FIELDS, most)
+    return partial(_read_archive, data, members, metadata), max(sum(member.size for member in members) // 12, 1)
+
+
+def _read_pickle(data: bytes, metadata: PolicyMetadata) -> tuple[Request, released_npz.Reply]:
+    return read_request(restricted_loads(data, metadata.max_image_pixels), metadata), encode_reply
+
+
+def _read_archive(
+    data: bytes, members: list[npz.Member], metadata: PolicyMetadata
+) -> tuple[Request, released_npz.Reply]:
+    return released_npz.read_request(npz.read(data, members, released_npz.FIELDS), metadata)
 
 
 def encode_reply(chunk: ActionChunk) -> bytes:
@@ -115,7 +152,8 @@ class _Connection:
                 raise Busy("the server is shutting down")
             # The protocol has no words for a refusal that passes: whoever sends too much is read later.
             await asyncio.sleep(self._decoding.debt_s)
-            request = await self._service.decoder.run(partial(self._read, data, metadata), _cost(data), self._decoding)
+            read, pixels = self._way_to_read(data, metadata)
+            request, encode = await self._service.decoder.run(partial(self._read, read), pixels, self._decoding)
             number = self._admitted()
             self._service.busy.add(number)
             try:
@@ -123,7 +161,7 @@ class _Connection:
                     self._check_there()
                     queue_ms = 1e3 * (time.perf_counter() - received)
                     chunk, infer_ms = await self._service.infer(request)
-                reply = encode_reply(chunk)
+                reply = encode(chunk)
                 total_ms = 1e3 * (time.perf_counter() - received)
                 timing = {"infer_ms": infer_ms, "queue_ms": queue_ms, "total_ms": total_ms}
                 self._writer.write(struct.pack(">I", len(reply)) + reply)
@@ -155,11 +193,17 @@ class _Connection:
         # What was announced is not allocated: the buffer grows with what comes.
         return await asyncio.wait_for(self._reader.readexactly(length), MESSAGE_S)
 
-    def _read(self, data: bytes, metadata: PolicyMetadata) -> Request:
+    def _way_to_read(self, data: bytes, metadata: PolicyMetadata) -> tuple[Read, int]:
+        try:
+            return reader(data, metadata, self._service.config.legacy_formats)
+        except ValueError as error:
+            raise Refused(str(error)) from None
+
+    def _read(self, read: Read) -> tuple[Request, released_npz.Reply]:
         """On a thread of the decoder."""
         self._check_there()
         try:
-            return read_request(restricted_loads(data, metadata.max_image_pixels), metadata)
+            return read()
         except ValueError as error:
             raise Refused(str(error)) from None
         except RecursionError:
@@ -178,8 +222,3 @@ class _Connection:
         """Raises ConnectionError if the client has gone: what it asked for is for nobody."""
         if self._reader.at_eof() or self._reader.exception() is not None:
             raise ConnectionError("the client has gone")
-
-
-def _cost(data: bytes) -> int:
-    """As many pixels as the message could hold: they come as they are."""
-    return max(len(data) // 3, 1)

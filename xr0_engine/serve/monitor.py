@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from xr0_engine.robot.history import newest
 from xr0_engine.robot.layouts import find_layout
 from xr0_engine.types import ActionChunk, Observation, RobotInfo, TokenizedObservation
 
@@ -158,7 +159,7 @@ class Monitor:
             "client": number,
             "instruction": instruction,
             "robot_type": chunk.robot_type,
-            "views": {view: list(image.shape[1::-1]) for view, image in images.items()},
+            "views": {view: list(newest(image).shape[1::-1]) for view, image in images.items()},
             "names": [layout.label(column) for column in columns.tolist()],
             "control_rate_hz": robot.control_rate_hz,
             "actions": [[round(float(value), 5) for value in row] for row in chunk.actions[:, columns]],

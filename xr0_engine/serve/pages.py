@@ -12,6 +12,7 @@ from websockets.asyncio.server import ServerConnection
 from websockets.datastructures import Headers
 from websockets.http11 import Request, Response
 
+from xr0_engine.robot.history import newest
 from xr0_engine.serve.access import find_key, is_local_name, is_own_name
 from xr0_engine.serve.images import encode_jpeg
 from xr0_engine.serve.service import Service
@@ -108,7 +109,7 @@ async def _frame(service: Service, path: str) -> Response:
     observation = record.last_observation if record is not None else None
     if not isinstance(observation, Observation) or view not in observation.images:
         return _response(HTTPStatus.NOT_FOUND, b"no such frame")
-    image = observation.images[view]
+    image = newest(observation.images[view])
     work = partial(encode_jpeg, image, FRAME_QUALITY)
     if service.pages.why_not(0):
         return _response(HTTPStatus.TOO_MANY_REQUESTS, b"expected fewer or smaller frames")

@@ -8,6 +8,7 @@ text frame, which is how openpi's clients expect it.
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,9 +16,13 @@ from typing import Any
 import numpy as np
 
 from xr0_engine.serve.wire import as_map, pack, unpack_map
-from xr0_engine.types import ActionChunk, Observation, RobotInfo, TokenizedObservation, ViewInfo
+from xr0_engine.types import ActionChunk, Guide, Observation, RobotInfo, TokenizedObservation, ViewInfo
 
 PROTOCOL_VERSION = 1
+DIGEST = "crc32"
+DIGEST_BYTES = 4
+DIGESTED_BYTES = 1 << 16
+"""Of a request, its end: all but the images, which come first. They would cost a millisecond each way."""
 DEFAULT_PORT = 8000
 
 
@@ -96,10 +101,20 @@ class Request:
     seed: int | None = None
     id: int | None = None
     columns: int | None = None
+    guide: Guide | None = None
 
 
 def encode_metadata(metadata: PolicyMetadata) -> bytes:
-    return pack({"protocol": PROTOCOL_VERSION, **asdict(metadata)})
+    fields = asdict(metadata)
+    for robot in fields["robots"].values():
+        # What XR-0's clients of before do not know is left out where it says nothing.
+        for name in ("history", "state_length"):
+            if robot[name] is None:
+                del robot[name]
+        for view in robot["preparation"] or ():
+            if view["resize_filter"] == ViewInfo.resize_filter:
+                del view["resize_filter"]
+    return pack({"protocol": PROTOCOL_VERSION, **fields})
 
 
 def decode_metadata(message: bytes) -> PolicyMetadata:
@@ -142,6 +157,8 @@ def _metadata_fault(metadata: PolicyMetadata) -> str | None:
             "two_valued_columns": all(map(_is_whole, robot.two_valued_columns or ())),
             "preparation": all(isinstance(view.title, str) for view in robot.preparation or ()),
             "embodiment": robot.embodiment is None or isinstance(robot.embodiment, str),
+            "history": robot.history is None or _is_pair(robot.history),
+            "state_length": robot.state_length is None or _is_whole(robot.state_length, 1),
         }
         checks |= {f"robots, {name!r:.40}, {field}": is_right for field, is_right in known.items()}
     return next((f"{name} of another kind" for name, is_right in checks.items() if not is_right), None)
@@ -154,6 +171,10 @@ def is_real(value: object) -> bool:
 
 def _is_whole(value: object, least: int = 0) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**62
+
+
+def _is_pair(values: Any) -> bool:
+    return isinstance(values, tuple) and len(values) == 2 and all(_is_whole(value, 1) for value in values)
 
 
 def _robot_info(fields: Mapping[str, Any]) -> RobotInfo:
@@ -177,10 +198,14 @@ def request_id(fields: Mapping[str, Any]) -> int | None:
 
 
 def encode_chunk(
-    chunk: ActionChunk, number: int | None, server_timing: Mapping[str, float], columns: int | None = None
+    chunk: ActionChunk,
+    number: int | None,
+    server_timing: Mapping[str, float],
+    columns: int | None = None,
+    before: int | None = None,
 ) -> bytes:
     """server_timing: infer_ms (in the engine; openpi's clients know it), queue_ms (waiting), total_ms (both and the
-    rest of the server). columns: as in Request.
+    rest of the server). columns: as in Request. before: as exchanged gives it, for a digest.
     """
     fields = {
         "id": number,
@@ -193,7 +218,12 @@ def encode_chunk(
         "policy_timing": dict(chunk.timing_ms),
         "server_timing": dict(server_timing),
     }
-    return pack({name: value for name, value in fields.items() if value is not None})
+    fields = {name: value for name, value in fields.items() if value is not None}
+    if before is None:
+        return pack(fields)
+    # Last, so that it covers all before it; of a length that does not depend on it.
+    message = pack({**fields, DIGEST: bytes(DIGEST_BYTES)})[:-DIGEST_BYTES]
+    return message + zlib.crc32(message, before).to_bytes(DIGEST_BYTES, "big")
 
 
 def encode_error(error: ServerError, number: int | None) -> bytes | str:
@@ -205,11 +235,13 @@ def encode_error(error: ServerError, number: int | None) -> bytes | str:
 
 @dataclass(frozen=True)
 class Reply:
-    """chunk or error, the answer to the request of that number."""
+    """chunk or error, the answer to the request of that number. digest: CRC-32 of greeting, request and a chunk's reply
+    up to it, as the server has them; None from servers that send none."""
 
     id: int | None
     chunk: ActionChunk | None = None
     error: ServerError | None = None
+    digest: bytes | None = None
 
 
 def decode_reply(message: bytes | str) -> Reply:
@@ -239,17 +271,31 @@ def decode_reply(message: bytes | str) -> Reply:
     except (KeyError, TypeError) as error:
         raise ValueError(f"server: expected a chunk, got {list(fields)!r:.200}: {error!r}") from None
     check_chunk(chunk)
-    active = chunk.active_columns
+    active, digest = chunk.active_columns, fields.get(DIGEST)
     is_right = {
         "active_columns": isinstance(active, np.ndarray) and active.dtype == bool and active.ndim == 1,
         "robot_type": isinstance(chunk.robot_type, str),
         "prefix_length": _is_whole(chunk.prefix_length) and chunk.prefix_length <= len(chunk.actions),
         "timestamp_s": chunk.timestamp_s is None or is_real(chunk.timestamp_s),
+        DIGEST: digest is None or isinstance(digest, bytes),
         "timing": all(isinstance(stage, str) and is_real(ms) for stage, ms in chunk.timing_ms.items()),
     }
     if wrong := [name for name, right in is_right.items() if not right]:
         raise ValueError(f"server: expected a chunk, got {', '.join(wrong)} of another kind")
-    return Reply(number, chunk)
+    return Reply(number, chunk, digest=digest)
+
+
+def exchanged(greeting: int, request: bytes) -> int:
+    """CRC-32 of greeting, which is given, and request."""
+    return zlib.crc32(memoryview(request)[-DIGESTED_BYTES:], greeting)
+
+
+def check_digest(reply: Reply, message: bytes | str, before: int) -> None:
+    """Raises ValueError if greeting, request and reply are not here what they are there. message: the reply's. before:
+    as exchanged gives it."""
+    expected = zlib.crc32(memoryview(message)[:-DIGEST_BYTES], before) if isinstance(message, bytes) else 0
+    if reply.digest != expected.to_bytes(DIGEST_BYTES, "big"):
+        raise ValueError(f"reply {reply.id}: expected {DIGEST} {expected:08x}, got another: damaged on its way")
 
 
 def check_chunk(chunk: ActionChunk) -> None:

@@ -5,11 +5,12 @@ Their images come prepared: turned, resized and cropped as the model saw them in
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from xr0_engine.robot.history import MOST_FRAMES
 from xr0_engine.robot.prompt import task_of
 from xr0_engine.serve.protocol import PolicyMetadata, Request
 from xr0_engine.serve.requests import read_numbers, read_prefix, read_seed
@@ -34,13 +35,12 @@ def read_request(fields: object, metadata: PolicyMetadata) -> Request:
         raise ValueError(f"{unknown[0]!r:.80}: unknown field; expected {', '.join(known)}")
     present = {name: value for name, value in fields.items() if value is not None}
     robot_type = _robot_type(present.get("task_id"), metadata)
-    # A batch of one, (1, state length, S), also as lists; a seed also as a tensor.
-    if "state" in present and (state := read_numbers("state", present["state"])).ndim == 3:
-        present["state"] = _first("state", state)
+    if "input_ids" in present:
+        return read_tensors(present, robot_type, metadata)
+    if "state" in present:
+        present["state"] = _state(present["state"])
     if "seed" in present:
         present["seed"] = _single(present["seed"])
-    if "input_ids" in present:
-        return _of_tensors(present, robot_type, metadata)
     return _of_pictures(present, robot_type, metadata)
 
 
@@ -95,7 +95,10 @@ def _images(fields: Mapping[str, Any], robot_type: str, robot: RobotInfo) -> dic
     return images
 
 
-def _of_tensors(fields: Mapping[str, Any], robot_type: str, metadata: PolicyMetadata) -> Request:
+def read_tensors(fields: Mapping[str, Any], robot_type: str, metadata: PolicyMetadata, videos: bool = False) -> Request:
+    """The request that a batch of one of the model's inputs makes, as transformers names them. videos: its pixels are
+    videos'. Raises ValueError that names the field."""
+    pixels, grids = ("pixel_values_videos", "video_grid_thw") if videos else ("pixel_values", "image_grid_thw")
     ids = _first("input_ids", fields["input_ids"])
     for name in ("attention_mask", "mm_token_type_ids"):
         if name in fields and _array(name, fields[name]).shape != (1, *ids.shape):
@@ -104,12 +107,19 @@ def _of_tensors(fields: Mapping[str, Any], robot_type: str, metadata: PolicyMeta
     mask = _first("attention_mask", fields.get("attention_mask")) != 0
     observation = TokenizedObservation(
         input_ids=ids[mask],
-        pixel_values=_array("pixel_values", fields.get("pixel_values")),
-        image_grids=_grids(_array("image_grid_thw", fields.get("image_grid_thw"))),
-        state=read_numbers("state", fields.get("state")),
+        pixel_values=_array(pixels, fields.get(pixels)),
+        image_grids=_grids(grids, _array(grids, fields.get(grids)), metadata.robots[robot_type].views, videos),
+        state=_state(fields.get("state")),
         robot_type=robot_type,
+        action_mask=_first("action_mask", fields["action_mask"]) if "action_mask" in fields else None,
     )
-    return Request(observation, _prefix(fields, metadata), read_seed(fields.get("seed")))
+    return Request(observation, _prefix(fields, metadata), read_seed(_single(fields.get("seed"))))
+
+
+def _state(value: object) -> np.ndarray:
+    """Also as a batch of one, (1, state length, S), and as lists."""
+    state = read_numbers("state", value)
+    return _first("state", state) if state.ndim == 3 else state
 
 
 def _prefix(fields: Mapping[str, Any], metadata: PolicyMetadata) -> np.ndarray | None:
@@ -133,10 +143,18 @@ def _single(value: object) -> object:
     return value.item() if isinstance(value, np.ndarray | np.generic) and value.size == 1 else value
 
 
-def _grids(thw: np.ndarray) -> tuple[tuple[int, int], ...]:
-    if thw.ndim != 2 or thw.shape[1] != 3 or thw.dtype.kind not in "iu" or (thw[:, 0] != 1).any():
-        raise ValueError(f"image_grid_thw: expected rows (1, height, width) in patches, got {thw.tolist()!r:.80}")
-    return tuple((height, width) for _, height, width in thw.tolist())
+def _grids(name: str, thw: np.ndarray, views: Sequence[str], videos: bool) -> tuple[tuple[int, int], ...]:
+    """(height, width) of each view's picture, of a video once for each of its temporal patches."""
+    if thw.shape != (len(views), 3) or thw.dtype.kind not in "iu":
+        raise ValueError(
+            f"{name}: expected a row (time, height, width) for each view ({', '.join(views)}), got {thw.dtype} of "
+            f"shape {thw.shape}"
+        )
+    most = MOST_FRAMES if videos else 1
+    if not ((thw[:, 0] >= 1) & (thw[:, 0] <= most)).all():
+        times = f"1 to {most} temporal patches" if videos else "pictures, of time 1"
+        raise ValueError(f"{name}: expected {times}, got {thw.tolist()!r:.80}")
+    return tuple((height, width) for times, height, width in thw.tolist() for _ in range(times))
 
 
 def _first(name: str, value: object) -> np.ndarray:

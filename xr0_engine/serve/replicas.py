@@ -143,8 +143,9 @@ def infer_together(engine: Any, requests: list[Request]) -> list[Outcome]:
     groups: dict[object, list[int]] = defaultdict(list)
     for index, request in enumerate(requests):
         observation = request.observation
-        # What came as tokens is inferred alone.
-        groups[observation.robot_type if isinstance(observation, Observation) else index].append(index)
+        # What came as tokens or with a guide is inferred alone.
+        alone = not isinstance(observation, Observation) or request.guide is not None
+        groups[index if alone else observation.robot_type].append(index)
     for group in groups.values():
         outcomes |= zip(group, _infer_group(engine, [requests[index] for index in group]), strict=True)
     return [outcomes[index] for index in range(len(requests))]

@@ -9,21 +9,25 @@ from typing import Any
 
 import numpy as np
 
+from xr0_engine.robot.history import MOST_FRAMES
+from xr0_engine.robot.picture_cost import PictureError, decoding_cost
 from xr0_engine.serve import openpi
 from xr0_engine.serve.images import encode_jpeg, read_image
-from xr0_engine.serve.pictures import decoding_cost
 from xr0_engine.serve.protocol import PolicyMetadata, Refused, Request, request_id
 from xr0_engine.serve.wire import MAX_DIMENSIONS, pack, unpack_map
-from xr0_engine.types import Observation, RobotInfo
+from xr0_engine.types import Guide, Observation, RobotInfo
 
 MAX_INSTRUCTION_LENGTH = 4096
 """Characters. The model's time and memory grow with them, whoever waits behind."""
 
-_KNOWN = ("prompt", "instruction", "state", "robot_type", "timestamp_s", "prepared", "prefix", "seed", "id")
+_KNOWN = ("prompt", "instruction", "state", "robot_type", "timestamp_s", "prepared", "prefix", "guide", "seed", "id")
 
 
-def encode_request(request: Request, jpeg_quality: int | None = None, max_pixels: int = sys.maxsize) -> bytes:
+def encode_request(
+    request: Request, jpeg_quality: int | None = None, max_pixels: int = sys.maxsize, videos: bool = False
+) -> bytes:
     """jpeg_quality: 1 to 95 sends images as JPEG, None as they are; files go as they are. max_pixels: of an image.
+    videos: whether the server has a robot type whose views are videos.
 
     Raises Refused for an image that a server would refuse, whichever way it is to be sent, for numbers that are none,
     and for what no message can hold.
@@ -32,7 +36,7 @@ def encode_request(request: Request, jpeg_quality: int | None = None, max_pixels
     if not isinstance(observation, Observation) or not isinstance(observation.images, Mapping):
         raise Refused("images: expected an Observation that maps views to images")
     images = {
-        view: _encode_image(f"image {view!r:.80}", image, jpeg_quality, max_pixels)
+        view: (_encode_view if videos else _encode_image)(f"image {view!r:.80}", image, jpeg_quality, max_pixels)
         for view, image in observation.images.items()
     }
     try:
@@ -51,6 +55,8 @@ def _fields(request: Request, observation: Observation, images: Mapping[str, Any
         # Left out where it is false: servers that do not know it refuse it.
         "prepared": _truth("prepared", observation.prepared) or None,
         "prefix": None if request.prefix is None else read_numbers("prefix", request.prefix),
+        # Left out where there is none, as `prepared`.
+        "guide": None if request.guide is None else _guide_fields(request.guide),
         "seed": request.seed,
         "id": request.id,
     }
@@ -68,15 +74,28 @@ def read_fields(message: bytes | str) -> dict[str, Any]:
 
 
 def decoded_pixels(fields: Mapping[str, Any], max_pixels: int) -> int:
-    """What decoding the files among a request's images takes, as pictures.decoding_cost counts; 0 without files.
+    """What decoding the files among a request's images takes, as decoding_cost counts; 0 without files.
 
     Raises ValueError for a file that takes more than its size lets expect.
     """
     nested = fields.get("images")
     named = [*fields.items(), *(nested.items() if isinstance(nested, dict) else ())]
     files = [(name, value) for name, value in named if isinstance(value, bytes)]
-    # One at least: what is no picture is refused where it does not matter how long that takes.
-    return sum(max(decoding_cost(f"image {name!r:.80}", value, max_pixels), 1) for name, value in files)
+    for name, value in named:
+        if isinstance(value, list) and any(isinstance(frame, bytes) for frame in value):
+            if len(value) > MOST_FRAMES:
+                raise ValueError(
+                    f"image {name!r:.80}: expected a video of at most {MOST_FRAMES} frames, got {len(value)}"
+                )
+            files += [(name, frame) for frame in value if isinstance(frame, bytes)]
+    pixels = 0
+    for name, value in files:
+        try:
+            # One at least: what is no picture is refused where it does not matter how long that takes.
+            pixels += max(decoding_cost(value, max_pixels), 1)
+        except PictureError as error:
+            raise ValueError(f"image {name!r:.80}: {error}") from None
+    return pixels
 
 
 def read_request(fields: Mapping[str, Any], metadata: PolicyMetadata) -> Request:
@@ -96,6 +115,9 @@ def read_request(fields: Mapping[str, Any], metadata: PolicyMetadata) -> Request
             columns = openpi.LIBERO_COLUMNS
     if state.ndim not in (1, 2) or state.shape[-1] != metadata.state_width:
         raise ValueError(f"state: expected {metadata.state_width} values, got shape {state.shape}")
+    if robot.state_length is not None and state.shape != (robot.state_length, metadata.state_width):
+        expected = (robot.state_length, metadata.state_width)
+        raise ValueError(f"state: expected {expected}, the oldest first, got shape {state.shape}")
     instruction = _text(rest, "prompt") or ""
     if len(instruction) > MAX_INSTRUCTION_LENGTH:
         raise ValueError(f"prompt: expected at most {MAX_INSTRUCTION_LENGTH} characters, got {len(instruction)}")
@@ -108,7 +130,10 @@ def read_request(fields: Mapping[str, Any], metadata: PolicyMetadata) -> Request
         prepared=_truth("prepared", rest.get("prepared", False)),
     )
     prefix = None if rest.get("prefix") is None else read_prefix("prefix", rest["prefix"], metadata)
-    return Request(observation, prefix, read_seed(rest.get("seed")), request_id(rest), columns)
+    guide = None if rest.get("guide") is None else read_guide(rest["guide"], robot, metadata)
+    if prefix is not None and guide is not None:
+        raise ValueError("prefix, guide: expected at most one of them, got both")
+    return Request(observation, prefix, read_seed(rest.get("seed")), request_id(rest), columns, guide)
 
 
 def read_numbers(name: str, value: object) -> np.ndarray:
@@ -139,6 +164,28 @@ def read_prefix(name: str, value: object, metadata: PolicyMetadata) -> np.ndarra
     return prefix
 
 
+def read_guide(value: object, robot: RobotInfo, metadata: PolicyMetadata) -> Guide:
+    """Raises ValueError for anything but a map of `actions`, (G, A) with G at most the robot's chunk, and `frozen`, how
+    many of these are executed meanwhile."""
+    if not isinstance(value, Mapping) or value.keys() != {"actions", "frozen"}:
+        raise ValueError(f"guide: expected a map of actions and frozen, got {value!r:.80}")
+    actions, most = read_numbers("guide, actions", value["actions"]), robot.chunk_length
+    if actions.ndim != 2 or actions.shape[1] != metadata.action_width or len(actions) > most:
+        raise ValueError(
+            f"guide, actions: expected up to {most} actions of {metadata.action_width} columns, got {actions.shape}"
+        )
+    frozen = value["frozen"]
+    if not isinstance(frozen, int) or isinstance(frozen, bool) or not 0 <= frozen <= len(actions):
+        raise ValueError(f"guide, frozen: expected 0 to {len(actions)}, got {frozen!r:.80}")
+    return Guide(actions, frozen)
+
+
+def _guide_fields(guide: Guide) -> dict[str, Any]:
+    if not isinstance(guide, Guide):
+        raise ValueError(f"guide: expected a Guide, got {type(guide).__name__}")
+    return {"actions": read_numbers("guide, actions", guide.actions), "frozen": guide.frozen}
+
+
 def read_seed(value: object) -> int | None:
     """Raises ValueError for what is neither None nor a whole number from 0."""
     if value is None:
@@ -147,6 +194,13 @@ def read_seed(value: object) -> int | None:
     if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 2**62:
         raise ValueError(f"seed: expected a whole number from 0 below 2**62, got {value!r:.80}")
     return number
+
+
+def _encode_view(name: str, image: Any, jpeg_quality: int | None, max_pixels: int) -> Any:
+    """A picture; of a video, its frames one by one."""
+    if isinstance(image, list | tuple) or (isinstance(image, np.ndarray) and image.ndim == 4):
+        return [_encode_image(f"{name}, frame {at}", one, jpeg_quality, max_pixels) for at, one in enumerate(image)]
+    return _encode_image(name, image, jpeg_quality, max_pixels)
 
 
 def _encode_image(name: str, image: Any, jpeg_quality: int | None, max_pixels: int) -> Any:
@@ -196,11 +250,29 @@ def _read_images(images: Mapping[str, Any], robot: RobotInfo, max_pixels: int) -
             raise ValueError(f"images: expected {', '.join(views)}; got {name!r:.80}")
         if view in read:
             raise ValueError(f"images: expected {view!r} once, got it twice")
-        read[view] = read_image(f"image {name!r:.80}", image, max_pixels)
+        if robot.history is None:
+            read[view] = read_image(f"image {name!r:.80}", image, max_pixels)
+        else:
+            read[view] = _read_video(f"image {name!r:.80}", image, max_pixels, robot.history[0])
     missing = [view for view in views if view not in read]
     if missing:
         raise ValueError(f"images: expected {', '.join(views)}; {', '.join(missing)} missing")
     return read
+
+
+def _read_video(name: str, video: Any, max_pixels: int, frames: int) -> np.ndarray:
+    """(frames, H, W, 3) of as many pictures, or of one array. Raises ValueError that names frames of other sizes."""
+    is_video = isinstance(video, list | tuple) or (isinstance(video, np.ndarray) and video.ndim == 4)
+    if not is_video or len(video) != frames:
+        got = f"{len(video)}" if is_video else "one picture"
+        raise ValueError(
+            f"{name}: expected a video of {frames} frames, the oldest first, got {got}; where the past is shorter its "
+            "oldest frame is repeated (xr0_engine.robot.history.History)"
+        )
+    read = [read_image(f"{name}, frame {at}", frame, max_pixels) for at, frame in enumerate(video)]
+    if len({frame.shape for frame in read}) > 1:
+        raise ValueError(f"{name}: expected frames of one size, got {[frame.shape[:2] for frame in read]}")
+    return video if isinstance(video, np.ndarray) and video.shape[1:] == read[0].shape else np.stack(read)
 
 
 def _text(fields: Mapping[str, Any], name: str, optional: bool = False) -> str | None:

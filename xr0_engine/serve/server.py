@@ -123,8 +123,9 @@ class Server(Service):
             return
         try:
             metadata = await self.ready()
-            await connection.send(encode_metadata(metadata))
-            await ClientConnection(self, connection, metadata, number).run()
+            greeting = encode_metadata(metadata)
+            await connection.send(greeting)
+            await ClientConnection(self, connection, metadata, greeting, number).run()
         except ConnectionClosed:
             pass
         except BaseException:

@@ -27,6 +27,8 @@ from xr0_engine.types import ActionChunk
 log = logging.getLogger("xr0_engine.serve")
 
 LAST_PORT = 65535
+LEGACY_FORMATS = ("pickle", "npz")
+"""Of messages of the released protocols: Xiaomi-Robotics-0's clients send pickles, Xiaomi-Robotics-1's archives."""
 FAILURES_UNTIL_UNHEALTHY = 3
 """Inferences that fail in a row until /healthz says so: a device that is lost does not come back by itself."""
 KEPT_FOR_EACH_KEY = 2
@@ -42,8 +44,9 @@ class ServerConfig:
     max_clients; None: all but KEPT_FOR_EACH_KEY for each other key. max_inference_s: while one inference takes longer,
     the server is unhealthy. drain_s: how long a shutdown takes at most, with the wait for requests that are being
     answered. host_names: names of this machine that it does not know of itself; without keys its pages are shown under
-    no other. legacy_port: of the released TCP protocol, None for none. legacy_ranks: how many ports it is spoken on
-    from legacy_port on: rank r of a released evaluation connects to legacy_port + r.
+    no other. legacy_port: of the released TCP protocols, None for none. legacy_ranks: how many ports they are spoken on
+    from legacy_port on: rank r of a released evaluation connects to legacy_port + r. legacy_formats: what messages may
+    be there, of LEGACY_FORMATS.
 
     Raises ValueError for an address beyond this machine without keys, unless allow_anyone, and for ports that are none.
     """
@@ -64,6 +67,7 @@ class ServerConfig:
     host_names: tuple[str, ...] = ()
     legacy_port: int | None = None
     legacy_ranks: int = 1
+    legacy_formats: tuple[str, ...] = ("pickle",)
 
     def __post_init__(self) -> None:
         # Released clients bring no keys.
@@ -73,6 +77,8 @@ class ServerConfig:
                 f"legacy_ranks: expected at least 1, and ports up to {LAST_PORT}, got {self.legacy_ranks} from "
                 f"{self.legacy_port} on"
             )
+        if not self.legacy_formats or not set(self.legacy_formats) <= set(LEGACY_FORMATS):
+            raise ValueError(f"legacy_formats: expected {' and '.join(LEGACY_FORMATS)}, got {self.legacy_formats}")
 
     @property
     def places_per_key(self) -> int:

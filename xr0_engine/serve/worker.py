@@ -62,6 +62,14 @@ class TakesTokens(Protocol):
 
 
 @runtime_checkable
+class TakesGuides(Protocol):
+    """An engine that, where takes_guides, draws chunks toward a guide. As Engine.infer and infer_tokenized have it."""
+
+    @property
+    def takes_guides(self) -> bool: ...
+
+
+@runtime_checkable
 class InfersAhead(Protocol):
     """An engine that, where infers_ahead, begins with the next call while one is at work. As Engine.infer_all."""
 
@@ -132,8 +140,8 @@ def describe(engine: ServedEngine, image_size: tuple[int, int], only: str | None
         example = engine.example(robot_type, image_size)
         chunk = engine.infer(example, seed=0)
         length, action_width = chunk.actions.shape
-        state_width = int(example.state.shape[-1])
-        robots[robot_type] = profile.robot_info(length, action_width, engine.max_prefix)
+        *rows, state_width = example.state.shape
+        robots[robot_type] = profile.robot_info(length, action_width, engine.max_prefix, rows[0] if rows else 1)
     if not robots:
         raise ValueError("; ".join(missing) or "engine: expected at least one robot type, got none")
     told = f"{engine.backend}: {engine.backend_reason}" if isinstance(engine, TellsBackend) else ""
@@ -143,11 +151,24 @@ def describe(engine: ServedEngine, image_size: tuple[int, int], only: str | None
 def infer_one(engine: ServedEngine, request: Request) -> ActionChunk:
     """The engine's chunk for a request. Raises what the engine raises."""
     observation = request.observation
+    more = guide_of(engine, request)
     if isinstance(observation, Observation):
-        return engine.infer(observation, request.prefix, seed=request.seed)
+        return engine.infer(observation, request.prefix, seed=request.seed, **more)
     if not isinstance(engine, TakesTokens):
         raise ValueError("input_ids: this policy takes images and text, not tokens; send an Observation")
-    return engine.infer_tokenized(observation, request.prefix, seed=request.seed)
+    return engine.infer_tokenized(observation, request.prefix, seed=request.seed, **more)
+
+
+def guide_of(engine: object, request: Request) -> dict[str, Any]:
+    """A request's guide as infer takes it by name, if it has one. Raises ValueError where the engine takes none: what
+    it would raise counts as its failure."""
+    if request.guide is None:
+        return {}
+    if not isinstance(engine, TakesGuides) or not engine.takes_guides:
+        raise ValueError(
+            "guide: this policy takes none; execute it in mode sync or naive_async, or in async with prefixes"
+        )
+    return {"guide": request.guide}
 
 
 class EngineThread:
@@ -292,7 +313,7 @@ class EngineThread:
                 if future.set_running_or_notify_cancel():
                     taken.append(future)
                     self._working.begun()
-                    yield Inference(request.observation, request.prefix, seed=request.seed)
+                    yield Inference(request.observation, request.prefix, seed=request.seed, guide=request.guide)
 
 
 class AtWork:

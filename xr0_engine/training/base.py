@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import Qwen3VLConfig
 
-from xr0_engine.checkpoint import preprocessor_config, published_config
+from xr0_engine.checkpoint import preprocessor_config
 from xr0_engine.config import ModelConfig, VisionConfig, read_hf_config
 from xr0_engine.files import find_settings
 from xr0_engine.model.dit import ActionHead
@@ -29,6 +29,7 @@ from xr0_engine.model.weights import (
     resolve_checkpoint,
 )
 from xr0_engine.robot.limits import RELEASED_LIMITS, ImageLimits, load_limits
+from xr0_engine.sizes import published_config
 from xr0_engine.types import CheckpointError
 
 VLM_TYPE = "qwen3_vl"

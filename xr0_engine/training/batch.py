@@ -20,6 +20,7 @@ from xr0_engine.robot.preprocess import Preprocessor, images_to_patches, positio
 from xr0_engine.robot.prompt import PROMPT_TOKENS, PromptTokenizer
 from xr0_engine.robot.tokenizer_file import TOKENIZER_FILE, read_tokenizer
 from xr0_engine.training.base import base_limits
+from xr0_engine.training.choice_turn import ChoiceTurn, choice_turn
 from xr0_engine.training.data.samples import LanguageSample, RobotSample
 from xr0_engine.types import ModelInputs, Observation
 
@@ -30,16 +31,22 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class RobotBatch:
-    """inputs: as the engine's. actions: (B, T, A) float32, the model's units. mask: (B, T, A) float32, 1 = learn it."""
+    """inputs: as the engine's. actions: (B, T, A) float32, the model's units. mask: (B, T, A) float32, 1 = learn it.
+    turn: what stands behind the prompt with objective joint."""
 
     inputs: ModelInputs
     actions: Tensor
     mask: Tensor
     sources: tuple[str, ...]
+    turn: ChoiceTurn | None = None
 
     def to(self, device: torch.device) -> RobotBatch:
         return replace(
-            self, inputs=_to(self.inputs, device), actions=self.actions.to(device), mask=self.mask.to(device)
+            self,
+            inputs=_to(self.inputs, device),
+            actions=self.actions.to(device),
+            mask=self.mask.to(device),
+            turn=None if self.turn is None else self.turn.to(device),
         )
 
 
@@ -59,6 +66,7 @@ class Collator:
     """Turns samples into batches for one checkpoint folder, with the engine's own preprocessing.
 
     statistics: of the training data, by robot type; embodiment: None chooses the built-in profile by robot type.
+    with_turn: whether robot batches have the choice turn.
     """
 
     def __init__(
@@ -67,8 +75,9 @@ class Collator:
         config: ModelConfig,
         statistics: Mapping[str, ActionStatistics],
         embodiment: Embodiment | None = None,
+        with_turn: bool = False,
     ) -> None:
-        self.config, self.statistics = config, statistics
+        self.config, self.statistics, self.with_turn = config, statistics, with_turn
         tokenizer = PromptTokenizer.load(folder, config.tokens, config.text.vocab_size)
         self._preprocess = Preprocessor(config, tokenizer, statistics, embodiment, base_limits(folder, config.vision))
         self._markup, self._plain = (_whole_text_tokenizer(folder) for _ in range(2))
@@ -89,7 +98,16 @@ class Collator:
         actions = np.stack([self.statistics[sample.robot_type].normalize(sample.actions) for sample in samples])
         mask = torch.from_numpy(np.stack([sample.mask for sample in samples])).float()
         sources = tuple(sample.source for sample in samples)
-        return RobotBatch(inputs, torch.from_numpy(actions), mask * inputs.action_mask, sources)
+        mask = mask * inputs.action_mask
+        return RobotBatch(
+            inputs, torch.from_numpy(actions), mask, sources, self._turn(mask) if self.with_turn else None
+        )
+
+    def _turn(self, mask: Tensor) -> ChoiceTurn:
+        """mask: (B, T, A). A sample's steps go to the last that is supervised."""
+        length = mask.shape[1]
+        steps = (mask.amax(2) * torch.arange(1, length + 1)).amax(1).int().tolist()
+        return choice_turn(self._encode, steps, length, self._preprocess.tokenizer.pad_id)
 
     def language(self, samples: Sequence[LanguageSample]) -> LanguageBatch:
         """Conversations in Qwen's chat format; what the assistant says, its end marker included, is to be predicted."""

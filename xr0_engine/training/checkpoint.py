@@ -12,9 +12,9 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystem
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
+from torch.distributed.tensor import DTensor
 
 from xr0_engine.checkpoint import write_weights
 from xr0_engine.config import ModelConfig
@@ -53,7 +54,6 @@ class Checkpointer:
         self._keep_last = keep_last
         self._pending: tuple[Future[Any], Path] | None = None
         if world.is_main:
-            folder.mkdir(parents=True, exist_ok=True)
             for partial in folder.glob(f"*{PARTIAL}"):
                 shutil.rmtree(partial)
         world.barrier()
@@ -148,6 +148,8 @@ class Checkpointer:
         fault = ""
         if self._world.is_main:
             needed = sum(value.numel() * value.element_size() for value in state.values())
+            # Not before: a run that is killed without a config has left nothing, and can be started again.
+            self._folder.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(self._folder).free
             if free < needed:
                 fault = f"{self._folder} has {free / 2**30:.2f} GiB free; a checkpoint takes {needed / 2**30:.2f} GiB"
@@ -165,55 +167,87 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob(f"{STEP_PREFIX}*") if path.suffix != PARTIAL)
 
 
-def export_checkpoint(
-    checkpoint: Path,
-    out: Path,
-    xr0: ModelConfig,
-    base: Base,
-    statistics: Mapping[str, ActionStatistics],
-    seed: int,
-    embodiment: Embodiment | None = None,
-) -> None:
-    """Write a folder that the engine loads as it is: the run's base with everything that the run has trained.
+@dataclass(frozen=True)
+class Export:
+    """What a run writes as folders that the engine loads, whatever weights it has by then.
 
-    checkpoint: a folder of checkpoints(); out: absent or empty, appears whole or not at all; xr0: the trained model's
-    config; seed: the run's, of an action head that neither base nor run gives; embodiment: the profile that the run
-    named, which the checkpoint then says. bfloat16, statistics of the training data alone. Raises CheckpointError,
-    ValueError or OSError.
+    config: the trained model's. statistics: of the training data alone. seed: the run's, of an action head that neither
+    base nor run gives. embodiment: the profile that the run named, which the checkpoint then says.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not empty; remove it or choose another folder")
-    shapes = checkpoint_shapes(xr0)
-    trained = {
-        checkpoint_name(key.removeprefix("model.")): key
-        for key in _stored_shapes(checkpoint)
-        if key.startswith("model.")
-    }
-    fresh = {} if base.has_head else fresh_head(xr0, seed)
 
-    def untrained(name: str) -> Tensor:
-        return read_tensor(base.stored[name]) if name in base.stored else fresh[name]
+    config: ModelConfig
+    base: Base
+    statistics: Mapping[str, ActionStatistics]
+    seed: int
+    embodiment: Embodiment | None = None
 
-    def tensors(names: list[str]) -> dict[str, Tensor]:
-        learned = {trained[name]: torch.empty(shapes[name]) for name in names if name in trained}
-        with warnings.catch_warnings():
-            # That one process reads alone is meant.
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")
-            load(learned, storage_reader=FileSystemReader(checkpoint), no_dist=True)
-        values = {name: learned[trained[name]] if name in trained else untrained(name) for name in names}
-        return {name: value.to(EXPORT_DTYPE).contiguous() for name, value in values.items()}
+    def of_checkpoint(self, checkpoint: Path, out: Path) -> None:
+        """Write the base with everything that the run has trained by a checkpoint, a folder of checkpoints().
 
-    preprocessor = base.preprocessor()
-    preprocessor["action_config"] = {robot_type: item.to_json() for robot_type, item in statistics.items()}
-    num_bytes = sum(torch.Size(shape).numel() for shape in shapes.values()) * EXPORT_DTYPE.itemsize
-    with whole_folder(out, num_bytes) as target:
-        told = {} if embodiment is None else {CHECKPOINT_KEY: asdict(embodiment)}
-        (target / "config.json").write_text(json.dumps(xr0.to_hf() | told, indent=2), encoding="utf-8")
-        (target / STATISTICS_FILE).write_text(json.dumps(preprocessor), encoding="utf-8")
-        for file in base.folder.glob("*.json"):
-            if file.name.startswith(("tokenizer", "special_tokens", "added_tokens", "vocab")):
-                shutil.copy(file, target / file.name)
-        write_weights(target, shapes, EXPORT_DTYPE, tensors)
+        out: absent or empty, appears whole or not at all. bfloat16. Raises CheckpointError, ValueError or OSError.
+        """
+        shapes = checkpoint_shapes(self.config)
+        trained = {
+            checkpoint_name(key.removeprefix("model.")): key
+            for key in _stored_shapes(checkpoint)
+            if key.startswith("model.")
+        }
+
+        def read(names: list[str]) -> dict[str, Tensor]:
+            learned = {trained[name]: torch.empty(shapes[name]) for name in names if name in trained}
+            with warnings.catch_warnings():
+                # That one process reads alone is meant.
+                warnings.filterwarnings("ignore", "torch.distributed is disabled")
+                load(learned, storage_reader=FileSystemReader(checkpoint), no_dist=True)
+            return {name: learned[trained[name]] for name in names if name in trained}
+
+        self._write(out, read)
+
+    def of_weights(self, weights: Mapping[str, Tensor], out: Path) -> None:
+        """As of_checkpoint, of trained_weights()."""
+        self._write(out, lambda names: {name: weights[name] for name in names if name in weights})
+
+    def _write(self, out: Path, read: Callable[[list[str]], dict[str, Tensor]]) -> None:
+        """read: some tensors' names -> those of them that the run has trained."""
+        base, config = self.base, self.config
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ValueError(f"{out} exists and is not empty; remove it or choose another folder")
+        shapes = checkpoint_shapes(config)
+        fresh = {} if base.has_head else fresh_head(config, self.seed)
+
+        def tensors(names: list[str]) -> dict[str, Tensor]:
+            learned = read(names)
+            for name in names:
+                if name not in learned:
+                    learned[name] = read_tensor(base.stored[name]) if name in base.stored else fresh[name]
+            return {name: learned[name].to(EXPORT_DTYPE).contiguous() for name in names}
+
+        preprocessor = base.preprocessor()
+        preprocessor["action_config"] = {name: item.to_json() for name, item in self.statistics.items()}
+        num_bytes = sum(torch.Size(shape).numel() for shape in shapes.values()) * EXPORT_DTYPE.itemsize
+        with whole_folder(out, num_bytes) as target:
+            told = {} if self.embodiment is None else {CHECKPOINT_KEY: asdict(self.embodiment)}
+            (target / "config.json").write_text(json.dumps(config.to_hf() | told, indent=2), encoding="utf-8")
+            (target / STATISTICS_FILE).write_text(json.dumps(preprocessor), encoding="utf-8")
+            for file in base.folder.glob("*.json"):
+                if file.name.startswith(("tokenizer", "special_tokens", "added_tokens", "vocab")):
+                    shutil.copy(file, target / file.name)
+            write_weights(target, shapes, EXPORT_DTYPE, tensors)
+
+
+def trained_weights(policy: nn.Module, world: World) -> dict[str, Tensor]:
+    """XR-0's name -> what training has made of it so far, as it is exported, on the CPU of the main process.
+
+    Every process calls it; the others get none.
+    """
+    weights = {}
+    for name, parameter in policy.named_parameters():
+        if parameter.requires_grad:
+            value = parameter.detach()
+            whole = value.full_tensor() if isinstance(value, DTensor) else value
+            if world.is_main:
+                weights[checkpoint_name(name)] = whole.to("cpu", EXPORT_DTYPE, copy=True)
+    return weights
 
 
 def _stored_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:

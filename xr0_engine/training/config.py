@@ -23,6 +23,9 @@ MOST_STEPS = 1 << 40
 LARGEST_SEED = 2**63 - 1
 """Beyond these, a number in a file is a slip, and what is reserved for it is more than there is."""
 
+MOST_CHOICE_STEPS = 60
+"""Steps of a chunk that XR-1's language model has tokens for (sizes.ACTION_TOKENS)."""
+
 UNSET = ""
 """A path that a recipe leaves to the user."""
 
@@ -35,6 +38,8 @@ class ModelConfig:
     train: `head` (VLM frozen, kept in the compute dtype), `vlm` (head frozen) or `all`.
     fresh_head: start the DiT from new random weights instead of the checkpoint's.
     train_text_embeddings: they stay frozen unless this is set (so does the LM head, which is tied to them).
+    standardize_vision: shift and scale the vision tower to the training images before the first step (standardize.py),
+    for towers with random weights.
     local_window, position_offset: the DiT's attention and positions (spec section 2.4); saved with the checkpoint.
     checkpoint_activations: recompute the vision tower's activations in the backward pass.
     dtype: bfloat16 or float32, of the computation; trained weights and their gradients are float32 all the same.
@@ -44,6 +49,7 @@ class ModelConfig:
     train: Literal["all", "vlm", "head"] = "all"
     fresh_head: bool = False
     train_text_embeddings: bool = False
+    standardize_vision: bool = False
     local_window: int | None = None
     position_offset: int = 0
     checkpoint_activations: bool = True
@@ -54,11 +60,15 @@ class ModelConfig:
 class DataConfig:
     """robot, language, validation: datasets, each `path` or `path=weight` (weights are relative, 1 if not given).
 
+    robot and validation also take `package.module:function` for a path, a dataset that a function opens (docs/data.md).
     language_every: every n-th micro-batch is vision-language data (7 = the paper's 1 : 6), 0 = none.
     validation_fraction: of the robot data's episodes, held out if no validation data are given; 0 = no validation.
-    validation_samples: about how many. statistics: JSON of `xr0 data stats`. embodiment: profile name or YAML file, for
-    all data; if not set, the built-in profile of each robot type. chunk_length: T. batch_size: samples per process and
-    micro-batch. workers: processes that read, per process that trains. augment: colour and crop of the training images.
+    validation_samples: about how many. validation_draws: chunks drawn for each, of whose mean l1_mean is. statistics:
+    JSON of `xr0 data stats`. embodiment: profile name or YAML file, for all data; if not set, the built-in profile of
+    each robot type, or the one that all datasets by function have. chunk_length: T. batch_size: samples per process and
+    micro-batch. workers: processes that read, per process that trains. augment: colour and crop of training images.
+    random_crop: False leaves the profile's own crop in that one's place, or none.
+    state_quantiles: states are normalised by the statistics' quantiles (`xr0 data stats --quantiles`), as XR-1's are.
     normalize_instruction: the task text gets a capital and a full stop in the prompt, or stays as recorded; saved with
     the checkpoint. skip_broken: replace samples that cannot be read, and count them, instead of stopping.
     """
@@ -69,12 +79,15 @@ class DataConfig:
     validation: tuple[str, ...] = ()
     validation_fraction: float = 0.1
     validation_samples: int = 256
+    validation_draws: int = 8
     statistics: str = UNSET
     embodiment: str = UNSET
     chunk_length: int = 30
     batch_size: int = 16
     workers: int = 4
     augment: bool = True
+    random_crop: bool = True
+    state_quantiles: bool = False
     normalize_instruction: bool = True
     skip_broken: bool = False
 
@@ -88,7 +101,9 @@ class FlowConfig:
     uniform in 1..min(max_prefix, T), else 0; paper = uniform in 0..max_prefix; one length per micro-batch.
     column_dropout: probability that a prefix action before the last two is hidden from the noisy ones.
     reweight_errors: weigh by the model's own error where there is a prefix. frequency_weight: c, 0 = off.
-    frequency_masked: leave unsupervised columns out of the frequency term (the released code does not).
+    frequency: which of the spectrum it is: of all columns together, each sample alike; selected: XR-1's, by the mask's
+    first rows (losses.py: spectrum_selection). frequency_masked: leave unsupervised columns out of the former (the
+    released code does not). frequency_excluded: columns that never count in the latter.
     """
 
     time: Literal["beta", "logistic_normal", "uniform"] = "beta"
@@ -99,29 +114,37 @@ class FlowConfig:
     reweight_errors: bool = False
     mse_weight: float = 0.5
     frequency_weight: float = 0.0
+    frequency: Literal["columns", "selected"] = "columns"
     frequency_masked: bool = True
+    frequency_excluded: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class ChoiceConfig:
     """Choice Policies (spec section 4.2): candidates chunks and scores in one pass of the VLM.
 
-    score_weight, language_weight: of the score regression and of next-token prediction; the action term has 1.
+    candidates: as many as the family has, with objective joint. action_weight, score_weight, language_weight: of the
+    closest candidate's distance, of the score regression and of next-token prediction.
     """
 
     candidates: int = 5
+    action_weight: float = 1.0
     score_weight: float = 0.1
     language_weight: float = 1.0
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW with linear warm-up and cosine decay, all in optimiser steps; accumulate: micro-batches per step."""
+    """AdamW with linear warm-up and cosine decay, all in optimiser steps; accumulate: micro-batches per step.
+
+    start_lr: where the warm-up begins; none: at min_lr.
+    """
 
     steps: int = 30_000
     warmup_steps: int = 2_000
     peak_lr: float = 1e-4
     min_lr: float = 5e-7
+    start_lr: float | None = None
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.1
     clip_norm: float = 1.0
@@ -133,6 +156,8 @@ class RunConfig:
     """Everything in steps. keep_last: checkpoints kept. threads: torch's on a CPU, 0 = its own choice.
 
     peak_tflops: of the device, for the utilisation; 0 = from the device's name, unknown ones report none.
+    closed_loop: `package.module:function` that drives a robot with the policy every closed_loop_every steps, before the
+    first and after the last (closed_loop.py); none if not set.
     """
 
     seed: int = 0
@@ -142,14 +167,18 @@ class RunConfig:
     keep_last: int = 3
     threads: int = 0
     peak_tflops: float = 0.0
+    closed_loop: str = UNSET
+    closed_loop_every: int = 1_000
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """objective: `flow` trains an action head on the VLM's KV cache, `choice` the VLM with Choice Policies."""
+    """objective: `flow` trains an action head on the VLM's KV cache, `choice` the VLM with Choice Policies, `joint`
+    both on one pass of the VLM, as XR-1's. family: of the checkpoints that the recipe is for (family.py)."""
 
     recipe: str
-    objective: Literal["flow", "choice"] = "flow"
+    objective: Literal["flow", "choice", "joint"] = "flow"
+    family: Literal["xr0", "xr1"] = "xr0"
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
@@ -215,6 +244,8 @@ def _rules(config: TrainConfig) -> Iterator[tuple[bool, str, str]]:
         "run.validate_every": run.validate_every,
         "run.checkpoint_every": run.checkpoint_every,
         "run.keep_last": run.keep_last,
+        "run.closed_loop_every": run.closed_loop_every,
+        "data.validation_draws": data.validation_draws,
     }
     yield from ((value >= 1, name, f"at least 1, got {value}") for name, value in at_least_one.items())
     not_negative = {
@@ -224,6 +255,7 @@ def _rules(config: TrainConfig) -> Iterator[tuple[bool, str, str]]:
         "flow.mse_weight": flow.mse_weight,
         "flow.frequency_weight": flow.frequency_weight,
         "model.position_offset": config.model.position_offset,
+        "choice.action_weight": choice.action_weight,
         "choice.score_weight": choice.score_weight,
         "choice.language_weight": choice.language_weight,
         "optim.warmup_steps": optim.warmup_steps,
@@ -242,6 +274,7 @@ def _rules(config: TrainConfig) -> Iterator[tuple[bool, str, str]]:
         "run.threads": (run.threads, MOST_PROCESSES),
         "data.batch_size": (data.batch_size, MOST_SAMPLES),
         "data.validation_samples": (data.validation_samples, MOST_SAMPLES),
+        "data.validation_draws": (data.validation_draws, MOST_SAMPLES),
         "flow.repeat": (flow.repeat, MOST_SAMPLES),
         "choice.candidates": (choice.candidates, MOST_SAMPLES),
         "run.seed": (run.seed, LARGEST_SEED),
@@ -254,13 +287,33 @@ def _rules(config: TrainConfig) -> Iterator[tuple[bool, str, str]]:
     yield 0 <= flow.column_dropout <= 1, "flow.column_dropout", f"0 to 1, got {flow.column_dropout}"
     yield all(0 <= beta < 1 for beta in optim.betas), "optim.betas", f"each from 0 below 1, got {optim.betas}"
     yield optim.clip_norm > 0, "optim.clip_norm", f"more than 0, got {optim.clip_norm}"
+    start = optim.start_lr
+    yield start is None or 0 <= start <= optim.peak_lr, "optim.start_lr", f"0 to peak_lr {optim.peak_lr}, got {start}"
     yield optim.min_lr <= optim.peak_lr, "optim.min_lr", f"at most peak_lr {optim.peak_lr}, got {optim.min_lr}"
     window = config.model.local_window
     yield window is None or window >= 0, "model.local_window", f"0 or more, or none, got {window}"
     is_choice = config.objective == "choice"
     yield not is_choice or config.model.train == "vlm", "model.train", "`vlm` with objective choice"
     yield is_choice or config.model.train != "vlm", "model.train", "`all` or `head` with objective flow"
-    yield is_choice or data.language_every == 0, "data.language_every", "0 with objective flow"
+    is_joint = config.objective == "joint"
+    yield not is_joint or config.model.train == "all", "model.train", "`all` with objective joint, whose losses need it"
+    yield (
+        not is_joint or data.chunk_length <= MOST_CHOICE_STEPS,
+        "data.chunk_length",
+        f"at most {MOST_CHOICE_STEPS} with objective joint, a token of the VLM each; got {data.chunk_length}",
+    )
+    yield all(column >= 0 for column in flow.frequency_excluded), "flow.frequency_excluded", "columns from 0"
+    yield (
+        not (is_choice and run.closed_loop),
+        "run.closed_loop",
+        "none with objective choice: it trains no DiT",
+    )
+    yield is_choice or data.language_every == 0, "data.language_every", f"0 with objective {config.objective}"
+    yield (
+        not (config.model.standardize_vision and config.model.train == "head"),
+        "model.standardize_vision",
+        "false with model.train=head, which leaves the VLM as it is",
+    )
     yield data.language_every != 1, "data.language_every", "0, or at least 2: the rest is robot data"
 
 

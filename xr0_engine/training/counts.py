@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from xr0_engine.training.batch import IGNORED, LanguageBatch, RobotBatch
+from xr0_engine.training.config import FlowConfig
 from xr0_engine.training.draws import FlowDraw
+from xr0_engine.training.losses import spectrum_selection
 
 
 class Counts(NamedTuple):
@@ -24,29 +26,34 @@ class Counts(NamedTuple):
 
     elements: supervised action values behind the prefix, in all draws. rows: samples times draws, which the frequency
     loss weighs alike. samples: those with anything supervised, which Choice Policies weigh alike. tokens: of text, to
-    be predicted.
+    be predicted. bins: of spectra, that XR-1's spectrum term selects, in all draws.
     """
 
     elements: float = 0.0
     rows: float = 0.0
     samples: float = 0.0
     tokens: float = 0.0
+    bins: float = 0.0
 
 
-def count(batch: RobotBatch | LanguageBatch, draw: FlowDraw | None) -> Counts:
-    """Of one micro-batch; draw: in flow matching."""
+def count(batch: RobotBatch | LanguageBatch, draw: FlowDraw | None, flow: FlowConfig | None = None) -> Counts:
+    """Of one micro-batch; draw: in flow matching. flow: None selects no bins."""
     if isinstance(batch, LanguageBatch):
         return Counts(tokens=float((batch.labels[:, 1:] != IGNORED).sum()))
+    samples = float((batch.mask.sum((1, 2)) > 0).sum()) if draw is None or batch.turn is not None else 0.0
     if draw is None:
-        return Counts(samples=float((batch.mask.sum((1, 2)) > 0).sum()))
-    supervised = float(batch.mask[:, draw.prefix_length :].sum())
-    return Counts(elements=supervised * (len(draw.t) // len(batch.mask)), rows=float(len(draw.t)))
+        return Counts(samples=samples)
+    mask, draws = batch.mask[:, draw.prefix_length :], len(draw.t) // len(batch.mask)
+    selects = flow is not None and flow.frequency == "selected"
+    bins = float(spectrum_selection(mask, flow.frequency_excluded).sum()) * draws if flow and selects else 0.0
+    return Counts(float(mask.sum()) * draws, float(len(draw.t)), samples, bins=bins)
 
 
 def step_counts(
     batches: Sequence[RobotBatch | LanguageBatch],
     draws: Sequence[FlowDraw | None],
     sum_over_processes: Callable[[Tensor], Tensor],
+    flow: FlowConfig | None = None,
 ) -> Counts:
     """What this process's micro-batches of a step divide their sums by; every process calls it with as many.
 
@@ -54,10 +61,10 @@ def step_counts(
     and added up over the micro-batches, so that a process divides by its part of what all of them hold.
     """
     own = [
-        [*count(batch, draw), float(isinstance(batch, RobotBatch)), float(isinstance(batch, LanguageBatch))]
+        [*count(batch, draw, flow), float(isinstance(batch, RobotBatch)), float(isinstance(batch, LanguageBatch))]
         for batch, draw in zip(batches, draws, strict=True)
     ]
     *totals, robot, language = sum_over_processes(torch.tensor(own, dtype=torch.float64).sum(0)).tolist()
-    kinds = Counts(elements=robot, rows=robot, samples=robot, tokens=language)
+    kinds = Counts(elements=robot, rows=robot, samples=robot, tokens=language, bins=robot)
     # Where there is nothing to sum up, any divisor gives 0.
     return Counts(*(len(batches) * total / kind if total else 1.0 for total, kind in zip(totals, kinds, strict=True)))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -61,17 +63,33 @@ def world() -> Iterator[World]:
     if on_gpu:
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=TIMEOUT)
-    else:
-        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
     try:
-        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-        io_group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        with _ended_by_sigterm():
+            if "RANK" in os.environ:
+                dist.init_process_group(backend, timeout=TIMEOUT)
+            else:
+                dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
+            mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+            io_group = dist.new_group(backend="gloo", timeout=TIMEOUT)
         assert io_group is not None
         yield World(dist.get_rank(), dist.get_world_size(), device, mesh, io_group)
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """While processes wait for each other to come, in C++, where no handler of Python's runs: SIGTERM ends this one at
+    once, as it should if another one has died. Nothing is half written yet."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
 def shard(policy: Policy, mesh: DeviceMesh, dtype: torch.dtype) -> None:

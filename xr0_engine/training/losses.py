@@ -7,6 +7,8 @@ where the batch is a part of one (counts.py); None = of this batch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -51,6 +53,29 @@ def frequency_loss(
     active = mask.amax(1, keepdim=True)
     per_row = (spectrum * active).sum((1, 2)) / (_count(active, (1, 2)) * spectrum.shape[1])
     return (per_row * (weights * mask).sum((1, 2)) / _count(mask, (1, 2))).sum() / rows
+
+
+def spectrum_selection(mask: Tensor, excluded: Sequence[int]) -> Tensor:
+    """Where XR-1's spectrum term looks: (B, T - P, A) -> (B, F, A), 1 = this bin of this column counts.
+
+    Of samples whose last step is supervised, the mask's first F time rows stand for the F bins, as in the released
+    code (spec section 8): what a column does there, not whether it is supervised at all, decides. excluded:
+    columns that never count.
+    """
+    bins = mask.shape[1] // 2 + 1
+    selected = mask[:, :bins] * (mask[:, -1:].amax(2, keepdim=True) > 0)
+    selected[:, :, [column for column in excluded if column < mask.shape[2]]] = 0
+    return selected
+
+
+def spectrum_loss(
+    velocity: Tensor, target: Tensor, selected: Tensor, weights: Tensor, count: float | None = None
+) -> Tensor:
+    """XR-1's spectrum term: mean magnitude of the error's spectrum over what is selected, samples weighed by their mean
+    weight. selected: of spectrum_selection; count: how much of that. Returns a scalar."""
+    spectrum = torch.fft.rfft(velocity.float() - target.float(), dim=1).abs()
+    total = (spectrum * selected * weights.mean((1, 2), keepdim=True)).sum()
+    return total / (_count(selected) if count is None else count)
 
 
 def candidate_errors(candidates: Tensor, action: Tensor, mask: Tensor) -> Tensor:

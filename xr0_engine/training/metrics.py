@@ -10,7 +10,8 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,7 @@ class Log:
     def __init__(self, folder: Path, total_steps: int, start_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / "metrics.jsonl"
         self._forget_after(start_step)
         self._file = self._path.open("a", encoding="utf-8")
@@ -151,6 +153,13 @@ class Speed:
             report["utilisation"] = report["tflops"] / peak_tflops
         self._restart()
         return report
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What goes on inside takes no time."""
+        begin = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - begin
 
     def _restart(self) -> None:
         self._start, self._steps, self._samples, self._flops = time.perf_counter(), 0, 0, 0.0

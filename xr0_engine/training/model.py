@@ -15,10 +15,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from xr0_engine.config import ModelConfig
+from xr0_engine.family import FAMILIES
+from xr0_engine.model import choice as choice_model
 from xr0_engine.model.dit import ActionHead, Projector, dit_geometry
 from xr0_engine.model.flow import prefix_positions, training_pair
 from xr0_engine.training.base import Base, fresh_head, read_tensor
 from xr0_engine.training.batch import IGNORED, LanguageBatch, RobotBatch
+from xr0_engine.training.choice_turn import TurnHeads, fresh_turn_heads
 from xr0_engine.training.config import ChoiceConfig, FlowConfig, TrainConfig
 from xr0_engine.training.counts import Counts
 from xr0_engine.training.draws import FlowDraw, hide_columns, longest_prefix
@@ -28,10 +31,14 @@ from xr0_engine.training.losses import (
     frequency_loss,
     mse_loss,
     next_token_loss,
+    spectrum_loss,
+    spectrum_selection,
 )
-from xr0_engine.training.vlm import TrainableVLM, next_position
+from xr0_engine.training.vlm import TrainableVLM, VLMOutput, next_position
 from xr0_engine.types import KVBlock, ModelInputs
 
+PROPOSALS = "proposals."
+"""Before the names of JointPolicy's parameters that training alone has."""
 STD_EPSILON = 1e-6
 """Added to std by the post-training code (spec section 3.3)."""
 
@@ -63,8 +70,12 @@ class FlowPolicy(nn.Module):
 
     def forward(self, batch: RobotBatch, draw: FlowDraw, counts: Counts | None = None) -> StepOutput:
         """The post-training loss of one micro-batch (spec section 4.1); counts: of the step that it is a part of."""
+        return self.flow_losses(self.prefill(batch.inputs), batch, draw, counts)
+
+    def flow_losses(self, kv: KVBlock, batch: RobotBatch, draw: FlowDraw, counts: Counts | None) -> StepOutput:
+        """kv: of the batch's rows, each of which serves all of its draws."""
         rows = len(draw.t) // len(batch.actions)
-        kv = repeat_kv(self.prefill(batch.inputs), rows)
+        kv = repeat_kv(kv, rows)
         state = batch.inputs.state.repeat(rows, 1, 1)
         action, supervised = (part.repeat(rows, 1, 1) for part in (batch.actions, batch.mask))
         return self.losses(kv, state, action, supervised, draw, counts)
@@ -73,7 +84,10 @@ class FlowPolicy(nn.Module):
         """As the engine's, with gradients where the VLM is trained."""
         learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.vlm.parameters())
         with torch.set_grad_enabled(learns):
-            out = self.vlm(inputs)
+            return self.knowledge(self.vlm(inputs), inputs)
+
+    def knowledge(self, out: VLMOutput, inputs: ModelInputs) -> KVBlock:
+        """out: of the prompt's tokens."""
         dtype = self.head.sink.weight.dtype
         return KVBlock(
             out.keys.to(dtype), out.values.to(dtype), inputs.attention_mask, next_position(inputs), inputs.action_mask
@@ -114,14 +128,17 @@ class FlowPolicy(nn.Module):
             # The errors are those of the model that the step trains: it sees no more of the prefix here than there.
             generated = self.generate(kv, state, noise, action, lengths, attends)
             weights = error_weights((generated - action)[:, behind].abs(), mask)
-        elements, drawn = (counts.elements, counts.rows) if counts else (None, None)
+        elements, drawn, bins = (counts.elements, counts.rows, counts.bins) if counts else (None, None, None)
         mse = mse_loss(velocity[:, behind], target[:, behind], mask, weights, elements)
         loss = config.mse_weight * mse
         parts = {"mse": mse.detach()}
         if config.frequency_weight:
-            frequency = frequency_loss(
-                velocity[:, behind], target[:, behind], mask, weights, config.frequency_masked, drawn
-            )
+            pair = velocity[:, behind], target[:, behind]
+            if config.frequency == "selected":
+                selected = spectrum_selection(mask, config.frequency_excluded)
+                frequency = spectrum_loss(*pair, selected, weights, bins)
+            else:
+                frequency = frequency_loss(*pair, mask, weights, config.frequency_masked, drawn)
             loss = loss + config.frequency_weight * frequency
             parts["frequency"] = frequency.detach()
         counted = supervised.clone()
@@ -147,9 +164,49 @@ class FlowPolicy(nn.Module):
 
     @torch.no_grad()
     def predict(self, batch: RobotBatch, noise: Tensor) -> Tensor:
-        """One chunk per sample from noise (B, T, A), without prefix. Returns (B, T, A) float32, the model's units."""
-        none = torch.zeros(len(noise), dtype=torch.long)
-        return self.generate(self.prefill(batch.inputs), batch.inputs.state, noise, torch.zeros_like(noise), none)
+        """Chunks without prefix, K of each sample, for one pass of the VLM. noise: (K, B, T, A).
+
+        Returns (K, B, T, A) float32, the model's units.
+        """
+        kv, state = self.prefill(batch.inputs), batch.inputs.state
+        none = torch.zeros(noise.shape[1], dtype=torch.long)
+        return torch.stack([self.generate(kv, state, one, torch.zeros_like(one), none) for one in noise])
+
+
+class JointPolicy(FlowPolicy):
+    """The same, where the VLM proposes and scores chunks in a turn behind the prompt (spec section 8).
+
+    The DiT never sees the turn: its knowledge ends with the prompt, which the turn cannot change, as the VLM is causal.
+    """
+
+    def __init__(self, config: ModelConfig, flow: FlowConfig, choice: ChoiceConfig) -> None:
+        super().__init__(config, flow)
+        self.proposals = TurnHeads(config)
+        self.choice = choice
+
+    def forward(self, batch: RobotBatch, draw: FlowDraw, counts: Counts | None = None) -> StepOutput:
+        kv, candidates, scores = self.propose(batch)
+        output = self.flow_losses(kv, batch, draw, counts)
+        samples = counts.samples if counts else None
+        winner, regression = choice_losses(candidates, scores, batch.actions, batch.mask, samples)
+        loss = output.loss + self.choice.action_weight * winner + self.choice.score_weight * regression
+        parts = {"choice": winner.detach(), "score": regression.detach(), "loss": loss.detach()}
+        return output._replace(loss=loss, parts=output.parts | parts)
+
+    def propose(self, batch: RobotBatch) -> tuple[KVBlock, Tensor, Tensor]:
+        """The DiT's knowledge, candidates (B, N, T, A) and scores (B, N), of one pass. Raises ValueError for a batch
+        without turns."""
+        inputs, turn = batch.inputs, batch.turn
+        if turn is None:
+            raise ValueError("batch: expected one with choice turns")
+        embeds = self.vlm.model.language_model.embed_tokens(turn.ids)
+        out = self.vlm(inputs, self.proposals.embed(embeds, turn, inputs.state))
+        prompt = inputs.input_ids.shape[1]
+        of_prompt = replace(out, keys=out.keys[..., :prompt, :], values=out.values[..., :prompt, :])
+        read = self.proposals.read(out.hidden[:, prompt:], turn, batch.actions.shape[1])
+        kv = self.knowledge(of_prompt, inputs)
+        # In training, unlike in sampling, the released code hides from the DiT what is behind an episode's end.
+        return replace(kv, action_mask=batch.mask), *read
 
 
 class ChoiceHeads(nn.Module):
@@ -212,9 +269,9 @@ class ChoicePolicy(nn.Module):
 
     @torch.no_grad()
     def predict(self, batch: RobotBatch, noise: Tensor) -> Tensor:
-        """The candidate that the scores choose, (B, T, A) float32, the model's units. noise is not used."""
+        """The candidate that the scores choose, (1, B, T, A) float32, the model's units. noise is not used."""
         chunks, scores = self.candidates(batch)
-        return chunks[torch.arange(len(chunks)), scores.argmin(1)]
+        return chunks[torch.arange(len(chunks)), scores.argmin(1)][None]
 
 
 Policy = FlowPolicy | ChoicePolicy
@@ -232,7 +289,18 @@ def repeat_kv(kv: KVBlock, times: int) -> KVBlock:
 
 
 def model_config(base: ModelConfig, config: TrainConfig) -> ModelConfig:
-    """The checkpoint's config with what the recipe says about action head and prompt: trained so, and saved so."""
+    """The checkpoint's config with what the recipe says about action head and prompt: trained so, and saved so.
+
+    Raises ValueError for a recipe of the other family.
+    """
+    if base.family != config.family:
+        raise ValueError(
+            f"model.checkpoint: recipe {config.recipe} trains {FAMILIES[config.family].title}, the checkpoint is of "
+            f"{FAMILIES[base.family].title}: take a recipe of that model (docs/training.md), or another checkpoint"
+        )
+    choices = FAMILIES[base.family].choices
+    if config.objective == "joint" and config.choice.candidates != choices:
+        raise ValueError(f"choice.candidates: expected {choices}, as the family has; got {config.choice.candidates}")
     head = replace(
         base.head,
         local_window=config.model.local_window,
@@ -246,12 +314,14 @@ def model_config(base: ModelConfig, config: TrainConfig) -> ModelConfig:
 def build_policy(config: TrainConfig, xr0: ModelConfig) -> Policy:
     """The policy on the meta device, with what shall not learn frozen: shard it, then materialise and load it."""
     with torch.device("meta"):
-        policy = (
-            ChoicePolicy(xr0, config.choice, config.data.chunk_length)
-            if config.objective == "choice"
-            else FlowPolicy(xr0, config.flow)
-        )
-    if isinstance(policy, FlowPolicy):
+        policy: Policy
+        if config.objective == "choice":
+            policy = ChoicePolicy(xr0, config.choice, config.data.chunk_length)
+        elif config.objective == "joint":
+            policy = JointPolicy(xr0, config.flow, config.choice)
+        else:
+            policy = FlowPolicy(xr0, config.flow)
+    if isinstance(policy, FlowPolicy) and not isinstance(policy, JointPolicy):
         for module in policy.vlm.behind_the_last_keys():
             module.requires_grad_(False)
         if config.model.train == "head":
@@ -276,7 +346,7 @@ def load_policy(policy: Policy, config: TrainConfig, xr0: ModelConfig, base: Bas
         )
     policy.to_empty(device=device)
     policy.vlm.reset_tables()
-    fresh = _fresh_heads(policy, config, xr0)
+    fresh = _fresh_heads(policy, config, xr0, base)
     for name, parameter in policy.named_parameters():
         value = fresh[name] if name in fresh else read_tensor(base.stored[checkpoint_name(name)])
         set_parameter(parameter, value)
@@ -284,6 +354,8 @@ def load_policy(policy: Policy, config: TrainConfig, xr0: ModelConfig, base: Bas
 
 def checkpoint_name(name: str) -> str:
     """A policy's parameter name -> the checkpoint's."""
+    if name.startswith(PROPOSALS):
+        return choice_model.checkpoint_name(name.removeprefix(PROPOSALS))
     return name.removeprefix("head.")
 
 
@@ -299,11 +371,15 @@ def set_parameter(parameter: nn.Parameter, value: Tensor) -> None:
             parameter.copy_(value)
 
 
-def _fresh_heads(policy: Policy, config: TrainConfig, xr0: ModelConfig) -> Mapping[str, Tensor]:
-    """New weights, by parameter name: of the DiT if the recipe wants it new, of Choice Policies' heads always."""
+def _fresh_heads(policy: Policy, config: TrainConfig, xr0: ModelConfig, base: Base) -> Mapping[str, Tensor]:
+    """New weights, by parameter name: of the DiT if the recipe wants it new; of Choice Policies' heads where the base
+    has none, as XR-0's never has."""
     if isinstance(policy, FlowPolicy):
         head = fresh_head(xr0, config.run.seed) if config.model.fresh_head else {}
-        return {f"head.{name}": value for name, value in head.items()}
+        fresh = {f"head.{name}": value for name, value in head.items()}
+        if isinstance(policy, JointPolicy) and not choice_model.choice_shapes(xr0).keys() <= base.stored.keys():
+            fresh |= {f"{PROPOSALS}{name}": value for name, value in fresh_turn_heads(xr0, config.run.seed).items()}
+        return fresh
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
         heads = ChoiceHeads(xr0, config.choice.candidates, config.data.chunk_length)

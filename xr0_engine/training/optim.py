@@ -27,10 +27,11 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
 
 
 def learning_rate(config: OptimConfig, step: int) -> float:
-    """Of step 0 .. steps - 1: from min_lr straight up over the warm-up, then down along a cosine to min_lr."""
-    span = config.peak_lr - config.min_lr
+    """Of step 0 .. steps - 1: from start_lr straight up over the warm-up, then down along a cosine to min_lr."""
+    start = config.min_lr if config.start_lr is None else config.start_lr
     if step < config.warmup_steps:
-        return config.min_lr + span * (step + 1) / config.warmup_steps
+        return start + (config.peak_lr - start) * (step + 1) / config.warmup_steps
+    span = config.peak_lr - config.min_lr
     progress = (step - config.warmup_steps) / max(1, config.steps - 1 - config.warmup_steps)
     return config.min_lr + span * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 

@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
-from xr0_engine.robot.embodiment import Embodiment, embodiment_for, load_embodiment
+from xr0_engine.robot.embodiment import Embodiment, builtin_embodiments, embodiment_for, load_embodiment
 from xr0_engine.training.config import DataConfig
-from xr0_engine.training.data.description import Description, describe
+from xr0_engine.training.data.description import Description
 from xr0_engine.training.data.samples import DataError
-from xr0_engine.training.data.sources import seen_through
+from xr0_engine.training.data.sources import description_of, seen_through
 from xr0_engine.training.data.stream import weighted
+from xr0_engine.training.named import is_function
 
 
 def run_profile(data: DataConfig) -> Embodiment | None:
-    """The profile of data.embodiment, None if the run names none. Raises ValueError."""
-    try:
-        return load_embodiment(data.embodiment) if data.embodiment else None
-    except ValueError as error:
-        raise ValueError(f"data.embodiment: {error}") from None
+    """The profile of data.embodiment, None for the built-in one of each robot type. Raises ValueError.
+
+    Of a run that names none and whose robot datasets are all functions with one profile, it is that one.
+    """
+    if data.embodiment:
+        try:
+            return load_embodiment(data.embodiment)
+        except ValueError as error:
+            raise ValueError(f"data.embodiment: {error}") from None
+    datasets = [weighted(text)[0] for text in (*data.robot, *data.validation)]
+    if not datasets or not all(map(is_function, datasets)):
+        return None
+    found = [description for _, description in _descriptions(data)]
+    profile = found[0].embodiment
+    if any(description.embodiment != profile for description in found) or _is_builtin(found):
+        return None
+    return profile
 
 
 def check_profiles(data: DataConfig) -> list[str]:
@@ -41,10 +54,19 @@ def check_robot_types(data: DataConfig, known: Collection[str]) -> None:
             )
 
 
+def _is_builtin(found: Sequence[Description]) -> bool:
+    """Whether each has the built-in profile of its robot type."""
+    builtin = [load_embodiment(name) for name in builtin_embodiments()]
+    return all(
+        any(description.embodiment == profile and description.robot_type in profile.robot_types for profile in builtin)
+        for description in found
+    )
+
+
 def _descriptions(data: DataConfig) -> Iterator[tuple[Path, Description]]:
     for text in (*data.robot, *data.validation):
         path, _ = weighted(text)
-        yield path, describe(path)
+        yield path, description_of(path)
 
 
 def _line(path: Path, description: Description, profile: Embodiment | None) -> str:
@@ -60,6 +82,11 @@ def _line(path: Path, description: Description, profile: Embodiment | None) -> s
                 f"{profile.name!r}: say which one the run shall see through, data.embodiment=NAME or PATH"
             )
     seen_through(profile, description, path)
+    if profile.history is not None:
+        raise DataError(
+            f"{path}: profile {profile.name!r} shows the model films (`history`), and the trainer pictures alone: "
+            "train through a profile without one"
+        )
     used = [view.key for view in profile.views]
     others = dict.fromkeys([*description.views, *(view.key for view in own.views)])
     left_out = [key for key in others if key not in used]

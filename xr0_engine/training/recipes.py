@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from xr0_engine.training.config import (
+    ChoiceConfig,
     DataConfig,
     FlowConfig,
     ModelConfig,
@@ -19,6 +20,8 @@ from xr0_engine.training.config import (
 LOCAL_WINDOW = 4
 POSITION_OFFSET = 10
 COLUMN_DROPOUT = 0.5
+BASE_VELOCITY = (17, 18, 19)
+"""Columns of XR-1 that its spectrum term never sees, where the width has them."""
 
 
 def post_train_sync() -> TrainConfig:
@@ -90,6 +93,34 @@ def finetune_head() -> TrainConfig:
     )
 
 
+def xr1_post_train() -> TrainConfig:
+    """XR-1's post-training as released: flow, spectrum, choice and score on one pass of the VLM, prefixes."""
+    return TrainConfig(
+        "xr1_post_train",
+        objective="joint",
+        family="xr1",
+        model=ModelConfig(position_offset=POSITION_OFFSET),
+        data=DataConfig(batch_size=48, random_crop=False, normalize_instruction=False, state_quantiles=True),
+        flow=FlowConfig(
+            prefix="code",
+            column_dropout=COLUMN_DROPOUT,
+            reweight_errors=True,
+            frequency_weight=1.0,
+            frequency="selected",
+            frequency_excluded=BASE_VELOCITY,
+        ),
+        choice=ChoiceConfig(action_weight=0.5, score_weight=0.5),
+        optim=OptimConfig(steps=10_000, warmup_steps=500, peak_lr=2e-5, min_lr=5e-6, start_lr=5e-7),
+    )
+
+
+def xr1_robodojo() -> TrainConfig:
+    """The same with RoboDojo's learning rates and chunks of ten steps."""
+    run = xr1_post_train()
+    optim = replace(run.optim, steps=60_000, peak_lr=1e-5, min_lr=5e-7)
+    return replace(run, recipe="xr1_robodojo", data=replace(run.data, chunk_length=10), optim=optim)
+
+
 RECIPES = {
     recipe.__name__: recipe
     for recipe in (
@@ -101,6 +132,8 @@ RECIPES = {
         pretrain_vlm,
         pretrain_dit,
         finetune_head,
+        xr1_post_train,
+        xr1_robodojo,
     )
 }
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,19 +16,23 @@ from xr0_engine.files import read_bytes, reading
 from xr0_engine.robot.embodiment import builtin_embodiments
 from xr0_engine.robot.normalize import ActionStatistics, read_statistics
 from xr0_engine.training.base import Base, read_base
-from xr0_engine.training.checkpoint import checkpoints, export_checkpoint
+from xr0_engine.training.checkpoint import Export, checkpoints
+from xr0_engine.training.closed_loop import find_closed_loop
 from xr0_engine.training.config import TrainConfig
 from xr0_engine.training.data.stream import Mixture, Stream, validation_samples
 from xr0_engine.training.distributed import world
 from xr0_engine.training.model import model_config
+from xr0_engine.training.named import is_function
 from xr0_engine.training.profiles import check_profiles, check_robot_types, run_profile
 from xr0_engine.training.trainer import CHECKPOINTS, Trainer
 from xr0_engine.types import FileError
-from xr0_engine.whole import is_fresh, only_writer, write_whole
+from xr0_engine.whole import LOCK_FILE, PARTIAL, is_fresh, only_writer, write_whole
 
 CONFIG_FILE = "config.json"
 STATISTICS_FILE = "statistics.json"
 PATHS = ("robot", "language", "validation")
+LEFT = f".*-????????{PARTIAL}.*"
+"""What whole_file leaves if it is killed."""
 
 
 def start_run(config: TrainConfig, folder: Path) -> None:
@@ -46,6 +50,8 @@ def start_run(config: TrainConfig, folder: Path) -> None:
     if missing:
         raise ValueError(f"config: expected {' and '.join(missing)}, as KEY=VALUE")
     _refuse_used(folder)
+    if config.run.closed_loop:
+        find_closed_loop(config.run.closed_loop)
     views = check_profiles(config.data)
     base = read_base(config.model.checkpoint)
     statistics = _statistics(Path(config.data.statistics), base, config)
@@ -82,17 +88,33 @@ def export_run(folder: Path, out: Path, step: int | None) -> None:
     chosen = saved[max(saved) if step is None else step]
     statistics = _statistics(folder / STATISTICS_FILE, base, config)
     xr0, profile = model_config(base.config, config), run_profile(config.data)
-    export_checkpoint(chosen, out, xr0, base, statistics, config.run.seed, profile)
+    Export(xr0, base, statistics, config.run.seed, profile).of_checkpoint(chosen, out)
 
 
 def _refuse_used(folder: Path) -> None:
-    if _is_first() and not is_fresh(folder):
+    if _is_first() and not is_fresh(folder) and not _has_only_begun(folder):
         raise ValueError(f"{folder} exists and is not empty: xr0 train resume {folder}, or choose another folder")
+
+
+def _has_only_begun(folder: Path) -> bool:
+    """Whether a run was killed before it had written its config: its lock is still there, with nothing but these."""
+    own = {LOCK_FILE, STATISTICS_FILE}
+    names = {path.name for path in folder.iterdir() if not path.match(LEFT)} if folder.is_dir() else set()
+    return LOCK_FILE in names and names <= own
 
 
 def _writing(folder: Path) -> AbstractContextManager[None]:
     """The first of a run's processes holds the folder's lock for all of them."""
-    return only_writer(folder) if _is_first() else nullcontext()
+    return _only_writer(folder) if _is_first() else nullcontext()
+
+
+@contextmanager
+def _only_writer(folder: Path) -> Iterator[None]:
+    with only_writer(folder):
+        # Nobody else writes here: what is half written is of a process that was killed.
+        for left in folder.glob(LEFT):
+            left.unlink()
+        yield
 
 
 def _is_first() -> bool:
@@ -113,6 +135,7 @@ def _train(config: TrainConfig, folder: Path, statistics: Mapping[str, ActionSta
         fraction,
         data.skip_broken,
         run_profile(data),
+        data.random_crop,
     )
     has_validation = bool(data.validation) or fraction > 0
     with world() as here:
@@ -164,9 +187,11 @@ def _read_config(folder: Path) -> TrainConfig:
 def _statistics(path: Path, base: Base, config: TrainConfig) -> dict[str, ActionStatistics]:
     if not path.is_file():
         raise ValueError(f"data.statistics: expected a file that `xr0 data stats` wrote, there is none at {path}")
-    return read_statistics(path, base.config.head.action_dim, model_config(base.config, config).std_epsilon)
+    xr0 = model_config(base.config, config)
+    return read_statistics(path, xr0.head.action_dim, xr0.std_epsilon, xr0.double_statistics)
 
 
 def _absolute(text: str) -> str:
-    path, equals, weight = text.rpartition("=")
-    return f"{Path(path).resolve()}={weight}" if equals else str(Path(text).resolve())
+    """A dataset's path, made absolute; the name of a function stays."""
+    path, equals, weight = text.rpartition("=") if "=" in text else (text, "", "")
+    return (path if is_function(path) else str(Path(path).resolve())) + equals + weight

@@ -14,19 +14,22 @@ import torch
 from torch import nn
 
 from xr0_engine.backend import resolve_dtype
+from xr0_engine.model.vision import VisionTower
 from xr0_engine.robot.normalize import ActionStatistics
-from xr0_engine.training.base import read_base
+from xr0_engine.training.base import read_base, read_tensor
 from xr0_engine.training.batch import Collator, LanguageBatch, RobotBatch
-from xr0_engine.training.checkpoint import Checkpointer, checkpoints, export_checkpoint
+from xr0_engine.training.checkpoint import Checkpointer, Export, checkpoints, trained_weights
+from xr0_engine.training.closed_loop import FOLDER, ClosedLoop, drive, find_closed_loop
 from xr0_engine.training.config import TrainConfig
 from xr0_engine.training.counts import Counts, step_counts
 from xr0_engine.training.data.samples import LanguageSample, RobotSample
 from xr0_engine.training.distributed import World, shard
 from xr0_engine.training.draws import FlowDraw, draw_flow, micro_batch_generator
 from xr0_engine.training.metrics import Averages, Log, Speed, model_flops, peak_tflops
-from xr0_engine.training.model import FlowPolicy, StepOutput, build_policy, load_policy, model_config
+from xr0_engine.training.model import FlowPolicy, StepOutput, build_policy, load_policy, model_config, set_parameter
 from xr0_engine.training.optim import learning_rate, make_optimizer, set_learning_rate
 from xr0_engine.training.profiles import run_profile
+from xr0_engine.training.standardize import standardize_vision
 from xr0_engine.training.validation import plot_run, validate
 
 Batch: TypeAlias = RobotBatch | LanguageBatch
@@ -65,9 +68,12 @@ class Trainer:
         self.base = read_base(config.model.checkpoint)
         self.xr0 = model_config(self.base.config, config)
         _check_statistics(statistics, config.data.chunk_length, self.xr0.head.action_dim)
+        _check_states(statistics, config.data.state_quantiles)
         self.statistics = {name: replace(item, epsilon=self.xr0.std_epsilon) for name, item in statistics.items()}
-        self.profile = run_profile(config.data)
-        self.collate = Collator(self.base.folder, self.xr0, self.statistics, self.profile)
+        profile, drives = run_profile(config.data), config.run.closed_loop
+        self.closed_loop = find_closed_loop(drives) if drives else None
+        self.export = Export(self.xr0, self.base, self.statistics, config.run.seed, profile)
+        self.collate = Collator(self.base.folder, self.xr0, self.statistics, profile, config.objective == "joint")
         if world.device.type == "cpu" and config.run.threads:
             torch.set_num_threads(config.run.threads)
 
@@ -82,6 +88,8 @@ class Trainer:
             progress = self.checkpointer.restore(saved[-1])
             self.step = progress["step"]
             self.source.load_state_dict(progress["data"])
+        elif config.model.standardize_vision:
+            self._standardize_vision()
 
     def run(self) -> None:
         """Train to the last step, then export a folder that the engine loads to `model/` in the run's folder."""
@@ -90,9 +98,9 @@ class Trainer:
         peak = config.peak_tflops or peak_tflops(world.device)
         try:
             # What the run starts from.
-            if self.validation and self.step == 0:
-                metrics = self._validate()
-                if log:
+            if self.step == 0:
+                metrics = self._checks()
+                if log and metrics:
                     log.write(0, metrics)
             averages, speed = Averages(), Speed()
             with self._steps() as steps:
@@ -103,8 +111,8 @@ class Trainer:
                     metrics = {}
                     if is_last or self.step % config.log_every == 0:
                         metrics |= averages.take(world) | speed.take(world, peak)
-                    if self.validation and (is_last or self.step % config.validate_every == 0):
-                        metrics |= self._validate()
+                    with speed.paused():
+                        metrics |= self._checks()
                     if log:
                         log.step(self.step)
                         if metrics:
@@ -117,19 +125,25 @@ class Trainer:
             # What went wrong in training is no reason to lose a checkpoint that is being written.
             self.checkpointer.wait()
         if world.is_main:
-            if self.validation:
+            if self.validation or self.closed_loop:
                 plot_run(self.folder, self.folder / "curve.png")
             if not (self.folder / EXPORTED).exists():
-                export_checkpoint(
-                    checkpoints(self.folder / CHECKPOINTS)[-1],
-                    self.folder / EXPORTED,
-                    self.xr0,
-                    self.base,
-                    self.statistics,
-                    self.config.run.seed,
-                    self.profile,
-                )
+                self.export.of_checkpoint(checkpoints(self.folder / CHECKPOINTS)[-1], self.folder / EXPORTED)
         world.barrier()
+
+    def _standardize_vision(self) -> None:
+        """By the first batch with pictures of the training data, which it is then trained on as well."""
+        if self.world.size > 1:
+            raise ValueError("model.standardize_vision: expected one process, whose first batch says it")
+        begin = dict(self.source.state_dict())
+        inputs = self._make_batch().inputs
+        self.source.load_state_dict(begin)
+        tower = VisionTower(self.xr0.vision)
+        prefix = "vlm.model.visual."
+        tower.load_state_dict({name: read_tensor(self.base.stored[prefix + name]) for name in tower.state_dict()})
+        parameters = dict(self.policy.named_parameters())
+        for name, value in standardize_vision(tower, inputs.pixel_values.float(), inputs.image_grids).items():
+            set_parameter(parameters[prefix + name], value)
 
     def _train_step(
         self, batches: Sequence[Batch], position: Mapping[str, Any], averages: Averages, speed: Speed
@@ -138,7 +152,7 @@ class Trainer:
         rate = learning_rate(self.config.optim, self.step)
         set_learning_rate(self.optimizer, rate)
         draws = [self._draw(batch, self.step * len(batches) + micro) for micro, batch in enumerate(batches)]
-        counts = step_counts(batches, draws, self.world.sum)
+        counts = step_counts(batches, draws, self.world.sum, self.config.flow)
         samples, flops = 0, 0.0
         for batch, draw in zip(batches, draws, strict=True):
             output = self._forward(batch.to(self.world.device), draw, counts)
@@ -207,11 +221,37 @@ class Trainer:
         is_language = isinstance(samples[0], LanguageSample)
         return self.collate.language(samples) if is_language else self.collate.robot(samples)
 
-    def _validate(self) -> dict[str, Any]:
-        assert self.validation is not None
-        batch_size = self.config.data.batch_size
-        result = validate(self.policy, self.collate, self.validation(), batch_size, self.statistics, self.world)
+    def _checks(self) -> dict[str, Any]:
+        """What validation says of the policy at this step, open loop and closed loop; empty if neither is due."""
+        run, is_last = self.config.run, self.step == self.config.optim.steps
+        metrics: dict[str, Any] = {}
+        if self.validation and (is_last or self.step % run.validate_every == 0):
+            metrics |= self._validate(self.validation())
+        if self.closed_loop and (is_last or self.step % run.closed_loop_every == 0):
+            metrics |= self._drive(self.closed_loop)
+        return metrics
+
+    def _validate(self, samples: Iterable[RobotSample]) -> dict[str, Any]:
+        data = self.config.data
+        result = validate(
+            self.policy, self.collate, samples, data.batch_size, self.statistics, self.world, data.validation_draws
+        )
         return {f"validation/{name}": value for name, value in result.items()}
+
+    def _drive(self, function: ClosedLoop) -> dict[str, float]:
+        """By the main process; the others wait."""
+        weights, result = trained_weights(self.policy, self.world), {}
+        if self.world.is_main:
+            result = drive(
+                self.config.run.closed_loop,
+                function,
+                self.folder / FOLDER,
+                lambda out: self.export.of_weights(weights, out),
+                self.world.device,
+                self.config.model.dtype,
+            )
+        self.world.barrier()
+        return result
 
     def _stop_on_nan(self, output: StepOutput, sources: list[str], position: Mapping[str, Any]) -> None:
         folder = self.folder / f"nan-step-{self.step + 1:08d}"
@@ -244,4 +284,18 @@ def _check_statistics(statistics: Mapping[str, ActionStatistics], length: int, w
     if faults:
         raise ValueError(
             f"statistics: expected shape {(length, width)} (data.chunk_length, action_dim): {'; '.join(faults)}"
+        )
+
+
+def _check_states(statistics: Mapping[str, ActionStatistics], by_quantiles: bool) -> None:
+    wrong = sorted(name for name, item in statistics.items() if (item.state is not None) != by_quantiles)
+    if wrong and by_quantiles:
+        raise ValueError(
+            f"statistics: robot type {', '.join(wrong)}: expected quantiles of states (`state`), which xr0 data stats "
+            "--quantiles writes; data.state_quantiles=false trains on states as they are"
+        )
+    if wrong:
+        raise ValueError(
+            f"statistics: robot type {', '.join(wrong)}: the file has quantiles of states (`state`), by which this "
+            "recipe does not normalise them: make it without --quantiles, or set data.state_quantiles=true"
         )

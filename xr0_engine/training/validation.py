@@ -1,11 +1,14 @@
 """Open-loop validation: how far predicted chunks are from recorded ones, in robot units, and the plot of a run.
 
-The baseline predicts the mean of the training data, per step of the chunk and column, whatever it sees.
+The baseline predicts the mean of the training data, per step of the chunk and column, whatever it sees. A single chunk
+of a policy that knows no more than the spread of the data is further away than it, by up to the square root of two for
+the normal distribution; the mean of several chunks is not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,8 @@ from xr0_engine.types import FileError
 
 NOISE_SEED = 2**20 - 1
 """Validation starts from the same noise every time."""
+CLOSED_LOOP = "closed_loop/"
+"""How the names of what closed-loop validation says begin."""
 
 
 @torch.no_grad()
@@ -33,11 +38,13 @@ def validate(
     batch_size: int,
     statistics: Mapping[str, ActionStatistics],
     world: World,
+    draws: int = 1,
 ) -> dict[str, Any]:
     """Mean L1 over everything supervised, in robot units, all processes together.
 
     samples: the same in every process; each takes as many, so that up to a process's number of them are left out.
-    Returns l1, baseline_l1, ratio (baseline over policy) and l1_by_step, baseline_by_step (T).
+    draws: chunks for each sample, from as many noises. Returns l1, of the first of them; l1_mean, of their mean, as the
+    baseline is a mean; baseline_l1; ratio and ratio_mean, the baseline over each; l1_by_step, baseline_by_step (T).
     """
     mine, shares = [], 0
     for number, sample in enumerate(samples):
@@ -48,35 +55,38 @@ def validate(
         raise ValueError(f"validation: expected at least one sample for each of {world.size} processes")
     policy.eval()
     length, width = next(iter(statistics.values())).mean.shape
-    sums = torch.zeros(3, length, dtype=torch.float64)
+    sums = torch.zeros(4, length, dtype=torch.float64)
     for number, start in enumerate(range(0, shares, batch_size)):
         chosen = mine[start : min(start + batch_size, shares)]
         batch = collate.robot(chosen)
         generator = micro_batch_generator(NOISE_SEED, number * world.size + world.rank)
-        noise = torch.randn(len(chosen), length, width, generator=generator)
+        noise = torch.stack([torch.randn(len(chosen), length, width, generator=generator) for _ in range(draws)])
         normalized = policy.predict(batch.to(world.device), noise.to(world.device)).float().cpu().numpy()
         for row, sample in enumerate(chosen):
             table = statistics[sample.robot_type]
             mask = batch.mask[row].numpy() > 0
-            predicted = table.denormalize(normalized[row])
-            for place, guess in enumerate((predicted, table.mean)):
+            guesses = table.denormalize(normalized[0, row]), table.denormalize(normalized[:, row].mean(0)), table.mean
+            for place, guess in enumerate(guesses):
                 error = np.where(mask, np.abs(guess - sample.actions), 0).sum(1)
                 sums[place] += torch.from_numpy(error.astype(np.float64))
-            sums[2] += torch.from_numpy(mask.sum(1).astype(np.float64))
+            sums[3] += torch.from_numpy(mask.sum(1).astype(np.float64))
     policy.train()
-    l1, baseline, count = world.sum(sums).double()
+    l1, l1_mean, baseline, count = world.sum(sums).double()
     per_step = count.clamp(min=1)
     return {
         "l1": float(l1.sum() / per_step.sum()),
+        "l1_mean": float(l1_mean.sum() / per_step.sum()),
         "baseline_l1": float(baseline.sum() / per_step.sum()),
         "ratio": float(baseline.sum() / l1.sum()),
+        "ratio_mean": float(baseline.sum() / l1_mean.sum()),
         "l1_by_step": (l1 / per_step).tolist(),
         "baseline_by_step": (baseline / per_step).tolist(),
     }
 
 
 def plot_run(folder: Path, out: Path) -> None:
-    """Training loss, validation L1 over the steps and by step of the chunk, from the run's metrics.jsonl."""
+    """Training loss, validation L1 over the steps and by step of the chunk, what closed-loop validation says if there
+    is one; from the run's metrics.jsonl."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -86,32 +96,49 @@ def plot_run(folder: Path, out: Path) -> None:
         lines = [line for _, line in json_lines(folder / "metrics.jsonl", FileError)]
         training = [line for line in lines if line.get("loss") is not None]
         checked = [line for line in lines if "validation/l1" in line]
-        figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
+        driven = [line for line in lines if any(name.startswith(CLOSED_LOOP) for name in line)]
+        panels = 1 + 2 * bool(checked) + bool(driven)
+        figure, axes = plt.subplots(1, panels, figsize=(4.4 * panels, 3.6), layout="constrained", squeeze=False)
+        left, *others = axes[0]
         left.plot([line["step"] for line in training], [line["loss"] for line in training], color="#0072B2")
         left.set(title="Training loss", xlabel="step", yscale="log")
         if checked:
-            steps = [line["step"] for line in checked]
-            middle.plot(steps, [line["validation/l1"] for line in checked], "o-", color="#D55E00", label="policy")
-            baseline = checked[-1]["validation/baseline_l1"]
-            middle.axhline(baseline, color="grey", linestyle="--", label="mean of the training data")
-            middle.axhline(baseline / 3, color="grey", linestyle=":", label="a third of it")
-            ratio = checked[-1]["validation/ratio"]
-            middle.set(
-                title=f"Open-loop L1 (last: {ratio:.1f} times below)",
-                xlabel="step",
-                ylabel="robot units",
-                ylim=(0, None),
-            )
-            middle.legend(frameon=False)
-            chunk = range(1, len(checked[-1]["validation/l1_by_step"]) + 1)
-            right.plot(chunk, checked[-1]["validation/l1_by_step"], color="#D55E00", label="policy")
-            right.plot(chunk, checked[-1]["validation/baseline_by_step"], "--", color="grey", label="mean")
-            right.set(
-                title="The last, by step of the chunk", xlabel="step of the chunk", ylabel="robot units", ylim=(0, None)
-            )
-            right.legend(frameon=False)
-    for axes in (left, middle, right):
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
+            _plot_open_loop(others[0], others[1], checked)
+        if driven:
+            _plot_closed_loop(others[-1], driven)
+    for one in axes[0]:
+        one.grid(alpha=0.25)
+        one.spines[["top", "right"]].set_visible(False)
     figure.savefig(out, dpi=120)
     plt.close(figure)
+
+
+def _plot_open_loop(over_steps: Any, by_step: Any, lines: Sequence[Mapping[str, Any]]) -> None:
+    steps, last = [line["step"] for line in lines], lines[-1]
+    over_steps.plot(steps, [line["validation/l1"] for line in lines], "o-", color="#D55E00", label="policy")
+    # A run that began before there was one.
+    if "validation/l1_mean" in last:
+        means = [line.get("validation/l1_mean", math.nan) for line in lines]
+        over_steps.plot(steps, means, "o-", color="#E69F00", label="mean of the policy's chunks")
+    baseline = last["validation/baseline_l1"]
+    over_steps.axhline(baseline, color="grey", linestyle="--", label="mean of the training data")
+    over_steps.axhline(baseline / 3, color="grey", linestyle=":", label="a third of it")
+    title = f"Open-loop L1 (last: {last['validation/ratio']:.1f} times below)"
+    over_steps.set(title=title, xlabel="step", ylabel="robot units", ylim=(0, None))
+    over_steps.legend(frameon=False)
+    chunk = range(1, len(last["validation/l1_by_step"]) + 1)
+    by_step.plot(chunk, last["validation/l1_by_step"], color="#D55E00", label="policy")
+    by_step.plot(chunk, last["validation/baseline_by_step"], "--", color="grey", label="mean")
+    by_step.set(
+        title="The last, by step of the chunk", xlabel="step of the chunk", ylabel="robot units", ylim=(0, None)
+    )
+    by_step.legend(frameon=False)
+
+
+def _plot_closed_loop(axes: Any, lines: Sequence[Mapping[str, Any]]) -> None:
+    names = dict.fromkeys(name for line in lines for name in line if name.startswith(CLOSED_LOOP))
+    for name in names:
+        values = [line.get(name, math.nan) for line in lines]
+        axes.plot([line["step"] for line in lines], values, "o-", label=name.removeprefix(CLOSED_LOOP))
+    axes.set(title="Closed loop", xlabel="step")
+    axes.legend(frameon=False)

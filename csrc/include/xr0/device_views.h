@@ -30,7 +30,12 @@ struct DeviceView {
     int32_t height;
     int32_t width;
     int32_t patch_columns;
+    // Of the launch's thread blocks: patches are counted once for each frame in them.
+    int32_t first_block;
     int32_t first_patch;
+    // Which temporal slices of its patches the frame fills.
+    int32_t first_slice;
+    int32_t slices;
     bool bgr;
     bool vertical_first;
 };
@@ -45,7 +50,7 @@ struct DeviceViews {
 // Each returns what is wrong, nothing if all is well. stream: a cudaStream_t.
 std::string cuda_fault(int device);
 std::string cuda_memory_fault(const void* pointer, int device);
-std::string launch_images_to_patches(const DeviceViews& views, int32_t patches, void* out, Element element, int device,
+std::string launch_images_to_patches(const DeviceViews& views, int32_t blocks, void* out, Element element, int device,
                                      void* stream);
 
 }  // namespace xr0

@@ -8,7 +8,7 @@
 
 namespace xr0 {
 
-// A thread block makes one patch, a thread one pixel of it.
+// A thread block makes one frame's part of a patch, a thread one pixel of it.
 inline constexpr int kPatchThreads = kDevicePatch * kDevicePatch;
 // Samples of the second pass that are in shared memory at a time: any scale works in the same space.
 inline constexpr int kChunk = 32;
@@ -92,16 +92,15 @@ __device__ inline void resize_pixel(const DeviceView& view, const Pass& first, c
     }
 }
 
-// gridDim.x: patches of all views. T: float, Bfloat16 or Float16.
+// gridDim.x: patches of all views, each counted once for every frame in it. T: float, Bfloat16 or Float16.
 template <typename T>
 __global__ void __launch_bounds__(kPatchThreads) images_to_patches_kernel(const DeviceViews views, T* out) {
-    const int patch = blockIdx.x;
     int number = 0;
-    while (number + 1 < views.count && patch >= views.view[number + 1].first_patch) {
+    while (number + 1 < views.count && static_cast<int>(blockIdx.x) >= views.view[number + 1].first_block) {
         ++number;
     }
     const DeviceView& view = views.view[number];
-    const int index = patch - view.first_patch;
+    const int index = static_cast<int>(blockIdx.x) - view.first_block;
     const int merge = views.merge;
     const int block = index / (merge * merge);
     const int blocks_per_row = view.patch_columns / merge;
@@ -118,11 +117,13 @@ __global__ void __launch_bounds__(kPatchThreads) images_to_patches_kernel(const 
     } else {
         resize_pixel(view, columns, rows, x, y, sums);
     }
-    T* const target = out + static_cast<std::ptrdiff_t>(patch) * kChannels * views.temporal * kPatchThreads;
+    T* const target =
+        out + (static_cast<std::ptrdiff_t>(view.first_patch + index) * kChannels * views.temporal + view.first_slice) *
+                  kPatchThreads;
     for (int channel = 0; channel < kChannels; ++channel) {
         const float value = normalised_on_device(round_and_clip_on_device(sums[channel]));
         T* const plane = target + (view.bgr ? kChannels - 1 - channel : channel) * views.temporal * kPatchThreads;
-        for (int copy = 0; copy < views.temporal; ++copy) {
+        for (int copy = 0; copy < view.slices; ++copy) {
             store(plane + copy * kPatchThreads + threadIdx.x, value);
         }
     }

@@ -195,16 +195,23 @@ inline void emit(const RowFunctions& functions, const uint8_t* const* rows, cons
     functions.emit_float16(rows, layout, out);
 }
 
+// Which temporal slices of its patches a frame fills: a still picture all of them, a video's frame its own.
+struct Slices {
+    int32_t first;
+    int32_t count;
+};
+
 // The patches of the rows of merge blocks begin to end - 1. out: all patches of the frame, each (channel, temporal,
-// row, column); the patches of one merge block follow each other; a still frame fills every temporal slice. The new
+// row, column); the patches of one merge block follow each other; nothing but the frame's slices is written. The new
 // height and width are multiples of a merge block's. T: float, Bfloat16 or Float16.
 template <typename T>
-void image_to_patches(const Frame& frame, const Resize& resize, const PatchLayout& layout,
+void image_to_patches(const Frame& frame, const Resize& resize, const PatchLayout& layout, const Slices& slices,
                       const RowFunctions& functions, int32_t begin, int32_t end, Scratch& scratch, T* out) {
     const int32_t patch = layout.patch_size;
     const int32_t merge = layout.merge_size;
-    const EmitLayout emit_layout{resize.width / patch, patch,    layout.temporal_patch_size, merge,
+    const EmitLayout emit_layout{resize.width / patch, patch,    layout.temporal_patch_size, slices.count, merge,
                                  scratch.plane(),      frame.bgr};
+    out += slices.first * layout.slice();
     Resizer resizer(frame, resize, functions, begin * layout.block(), scratch);
     for (int32_t patch_row = begin * merge; patch_row < end * merge; ++patch_row) {
         for (int32_t y = patch_row * patch; y < (patch_row + 1) * patch; ++y) {

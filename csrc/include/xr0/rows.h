@@ -51,7 +51,8 @@ struct AxisView {
 struct EmitLayout {
     int32_t patches;       // in the row
     int32_t patch;         // rows and columns of a patch
-    int32_t temporal;      // times that each slice is written
+    int32_t temporal;      // slices of a patch
+    int32_t copies;        // how many of them the row fills, from out's on
     int32_t merge;         // patches of a merge block that are in the row
     std::ptrdiff_t plane;  // bytes from one plane of a row to the next
     bool bgr;              // order of the planes

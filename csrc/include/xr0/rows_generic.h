@@ -105,7 +105,7 @@ inline void emit_patches(const uint8_t* const* rows, const EmitLayout& layout, T
             for (std::ptrdiff_t row = 0; row < patch; ++row) {
                 T* const values = out + row * patch;
                 convert(rows[row] + plane + number * patch, patch, values);
-                for (int32_t copy = 1; copy < layout.temporal; ++copy) {
+                for (int32_t copy = 1; copy < layout.copies; ++copy) {
                     std::memcpy(values + copy * slice, values, static_cast<std::size_t>(patch) * sizeof(T));
                 }
             }

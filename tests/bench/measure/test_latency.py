@@ -45,6 +45,15 @@ def test_engine_and_released_way_are_measured_stage_by_stage():
     assert result.facts["peak_memory_bytes"] > 0
 
 
+def test_a_guided_call_is_a_rival():
+    result, _ = measure(tiny(), 2, "", alone=True, guided=True)
+    assert list(result.series) == ["engine", "guided"]
+    assert list(result.series["guided"]) == STAGES
+    assert result.facts["error_against_engine"] == {"guided": 0.0}
+    with pytest.raises(ValueError, match="guided: expected part all"):
+        measure(tiny("stress"), 1, "", guided=True)
+
+
 def test_whole_call_has_one_number():
     result, _ = measure(tiny(), 1, "", boundary="infer", alone=True)
     assert result.boundary == "infer"

@@ -15,7 +15,7 @@ from xr0_engine.bench.step.ceilings import Ceilings
 from xr0_engine.bench.step.kernels import Kernel, check, kernel_specs, random_tensors
 from xr0_engine.bench.step.roofline import operators
 from xr0_engine.bench.step.workload import Workload
-from xr0_engine.checkpoint import tiny_config
+from xr0_engine.sizes import tiny_config
 
 SETUP = Setup(CASES["libero"], size="tiny", device="cpu", dtype="float32")
 WORK = replace(Workload.of_case(SETUP)[1], batch=2, grids=((16, 16),) * 4)

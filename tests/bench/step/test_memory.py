@@ -10,8 +10,8 @@ import torch
 from tests.support import CPU, random_inputs
 from xr0_engine.bench.step.memory import memory_need, parameters
 from xr0_engine.bench.step.workload import Workload
-from xr0_engine.checkpoint import published_config, tiny_config
 from xr0_engine.model.xr0 import XR0Model
+from xr0_engine.sizes import published_config, tiny_config
 
 ESTIMATE = 0.05
 """Masks, positions and what a library keeps are left out of the estimate."""

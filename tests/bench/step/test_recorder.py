@@ -10,10 +10,10 @@ import torch
 
 from xr0_engine.bench.step.recorder import META, PaperOps, parts_on_meta, step_calls, step_on_meta
 from xr0_engine.bench.step.workload import Workload
-from xr0_engine.checkpoint import published_config, tiny_config
 from xr0_engine.fused import backends
 from xr0_engine.fused.ops import FusedOps, Weight
 from xr0_engine.fused.session import FlowSession
+from xr0_engine.sizes import published_config, tiny_config
 
 WORK = Workload(((16, 16), (16, 16)), 194, 10)
 

@@ -17,8 +17,8 @@ from xr0_engine.bench.step import roofline
 from xr0_engine.bench.step.ceilings import CHIPS, Ceilings
 from xr0_engine.bench.step.roofline import bounds_ms, operators
 from xr0_engine.bench.step.workload import Workload
-from xr0_engine.checkpoint import published_config, tiny_config
 from xr0_engine.model.xr0 import XR0Model
+from xr0_engine.sizes import published_config, tiny_config
 
 LIBERO = Workload(grids=((16, 16),) * 2, tokens=194, chunk_length=10)
 BIMANUAL = Workload(grids=((16, 20),) * 3, tokens=315, chunk_length=30)

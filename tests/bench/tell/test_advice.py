@@ -17,11 +17,11 @@ from xr0_engine.bench.step.workload import Workload
 from xr0_engine.bench.tell import report
 from xr0_engine.bench.tell.advice import advise
 from xr0_engine.bench.tell.bounds import Bounds
-from xr0_engine.checkpoint import published_config
 from xr0_engine.engine import Engine
 from xr0_engine.fused.model import FusedModel
 from xr0_engine.fused.tactics import TacticTable
 from xr0_engine.robot.preprocess import Preprocessor
+from xr0_engine.sizes import published_config
 
 ENVIRONMENT = {"device": "toy", "processor": "toy", "threads": 1, "torch": "0"}
 CASE = {"name": "libero", "size": "4b", "tokens": 194}

@@ -6,7 +6,8 @@ import av
 import numpy as np
 import pytest
 
-from tests.training.data.fixtures import encode_video, frame_number, numbered_frame, write_video
+from tests.training.data.fixtures import HEIGHT, WIDTH, encode_video, frame_number, numbered_frame, write_video
+from xr0_engine.training.data import decoder
 from xr0_engine.training.data.decoder import VideoFacts
 from xr0_engine.training.data.samples import DataError
 from xr0_engine.training.data.video import Clip, probe
@@ -257,3 +258,30 @@ def test_file_of_two_videos_is_refused(tmp_path):
             container.mux(stream.encode(None))
     with pytest.raises(DataError, match="expected one video stream, got 2: keep"):
         Clip(path, 0.0, 1, 30.0).read(0)
+
+
+def test_size_of_frames_is_limited_before_any_is_decoded(tmp_path, monkeypatch):
+    path = write_video(tmp_path / "v.mp4", range(3))
+    monkeypatch.setattr(decoder, "MAX_PIXELS", HEIGHT * WIDTH - 1)
+    complaint = f"expected frames of at most {HEIGHT * WIDTH - 1} pixels, got {WIDTH} x {HEIGHT}: scale them down"
+    with pytest.raises(DataError, match=complaint):
+        Clip(path, 0.0, 3, 30.0).read(0)
+
+
+@pytest.mark.parametrize("room", [2, 4], ids=["too large", "large enough"])
+def test_frames_that_grow_on_the_way_are_limited_too(tmp_path, monkeypatch, room):
+    times_s = np.arange(30) / 25
+    pieces = [
+        encode_video(tmp_path / f"{side}.ts", [np.full((side, side, 3), 200, np.uint8)] * 30, times_s=times_s + begin_s)
+        for side, begin_s in ((64, 0.0), (128, 1.2))
+    ]
+    path = tmp_path / "v.ts"
+    path.write_bytes(b"".join(piece.read_bytes() for piece in pieces))
+    monkeypatch.setattr(decoder, "MAX_PIXELS", room * 64 * 64)
+    clip = Clip(path, 0.0, 60, 25.0)
+    assert clip.read(0).shape == (64, 64, 3)
+    if room == 4:
+        assert clip.read(40).shape == (128, 128, 3)
+    else:
+        with pytest.raises(DataError, match="does not decode at"):
+            clip.read(40)

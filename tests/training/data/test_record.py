@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from xr0_engine.training.data.expert import (
     plan_transfer,
     transferred,
 )
-from xr0_engine.training.data.record import Settings, record, record_episode, vary_start
+from xr0_engine.training.data.record import OVER_TABLE_M, Settings, record, record_episode, vary_start
 from xr0_engine.whole import only_writer
 
 SETTINGS = Settings(width=32, height=24)
@@ -99,6 +100,39 @@ def test_recorded_episode_replays(env, tmp_path, monkeypatch):
         for action in episode.motion.actions(tick, min(10, last + 1 - tick)):
             env.apply(action, observation)
     assert transferred(env)
+
+
+def test_an_episode_may_begin_over_the_table_and_end_early(env, tmp_path, monkeypatch):
+    starts, settings = [], replace(SETTINGS, over_table=1.0, seconds=0.5, views=("ego",))
+    monkeypatch.setattr(env, "_render", lambda camera: np.full((24, 32, 3), 99, np.uint8))
+    for seed in range(4):
+        if not record_episode(env, tmp_path, seed, settings):
+            continue
+        episode = load_episode(tmp_path / f"episode_{seed:06d}.json")
+        assert (len(episode.motion), list(episode.clips)) == (15, ["ego"])
+        right = Kinematics(env).forward("right", columns_to_joints(episode.motion.state(0)[0])[7:13])
+        starts.append(right.position_m)
+    assert len(starts) >= 2
+    # The spread of the joints moves the gripper by some centimetres from where it was put.
+    low, high = OVER_TABLE_M.T
+    assert np.all((np.array(starts) > low - 0.1) & (np.array(starts) < high + 0.1))
+    assert np.ptp(np.array(starts)[:, :2], axis=0).max() > 0.03
+
+
+def test_how_an_episode_from_rest_starts_does_not_depend_on_the_share_of_others(env, tmp_path):
+    env.reset(5)
+    vary_start(env, np.random.default_rng(5), SETTINGS.start_spread_rad)
+    expected = env.joints.copy()
+    from_rest = [seed for seed in range(12) if np.random.default_rng((seed, 1)).random() >= 0.5]
+    assert 5 in from_rest
+    module._start(env, 5, replace(SETTINGS, over_table=0.5))
+    np.testing.assert_array_equal(env.joints, expected)
+
+
+@pytest.mark.parametrize("wrong", [{"over_table": 1.5}, {"seconds": 0.0}, {"views": ("top",)}, {"views": ()}])
+def test_settings_that_cannot_be_are_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Settings(**wrong)
 
 
 def test_failed_try_leaves_nothing(env, tmp_path, monkeypatch):

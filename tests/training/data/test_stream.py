@@ -330,7 +330,7 @@ def test_dataset_that_is_not_there(tmp_path):
 
 @pytest.mark.parametrize(
     ("description", "complaint"),
-    [("robot_type: libero_all", "layout 'bimanual', got 'libero'"), ("views: {ego: a}", "are for LeRobot datasets")],
+    [("robot_type: libero_all", "got 'libero' of 'plain'"), ("views: {ego: a}", "are for LeRobot datasets")],
     ids=["one arm", "views"],
 )
 def test_description_that_does_not_fit_episode_files(tmp_path, description, complaint):

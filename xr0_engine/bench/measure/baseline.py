@@ -32,7 +32,7 @@ from xr0_engine.robot.embodiment import Embodiment
 from xr0_engine.robot.limits import load_limits
 from xr0_engine.robot.normalize import ActionStatistics
 from xr0_engine.robot.preprocess import orient
-from xr0_engine.robot.prompt import build_prompt, prompt_text
+from xr0_engine.robot.prompt import build_prompt, instruction_rule, prompt_text
 from xr0_engine.types import Observation
 
 VLM_NAMES = "vlm.model."
@@ -207,7 +207,7 @@ class ReleasedModel:
             build_prompt(
                 [view.title for view in embodiment.views],
                 [int(grid.prod()) // merge for grid in grids[row * views : (row + 1) * views]],
-                prompt_text(each.instruction, self.config.normalize_instruction),
+                prompt_text(each.instruction, instruction_rule(None, self.config.normalize_instruction)),
             )
             for row, each in enumerate(observations)
         ]

@@ -16,9 +16,9 @@ from xr0_engine.bench.cases import Case, Setup, describe
 from xr0_engine.bench.results import Result, environment, summary
 from xr0_engine.bench.tell.tables import footer, number
 from xr0_engine.bench.timing import WARM_UP
-from xr0_engine.checkpoint import ROBOTS
 from xr0_engine.robot.normalize import ActionStatistics
 from xr0_engine.robot.preprocess import Preprocessor
+from xr0_engine.sizes import ROBOTS
 from xr0_engine.training.config import TrainConfig, override
 from xr0_engine.training.data.samples import RobotSample
 from xr0_engine.training.distributed import world

@@ -1,7 +1,7 @@
 """The engine's latency against the released way to run the model: one run, the rivals taking turns.
 
 Rivals: `engine`; `released`, the structure of the released code; `compiled`, the same under torch.compile; `onnx` or
-`tensorrt`, the engine over an export.
+`tensorrt`, the engine over an export; `guided`, the engine's call with a guide (docs/realtime.md).
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from xr0_engine.bench.timing import (
     run,
 )
 from xr0_engine.engine import Engine
+from xr0_engine.types import Guide
 
 PARTS = ("all", "dit")
 GATE = {"float32": 1e-3, "bfloat16": 0.15, "float16": 0.03}
@@ -52,16 +53,20 @@ def measure(
     compiled: bool = False,
     export: Path | None = None,
     export_backend: str = "auto",
+    guided: bool = False,
 ) -> tuple[Result, BaseException | None]:
     """The result, and what cut it short, if anything did.
 
     part: of PARTS, the whole model or the action head alone, which needs no checkpoint. boundary: stage (the default),
     infer, replay, update+replay or websocket for the whole model, flow for the head. alone: the engine without rivals;
     attention: theirs; compiled: torch.compile joins them. export: a folder of `xr0 export` for the case, which joins
-    them too, run by export_backend: onnx, tensorrt or auto. Raises ValueError for a wrong argument,
+    them too, run by export_backend: onnx, tensorrt or auto. guided: a call drawn toward a whole chunk joins them;
+    drawn nowhere it has to give the engine's actions. Raises ValueError for a wrong argument,
     NotImplementedError for what this machine or version lacks, RuntimeError if the rivals disagree: nothing is timed
     then.
     """
+    if guided and (part == "dit" or boundary not in (None, "stage", "infer") or setup.case.prefix_length):
+        raise ValueError("guided: expected part all, boundary stage or infer, and a case without a prefix")
     _check(part, rounds, alone, attention != "sdpa" or compiled, export, export_backend, boundary)
     if boundary == "websocket" and part == "all":
         # Only it needs the server's packages.
@@ -79,7 +84,7 @@ def measure(
     else:
         subject = Subject.load(setup)
         device, case, backend = subject.engine.model.device, subject.describe(), subject.engine.backend
-        rivals = _model_rivals(subject, boundary, attention, variants, export, export_backend)
+        rivals = _model_rivals(subject, boundary, attention, variants, export, export_backend, guided)
     errors = _gate(rivals, setup.dtype)
 
     reset_peak_memory(device)
@@ -136,6 +141,7 @@ def _model_rivals(
     variants: dict[str, bool],
     export: Path | None,
     export_backend: str,
+    guided: bool,
 ) -> dict[str, Rival]:
     engine, setup = subject.engine, subject.setup
     profile, statistics = engine.embodiment(setup.case.robot_type), engine.statistics[setup.case.robot_type]
@@ -155,6 +161,8 @@ def _model_rivals(
     if export is not None:
         exported = Engine.from_export(export, setup.device, export_backend, setup.case.profile)
         rivals[exported.backend] = rival(partial(ours, exported))
+    if guided:
+        rivals["guided"] = _guided_rival(subject, lambda call: rival(call)[0])
     for name, compiled in variants.items():
         # Only the rivals need transformers.
         from xr0_engine.bench.measure.baseline import ReleasedModel
@@ -164,6 +172,20 @@ def _model_rivals(
         inputs = (subject.observations, profile, statistics, subject.noise, subject.prefixes)
         rivals[name] = released_rival(model, subject, boundary) if replays else rival(partial(model.infer, *inputs))
     return rivals
+
+
+def _guided_rival(
+    subject: Subject, timed: Callable[[Callable[[], tuple[np.ndarray, StageTimes]]], Callable[[], StageTimes]]
+) -> Rival:
+    """The engine's call with a guide as long as a chunk; what is checked is the call with an empty one."""
+    actions = np.stack([chunk.actions for chunk in subject.infer()])
+
+    def call(length: int) -> tuple[np.ndarray, StageTimes]:
+        guides = [Guide(own[:length], length // 2) for own in actions]
+        chunks = subject.engine.infer(subject.observations, None, subject.noise, guide=guides)
+        return np.stack([chunk.normalized for chunk in chunks]), chunks[0].timing_ms
+
+    return timed(partial(call, actions.shape[1])), lambda: call(0)[0]
 
 
 def _head_rivals(subject: HeadSubject, attention: str, variants: dict[str, bool]) -> dict[str, Rival]:

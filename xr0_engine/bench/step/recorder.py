@@ -32,7 +32,7 @@ LOOP_READS = ("state_hidden", "cos", "sin")
 """Buffers that no flow loop writes."""
 LOOP_HANDS_ON = ("start", "start_sums", "end", "end_sums", "z")
 """Buffers that one launch of a flow loop takes over from the one ahead."""
-LOOP_SCRATCH = ("q", "k", "v", "raw", "mixed", "hidden", "embedded")
+LOOP_SCRATCH = ("q", "k", "v", "raw", "mixed", "hidden", "embedded", "wide")
 """Buffers that only stages of one launch hand to each other, some of them or others."""
 LABELS = {
     "patch_embed.proj": "patch embedding",
@@ -72,7 +72,7 @@ class Call:
     def written(self) -> list[Tensor]:
         if self.kind.startswith(LOOP):
             buffers = self.arguments[2]._asdict()
-            return [tensor for name, tensor in buffers.items() if name not in LOOP_READS]
+            return [tensor for name, tensor in buffers.items() if name not in LOOP_READS and tensor is not None]
         outputs = [self.arguments[place] for place in WRITTEN[self.kind]]
         stats = self.options.get("stats")
         if stats is not None:
@@ -84,7 +84,7 @@ class Call:
         """Addresses of what is written and is no result."""
         if not self.kind.startswith(LOOP):
             return set()
-        return {getattr(self.arguments[2], name).data_ptr() for name in LOOP_SCRATCH}
+        return {it.data_ptr() for name in LOOP_SCRATCH if (it := getattr(self.arguments[2], name)) is not None}
 
     def read_and_written(self) -> set[int]:
         """Addresses of outputs that are inputs too: the residual stream, what launches of a flow loop hand on."""
@@ -163,8 +163,11 @@ class PaperOps(StagedOps):
     def euler_step(self, *arguments: Any, **options: Any) -> None:
         """The products within: of the output layer and, before another step, of its input."""
         x, first, second, z, in_weight = (arguments[place] for place in (0, 3, 4, 5, 10))
-        self._product(LABELS["action_output_layer.layers.0"], x, first)
-        self._product(LABELS["action_output_layer.layers.2"], z, second)
+        if second is None:
+            self._product(LABELS["action_output_layer.layers.2"], x, first)
+        else:
+            self._product(LABELS["action_output_layer.layers.0"], x, first)
+            self._product(LABELS["action_output_layer.layers.2"], z, second)
         if in_weight is not None:
             self._product(self._label(in_weight), z, in_weight)
 

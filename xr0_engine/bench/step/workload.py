@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from xr0_engine.bench.cases import Setup
-from xr0_engine.checkpoint import ROBOTS, SIZES
 from xr0_engine.config import ModelConfig, VisionConfig
 from xr0_engine.model.weights import resolve_checkpoint
 from xr0_engine.robot.limits import RELEASED_LIMITS, ImageLimits, load_limits
 from xr0_engine.robot.normalize import load_statistics, select_robot_type
 from xr0_engine.robot.preprocess import orient, smart_resize
+from xr0_engine.sizes import ROBOTS, SIZES
 from xr0_engine.types import ModelInputs
 
 
@@ -51,7 +51,7 @@ class Workload:
             folder = resolve_checkpoint(setup.checkpoint)
             config = ModelConfig.load(folder)
             limits = load_limits(folder, config.vision)
-            statistics = load_statistics(folder, config.head.action_dim, config.std_epsilon)
+            statistics = load_statistics(folder, config.head.action_dim, config.std_epsilon, config.double_statistics)
             chunk_length = statistics[select_robot_type(statistics, case.robot_type)].chunk_length
         image = np.empty((*case.image_size, 3), np.uint8)
         grids = [image_grid(orient(image, view).shape, config.vision, limits) for view in case.embodiment.views]

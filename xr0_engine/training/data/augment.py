@@ -28,8 +28,18 @@ def augment(
     keeps; a crop of that size at a random place stands for it. The other views lose what the recipe says.
     """
     crops = crops or {}
-    factors = [rng.uniform(*span) if rng.random() < PROBABILITY else 1.0 for span in (BRIGHTNESS, CONTRAST, SATURATION)]
+    factors = _factors(rng)
     return {view: recolor(_crop(image, rng, crops.get(view)), *factors) for view, image in images.items()}
+
+
+def recolor_alike(images: Mapping[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """augment without the crops: of images that are cropped as at run time."""
+    factors = _factors(rng)
+    return {view: recolor(image, *factors) for view, image in images.items()}
+
+
+def _factors(rng: np.random.Generator) -> list[float]:
+    return [rng.uniform(*span) if rng.random() < PROBABILITY else 1.0 for span in (BRIGHTNESS, CONTRAST, SATURATION)]
 
 
 def recolor(image: np.ndarray, brightness: float, contrast: float, saturation: float) -> np.ndarray:

@@ -13,9 +13,10 @@ import numpy as np
 from xr0_engine.robot.decode import LEFT, RIGHT
 from xr0_engine.robot.embodiment import View
 from xr0_engine.robot.images import aspect_fault
+from xr0_engine.robot.layouts import BIMANUAL
 from xr0_engine.robot.views import orient
 from xr0_engine.training.data import plausibility
-from xr0_engine.training.data.description import COLUMNS, Description, describe
+from xr0_engine.training.data.description import COLUMNS, Description
 from xr0_engine.training.data.episode import Episode
 from xr0_engine.training.data.language import LanguageLines
 from xr0_engine.training.data.lerobot import LeRobotDataset
@@ -26,10 +27,12 @@ from xr0_engine.training.data.sources import (
     EpisodeFolder,
     Source,
     checked_instructions,
+    description_of,
     episode_files,
     is_lerobot,
     open_source,
 )
+from xr0_engine.training.named import is_function
 
 
 @dataclass(frozen=True)
@@ -73,9 +76,9 @@ class Checker:
         if path.suffix == ".jsonl":
             lines = LanguageLines(path)
             return list(in_parallel(partial(_line, lines), range(len(lines)), self.processes, "checking"))
-        description = describe(path)
-        if is_lerobot(description):
-            dataset = LeRobotDataset(description)
+        description = description_of(path)
+        if is_function(path) or is_lerobot(description):
+            dataset = open_source(path) if is_function(path) else LeRobotDataset(description)
             look = partial(_episode, dataset, self.fast)
             looks = list(in_parallel(look, range(len(dataset.names)), self.processes, "checking"))
         else:
@@ -195,7 +198,15 @@ def _frames(episode: Episode, view: View, ticks: Sequence[int]) -> list[np.ndarr
 
 def _angles(episode: Episode, description: Description) -> list[int]:
     """The action columns that an angle may wrap in: joints of an arm, and what the description calls nothing else."""
+    layout = description.embodiment.action_layout
+    if layout.mobile:
+        # Its actions have no joints.
+        return []
     columns = [*range(COLUMNS)[LEFT.joints], *range(COLUMNS)[RIGHT.joints]]
+    if layout is not BIMANUAL and not description.action:
+        # A dataset by function: only the profile says what its columns are.
+        steps, two_valued = description.embodiment.step_columns, description.embodiment.two_valued_columns
+        columns = sorted(set(range(description.width)) - {*(steps or ()), *(two_valued or ())})
     if description.action:
         plain = [(entry, column) for entry in description.action for column in entry.numbers]
         columns = [column for entry, column in plain if description.kind(entry, column) in (None, "absolute")]

@@ -36,8 +36,8 @@ def motion_of(description: Description, pick: Pick, timing: Timing) -> Motion:
     if description.arms:
         return _bimanual_motion(description, pick, timing.ticks)
     ticks = timing.ticks
-    states, targets, origins = np.zeros((3, len(ticks), COLUMNS))
-    columns = np.zeros(COLUMNS, bool)
+    states, targets, origins = np.zeros((3, len(ticks), description.width))
+    columns = np.zeros(description.width, bool)
     for entry in description.state:
         states[:, entry.columns] = pick(entry.source)[ticks]
     for number, entry in enumerate(description.action):

@@ -18,6 +18,7 @@ from xr0_engine.training.data.lerobot_writer import LeRobotWriter
 from xr0_engine.training.data.parallel import progress_bar
 from xr0_engine.training.data.samples import DataError
 from xr0_engine.training.data.sources import EpisodeFolder, Source, checked_instructions
+from xr0_engine.training.data.video import Clip
 from xr0_engine.whole import whole_folder
 
 # The profile of a robot of one's own, in the folder of what was converted.
@@ -59,8 +60,8 @@ def from_lerobot(source: Source, out: Path) -> None:
                 raise DataError(f"{episode.name}: its task changes on the way, which episode files cannot tell")
             if episode.times_s is not None:
                 raise DataError(f"{episode.name}: rows are missing on the way, which episode files cannot tell")
-            clips = {}
-            for view, clip in episode.clips.items():
+            clips: dict[str, Clip] = {}
+            for view, clip in episode.videos().items():
                 if clip.path not in copied:
                     copied[clip.path] = folder / "videos" / "-".join(clip.path.relative_to(source.path).parts[1:])
                     shutil.copyfile(clip.path, copied[clip.path])

@@ -17,6 +17,8 @@ from xr0_engine.files import pointer_fault
 from xr0_engine.training.data.frames import to_rgb
 from xr0_engine.training.data.samples import DataError
 
+# Pixels of a frame, 4096 x 4096: a decoder keeps up to 16 of them.
+MAX_PIXELS = 1 << 24
 # Decoding this far ahead costs less than seeking back to a key frame.
 READ_ON_S = 0.5
 # A frame is taken for a number if it is no farther than this from where the number lies, in frames.
@@ -68,9 +70,14 @@ class Decoder:
         if len(streams) > 1:
             raise DataError(f"expected one video stream, got {len(streams)}: keep the one that is meant")
         self._stream = streams[0]
+        if self._stream.codec_context is None:
+            raise DataError("has a video stream that PyAV has no decoder for: encode it as H.264")
         self._stream.thread_count = 1
-        # A damaged frame is an error, not a picture patched up from its neighbours.
-        self._stream.codec_context.options = {"err_detect": "explode"}
+        width, height = self._stream.codec_context.width, self._stream.codec_context.height
+        if width * height > MAX_PIXELS:
+            raise DataError(f"expected frames of at most {MAX_PIXELS} pixels, got {width} x {height}: scale them down")
+        # A damaged frame is an error, not a picture patched up from its neighbours; frames may grow on the way.
+        self._stream.codec_context.options = {"err_detect": "explode", "max_pixels": str(MAX_PIXELS)}
         self._time_base = float(self._stream.time_base or 0)
         self._start = self._stream.start_time or 0
         if not self._time_base or not self._stream.average_rate:

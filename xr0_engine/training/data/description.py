@@ -18,13 +18,15 @@ import numpy as np
 
 from xr0_engine.files import one_line, read_yaml, reading, text
 from xr0_engine.robot.embodiment import Embodiment, View, embodiment_for, load_embodiment
+from xr0_engine.robot.mobile import MOBILE_COLUMNS
 from xr0_engine.training.data.samples import DataError
 
 DESCRIPTION_FILE = "xr0.yaml"
 # The robot type of episode files that come without a description: the only one that their format can hold.
 DEFAULT_ROBOT_TYPE = "bimanual"
 COLUMNS = 32
-"""Columns of the model's action and state."""
+"""Columns of XR-0's action and state; XR-1's datasets say another `width`."""
+MOST_COLUMNS = 1 << 10
 
 ROTATIONS = {"matrix": 9, "axis_angle": 3, "quaternion_xyzw": 4, "quaternion_wxyz": 4}
 PART_WIDTHS = {"position": 3, "joints": 6, "gripper": 1}
@@ -131,7 +133,8 @@ class ColumnMapping:
 class Description:
     """folder: the dataset. views: view key -> video feature. arms, or state and action: as the layout is described by.
 
-    These four are for LeRobot datasets only, and empty otherwise. pictures: one of PICTURES.
+    These four are for LeRobot datasets only, and empty otherwise. pictures: one of PICTURES. width: columns of action
+    and state.
     """
 
     folder: Path
@@ -142,6 +145,7 @@ class Description:
     state: tuple[ColumnMapping, ...] = ()
     action: tuple[ColumnMapping, ...] = ()
     pictures: str = "upright"
+    width: int = COLUMNS
 
     def kind(self, entry: ColumnMapping, column: int) -> str | None:
         """One of KINDS: what an action column holds as its entry says, else the profile; None: neither does."""
@@ -188,7 +192,8 @@ def _read(path: Path) -> Description:
 
 
 def _build(path: Path, raw: Mapping[str, Any]) -> Description:
-    _refuse_unknown(raw, ("dataset", "robot_type", "embodiment", "views", "arms", "state", "action", "pictures"), "")
+    known = ("dataset", "robot_type", "embodiment", "views", "arms", "state", "action", "pictures", "width")
+    _refuse_unknown(raw, known, "")
     robot_type = text(raw, "robot_type", DEFAULT_ROBOT_TYPE)
     if "embodiment" in raw:
         named = text(raw, "embodiment")
@@ -206,7 +211,8 @@ def _build(path: Path, raw: Mapping[str, Any]) -> Description:
     if found:
         raise ValueError(f"{found[0]}: not for layout {embodiment.layout!r} of embodiment {embodiment.name!r}")
     pictures = raw.get("pictures", PICTURES[0])
-    action = _columns(raw.get("action", []), "action", ("columns", "from", "minus", "kind", "period"))
+    width = _width(raw, embodiment)
+    action = _columns(raw.get("action", []), "action", ("columns", "from", "minus", "kind", "period"), width)
     _compare_kinds(path, action, embodiment)
     if pictures not in PICTURES:
         raise ValueError(f"pictures: expected {' or '.join(PICTURES)}, got {pictures!r}")
@@ -218,10 +224,22 @@ def _build(path: Path, raw: Mapping[str, Any]) -> Description:
         embodiment=embodiment,
         views={key: text(views, key) for key in views},
         arms=_arms(raw.get("arms", {})),
-        state=_columns(raw.get("state", []), "state", ("columns", "from")),
+        state=_columns(raw.get("state", []), "state", ("columns", "from"), width),
         action=action,
         pictures=pictures,
+        width=width,
     )
+
+
+def _width(raw: Mapping[str, Any], embodiment: Embodiment) -> int:
+    """A layout of named columns has as many as it has; others, what the description says."""
+    layout = embodiment.action_layout
+    named = MOBILE_COLUMNS if layout.mobile else COLUMNS if layout.columns else None
+    width = raw.get("width", named or COLUMNS)
+    if type(width) is not int or not 1 <= width <= MOST_COLUMNS or (named and width != named):
+        expected = f"{named}, as layout {layout.name!r} has" if named else f"a whole number from 1 to {MOST_COLUMNS}"
+        raise ValueError(f"width: expected {expected}, got {width!r:.40}")
+    return width
 
 
 @cache
@@ -302,11 +320,11 @@ def _tell_of_minus(path: Path, entry: str, column: int, profile: str) -> None:
     )
 
 
-def _columns(raw: Any, where: str, known: Sequence[str]) -> tuple[ColumnMapping, ...]:
+def _columns(raw: Any, where: str, known: Sequence[str], width: int) -> tuple[ColumnMapping, ...]:
     if not isinstance(raw, list):
         raise ValueError(f"{where}: expected a list of columns, got {raw!r:.80}")
     mappings = []
-    taken = np.zeros(COLUMNS, bool)
+    taken = np.zeros(width, bool)
     for number, entry in enumerate(raw):
         at = f"{where}[{number}]"
         _refuse_unknown(entry, known, at)
@@ -315,12 +333,12 @@ def _columns(raw: Any, where: str, known: Sequence[str]) -> tuple[ColumnMapping,
         if bounds is None:
             raise ValueError(f"{at}.columns: expected a column or begin:end, got {written!r}")
         begin = int(bounds[1] or 0)
-        end = begin + 1 if bounds.re is not _SLICE else int(bounds[2] or COLUMNS)
-        if not begin < end <= COLUMNS or taken[begin:end].any():
+        end = begin + 1 if bounds.re is not _SLICE else int(bounds[2] or width)
+        if not begin < end <= width or taken[begin:end].any():
             # YAML takes 6:8 for 6 minutes and 8 seconds.
-            quote = "; write begin:end in quotes" if begin >= COLUMNS and isinstance(entry["columns"], int) else ""
+            quote = "; write begin:end in quotes" if begin >= width and isinstance(entry["columns"], int) else ""
             raise ValueError(
-                f"{at}.columns: expected columns of 0 to {COLUMNS - 1} not mapped before, got {written!r}{quote}"
+                f"{at}.columns: expected columns of 0 to {width - 1} not mapped before, got {written!r}{quote}"
             )
         taken[begin:end] = True
         minus = Selector.parse(entry["minus"], f"{at}.minus") if "minus" in entry else None

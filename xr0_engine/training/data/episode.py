@@ -14,8 +14,11 @@ import numpy as np
 
 from xr0_engine.files import FAULTS, number, one_line, read_json, section, table
 from xr0_engine.robot.decode import BIMANUAL_COLUMNS, LEFT, RIGHT, ArmPose, BimanualPose
+from xr0_engine.robot.mobile import Columns
 from xr0_engine.robot.prompt import prompt_task
+from xr0_engine.training.data.mobile_episode import MobileMotion, read_motion, sections
 from xr0_engine.training.data.motion import BimanualMotion, Motion
+from xr0_engine.training.data.pictures import Pictures
 from xr0_engine.training.data.samples import DataError
 from xr0_engine.training.data.video import Clip
 from xr0_engine.whole import write_whole
@@ -57,7 +60,7 @@ class Episode:
     name: str
     status: Status
     instructions: tuple[str, ...]
-    clips: Mapping[str, Clip]
+    clips: Mapping[str, Pictures]
     motion: Motion
     rate_hz: float
     instruction_at: np.ndarray | None = None
@@ -77,10 +80,18 @@ class Episode:
                 return tick + int(gaps[0]) + 1
         return len(self.motion)
 
+    def videos(self) -> dict[str, Clip]:
+        """The clips, if all of them are of video files. Raises ValueError for others."""
+        videos = {view: clip for view, clip in self.clips.items() if isinstance(clip, Clip)}
+        if others := self.clips.keys() - videos.keys():
+            raise ValueError(f"{self.name}: expected videos, got other pictures of {', '.join(sorted(others))}")
+        return videos
 
-def load_episode(path: Path) -> Episode:
+
+def load_episode(path: Path, mobile: Columns | None = None) -> Episode:
     """Read an episode file. Raises DataError that names the file and what is wrong in it.
 
+    mobile: the layout of a robot with waist and base, in whose 60 columns the actions come; None: two arms, 32.
     A part of an arm that the file lacks altogether is not supervised. Videos must be there, but are not opened; their
     lengths are checked when they are read.
     """
@@ -91,7 +102,7 @@ def load_episode(path: Path) -> Episode:
     try:
         if not isinstance(raw, Mapping):
             raise ValueError(f"expected an object, got {raw!r:.80}")
-        return _read(path, raw)
+        return _read(path, raw, mobile)
     except KeyError as error:
         raise DataError(f"{path}: {error.args[0]!r:.80} is missing") from None
     except FAULTS as error:
@@ -99,17 +110,22 @@ def load_episode(path: Path) -> Episode:
 
 
 def save_episode(path: Path, episode: Episode) -> None:
-    """Write the JSON of an episode with a BimanualMotion; its videos must be there. It appears whole or not at all.
+    """Write the JSON of an episode with a BimanualMotion or MobileMotion; its videos must be there. It appears whole or
+    not at all.
 
-    Paths of videos are written relative to the JSON's folder. Raises ValueError for another motion or rate, and for a
-    task that would be read back as another one.
+    Paths of videos are written relative to the JSON's folder. Raises ValueError for another motion or rate, for
+    pictures that are no videos, and for a task that would be read back as another one.
     """
     motion = episode.motion
-    if not isinstance(motion, BimanualMotion) or episode.rate_hz != TIMELINE_HZ:
+    if not isinstance(motion, BimanualMotion | MobileMotion) or episode.rate_hz != TIMELINE_HZ:
         raise ValueError(f"{path}: the episode format holds two arms at {TIMELINE_HZ:g} Hz, nothing else")
     for text in episode.instructions:
         if _task(text) != text.strip():
             raise ValueError(f"{path}: task: {text!r} would be read back as {_task(text)!r}: take the markup out of it")
+    if isinstance(motion, MobileMotion):
+        proprios, actions = sections(motion)
+    else:
+        proprios, actions = (_poses_to_json(poses, motion.columns) for poses in (motion.proprios, motion.targets))
     views = [f"observations.{VIEW_NAMES[view]}" for view in episode.clips]
     raw = {
         "trajectory_type": episode.status,
@@ -123,14 +139,16 @@ def save_episode(path: Path, episode: Episode) -> None:
                 for text in episode.instructions
             ]
         },
-        "observations": {VIEW_NAMES[view]: [_clip_to_json(clip, path.parent)] for view, clip in episode.clips.items()},
-        "proprios": _poses_to_json(motion.proprios, motion.columns),
-        "actions": _poses_to_json(motion.targets, motion.columns),
+        "observations": {
+            VIEW_NAMES[view]: [_clip_to_json(clip, path.parent)] for view, clip in episode.videos().items()
+        },
+        "proprios": proprios,
+        "actions": actions,
     }
     write_whole(path, json.dumps(raw))
 
 
-def _read(path: Path, raw: Mapping[str, Any]) -> Episode:
+def _read(path: Path, raw: Mapping[str, Any], mobile: Columns | None) -> Episode:
     status, count = raw["trajectory_type"], raw["num_frames"]
     if status not in get_args(Status):
         raise ValueError(f"trajectory_type: expected one of {', '.join(get_args(Status))}, got {status!r:.40}")
@@ -138,13 +156,6 @@ def _read(path: Path, raw: Mapping[str, Any]) -> Episode:
         raise ValueError(f"num_frames: expected a whole number above 0, got {count!r:.40}")
     for name in ("proprios", "actions", "observations", "instruction"):
         section(raw, name)
-    present = {
-        (arm, part): f"{arm}_{name}" in raw["proprios"] and f"{arm}_{name}" in raw["actions"]
-        for arm in ARMS
-        for part, (name, _) in PARTS.items()
-    }
-    if not any(present.values()):
-        raise ValueError("proprios and actions: expected at least one part of one arm in both")
     return Episode(
         name=str(path),
         status=status,
@@ -154,12 +165,23 @@ def _read(path: Path, raw: Mapping[str, Any]) -> Episode:
             for view, name in VIEW_NAMES.items()
             if name in raw["observations"]
         },
-        motion=BimanualMotion(
-            proprios=_poses(raw["proprios"], "proprios", count, present),
-            targets=_poses(raw["actions"], "actions", count, present),
-            columns=part_columns(present),
-        ),
+        motion=_motion(raw, count) if mobile is None else read_motion(raw["proprios"], raw["actions"], count, mobile),
         rate_hz=TIMELINE_HZ,
+    )
+
+
+def _motion(raw: Mapping[str, Any], count: int) -> BimanualMotion:
+    present = {
+        (arm, part): f"{arm}_{name}" in raw["proprios"] and f"{arm}_{name}" in raw["actions"]
+        for arm in ARMS
+        for part, (name, _) in PARTS.items()
+    }
+    if not any(present.values()):
+        raise ValueError("proprios and actions: expected at least one part of one arm in both")
+    return BimanualMotion(
+        proprios=_poses(raw["proprios"], "proprios", count, present),
+        targets=_poses(raw["actions"], "actions", count, present),
+        columns=part_columns(present),
     )
 
 

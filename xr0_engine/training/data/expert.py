@@ -131,9 +131,18 @@ def transferred(env: AlohaEnv) -> bool:
     return bool(env.task.get_reward(physics) == env.task.max_reward and not held_right)
 
 
+def down_to_pick() -> np.ndarray:
+    """(3, 3) how the right gripper picks: facing the other arm, then tilted down about its own y axis."""
+    return np.diag([-1.0, -1.0, 1.0]) @ rotation_exp(np.array([0, PICK_TILT_RAD, 0]))
+
+
+def before_meeting() -> GripperPose:
+    """Where the left gripper waits for the cube, rolled by a quarter turn."""
+    return GripperPose(MEETING_M - [APPROACH_M, 0, 0], rotation_exp(np.array([np.pi / 2, 0, 0])))
+
+
 def _right_path(cube_m: np.ndarray) -> list[Move]:
-    # Facing the other arm, then tilted down about the gripper's own y axis.
-    tilted = np.diag([-1.0, -1.0, 1.0]) @ rotation_exp(np.array([0, PICK_TILT_RAD, 0]))
+    tilted = down_to_pick()
     grasp_m = np.array([cube_m[0], cube_m[1], GRASP_HEIGHT_M])
     hover, grasp = GripperPose(grasp_m + np.array([0, 0, HOVER_M]), tilted), GripperPose(grasp_m, tilted)
     meeting = GripperPose(MEETING_M, tilted)
@@ -151,9 +160,9 @@ def _right_path(cube_m: np.ndarray) -> list[Move]:
 
 
 def _left_path() -> list[Move]:
-    # Rolled by a quarter turn; as long in all as the right arm's path.
-    level = rotation_exp(np.array([np.pi / 2, 0, 0]))
-    before, meeting = GripperPose(MEETING_M - [APPROACH_M, 0, 0], level), GripperPose(MEETING_M, level)
+    # As long in all as the right arm's path.
+    before = before_meeting()
+    meeting = GripperPose(MEETING_M, before.rotation)
     return [
         Move(2.4, before, OPEN, straight=False),
         Move(1.0, before, OPEN),

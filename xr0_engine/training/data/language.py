@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from xr0_engine.files import FAULTS, LINE_BYTES, one_line, parse_json
-from xr0_engine.robot.images import PictureError, aspect_fault, read_picture
+from xr0_engine.robot.images import aspect_fault, read_picture
+from xr0_engine.robot.picture_cost import PictureError
 from xr0_engine.training.data.samples import DataError, LanguageSample
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}

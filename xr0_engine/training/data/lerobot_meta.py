@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any, get_args
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from xr0_engine.files import FAULTS, one_line, parse_json, pointer_fault, read_bytes, read_json, text, whole
+from xr0_engine.files import one_line, parse_json, read_bytes, read_json, text, whole
 from xr0_engine.training.data.episode import Status
+from xr0_engine.training.data.parquet import read_table
 from xr0_engine.training.data.samples import DataError
 
 INFO_FILE = Path("meta") / "info.json"
@@ -93,7 +93,7 @@ def entries_v3(folder: Path, info: Mapping[str, Any], features: Collection[str])
     wanted |= {f"videos/{feature}/{part}" for feature in features for part in parts}
     entries = []
     for file in files:
-        for row in table(file, wanted).to_pylist():
+        for row in read_table(file, wanted).to_pylist():
             entry = EpisodeEntry(
                 index=_whole(file, row, "episode_index"),
                 length=_whole(file, row, "length", least=1),
@@ -123,7 +123,7 @@ def tasks_v2(folder: Path) -> dict[int, str]:
 def tasks_v3(folder: Path) -> dict[int, str]:
     """Task index -> words. Raises DataError as tasks_v2, or if it is not clear which column they are."""
     file = folder / "meta" / "tasks.parquet"
-    found = table(file)
+    found = read_table(file)
     if "task_index" not in found.column_names:
         raise DataError(f"{file}: expected a column task_index, got {', '.join(found.column_names)}")
     return _tasks(file, found["task_index"].to_pylist(), found[_words_column(file, found)].to_pylist())
@@ -264,21 +264,3 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
     if not all(isinstance(line, dict) for line in lines):
         raise DataError(f"{path}: expected a JSON object a line")
     return lines
-
-
-def table(path: Path, wanted: Iterable[str] | None = None) -> Any:
-    """A parquet file, or those of the wanted columns that it has. Raises DataError."""
-    try:
-        refuse_pointer(path)
-        names = pq.read_schema(path).names
-        return pq.read_table(path, columns=[name for name in names if wanted is None or name in wanted])
-    except DataError:
-        raise
-    except (OSError, *FAULTS) as error:
-        raise DataError(f"{path} cannot be read as parquet: {one_line(error)}") from None
-
-
-def refuse_pointer(path: Path) -> None:
-    """Raises DataError for a file that git-lfs has not fetched, OSError for one that is not there."""
-    if fault := pointer_fault(path):
-        raise DataError(fault)

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from xr0_engine.training.data.lerobot_meta import INFO_FILE, EpisodeEntry, refuse_pointer
+from xr0_engine.training.data.lerobot_meta import INFO_FILE, EpisodeEntry
+from xr0_engine.training.data.parquet import read_schema, read_table, reading
 from xr0_engine.training.data.samples import DataError
 
 # LeRobot's own: how far a picture may be from the row that asks for it.
@@ -47,15 +47,13 @@ def read_rows(entry: EpisodeEntry, features: Collection[str], fps: float) -> Row
     """The rows of an episode. Raises DataError that names file, column and row, but not the episode."""
     entry = _with_its_file(entry)
     found = _table(entry, features)
-    try:
+    with reading(entry.data):
         columns = {name: _column(found, name) for name in found.column_names}
         clocks = [columns[name][:, 0] if name in columns else None for name in ("timestamp", "frame_index")]
         frames = frames_of(clocks[0], clocks[1], fps)
         order = np.argsort(frames, kind="stable")
         _check_order(entry, frames[order], order, columns.get("index"))
         tasks = _whole_numbers(columns["task_index"][:, 0], "task_index")[order]
-    except DataError as error:
-        raise DataError(f"{entry.data}: {error}") from None
     return Rows({name: columns[name][order] for name in features}, tasks, frames[order])
 
 
@@ -157,36 +155,37 @@ def _episodes_in(path: Path) -> frozenset[int]:
 def _read_episodes(path: Path, size: int, changed_ns: int) -> frozenset[int]:
     """A file that was replaced is another file. One that cannot be read holds none, and is told of where it is read."""
     try:
-        return frozenset(_plain(pq.read_table(path, columns=["episode_index"])["episode_index"]).unique().to_pylist())
-    except (OSError, ValueError, KeyError):
+        with reading(path):
+            return frozenset(_plain(read_table(path, ["episode_index"])["episode_index"]).unique().to_pylist())
+    except (DataError, KeyError):
         return frozenset()
 
 
 def _plain(column: Any) -> Any:
-    """Some write a feature of shape [1] as lists of one number."""
-    return pc.list_flatten(column) if pa.types.is_nested(column.type) else column
+    """Some write a feature of shape [1] as lists of one number. Raises DataError for what has values within values."""
+    if not _is_list(column.type) and pa.types.is_nested(column.type):
+        raise DataError(f"expected numbers, or lists of them, got {column.type}")
+    return pc.list_flatten(column) if _is_list(column.type) else column
+
+
+def _is_list(kind: Any) -> bool:
+    return any(holds(kind) for holds in (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list))
 
 
 def _table(entry: EpisodeEntry, features: Collection[str]) -> Any:
     """The columns of an episode's rows, in order of the file. Raises DataError."""
     needed = {*features, "task_index", "episode_index"}
-    try:
-        refuse_pointer(entry.data)
-        names = pq.read_schema(entry.data).names
-        missing = sorted(needed - set(names))
-        if missing:
-            raise DataError(f"{entry.data}: expected a column {missing[0]!r}, got {', '.join(names)}")
-        wanted = [name for name in names if name in needed | {"timestamp", "frame_index", "index"}]
-        is_nested = pa.types.is_nested(pq.read_schema(entry.data).field("episode_index").type)
-        filters = None if entry.alone or is_nested else [("episode_index", "=", entry.index)]
-        found = pq.read_table(entry.data, columns=wanted, filters=filters)
+    schema = read_schema(entry.data)
+    missing = sorted(needed - set(schema.names))
+    if missing:
+        raise DataError(f"{entry.data}: expected a column {missing[0]!r}, got {', '.join(schema.names)}")
+    is_nested = _is_list(schema.field("episode_index").type)
+    filters = None if entry.alone or is_nested else [("episode_index", "=", entry.index)]
+    found = read_table(entry.data, needed | {"timestamp", "frame_index", "index"}, filters)
+    with reading(entry.data):
         if is_nested and not entry.alone:
             found = found.filter(pc.equal(_plain(found["episode_index"]), entry.index))
-    except DataError:
-        raise
-    except (OSError, ValueError) as error:
-        raise DataError(f"{entry.data} cannot be read: {error}") from None
-    held = _plain(found["episode_index"]).unique().to_pylist()
+        held = _plain(found["episode_index"]).unique().to_pylist()
     if any(index != entry.index for index in held):
         raise DataError(f"{entry.data}: expected rows of episode {entry.index} alone, episode_index says {held}")
     if found.num_rows != entry.length:
@@ -195,11 +194,14 @@ def _table(entry: EpisodeEntry, features: Collection[str]) -> Any:
 
 
 def _column(found: Any, name: str) -> np.ndarray:
-    """(N, width). Raises DataError for rows without a value or of several widths."""
+    """(N, width) of numbers. Raises DataError for other kinds, for rows without a value and of several widths."""
     column = found[name]
     if column.null_count:
         raise DataError(f"{name} has rows without a value")
-    if not pa.types.is_nested(column.type):
+    inner = column.type.value_type if _is_list(column.type) else column.type
+    if not (pa.types.is_integer(inner) or pa.types.is_floating(inner) or pa.types.is_boolean(inner)):
+        raise DataError(f"{name}: expected numbers, or lists of them, got {column.type}")
+    if not _is_list(column.type):
         values = column.to_numpy()
     else:
         widths = pc.unique(pc.list_value_length(column)).to_pylist()

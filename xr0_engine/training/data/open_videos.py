@@ -27,10 +27,16 @@ class _Pool:
     """The process's open files. A decoder in use is one thread's alone; idle ones are kept, up to OPEN_FILES in all."""
 
     def __init__(self) -> None:
-        self.forget()
+        self._parents: list[list[_Idle]] = []
+        self._begin()
 
     def forget(self) -> None:
         """Begin anew: in a forked process the files' positions are shared with the parent."""
+        # Closing them would wait for the decoders' threads, which only the parent has.
+        self._parents.append(self._idle)
+        self._begin()
+
+    def _begin(self) -> None:
         self._lock = threading.Lock()
         # The one that was used last stands last.
         self._idle: list[_Idle] = []

@@ -67,6 +67,14 @@ def call_function(item: Any) -> Any:
 def _begin(function: Callable[[Any], Any] | None) -> None:
     global _function
     _function = function
+    end_with_parent()
+
+
+def end_with_parent(_: object = None) -> None:
+    """In a worker: end when the process that started it ends, however that ends.
+
+    A worker waiting for its next item, or for a reader of its last one, would outlive a parent that was killed.
+    """
     parent = multiprocessing.parent_process()
     if parent is None:
         return
@@ -75,5 +83,4 @@ def _begin(function: Callable[[Any], Any] | None) -> None:
         parent.join()
         os._exit(1)
 
-    # A worker waiting for its next item would outlive a parent that was killed.
     threading.Thread(target=watch, daemon=True).start()

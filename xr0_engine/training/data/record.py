@@ -14,7 +14,16 @@ import numpy as np
 from xr0_engine.files import read_json, reading, whole
 from xr0_engine.sim import CAMERAS, CONTROL_RATE_HZ, INSTRUCTION, AlohaEnv, choose_renderer
 from xr0_engine.training.data.episode import PARTS, Episode, part_columns, poses_of, save_episode
-from xr0_engine.training.data.expert import ARMS, Kinematics, Unreachable, plan_transfer, transferred
+from xr0_engine.training.data.expert import (
+    ARMS,
+    GripperPose,
+    Kinematics,
+    Unreachable,
+    before_meeting,
+    down_to_pick,
+    plan_transfer,
+    transferred,
+)
 from xr0_engine.training.data.motion import BimanualMotion
 from xr0_engine.training.data.parallel import progress_bar, worker_pool
 from xr0_engine.training.data.samples import DataError
@@ -23,17 +32,38 @@ from xr0_engine.whole import PARTIAL, only_writer, publish, write_whole
 
 # Every joint starts this far off its rest pose at most: the policy must not see one start only.
 START_SPREAD_RAD = 0.1
+# Where the right gripper's grasp point is put (start_over_table): the cube's places and some more, above the cube even
+# with the spread.
+OVER_TABLE_M = np.array([[-0.02, 0.24], [0.36, 0.64], [0.1, 0.22]])
 SETTINGS_FILE = "recording.json"
 VIDEOS = "videos"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a recording depends on besides the seeds. width, height: of the frames, in pixels."""
+    """What a recording depends on besides the seeds.
+
+    width, height: of the frames, in pixels. start_spread_rad: vary_start's. over_table: the share of the episodes that
+    begin with the right gripper somewhere over the table (start_over_table): an episode from rest never shows a gripper
+    that has come down beside the cube, or one whose place says nothing about the cube's. seconds: how much of each
+    episode is kept, from its start; None keeps all. views, antialias: as AlohaEnv's. Raises ValueError.
+    """
 
     width: int = 160
     height: int = 120
     start_spread_rad: float = START_SPREAD_RAD
+    over_table: float = 0.0
+    seconds: float | None = None
+    views: tuple[str, ...] = tuple(CAMERAS)
+    antialias: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.over_table <= 1:
+            raise ValueError(f"over_table: expected 0 to 1, got {self.over_table}")
+        if self.seconds is not None and self.seconds * CONTROL_RATE_HZ < 1:
+            raise ValueError(f"seconds: expected at least one step of {CONTROL_RATE_HZ:g} Hz, got {self.seconds}")
+        if not self.views or not set(self.views) <= set(CAMERAS) or len(set(self.views)) < len(self.views):
+            raise ValueError(f"views: expected some of {', '.join(CAMERAS)}, got {', '.join(self.views) or 'none'}")
 
 
 @dataclass(frozen=True)
@@ -93,16 +123,17 @@ def _record(folder: Path, episodes: int, first_seed: int, settings: Settings, pr
 
 def record_episode(env: AlohaEnv, folder: Path, seed: int, settings: Settings) -> bool:
     """Try once, and write episode_<seed>.json and its videos if the cube changed hands. Returns whether it did."""
-    env.reset(seed)
-    vary_start(env, np.random.default_rng(seed), settings.start_spread_rad)
-    try:
-        plan = plan_transfer(env)
-    except Unreachable:
+    # A try that fails is not worth its pictures, which take most of the time.
+    plan = _rehearsed(env, seed, settings)
+    if plan is None:
         return False
+    _start(env, seed, settings)
+    if settings.seconds is not None:
+        plan = plan[: round(settings.seconds * CONTROL_RATE_HZ)]
     name = f"episode_{seed:06d}"
     videos = folder / VIDEOS
     videos.mkdir(exist_ok=True)
-    paths = {view: videos / f"{name}.{view}.mp4" for view in CAMERAS}
+    paths = {view: videos / f"{name}.{view}.mp4" for view in settings.views}
     partial = {view: path.with_name(f".{path.stem}{PARTIAL}.mp4") for view, path in paths.items()}
     measured, commanded = np.empty((2, *plan.shape))
     try:
@@ -112,12 +143,11 @@ def record_episode(env: AlohaEnv, folder: Path, seed: int, settings: Settings) -
                 for view, path in partial.items()
             }
             for tick, targets in enumerate(plan):
-                for view, image in env.observe().images.items():
-                    write[view](image)
+                images = env.observe().images
+                for view, keep in write.items():
+                    keep(images[view])
                 measured[tick] = env.joints
                 commanded[tick] = env.step(targets)
-        if not transferred(env):
-            return False
         for view, path in partial.items():
             publish(path, paths[view])
     finally:
@@ -136,6 +166,28 @@ def record_episode(env: AlohaEnv, folder: Path, seed: int, settings: Settings) -
     return True
 
 
+def _rehearsed(env: AlohaEnv, seed: int, settings: Settings) -> np.ndarray | None:
+    """(ticks, 14) the expert's targets from an episode's start; None if they do not hand the cube over."""
+    try:
+        _start(env, seed, settings)
+        plan = plan_transfer(env)
+    except Unreachable:
+        return None
+    for targets in plan:
+        env.step(targets)
+    return plan if transferred(env) else None
+
+
+def _start(env: AlohaEnv, seed: int, settings: Settings) -> None:
+    """Raises Unreachable."""
+    env.reset(seed)
+    # Of its own: how an episode from rest starts does not depend on the share of the others.
+    rng = np.random.default_rng((seed, 1))
+    if rng.random() < settings.over_table:
+        start_over_table(env, rng)
+    vary_start(env, np.random.default_rng(seed), settings.start_spread_rad)
+
+
 _env: AlohaEnv | None = None
 
 
@@ -143,7 +195,7 @@ def _try(folder: Path, seed: int, settings: Settings) -> bool:
     """In a worker, which keeps its simulation from one try to the next."""
     global _env
     if _env is None:
-        _env = AlohaEnv(seed, settings.width, settings.height)
+        _env = AlohaEnv(seed, settings.width, settings.height, settings.views, settings.antialias)
     return record_episode(_env, folder, seed, settings)
 
 
@@ -154,6 +206,28 @@ def vary_start(env: AlohaEnv, rng: np.random.Generator, spread_rad: float) -> No
         env.physics.data.qpos[joints] += rng.uniform(-spread_rad, spread_rad, 6)
         env.physics.data.ctrl[joints] = env.physics.data.qpos[joints]
     env.physics.forward()
+
+
+def start_over_table(env: AlohaEnv, rng: np.random.Generator) -> None:
+    """Put the right gripper over the table, pointing down as for a grasp and open by any part; the left arm anywhere on
+    its way to where the cube changes hands. After a reset, before the first step. Raises Unreachable."""
+    kinematics, joints = Kinematics(env), env.joints
+    over = GripperPose(rng.uniform(*OVER_TABLE_M.T), down_to_pick())
+    right = kinematics.inverse("right", over, joints[7:13])
+    before = kinematics.inverse("left", before_meeting(), joints[:6])
+    set_arm(env, "left", joints[:6] + rng.random() * (before - joints[:6]), joints[6])
+    set_arm(env, "right", right, rng.random())
+    env.physics.forward()
+
+
+def set_arm(env: AlohaEnv, arm: str, joints_rad: np.ndarray, gripper: float) -> None:
+    """Put an arm at (6,) joints and a gripper's opening, and tell the servos to stay there."""
+    from gym_aloha.constants import unnormalize_puppet_gripper_position
+
+    begin = 8 * ARMS.index(arm)
+    finger_m = unnormalize_puppet_gripper_position(gripper)
+    for values in (env.physics.data.qpos, env.physics.data.ctrl):
+        values[begin : begin + 8] = [*joints_rad, finger_m, -finger_m]
 
 
 def _parts(kinematics: Kinematics, joints: np.ndarray) -> dict[tuple[str, str], np.ndarray]:
@@ -179,8 +253,10 @@ def _resume(folder: Path, settings: Settings) -> set[int]:
     raw = read_json(path, DataError)
     with reading(path, DataError):
         failed = {whole({"failed_seeds": seed}, "failed_seeds") for seed in raw.pop("failed_seeds")}
-    if raw != asdict(settings):
-        raise ValueError(f"{folder} was recorded with {raw}, not {asdict(settings)}: choose another folder")
+    # Recordings from before a setting existed have its default; JSON has lists for tuples.
+    known, wanted = (json.loads(json.dumps(asdict(it))) for it in (Settings(), settings))
+    if known | raw != wanted:
+        raise ValueError(f"{folder} was recorded with {known | raw}, not {wanted}: choose another folder")
     return failed
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
-from collections.abc import Sequence
-from dataclasses import fields, replace
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cache, lru_cache
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, TypeVar, get_args
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from xr0_engine.training.data.episode import Episode, Status, load_episode
 from xr0_engine.training.data.lerobot import LeRobotDataset
 from xr0_engine.training.data.lerobot_meta import INFO_FILE
 from xr0_engine.training.data.samples import DataError
+from xr0_engine.training.named import find, is_function, mark, told
 
 log = logging.getLogger("xr0_engine.data")
 
@@ -28,6 +30,9 @@ _SEEN = ("name", "robot_types", "views", "replan_every")
 
 # Episodes that a process keeps in memory, without their frames: about 100 kB each.
 KEPT_EPISODES = 256
+
+# Decimals of the numbers that go into a dataset's digest: beyond them machines calculate otherwise.
+DIGEST_DECIMALS = 6
 
 
 class Source(Protocol):
@@ -51,6 +56,47 @@ class Source(Protocol):
         """Raises DataError."""
 
 
+Opens = TypeVar("Opens", bound=Callable[[], Source])
+
+
+def dataset(function: Opens) -> Opens:
+    """Marks a function without arguments, which returns a Source, as a dataset that runs may name.
+
+    Its name, `package.module:function`, stands in the place of a path. It is called once in every process that reads:
+    whatever is random in it must come from a seed of its own, so that all of them get the same episodes. The folder of
+    the description is of no account; views, arms, state and action of it are not used. An attribute `digest` of the
+    Source, text, tells one content from another when a run is resumed; without it NamedSource makes one.
+    """
+    return mark(function, "dataset")
+
+
+@dataclass(frozen=True, eq=False)
+class NamedSource:
+    """A dataset by the name of a function. It travels to other processes as that name, and is opened there anew.
+
+    digest: text that tells its content from another.
+    """
+
+    name: str
+    description: Description
+    names: tuple[str, ...]
+    lengths: tuple[int, ...]
+    statuses: tuple[Status, ...]
+    digest: str
+
+    def load(self, number: int) -> Episode:
+        """Raises DataError for a process that gets another dataset than the first, and for what is no such episode."""
+        opened = open_named(self.name)
+        if opened.digest != self.digest:
+            raise DataError(
+                f"{self.name}: gives another dataset in each process: whatever is random in it needs a seed of its own"
+            )
+        episode = _call(find_dataset(self.name)).load(number)
+        _require_views(episode, self.description)
+        _require_fit(episode, self.lengths[number], self.description)
+        return episode
+
+
 class EpisodeFolder:
     """Episode files of the released format in a folder and those below it, ordered by path.
 
@@ -68,7 +114,7 @@ class EpisodeFolder:
         usable, lengths, statuses, faults = [], [], [], []
         for file in candidates:
             try:
-                episode = load_episode(file)
+                episode = load_episode(file, description.embodiment.action_layout.mobile)
                 _require_views(episode, description)
             except DataError as error:
                 faults.append(str(error))
@@ -87,30 +133,120 @@ class EpisodeFolder:
         self.lengths, self.statuses = tuple(lengths), tuple(statuses)
 
     def load(self, number: int) -> Episode:
-        return load_episode(self.files[number])
+        return load_episode(self.files[number], self.description.embodiment.action_layout.mobile)
 
 
 def open_source(path: Path, skip_broken: bool = False, embodiment: Embodiment | None = None) -> Source:
-    """Open a dataset's folder, or the YAML file that describes one. Raises DataError.
+    """Open a dataset: its folder, the YAML file that describes one, or the name of a function. Raises DataError.
 
-    skip_broken: open it without the episode files that cannot be used; see EpisodeFolder. embodiment: the profile that
-    it is seen through in the place of its own; see seen_through.
+    path: also `package.module:function`, see dataset(); a folder of such a name is opened by its absolute path.
+    skip_broken: without the episode files that cannot be used; see EpisodeFolder. embodiment: the profile that the
+    dataset is seen through in the place of its own; see seen_through.
     """
+    if is_function(path):
+        named = open_named(str(path))
+        if embodiment is None:
+            return named
+        return replace(named, description=seen_through(embodiment, named.description, path))
     description = describe(path)
     if embodiment is not None:
         description = seen_through(embodiment, description, path)
+    layout = description.embodiment.action_layout
     if is_lerobot(description):
+        if layout.mobile:
+            raise DataError(
+                f"{path}: a LeRobot dataset of layout {layout.name!r} is not read: write episode files (docs/data.md), "
+                "or give a profile of layout plain and map the columns"
+            )
         return LeRobotDataset(description)
     if description.views or description.arms or description.state or description.action:
         raise DataError(
             f"{path}: views, arms, state and action are for LeRobot datasets; episode files are self-evident"
         )
-    if description.embodiment.action_layout is not BIMANUAL:
+    if layout is not BIMANUAL and not layout.mobile:
         raise DataError(
-            f"{path}: episode files hold two arms: expected an embodiment of layout {BIMANUAL.name!r}, "
-            f"got {description.embodiment.name!r} of {description.embodiment.layout!r}"
+            f"{path}: episode files hold two arms: expected an embodiment of layout {BIMANUAL.name!r}, or of one with "
+            f"waist and base, got {description.embodiment.name!r} of {description.embodiment.layout!r}"
         )
     return EpisodeFolder(description, skip_broken=skip_broken)
+
+
+def description_of(path: Path) -> Description:
+    """The description alone of what open_source opens. Raises DataError."""
+    return open_named(str(path)).description if is_function(path) else describe(path)
+
+
+def find_dataset(name: str) -> Callable[[], Source]:
+    """The function of a name. Raises DataError."""
+    try:
+        return find(name, "dataset", "xr0_engine.training.data.sources.dataset")
+    except ValueError as error:
+        raise DataError(str(error)) from error
+
+
+def open_named(name: str) -> NamedSource:
+    """The dataset of `package.module:function`, called once in a process. Raises DataError."""
+    return _named(name, find_dataset(name))
+
+
+@cache
+def _named(name: str, function: Callable[[], Source]) -> NamedSource:
+    try:
+        source = _call(function)
+    except DataError as error:
+        raise DataError(f"{name}: {error}") from error
+    # Whatever goes wrong in somebody else's function.
+    except Exception as error:
+        raise DataError(f"{name}: the function failed: {told(error)}") from error
+    if fault := _fault(source):
+        raise DataError(f"{name}: expected a function that returns a Source (docs/data.md); {fault}")
+    description = replace(source.description, folder=Path(name))
+    named = NamedSource(
+        name, description, tuple(source.names), tuple(map(int, source.lengths)), tuple(source.statuses), ""
+    )
+    return replace(named, digest=getattr(source, "digest", None) or _digest(named, source))
+
+
+@cache
+def _call(function: Callable[[], Source]) -> Source:
+    return function()
+
+
+def _fault(source: Any) -> str | None:
+    """Why something is no Source."""
+    missing = [name for name in ("description", "names", "lengths", "statuses", "load") if not hasattr(source, name)]
+    if missing:
+        return f"what it returned, a {type(source).__name__}, lacks {', '.join(missing)}"
+    names, lengths, statuses = list(source.names), list(source.lengths), list(source.statuses)
+    known = get_args(Status)
+    digest = getattr(source, "digest", None)
+    rules = {
+        "description: expected a Description": isinstance(source.description, Description),
+        "names: expected text, at least one, none twice": names
+        and all(isinstance(name, str) for name in names)
+        and len(set(names)) == len(names),
+        f"lengths: expected {len(names)} whole numbers above 0, one an episode": len(lengths) == len(names)
+        and all(isinstance(length, int | np.integer) and length > 0 for length in lengths),
+        f"statuses: expected {len(names)} of {', '.join(known)}, one an episode": len(statuses) == len(names)
+        and all(status in known for status in statuses),
+        "digest: expected text": digest is None or isinstance(digest, str),
+    }
+    return next((rule for rule, holds in rules.items() if not holds), None)
+
+
+def _digest(named: NamedSource, source: Source) -> str:
+    """Of names, lengths and statuses, and of states and actions of the first, the middle and the last episode."""
+    facts = [named.description.robot_type, named.names, named.lengths, named.statuses]
+    digest = hashlib.sha256(json.dumps(facts).encode())
+    for number in sorted({0, len(named.names) // 2, len(named.names) - 1}):
+        try:
+            motion = source.load(number).motion
+        except DataError:
+            continue
+        for values in (*map(motion.state, range(len(motion))), motion.actions(0, len(motion))):
+            # Of -0 there is 0.
+            digest.update((np.asarray(values, np.float64).round(DIGEST_DECIMALS) + 0.0).tobytes())
+    return digest.hexdigest()
 
 
 def seen_through(embodiment: Embodiment, description: Description, path: Path) -> Description:
@@ -186,6 +322,21 @@ def split(source: Source, validation_fraction: float) -> tuple[list[int], list[i
     names = source.names
     by_hash = sorted(usable, key=lambda number: hashlib.sha256(Path(names[number]).name.encode()).digest())
     return sorted(by_hash[held_out:]), sorted(by_hash[:held_out])
+
+
+def _require_fit(episode: Episode, length: int, description: Description) -> None:
+    """What files are refused for when they are read."""
+    motion, rate_hz = episode.motion, description.embodiment.control_rate_hz
+    rules = {
+        f"motion: expected {length} ticks as lengths says, got {len(motion)}": len(motion) == length,
+        f"rate_hz: expected {rate_hz:g} of embodiment {description.embodiment.name!r}, got {episode.rate_hz:g}": (
+            episode.rate_hz == rate_hz
+        ),
+        f"motion.columns: expected ({description.width},) bool": motion.columns.shape == (description.width,),
+    }
+    for rule, holds in rules.items():
+        if not holds:
+            raise DataError(f"{episode.name}: {rule}")
 
 
 def _require_views(episode: Episode, description: Description) -> None:

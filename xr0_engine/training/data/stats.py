@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 
 from xr0_engine.files import read_json
 from xr0_engine.robot.normalize import ACTIVE_STD
-from xr0_engine.training.data.description import COLUMNS
+from xr0_engine.robot.quantiles import StateStatistics
 from xr0_engine.training.data.parallel import in_parallel
 from xr0_engine.training.data.samples import DataError
 from xr0_engine.training.data.sources import Source, checked_instructions, open_source, split
@@ -25,11 +26,17 @@ log = logging.getLogger("xr0_engine.data")
 
 # Windows held in memory at once.
 BLOCK = 512
+QUANTILES = (0.01, 0.99)
+QUANTILE_ROWS = 1 << 20
+"""Values of a column that quantiles are taken over at most: their rank is then off by a hundredth of itself."""
+
+QuantilePair = tuple[np.ndarray, np.ndarray]
+"""q01 and q99, (columns,) float64 each."""
 
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """What is known of some windows. count, mean, squares: (T, 32); squares: sum of squared distances from the mean."""
+    """What is known of some windows. count, mean, squares: (T, A); squares: sum of squared distances from the mean."""
 
     count: np.ndarray
     mean: np.ndarray
@@ -37,7 +44,7 @@ class Moments:
 
     @staticmethod
     def of(actions: np.ndarray, mask: np.ndarray) -> Moments:
-        """Of windows (W, T, 32); what the mask leaves out does not count."""
+        """Of windows (W, T, A); what the mask leaves out does not count."""
         count = mask.sum(axis=0)
         safe = np.maximum(count, 1)
         mean = np.where(mask, actions, 0).sum(axis=0) / safe
@@ -58,7 +65,8 @@ class Moments:
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """mean, std: (T, 32) float64, robot units; 0 for columns that the robot does not have. windows: how many.
+    """mean, std: (T, A) float64, robot units; 0 for columns that the robot does not have. windows: how many. actions,
+    states: quantiles, if they were asked for.
 
     active_columns: those of the layout that any window has (ActionStatistics); None for a layout that names none.
     """
@@ -69,34 +77,55 @@ class Statistics:
     windows: int
     episodes: int
     active_columns: tuple[int, ...] | None = None
+    actions: QuantilePair | None = None
+    states: QuantilePair | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """Of an episode. actions: (n, A) and states: (m, S), float64, some of them, NaN where unsupervised."""
+
+    moments: Moments
+    actions: np.ndarray
+    states: np.ndarray
 
 
 def compute(
-    paths: Sequence[Path], chunk_length: int, validation_fraction: float, processes: int, skip_broken: bool = False
+    paths: Sequence[Path],
+    chunk_length: int,
+    validation_fraction: float,
+    processes: int,
+    skip_broken: bool = False,
+    quantiles: bool = False,
 ) -> Statistics:
     """Statistics of the training windows of one robot's datasets. Exactly the same for any number of processes.
 
-    skip_broken: leave out, with a warning, the episodes whose motion or task cannot be used, as training does. Raises
-    DataError for a dataset that cannot be read, or none of whose episodes is as long as the chunk, and ValueError for
-    datasets of several robot types.
+    skip_broken: leave out, with a warning, the episodes whose motion or task cannot be used, as training does.
+    quantiles: also those of actions and states, over evenly spread windows where there are more than QUANTILE_ROWS
+    values of a column. Raises DataError for a dataset that cannot be read, or none of whose episodes is as long as the
+    chunk, and ValueError for datasets of several robot types.
     """
     sources = [open_source(path, skip_broken) for path in paths]
     robot_types = sorted({source.description.robot_type for source in sources})
     if len(robot_types) != 1:
         raise ValueError(f"datasets: expected one robot type, got {', '.join(robot_types)}: one call for each")
     parts, windows, episodes = [], 0, 0
+    values: list[_Part] = []
+    ticks = sum(sum(source.lengths[number] for number in split(source, validation_fraction)[0]) for source in sources)
+    every = max(1, -(-ticks * chunk_length // QUANTILE_ROWS)) if quantiles else None
     for path, source in zip(paths, sources, strict=True):
         train = split(source, validation_fraction)[0]
         if not train:
             raise DataError(f"{path}: nothing to train on: every episode is invalid")
         if max(source.lengths[number] for number in train) < chunk_length:
             raise DataError(f"{path}: no episode has the {chunk_length} steps of a chunk")
-        read = partial(_episode, source, chunk_length, skip_broken)
-        moments = list(in_parallel(read, train, processes, str(path)))
-        kept = [number for number, one in zip(train, moments, strict=True) if one is not None]
+        read = partial(_episode, source, chunk_length, skip_broken, every)
+        found = list(in_parallel(read, train, processes, str(path)))
+        kept = [number for number, one in zip(train, found, strict=True) if one is not None]
         if not kept:
             raise DataError(f"{path}: nothing to train on: every episode is broken; run xr0 data check")
-        parts.append(_sum(one for one in moments if one is not None))
+        values += [one for one in found if one is not None]
+        parts.append(_sum(one.moments for one in found if one is not None))
         windows += sum(source.lengths[number] for number in kept)
         episodes += len(kept)
     total = _sum(parts)
@@ -104,7 +133,21 @@ def compute(
     if columns is not None:
         # A part that no episode reports is none of this robot's: left active, it would be noise that nothing teaches.
         columns = tuple(column for column in columns if total.count[:, column].any())
-    return Statistics(robot_types[0], total.mean, total.std, windows, episodes, columns)
+    pairs = [
+        _quantiles([getattr(one, name) for one in values]) if quantiles else None for name in ("actions", "states")
+    ]
+    return Statistics(robot_types[0], total.mean, total.std, windows, episodes, columns, *pairs)
+
+
+def _quantiles(parts: list[np.ndarray]) -> QuantilePair:
+    """Of columns without a value: 0 and 0, so that they are never divided by."""
+    values = np.concatenate(parts)
+    pair = np.zeros((2, values.shape[1]))
+    for column in range(values.shape[1]):
+        known = values[~np.isnan(values[:, column]), column]
+        if len(known):
+            pair[:, column] = np.quantile(known, QUANTILES)
+    return pair[0], pair[1]
 
 
 def merge(file: Path, statistics: Statistics, replace: bool) -> None:
@@ -128,6 +171,10 @@ def merge(file: Path, statistics: Statistics, replace: bool) -> None:
     known[name] = {"mean": statistics.mean.tolist(), "std": statistics.std.tolist()}
     if statistics.active_columns is not None:
         known[name]["active_columns"] = list(statistics.active_columns)
+    if statistics.actions is not None and statistics.states is not None:
+        # As XR-1's data configurations have them: the actions' for whoever goes by quantiles, the states' in use.
+        known[name] |= {key: [row.tolist()] for key, row in zip(("q01", "q99"), statistics.actions, strict=True)}
+        known[name]["state"] = StateStatistics("post_training", *statistics.states).to_json()
     write_whole(file, json.dumps(raw))
 
 
@@ -151,8 +198,8 @@ def _refuse_another(file: Path, name: str, known: dict[str, Any], statistics: St
         )
 
 
-def _episode(source: Source, chunk_length: int, skip_broken: bool, number: int) -> Moments | None:
-    """None: it is broken, and is left out."""
+def _episode(source: Source, chunk_length: int, skip_broken: bool, every: int | None, number: int) -> _Part | None:
+    """every: n-th window is kept for quantiles; None: none is. None: it is broken, and is left out."""
     try:
         episode = source.load(number)
         if skip_broken:
@@ -163,7 +210,13 @@ def _episode(source: Source, chunk_length: int, skip_broken: bool, number: int) 
         log.warning("left out: %s", error)
         return None
     blocks = (range(begin, min(begin + BLOCK, len(episode.motion))) for begin in range(0, len(episode.motion), BLOCK))
-    return _sum(_block([chunk_at(episode, tick, chunk_length) for tick in block]) for block in blocks)
+    moments = _sum(_block([chunk_at(episode, tick, chunk_length) for tick in block]) for block in blocks)
+    kept = range(0, len(episode.motion), every) if every else range(0)
+    states = [episode.motion.state(tick)[-1] for tick in kept]
+    chunks = [chunk_at(episode, tick, chunk_length) for tick in kept]
+    actions = [np.where(chunk.mask, chunk.actions, np.nan) for chunk in chunks]
+    none = np.zeros((0, len(episode.motion.columns)))
+    return _Part(moments, np.concatenate([none, *actions]), np.stack(states).astype(np.float64) if states else none)
 
 
 def _block(chunks: list[Any]) -> Moments:
@@ -171,7 +224,4 @@ def _block(chunks: list[Any]) -> Moments:
 
 
 def _sum(parts: Iterable[Moments]) -> Moments:
-    total = Moments(*np.zeros((3, 1, COLUMNS)))
-    for number, part in enumerate(parts):
-        total = part if number == 0 else total + part
-    return total
+    return reduce(operator.add, parts)

@@ -17,8 +17,9 @@ from typing import Any
 from xr0_engine.robot.embodiment import Embodiment
 from xr0_engine.training.data.language import LanguageLines
 from xr0_engine.training.data.order import Interleaved
+from xr0_engine.training.data.parallel import end_with_parent
 from xr0_engine.training.data.samples import DataError, LanguageSample, RobotSample
-from xr0_engine.training.data.sources import open_source, split
+from xr0_engine.training.data.sources import NamedSource, open_source, split
 from xr0_engine.training.data.windows import Windows
 
 # Batches that each worker has ready.
@@ -29,11 +30,13 @@ PREFETCH = 2
 class Mixture:
     """What to train on. Every dataset is `path` or `path=weight`, weights relative, 1 if not given.
 
-    robot: folders of episodes or LeRobot datasets, or YAML files that describe one. language: JSONL files.
+    robot: folders of episodes or LeRobot datasets, YAML files that describe one, or names of functions that open one,
+    `package.module:function` (sources.py: dataset). language: JSONL files.
     language_every: every n-th batch is of language (7 gives 1 : 6), 0 = none.
     validation: datasets for validation; if there are none, validation_fraction of the episodes of `robot` is held out.
     skip_broken: do without samples that cannot be read: in training others take their place.
-    embodiment: the profile that all datasets are seen through; None = each through its own.
+    embodiment: the profile that all datasets are seen through; None = each through its own. random_crop: whether
+    augmentation crops at random places.
     """
 
     robot: tuple[str, ...]
@@ -43,6 +46,7 @@ class Mixture:
     validation_fraction: float = 0.1
     skip_broken: bool = False
     embodiment: Embodiment | None = None
+    random_crop: bool = True
 
     def __post_init__(self) -> None:
         if not self.robot:
@@ -123,7 +127,7 @@ class Stream:
             skip_broken=mixture.skip_broken,
         )
         self._workers = workers
-        self._identity = _identity(self._reader, mixture, seed, chunk_length)
+        self._identity = _identity(self._reader, windows, mixture, seed, chunk_length)
         self._batches: Iterator[_Batch] | None = None
         self._next = 0
         self.skipped = 0
@@ -178,6 +182,7 @@ class Stream:
             collate_fn=_as_it_is,
             # Threads of PyAV and pyarrow do not survive a fork.
             multiprocessing_context="spawn",
+            worker_init_fn=end_with_parent,
         )
         return iter(loader)
 
@@ -245,15 +250,20 @@ def _split_windows(mixture: Mixture, chunk_length: int, fraction: float) -> Iter
     for text in mixture.robot:
         source = open_source(weighted(text)[0], mixture.skip_broken, mixture.embodiment)
         train, held_out = split(source, fraction)
-        yield Windows(source, train, chunk_length), Windows(source, held_out, chunk_length)
+        yield Windows(source, train, chunk_length, mixture.random_crop), Windows(source, held_out, chunk_length)
 
 
-def _identity(reader: _Reader, mixture: Mixture, seed: int, chunk_length: int) -> str:
+def _identity(reader: _Reader, windows: list[Windows], mixture: Mixture, seed: int, chunk_length: int) -> str:
     """What a position in the stream is a position in."""
     sizes = [[len(data) for data in part.datasets] for part in (reader.robot, reader.language) if part is not None]
     weights = [[weighted(text)[1] for text in part] for part in (mixture.robot, mixture.language)]
     facts = [sizes, weights, mixture.language_every, mixture.validation_fraction, seed, chunk_length]
     facts += [reader.batch_size, reader.world_size, reader.augment]
+    if not mixture.random_crop:
+        facts.append("no random crop")
+    # A folder's content is not looked at; a function's is easily another without anybody's noticing.
+    if digests := [it.source.digest for it in windows if isinstance(it.source, NamedSource)]:
+        facts.append(digests)
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 

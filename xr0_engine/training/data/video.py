@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import numpy as np
 
 from xr0_engine.training.data.decoder import Decoder, VideoFacts
 from xr0_engine.training.data.open_videos import POOL
+from xr0_engine.training.data.pictures import nearest_frame
 from xr0_engine.training.data.samples import DataError
 
 # Frames between key frames when we write: a random frame then takes 8 decoded ones on average.
@@ -36,7 +36,7 @@ class Clip:
 
     def nearest(self, time_s: float) -> int:
         """The frame nearest in time to time_s after the clip's begin; ties go to the later frame."""
-        return min(max(math.floor(time_s * self.fps + 0.5), 0), self.frames - 1)
+        return nearest_frame(time_s, self.fps, self.frames)
 
     def read(self, frame: int) -> np.ndarray:
         """Frame number `frame` of the clip, (height, width, 3) uint8 RGB.

@@ -10,8 +10,7 @@ import numpy as np
 from xr0_engine.robot.embodiment import View
 from xr0_engine.robot.images import aspect_fault
 from xr0_engine.robot.views import orient
-from xr0_engine.training.data.augment import augment
-from xr0_engine.training.data.description import COLUMNS
+from xr0_engine.training.data.augment import augment, recolor_alike
 from xr0_engine.training.data.episode import Episode
 from xr0_engine.training.data.samples import DataError, RobotSample
 from xr0_engine.training.data.sources import Source, load
@@ -19,7 +18,7 @@ from xr0_engine.training.data.sources import Source, load
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """actions: (T, 32) float64, robot units. mask: (T, 32) bool, what may be supervised."""
+    """actions: (T, A) float64, robot units. mask: (T, A) bool, what may be supervised."""
 
     actions: np.ndarray
     mask: np.ndarray
@@ -30,22 +29,27 @@ def chunk_at(episode: Episode, tick: int, length: int) -> Chunk:
 
     Where ticks are missing, the steps before the gap are all that follows.
     """
-    mask = np.zeros((length, COLUMNS), bool)
+    mask = np.zeros((length, len(episode.motion.columns)), bool)
     if episode.status != "invalid":
         mask[: episode.end_after(tick) - tick] = episode.motion.columns
     return Chunk(np.where(mask, episode.motion.actions(tick, length), 0), mask)
 
 
 def prepare(
-    frames: Mapping[str, np.ndarray], views: Sequence[View], rng: np.random.Generator | None = None
+    frames: Mapping[str, np.ndarray],
+    views: Sequence[View],
+    rng: np.random.Generator | None = None,
+    random_crop: bool = True,
 ) -> dict[str, np.ndarray]:
     """View key -> (height, width, 3) uint8: the frames as the model's processor is given them.
 
     frames: view key -> (height, width, 3) uint8, as stored. views: Description.stored_views. rng: draws the
-    augmentation, in which a crop of the same size at a random place stands for a view's centre crop.
+    augmentation, in which a crop of the same size at a random place stands for a view's centre crop, unless random_crop
+    is False.
     """
-    if rng is None:
-        return {view.key: orient(frames[view.key], view) for view in views}
+    if rng is None or not random_crop:
+        images = {view.key: orient(frames[view.key], view) for view in views}
+        return images if rng is None else recolor_alike(images, rng)
     whole = {view.key: orient(frames[view.key], replace(view, center_crop=1.0)) for view in views}
     return augment(whole, rng, {view.key: view.center_crop for view in views if view.center_crop < 1})
 
@@ -53,11 +57,11 @@ def prepare(
 class Windows:
     """The windows of some episodes of a source: one for each tick. Episodes that are `invalid` have none.
 
-    episodes: their numbers in the source. chunk_length: T.
+    episodes: their numbers in the source. chunk_length: T. random_crop: as in prepare.
     """
 
-    def __init__(self, source: Source, episodes: Sequence[int], chunk_length: int) -> None:
-        self.source = source
+    def __init__(self, source: Source, episodes: Sequence[int], chunk_length: int, random_crop: bool = True) -> None:
+        self.source, self.random_crop = source, random_crop
         self.chunk_length = chunk_length
         self.episodes = tuple(number for number in episodes if source.statuses[number] != "invalid")
         self._ends = np.cumsum([source.lengths[number] for number in self.episodes], dtype=np.int64)
@@ -82,7 +86,7 @@ class Windows:
             wording = int(episode.instruction_at[tick])
         elif rng is not None:
             wording = int(rng.integers(len(episode.instructions)))
-        images = prepare(frames, views, rng)
+        images = prepare(frames, views, rng, self.random_crop)
         for key, image in images.items():
             if fault := aspect_fault(*image.shape[:2]):
                 raise DataError(f"{episode.clips[key].path}: {fault}; a profile with `resize` gives it another")
