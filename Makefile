@@ -161,11 +161,11 @@ lab-quick: $(INSTALLED)-cpu
 , := ,
 DEMO := outputs/demo-policy
 POLICY := xr0_engine/drive/aloha_transfer
-DEMO_RECORD := $(BIN)/xr0 data record --width 320 --height 240 --view ego --no-antialias
+DEMO_RECORD := $(BIN)/xr0 data record --width 320 --height 240 --view ego -j 2
 DEMO_DATA := data.statistics=$(DEMO)/statistics.json data.embodiment=$(POLICY)/profile.yaml data.chunk_length=20 \
   data.validation_fraction=0.05 data.batch_size=32 run.checkpoint_every=100 run.threads=1
 # $(call trained,RUN,RECIPE AND SETTINGS): a run that goes on where it was stopped.
-trained = if test -d $(DEMO)/$(1); then $(BIN)/xr0 train resume $(DEMO)/$(1); else \
+trained = if test -f $(DEMO)/$(1)/config.json; then $(BIN)/xr0 train resume $(DEMO)/$(1); else \
   $(BIN)/xr0 train $(2) --tiny --out $(DEMO)/$(1) $(DEMO_DATA); fi
 demo-policy: export OMP_NUM_THREADS := 1
 demo-policy: $(INSTALLED)-cpu $(VENV)/.renders

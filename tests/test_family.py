@@ -19,6 +19,7 @@ from xr0_engine.family import FAMILIES, VARIANT, named_family
 from xr0_engine.model.choice import choice_shapes
 from xr0_engine.model.weights import check_model, checkpoint_shapes, read_index
 from xr0_engine.sizes import config_of, published_config, published_xr1_config, tiny_config, tiny_xr1_config
+from xr0_engine.training.base import read_base
 from xr0_engine.types import CheckpointError
 
 RELEASED_KEYS = {
@@ -98,6 +99,8 @@ def test_xr0_may_call_itself_the_same(tmp_path):
     config = ModelConfig.load(tmp_path / "xr0")
     assert config == tiny_config()
     assert config.family == "xr0"
+    # A training starts from it too.
+    assert read_base(tmp_path / "xr0").config == config
 
 
 @pytest.mark.parametrize("widths", [{"mlp_width": 96}, {"output_width": 64}, {"mlp_width": 200, "output_width": 40}])
@@ -115,6 +118,12 @@ def test_widths_come_from_the_weights(tmp_path, widths):
 def test_the_offset_is_read_under_either_key(released, key):
     edit(released, lambda hf: {**hf, key: 10})
     assert ModelConfig.load(released).head.position_offset == 10
+
+
+def test_an_offset_in_another_place_is_refused(released):
+    edit(released, lambda hf: {**hf, "dit_config": {**hf["dit_config"], "inference_action_position_offset": 10}})
+    with pytest.raises(CheckpointError, match="inference_action_position_offset within dit_config: put it beside"):
+        ModelConfig.load(released)
 
 
 def test_offsets_that_differ_are_refused(released):

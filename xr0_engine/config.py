@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from xr0_engine.family import FAMILIES, VARIANT, Shapes, completed, family_of, needs_shapes, stored_shapes
+from xr0_engine.family import FAMILIES, OFFSETS, VARIANT, Shapes, completed, family_of, needs_shapes, stored_shapes
 from xr0_engine.files import FAULTS, flag, number, one_line, read_json, section, whole
 from xr0_engine.part_configs import (
     STD_EPSILON,
@@ -178,7 +178,8 @@ def read_hf_config(folder: Path) -> Any:
 
 def _read(hf: Mapping[str, Any], shapes: Shapes) -> ModelConfig:
     vlm, text, vision, dit = _parts(hf)
-    misplaced = [key for key in HEAD_KEYS if dit.get(key) is not None and key not in HEAD_SIZES and key not in hf]
+    outer_keys = dict.fromkeys((*HEAD_KEYS, *OFFSETS))
+    misplaced = [key for key in outer_keys if dit.get(key) is not None and key not in HEAD_SIZES and key not in hf]
     if misplaced:
         raise CheckpointError(f"config.json: {', '.join(misplaced)} within dit_config: put it beside dit_config")
     told = completed(hf, shapes)

@@ -183,3 +183,14 @@ def without(tensors, name):
 def test_the_other_familys_code_gets_none_of_them(like, tmp_path):
     with pytest.raises(CheckpointError, match="the released code of Xiaomi-Robotics-0 has no such action head"):
         to_released_pt(like, tmp_path / "weights.pt")
+
+
+def test_another_checkpoints_unresized_images_do_not_come_along(base, statistics, like, tmp_path):
+    """Whether images are resized is the mode's to say, as their limits are."""
+    other = shutil.copytree(like, tmp_path / "other")
+    settings = json.loads((other / "preprocessor_config.json").read_text())
+    (other / "preprocessor_config.json").write_text(json.dumps({**settings, "do_resize": False}))
+    imported(base, tmp_path / "out", other, mode="post-training", statistics=statistics)
+    made = json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())
+    assert made.get("do_resize", True) is True
+    assert made["max_pixels"] == 160_000

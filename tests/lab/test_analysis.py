@@ -50,7 +50,7 @@ def row(
             for condition in conditions(arm, SIZE)
         ],
         "inside": inside if arm.has_prefix else None,
-        "wall_s": 120.0,
+        "cpu_s": 120.0,
     }
 
 
@@ -89,7 +89,7 @@ def test_differences_are_between_the_same_seeds() -> None:
 def test_a_delay_that_is_missing_is_no_mean() -> None:
     one = row("chase-eight", RTC, 0)
     assert over_delays("async", DELAYS, "seam")(one) == pytest.approx(0.5)
-    del one["conditions"][-1]
+    one["conditions"] = [entry for entry in one["conditions"] if entry["delay_steps"] != DELAYS[-1]]
     assert over_delays("async", DELAYS, "seam")(one) is None
     assert at(Condition("guided", 4), "seam")(one) is None
 
@@ -144,7 +144,8 @@ def test_tables_are_put_between_their_marks(tmp_path: Path) -> None:
 def test_every_table_has_whole_rows() -> None:
     for name, text in tables(grid()).items():
         rows = [line for line in text.splitlines() if line.startswith("|")]
-        assert len(rows) >= 3, name
+        # Without obstacles nothing is hit.
+        assert len(rows) >= (2 if name == "hit" else 3), name
         assert len({line.count("|") for line in rows}) == 1, name
 
 

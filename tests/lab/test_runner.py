@@ -75,9 +75,10 @@ def test_a_cell_goes_on_where_it_was_ended(
     folder = out / cell.name
     row = json.loads((folder / "row.json").read_text(encoding="utf-8"))
     lines = (folder / "conditions.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    assert len(lines) == 2
+    assert len(lines) == 3
     (folder / "row.json").unlink()
     (folder / "conditions.jsonl").write_text(lines[0] + lines[1][:50], encoding="utf-8")
+    before = json.loads((folder / "begun.json").read_text(encoding="utf-8"))["cpu_s"]
     monkeypatch.setattr("xr0_engine.training.start.start_run", None)
     monkeypatch.setattr("xr0_engine.training.start.resume_run", None)
     runner.run_cell(cell, out, SMALL)
@@ -85,6 +86,9 @@ def test_a_cell_goes_on_where_it_was_ended(
     assert again["conditions"][0] == row["conditions"][0]
     assert again["conditions"][1]["measures"] == row["conditions"][1]["measures"]
     assert again["inside"] == row["inside"]
+    assert again["cpu_s"] > before > 0
+    with pytest.raises(ValueError, match=r"begun\.json: size: begun with"):
+        runner.run_cell(cell, out, replace(SMALL, episodes=4))
 
 
 def test_arms_of_a_seed_are_trained_alike_but_for_their_changes(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import socket
 import struct
 import threading
 import tracemalloc
+from contextlib import ExitStack, suppress
 
 import numpy as np
 import pytest
@@ -40,6 +41,16 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def free_ports(count: int) -> int:
+    """The first of so many in a row; from below those that connections of other tests are given."""
+    for first in np.random.default_rng().integers(20_000, 32_000, 100):
+        with ExitStack() as stack, suppress(OSError):
+            for port in range(int(first), int(first) + count):
+                stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            return int(first)
+    raise AssertionError("no ports in a row")
 
 
 class ReleasedClient:
@@ -344,7 +355,7 @@ def test_shutdown_answers_what_was_asked_in_either_protocol():
 
 
 def test_each_rank_has_a_port_of_its_own():
-    first = free_port()
+    first = free_ports(3)
     config = ServerConfig(port=0, legacy_port=first, legacy_ranks=3)
     with BackgroundServer(backend(EchoEngine()), config):
         ranks = [ReleasedClient(first + rank) for rank in range(3)]

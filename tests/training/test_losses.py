@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from xr0_engine.training.losses import error_weights, frequency_loss, mse_loss, spectrum_loss, spectrum_selection
+from xr0_engine.training.losses import (
+    choice_losses,
+    error_weights,
+    frequency_loss,
+    mse_loss,
+    spectrum_loss,
+    spectrum_selection,
+)
 
 
 def test_weights_are_relative_to_the_mean_over_the_mask_and_clamped():
@@ -13,6 +20,19 @@ def test_weights_are_relative_to_the_mean_over_the_mask_and_clamped():
     # The mean over the mask is 6; where it is 0, the error itself is clamped.
     expected = torch.tensor([[[0.5, 0.5, 5.0, 5.0], [0.5, 0.5, 0.5, 0.5]]])
     torch.testing.assert_close(error_weights(error, mask), expected)
+
+
+def test_without_any_error_all_weigh_alike():
+    error, mask = torch.zeros(1, 2, 2), torch.ones(1, 2, 2)
+    assert (error_weights(error, mask) == 0.5).all()
+
+
+def test_of_equally_good_candidates_the_first_learns():
+    candidates = torch.zeros(1, 3, 2, 1, requires_grad=True)
+    winner, _ = choice_losses(candidates, torch.zeros(1, 3), torch.ones(1, 2, 1), torch.ones(1, 2, 1))
+    winner.backward()
+    assert winner.item() == 1
+    assert candidates.grad[0, :, :, 0].tolist() == [[-0.5, -0.5], [0, 0], [0, 0]]
 
 
 def test_mse_counts_supervised_elements_only():

@@ -77,7 +77,9 @@ def import_released(source: Path, out: Path, like: str | Path, options: ImportOp
     action_config, told_by = _action_config(weights, mode, recipe, options)
     settings = read_settings(folder)
     limits = mode.limits or load_limits(folder, config.vision)
-    preprocessor = {**settings, **limits.to_hf(), "action_config": action_config}
+    # Whether images are resized at all is the limits' too.
+    others = {name: value for name, value in settings.items() if name != "do_resize"}
+    preprocessor = {**others, **limits.to_hf(), "action_config": action_config}
     dtype = IMPORT_DTYPES[options.dtype]
     num_bytes = sum(torch.Size(shape).numel() for shape in shapes.values()) * dtype.itemsize
     with whole_folder(out, num_bytes) as target:

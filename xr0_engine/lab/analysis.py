@@ -17,8 +17,6 @@ from xr0_engine.lab.arms import Condition
 SAME_REACTION_STEPS = 0.5
 """Control steps: a difference in reaction within this is none. An action is executed per step, so that a policy which
 reacts one call later reacts several steps later."""
-SAME_SUCCESS = 0.05
-"""Of success rates, likewise."""
 
 # Student's t at 97.5 % for 1, 2, ... degrees of freedom; more than ten seeds are not asked of anyone.
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
@@ -58,11 +56,19 @@ class Table:
         return estimate(value for value in values if value is not None)
 
     def difference(
-        self, task: str, arm: str, other: str, measure: Callable[[dict[str, Any]], float | None]
+        self,
+        task: str,
+        arm: str,
+        other: str,
+        measure: Callable[[dict[str, Any]], float | None],
+        of_other: Callable[[dict[str, Any]], float | None] | None = None,
     ) -> Estimate | None:
-        """arm minus other, over the seeds that both have: same data, same first weights, same noise."""
+        """arm minus other, over the seeds that both have: same data, same first weights. of_other: the other's measure,
+        where it is another one, as of another mode."""
         ours, theirs = self.seeds(task, arm), self.seeds(task, other)
-        pairs = ((measure(ours[seed]), measure(theirs[seed])) for seed in sorted(ours.keys() & theirs.keys()))
+        pairs = (
+            (measure(ours[seed]), (of_other or measure)(theirs[seed])) for seed in sorted(ours.keys() & theirs.keys())
+        )
         return estimate(a - b for a, b in pairs if a is not None and b is not None)
 
 
@@ -134,16 +140,14 @@ def window_verdict(table: Table, tasks: Sequence[str], delays: Sequence[int], ar
         reaction = table.difference(task, arm, other, over_delays("async", delays, "reaction_steps"))
         success = table.difference(task, arm, other, over_delays("async", delays, "success"))
         per_task[task] = reaction, success
-        answers.append(_answer(reaction, success))
+        answers.append(_answer(reaction))
     agreed = answers[0] if len(set(answers)) == 1 else "open"
     return Verdict(agreed, per_task)
 
 
-def _answer(reaction: Estimate | None, success: Estimate | None) -> str:
+def _answer(reaction: Estimate | None) -> str:
     if reaction is not None and reaction.is_certain and abs(reaction.mean) > SAME_REACTION_STEPS:
         return "shorter" if reaction.mean < 0 else "longer"
     if reaction is not None and reaction.is_within(SAME_REACTION_STEPS):
-        return "nothing"
-    if (reaction is None or not reaction.is_certain) and success is not None and success.is_within(SAME_SUCCESS):
         return "nothing"
     return "open"

@@ -72,7 +72,7 @@ WINDOWS = tuple(_prefixed(f"window-{size}", f"prefix, window {size}", _window(si
 WINDOW_4 = WINDOWS[2]
 OFFSET_10 = _prefixed("offset", "window 4, offset", _window(4), OFFSET)
 COLUMNS = _prefixed("columns", "window 4, offset, dropout", _window(4), OFFSET, DROPOUT)
-RELEASED = _prefixed("released", "released recipe", _window(4), OFFSET, DROPOUT, WEIGHTS)
+RELEASED = _prefixed("released", "window 4, offset, dropout, error weights", _window(4), OFFSET, DROPOUT, WEIGHTS)
 DROPOUT_ALONE = _prefixed("dropout", "prefix, dropout", DROPOUT)
 LONG = _prefixed("rtc-12", "prefix to 12", "flow.max_prefix=12")
 LONG_WINDOW = _prefixed("window-4-12", "prefix to 12, window 4", "flow.max_prefix=12", _window(4))
@@ -119,4 +119,7 @@ def conditions(arm: Arm, size: Size) -> tuple[Condition, ...]:
     if not arm.has_prefix:
         modes: tuple[Mode, ...] = ("sync", "naive", "guided")
         delayed = [Condition(mode, delay) for mode in modes for delay in size.delays]
+    elif arm in (RTC, WINDOW_4):
+        # The same policy without its prefix: what the execution does is then told from what the training does.
+        delayed += [Condition("naive", delay) for delay in size.delays]
     return (at_rest, *delayed)

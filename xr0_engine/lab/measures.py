@@ -12,11 +12,11 @@ from statistics import fmean, median
 import numpy as np
 
 from xr0_engine.lab.rollouts import Rollout
-from xr0_engine.lab.tasks import PointTask
+from xr0_engine.lab.tasks import CHUNK, PointTask
 
-DIFFERENT = 0.1
-"""Of the robot's speed: by how much an action differs that reacts. Rounding, which differs between batches, is far
-below it; an expert's first turn far above."""
+TOWARD = 0.3
+"""Of the expert's speed: how much more toward its new disc an action goes that reacts. Any change of the picture
+changes a policy's actions by a tenth; this a policy only does that means to go there."""
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,11 @@ class Measures:
     """Means over rollouts; None where a task has no such thing.
 
     success: share of rollouts. reached: share of events after which the goal was reached in time. distance: of a robot
-    from its goal, over all steps. reaction_steps: from an event to the first executed action that differs from the
-    twin's, which never sees it; an event that nothing follows counts as the steps up to the next. missed: share of
-    those. seam: change of the action where one chunk follows another. jerk: change of that change, over all steps.
-    adherence: change from a call's last prefix action to its first own one. hit: share of rollouts that ran into the
-    obstacle.
+    from its goal, over all steps. reaction_steps: from an event to the first executed action that goes toward the new
+    goal, measured against the twin's, which never sees it; an event that nothing follows counts as a whole chunk.
+    missed: share of those. seam: change of the action where one chunk follows another. jerk: change of that change,
+    over all steps. adherence: change from a call's last prefix action to its first own one. hit: share of rollouts that
+    ran into the obstacle.
     """
 
     success: float
@@ -68,10 +68,14 @@ def measure(task: PointTask, rollouts: Sequence[Rollout], pairs: Sequence[tuple[
 def reaction(task: PointTask, rollout: Rollout, twin: Rollout) -> tuple[int, bool]:
     """(control steps, whether nothing followed), of the first event that the twin lacks."""
     event = rollout.events[len(twin.events)]
-    end = min(event.end, len(rollout.actions), len(twin.actions))
-    apart = norms(task, rollout.actions[event.step : end] - twin.actions[event.step : end])
-    differs = np.flatnonzero(apart > DIFFERENT * task.speed)
-    return (int(differs[0]), False) if len(differs) else (end - event.step, True)
+    end = min(event.step + CHUNK, event.end, len(rollout.actions), len(twin.actions))
+    during = slice(event.step, end)
+    apart = (rollout.actions[during] - twin.actions[during]).reshape(-1, task.robots, 2)
+    way = rollout.goals[event.step] - rollout.positions[event.step]
+    moved = np.linalg.norm(rollout.goals[event.step] - twin.goals[event.step], axis=-1) > 0
+    toward = (apart * (way / np.linalg.norm(way, axis=-1, keepdims=True))).sum(-1)[:, moved]
+    reacts = np.flatnonzero((toward > TOWARD * task.speed).any(-1))
+    return (int(reacts[0]), False) if len(reacts) else (CHUNK, True)
 
 
 def distances(rollout: Rollout) -> np.ndarray:

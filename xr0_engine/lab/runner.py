@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 ROW_FILE, CONDITIONS_FILE, LOG_FILE = "row.json", "conditions.jsonl", "log.txt"
+BEGUN_FILE = "begun.json"
+"""Of a cell: its size, and the seconds of a processor that went into what it has. Written at each stage's end."""
 POLL_S = 0.5
 
 
@@ -73,14 +75,16 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def run_cell(cell: Cell, out: Path, size: Size) -> None:
-    """Train, try and look into one cell, from wherever its folder stands."""
-    folder, started = out / cell.name, time.monotonic()
+    """Train, try and look into one cell, from wherever its folder stands. Raises ValueError for one of another size."""
+    folder = out / cell.name
+    spent = _Spent(folder, size)
     from xr0_engine.engine import Engine
     from xr0_engine.lab.inside import look
 
     model = folder / "train" / "model"
     if not model.is_dir():
         _train(cell, out, folder / "train", size)
+        spent.add()
     engine = Engine.from_pretrained(model, "cpu", "float32", "reference")
     done = {Condition(entry["mode"], entry["delay_steps"]): entry for entry in _entries(folder)}
     for condition in conditions(cell.arm, size):
@@ -90,6 +94,8 @@ def run_cell(cell: Cell, out: Path, size: Size) -> None:
                 file.write(json.dumps(done[condition]) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
+            spent.add()
+    inside = asdict(look(engine, cell, size)) if cell.arm.has_prefix else None
     row = {
         "schema": SCHEMA,
         "task": cell.task,
@@ -98,14 +104,32 @@ def run_cell(cell: Cell, out: Path, size: Size) -> None:
         "size": asdict(size),
         "training": _training(folder / "train"),
         "conditions": [done[condition] for condition in conditions(cell.arm, size)],
-        "inside": asdict(look(engine, cell, size)) if cell.arm.has_prefix else None,
+        "inside": inside,
         "code": current_commit(),
         "processor": processor(),
-        "wall_s": round(time.monotonic() - started, 1),
+        "cpu_s": spent.add(),
     }
     write_whole(folder / ROW_FILE, json.dumps(row, indent=1) + "\n")
     # The model stays, for whoever wants to look at it; twice its size in optimiser states does not.
     shutil.rmtree(folder / "train" / "checkpoints", ignore_errors=True)
+
+
+class _Spent:
+    """The processor time of a cell, over all its legs; what a killed leg did since its last stage is not in it."""
+
+    def __init__(self, folder: Path, size: Size) -> None:
+        self._path, self._size = folder / BEGUN_FILE, json.loads(json.dumps(asdict(size)))
+        begun = read_json(self._path, FileError) if self._path.is_file() else {"size": self._size, "cpu_s": 0.0}
+        if begun.get("size") != self._size:
+            raise ValueError(f"{self._path}: size: begun with {begun.get('size')}: choose another folder")
+        self._before = float(begun["cpu_s"]) - time.process_time()
+        self.add()
+
+    def add(self) -> float:
+        """Seconds so far."""
+        total = round(self._before + time.process_time(), 1)
+        write_whole(self._path, json.dumps({"size": self._size, "cpu_s": total}))
+        return total
 
 
 def _train(cell: Cell, out: Path, folder: Path, size: Size) -> None:

@@ -52,6 +52,8 @@ def tables(table: Table) -> dict[str, str]:
         "distance": _executed(table, "distance", lambda value: value, ".3f"),
         "seam": _executed(table, "seam", lambda value: value, ".2f"),
         "inside": _inside(table),
+        "hit": _executed(table, "hit", lambda value: 100 * value, ".0f"),
+        "modes": _modes(table),
         "differences": _differences(table),
         "cells": _cells(table),
     }
@@ -125,6 +127,31 @@ def _differences(table: Table) -> str:
     return "\n".join(lines)
 
 
+def _modes(table: Table) -> str:
+    """Naive execution of a policy with prefixes minus its asynchronous one, by delay."""
+    names = {"reaction_steps": (1.0, "+.2f"), "success": (100.0, "+.1f"), "seam": (1.0, "+.3f")}
+    lines = [
+        "| task | arm, `naive` minus `async` | delay | reaction, steps | success, points | seam |",
+        "|---" * 6 + "|",
+    ]
+    for task in tasks_of(table):
+        for arm in arms_of(table, task):
+            for delay in delays_of(table):
+                found = [
+                    (
+                        table.difference(
+                            task, arm, arm, at(Condition("naive", delay), name), at(Condition("async", delay), name)
+                        ),
+                        *form,
+                    )
+                    for name, form in names.items()
+                ]
+                if any(one for one, _, _ in found):
+                    told = " | ".join(_told(one, scale, form) for one, scale, form in found)
+                    lines.append(f"| {task} | {ARMS[arm].title} | {delay} | {told} |")
+    return "\n".join(lines)
+
+
 def _cells(table: Table) -> str:
     lines = [
         "| task | arm | seeds | steps | loss | L1, of the mean's | core-minutes a cell |",
@@ -135,7 +162,7 @@ def _cells(table: Table) -> str:
             rows = list(table.seeds(task, arm).values())
             losses = table.mean(task, arm, lambda row: float(row["training"]["loss"]))
             ratios = table.mean(task, arm, lambda row: row["training"]["l1"] / row["training"]["baseline_l1"])
-            minutes = table.mean(task, arm, lambda row: float(row["wall_s"]) / 60)
+            minutes = table.mean(task, arm, lambda row: float(row["cpu_s"]) / 60)
             lines.append(
                 f"| {task} | {ARMS[arm].title} | {len(rows)} | {rows[0]['size']['steps'][task]} | "
                 f"{_told(losses, 1, '.3f')} | {_told(ratios, 1, '.2f')} | {minutes.mean if minutes else 0:.1f} |"

@@ -103,7 +103,8 @@ class PointTask:
         """What an episode begins with: robots stand on their discs."""
         if self.places == "ends":
             angle = rng.uniform(-0.3, 0.3) + (0.0 if rng.random() < 0.5 else np.pi)
-            return Scene(END * np.array([[np.cos(angle), np.sin(angle)]]))
+            # As if just arrived: the obstacle lies behind, as in all that a policy is shown.
+            return self._across(rng, Scene(END * np.array([[np.cos(angle), np.sin(angle)]])))
         return Scene(np.stack([self._place(rng, robot) for robot in range(self.robots)]))
 
     def next(self, rng: np.random.Generator, scene: Scene) -> Scene:

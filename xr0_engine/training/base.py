@@ -66,7 +66,7 @@ def read_base(checkpoint: str | Path) -> Base:
     folder = resolve_checkpoint(checkpoint)
     raw = read_hf_config(folder)
     has_head = not _is_vlm(raw)
-    config = ModelConfig.from_hf(raw if has_head else _with_head(raw))
+    config = ModelConfig.load(folder) if has_head else ModelConfig.from_hf(_with_head(raw))
     stored = read_index(folder)
     if not has_head:
         stored = {_xr0_name(name): place for name, place in stored.items()}

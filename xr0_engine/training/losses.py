@@ -23,7 +23,9 @@ def error_weights(l1_error: Tensor, mask: Tensor) -> Tensor:
     it.
     """
     mean = (l1_error * mask).sum() / _count(mask)
-    return torch.where(mask > 0, l1_error / mean, l1_error).clamp(*WEIGHT_RANGE)
+    # Without any error all weigh alike, the least.
+    relative = l1_error / torch.where(mean > 0, mean, torch.ones_like(mean))
+    return torch.where(mask > 0, relative, l1_error).clamp(*WEIGHT_RANGE)
 
 
 def mse_loss(velocity: Tensor, target: Tensor, mask: Tensor, weights: Tensor, count: float | None = None) -> Tensor:
@@ -96,7 +98,9 @@ def choice_losses(
     errors = candidate_errors(candidates, action, mask)
     counts = (mask.sum((1, 2)) > 0).float()
     samples = _count(counts) if count is None else count
-    winner = (errors.amin(1) * counts).sum() / samples
+    # amin would share its gradient out among equals; the first of them has it.
+    least = errors.gather(1, errors.argmin(1, keepdim=True)).squeeze(1)
+    winner = (least * counts).sum() / samples
     regression = (((scores.float() - errors.detach()) ** 2).mean(1) * counts).sum() / samples
     return winner, regression
 
