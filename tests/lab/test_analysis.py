@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from xr0_engine.lab.analysis import Estimate, Table, at, estimate, over_delays, sensitivity, window_verdict
-from xr0_engine.lab.arms import ARMS, CHUNK_LENGTH, DELAYS, NO_PREFIX, RTC, WINDOW_4, Arm, Condition, Size, conditions
+from xr0_engine.lab.arms import ARMS, DECIDING_TASKS, DELAYS, NO_PREFIX, RTC, WINDOW_4, Arm, Condition, Size, conditions
 from xr0_engine.lab.figures import draw_all
 from xr0_engine.lab.plans import PLANS, find_plan
 from xr0_engine.lab.runner import SCHEMA, read_rows
-from xr0_engine.lab.tables import DECIDING_TASKS, tables, write_tables
-from xr0_engine.lab.tasks import TASKS
+from xr0_engine.lab.tables import tables, write_tables
+from xr0_engine.lab.tasks import CHUNK, TASKS
 from xr0_engine.types import FileError
 
 SIZE = Size(steps={"chase-eight": 10, "two-ways": 10})
@@ -26,7 +26,7 @@ def row(
 ) -> dict[str, Any]:
     """As runner.run_cell writes it; its values rise by a hundredth a seed."""
     shift = 0.01 * seed
-    free = [late + shift] * (CHUNK_LENGTH - 4)
+    free = [late + shift] * (CHUNK - 4)
     entry = {
         "success": success + shift,
         "reaction_steps": reaction + shift,
@@ -84,6 +84,17 @@ def test_differences_are_between_the_same_seeds() -> None:
     half = fewer.difference("chase-eight", "window-4", "rtc", measure)
     assert half is not None
     assert half.seeds == 2
+
+
+def test_two_modes_of_one_policy_are_paired_too() -> None:
+    rows = [row("chase-eight", RTC, seed) for seed in range(3)]
+    for one in rows:
+        for entry in one["conditions"]:
+            entry["measures"]["seam"] += entry["mode"] == "naive"
+    naive, prefixed = (at(Condition(mode, 4), "seam") for mode in ("naive", "async"))  # type: ignore[arg-type]
+    found = Table(rows).difference("chase-eight", "rtc", "rtc", naive, prefixed)
+    assert found == Estimate(pytest.approx(1.0), pytest.approx(1.0), pytest.approx(1.0), 3)
+    assert "| +1.000 (+1.000 to +1.000) |" in tables(Table(rows))["modes"]
 
 
 def test_a_delay_that_is_missing_is_no_mean() -> None:

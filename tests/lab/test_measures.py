@@ -51,6 +51,23 @@ def test_a_reaction_goes_toward_the_new_disc() -> None:
     assert reaction(TASK, rollout(still), twin) == (CHUNK, True)
 
 
+def test_only_the_robot_whose_disc_jumped_reacts() -> None:
+    """Of two arms, what the other does is no reaction."""
+    task = TASKS["chase-two"]
+    one = rollout(np.zeros((STEPS, 2)))
+    still = {name: np.repeat(getattr(one, name), 2, axis=1) for name in ("positions", "velocities", "goals")}
+    # The second arm's disc stays, and is not where the arm is.
+    still["goals"][:, 1] = (1.0, 0.0)
+    actions = np.zeros((STEPS, 4))
+    actions[JUMP + 2 :, 2] = task.speed
+    actions[JUMP + 7 :, 1] = task.speed
+    both = replace(one, actions=actions, **still)
+    goals = still["goals"].copy()
+    goals[:, 0] = 0.0
+    twin = replace(both, actions=np.zeros((STEPS, 4)), goals=goals, events=())
+    assert reaction(task, both, twin) == (7, False)
+
+
 def test_a_reaction_after_a_chunk_is_a_miss() -> None:
     late = np.zeros((STEPS, 2))
     late[JUMP + CHUNK :] = (0, TASK.speed)

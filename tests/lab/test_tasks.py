@@ -54,6 +54,16 @@ def test_a_twin_lacks_a_change_and_all_after_it():
     assert twin.horizon == env.horizon
 
 
+def test_every_scene_is_of_a_kind_that_demonstrations_show():
+    """Two ways have an obstacle from the first picture on, or a policy would begin in what it has never seen."""
+    for task in TASKS.values():
+        scenes = [change.scene for seed in range(20) for change in schedule(task, seed, 2)[0]]
+        assert all((scene.obstacle is not None) == task.has_obstacles for scene in scenes)
+        # None begins in it.
+        for scene in (scene for scene in scenes if scene.obstacle is not None):
+            assert np.linalg.norm(scene.goals[0] - scene.obstacle[:2]) > scene.obstacle[2] + REACHED
+
+
 @EACH
 def test_robots_keep_their_limits(task):
     env = PointEnv(task)

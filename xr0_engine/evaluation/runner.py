@@ -225,7 +225,7 @@ class _Crew:
         log = self._job.folder / LOG_FOLDER / f"worker-{worker.number}.log"
         if code is None or code >= 0:
             # It was not killed: an error of the package or of the benchmark, which all trials would meet.
-            raise RuntimeError(f"a simulating process ended with exit code {code}. {_last_line(log)}")
+            raise RuntimeError(f"a simulating process ended with exit code {code}. {last_line(log)}")
         self._replace(worker, f"its simulator's process was ended by signal {-code}")
 
     def _replace(self, worker: _Worker, reason: str) -> None:
@@ -278,6 +278,7 @@ def _given_up(trial: Trial, reason: str) -> Episode:
     )
 
 
-def _last_line(log: Path) -> str:
+def last_line(log: Path) -> str:
+    """Of what a process wrote, with where."""
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.exists() else []
     return f"The last that it wrote, in {log}: {lines[-1]}" if lines else f"It wrote nothing to {log}"

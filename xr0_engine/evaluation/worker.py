@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
-from multiprocessing import parent_process
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Literal
@@ -21,6 +19,7 @@ from xr0_engine.evaluation.episode import PICTURE_EVERY, Execution, Interrupted,
 from xr0_engine.evaluation.film import Film
 from xr0_engine.evaluation.policies import Begin, Source
 from xr0_engine.serve.protocol import PolicyFailed, Refused
+from xr0_engine.training.data.parallel import end_with_parent
 from xr0_engine.types import ActionChunk, Guide, Observation
 
 BEAT_S = 1.0
@@ -83,7 +82,8 @@ def work(connection: Connection, job: Job, log: Path) -> None:
     """The process's main function. log: what simulators print goes there."""
     # Ctrl-C is the parent's, which ends its processes.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    # A parent that was killed leaves nobody to work for.
+    end_with_parent()
     _redirect(log)
     with Simulation(connection, job) as simulation:
         while (trial := connection.recv()) is not None:
@@ -193,14 +193,6 @@ class _Acting:
     def __call__(self, film: Film | None) -> Episode:
         job = self.job
         return act(self.world, self.begin, self.trial, job.execution, job.source.robot_type, film, self.beat)
-
-
-def end_with_parent() -> None:
-    """A parent that was killed leaves nobody to work for."""
-    parent = parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
 
 
 def _redirect(log: Path) -> None:

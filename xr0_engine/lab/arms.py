@@ -7,17 +7,15 @@ delay. docs/lambda.md says why these; what was predicted of them stood there bef
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
-Mode = Literal["sync", "naive", "async", "guided"]
+from xr0_engine.evaluation.benchmark import Mode
 
-CHUNK_LENGTH = 16
 DEPTH = 4
 """Layers of the action head if an arm says nothing else. Window times depth is then the chunk at a window of 4."""
-MAX_PREFIX = 6
 DELAYS = (2, 4, 6)
 """Control steps. The executor looks when it has given a step's command, so 0 and 1 are alike beside execution."""
-EPISODES = 200
+DECIDING_TASKS = ("chase-eight", "two-ways")
+"""What the answer rests on."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +95,7 @@ class Size:
     batch_size: int = 64
     repeat: int = 1
     peak_lr: float = 1.5e-3
-    episodes: int = EPISODES
+    episodes: int = 200
     twins: int = 100
     windows: int = 128
     delays: tuple[int, ...] = DELAYS

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from xr0_engine.evaluation.benchmark import Mode
 from xr0_engine.lab.analysis import Table, at, estimate, sensitivity
-from xr0_engine.lab.arms import ARMS, DECIDING, DEPTHS, RTC, WINDOW_4, WINDOWS, Condition, Mode
-from xr0_engine.lab.tables import DECIDING_TASKS, delays_of, tasks_of
+from xr0_engine.lab.arms import ARMS, DECIDING, DECIDING_TASKS, DEPTHS, RTC, WINDOW_4, WINDOWS, Condition
+from xr0_engine.lab.tables import delays_of, tasks_of
 from xr0_engine.plot import COLORS, style
 
 if TYPE_CHECKING:

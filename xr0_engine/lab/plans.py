@@ -8,6 +8,7 @@ from xr0_engine.lab.arms import (
     ARMS,
     COLUMNS,
     DECIDING,
+    DECIDING_TASKS,
     DEPTHS,
     DROPOUT_ALONE,
     LONG,
@@ -42,7 +43,6 @@ def _cells(tasks: Iterable[str], arms: Iterable[Arm], seeds: Iterable[int]) -> l
 
 
 STEPS = {"chase-four": 500, "chase-eight": 800, "chase-anywhere": 1_200, "chase-two": 1_200, "two-ways": 800}
-DECIDING_TASKS = ("chase-eight", "two-ways")
 OTHERS = tuple(arm for arm in (*WINDOWS, OFFSET_10, COLUMNS, DROPOUT_ALONE, LONG, LONG_WINDOW) if arm is not WINDOW_4)
 
 PLANS = {

@@ -22,9 +22,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from xr0_engine.bench.results import current_commit, processor
+from xr0_engine.evaluation.runner import last_line
 from xr0_engine.files import json_lines, read_json
-from xr0_engine.lab.arms import CHUNK_LENGTH, Cell, Condition, Plan, Size, conditions
-from xr0_engine.lab.tasks import find_task
+from xr0_engine.lab.arms import Cell, Condition, Plan, Size, conditions
+from xr0_engine.lab.tasks import CHUNK, find_task
 from xr0_engine.types import FileError
 from xr0_engine.whole import only_writer, whole_folder, write_whole
 
@@ -159,7 +160,7 @@ def training(cell: Cell, out: Path, size: Size) -> TrainConfig:
             config.data,
             robot=(f"xr0_engine.lab.demonstrations:{cell.task.replace('-', '_')}",),
             statistics=str(_statistics_file(out, cell.task)),
-            chunk_length=CHUNK_LENGTH,
+            chunk_length=CHUNK,
             batch_size=size.batch_size,
             workers=0,
             validation_samples=size.windows,
@@ -223,7 +224,7 @@ def _deal(out: Path, left: Sequence[Cell], planned: int, size: Size, jobs: int, 
                     cell = running.pop(process)
                     progress.advance(bar)
                     if process.exitcode or not (out / cell.name / ROW_FILE).is_file():
-                        failed = Failed(cell, _last_line(out / cell.name / LOG_FILE, process.exitcode))
+                        failed = Failed(cell, f"exit code {process.exitcode}. {last_line(out / cell.name / LOG_FILE)}")
                         progress.console.print(f"{cell.name}: {failed.reason}", markup=False, highlight=False)
                         yield failed
         finally:
@@ -235,11 +236,9 @@ def _deal(out: Path, left: Sequence[Cell], planned: int, size: Size, jobs: int, 
 
 def _work(cell: Cell, out: Path, size: Size) -> None:
     """In a process of its own."""
-    from threading import Thread
+    from xr0_engine.training.data.parallel import end_with_parent
 
-    from xr0_engine.evaluation.worker import end_with_parent
-
-    Thread(target=end_with_parent, daemon=True).start()
+    end_with_parent()
     folder = out / cell.name
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOG_FILE).open("a", encoding="utf-8") as log:
@@ -268,7 +267,7 @@ def _statistics(out: Path, task: str) -> None:
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
         source = Path(f"xr0_engine.lab.demonstrations:{task.replace('-', '_')}")
-        merge(file, compute([source], CHUNK_LENGTH, 0.1, 1), replace=False)
+        merge(file, compute([source], CHUNK, 0.1, 1), replace=False)
 
 
 def _base_folder(out: Path, cell: Cell) -> Path:
@@ -319,8 +318,3 @@ def _checked(row: Any, path: Path) -> dict[str, Any]:
     if row["schema"] != SCHEMA:
         raise FileError(f"{path}: schema: expected {SCHEMA}, got {row['schema']}: of another version of xr0-engine")
     return dict(row)
-
-
-def _last_line(log: Path, code: int | None) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.is_file() else []
-    return f"ended with exit code {code}; the last line of {log}: {lines[-1] if lines else 'none'}"

@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from xr0_engine.lab.analysis import Estimate, Table, at, over_delays, sensitivity, window_verdict
-from xr0_engine.lab.arms import ARMS, RTC, WINDOW_4, Condition
+from xr0_engine.lab.arms import ARMS, DECIDING_TASKS, RTC, WINDOW_4, Condition
 from xr0_engine.whole import write_whole
 
 Measure = Callable[[dict[str, Any]], float | None]
 
-DECIDING_TASKS = ("chase-eight", "two-ways")
-"""What the answer rests on."""
 MARK = re.compile(r"(<!-- table (?P<name>[a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 ANSWERS = {

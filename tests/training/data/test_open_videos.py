@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -142,6 +144,16 @@ assert os.waitpid(child, 0)[1] == 0
 assert [frame_number(clip.read(frame)) for frame in (11, 12, 30)] == [11, 12, 30]
 assert len(POOL._idle) == 1
 """
+
+
+def test_a_fork_closes_nothing_of_its_parents(video, pool):
+    """Closing waits for a decoder's threads, which a forked process has not."""
+    Clip(video, 0.0, 200, 30.0).read(10)
+    kept = weakref.ref(pool._idle[0].decoder)
+    pool.forget()
+    gc.collect()
+    assert pool._idle == []
+    assert kept() is not None
 
 
 def test_forked_process_opens_its_own(video):
