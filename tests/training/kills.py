@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import sys
 import tempfile
 import time
@@ -128,10 +129,7 @@ def faults_at_end(run: Run, whole: Path) -> list[str]:
     faults = []
     if exact(metrics(run.folder)) != exact(metrics(whole)):
         faults.append("its losses are not the undisturbed run's")
-    for path in (whole / EXPORTED).iterdir():
-        ours = run.folder / EXPORTED / path.name
-        if not ours.is_file() or ours.read_bytes() != path.read_bytes():
-            faults.append(f"{EXPORTED}/{path.name} is not the undisturbed run's")
+    faults += faults_of_export(run, whole)
     last = checkpoints(whole / CHECKPOINTS)[-1]
     ours = run.folder / CHECKPOINTS / last.name
     if not ours.is_dir() or differing(ours, last):
@@ -141,6 +139,15 @@ def faults_at_end(run: Run, whole: Path) -> list[str]:
         faults.append(f"one folder has, the other has not: {', '.join(sorted(left))}")
     if left := {name for name in names(run.folder) if PARTIAL in name}:
         faults.append(f"half made: {', '.join(sorted(left))}")
+    return faults
+
+
+def faults_of_export(run: Run, whole: Path) -> list[str]:
+    faults = []
+    for path in (whole / EXPORTED).iterdir():
+        ours = run.folder / EXPORTED / path.name
+        if not ours.is_file() or ours.read_bytes() != path.read_bytes():
+            faults.append(f"{EXPORTED}/{path.name} is not the undisturbed run's")
     return faults
 
 
@@ -221,11 +228,16 @@ def kill_again_and_again(order: Sequence[tuple[str, str]], chance: random.Random
         print(f"{'':4} {'process':8} {'while':22} {'step':>5} {'checkpoint':>11} {'lost':>5} {'ended':>8}", flush=True)
         for number, (moment, victim) in enumerate(order, 1):
             before = run.last_checkpoint
+            if moment == EXPORTING and (run.folder / EXPORTED).exists():
+                # The process that makes it was not hit, or was just through: there is to be one again, to be killed in.
+                faults += [f"before kill {number}: {fault}" for fault in faults_of_export(run, whole)]
+                shutil.rmtree(run.folder / EXPORTED)
             # What was killed before it had written its config is to be started anew, as it would tell.
             run.begin(*(["resume", str(run.folder)] if (run.folder / "config.json").exists() else start))
             if not wait_for(run, moment, chance, start_s):
+                codes = [rank.exitcode for rank in run.ranks]
                 run.stop()
-                faults.append(f"kill {number}: it ended by itself: {run.log.read_text()[-600:]}")
+                faults.append(f"kill {number}: it ended by itself with {codes}; its log: {run.log.read_text()[-600:]}")
                 break
             seen, kill_s = run.moment, time.monotonic()
             wrong = run.kill(VICTIMS[victim])
