@@ -31,6 +31,7 @@ def row(
         "success": success + shift,
         "reaction_steps": reaction + shift,
         "distance": 0.2,
+        "floor_steps": 2.0,
         "seam": 0.5,
     }
     inside = {
@@ -143,7 +144,9 @@ def test_tables_are_put_between_their_marks(tmp_path: Path) -> None:
     assert text.startswith("Before.\n<!-- table differences -->\n| task |")
     assert text.endswith("<!-- end -->\nAfter.\n")
     assert "old" not in text
-    assert "-0.100 (-0.100 to -0.100)" in text
+    assert "-0.200 (-0.200 to -0.200)" in text
+    # Halved, but for the seeds' own shifts: 0.1 / 0.2, 0.11 / 0.21, 0.12 / 0.22.
+    assert "| 0.52 (0.47 to 0.58) |" in text
     again = text
     write_tables(grid(late=0.1), document)
     assert document.read_text(encoding="utf-8") == again
@@ -164,6 +167,7 @@ def test_figures_are_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     rows = list(grid().rows)
     rows += [row(task, arm, 0) for task in DECIDING_TASKS for arm in ARMS.values() if arm.depth != RTC.depth]
+    assert "| chase-eight | 16 | 2 | 1 | +0.00 | +0.0 | 1.00 |" in tables(Table(rows))["window"]
     made = [path.name for path in draw_all(Table(rows), tmp_path)]
     names = ("tasks", "success", "reaction", "seam", "sensitivity", "attention", "depth")
     assert made == [f"lambda-{name}.png" for name in names]

@@ -23,7 +23,7 @@ SHARES = {"image": 0.3, "text": 0.1, "sink": 0.15, "state": 0.05, "prefix": 0.25
 
 
 class Known:
-    """Action i behind the prefix: half of the prefix's last, to the power of i, the picture's mean, and the seed."""
+    """Action i is half of the prefix's last, to the power of i; the picture's mean, the state's first, the seed."""
 
     def __init__(self):
         self.batches, self.asked = [], []
@@ -31,20 +31,25 @@ class Known:
     def infer(self, observation, prefix, seed):
         self.batches.append(len(observation))
         self.asked += zip(observation, prefix, seed, strict=True)
-        return [self._chunk(*call) for call in zip(observation, prefix, seed, strict=True)]
+        none = np.zeros((0, WIDTH), np.float32)
+        return [self._chunk(o, none if p is None else p, s) for o, p, s in zip(observation, prefix, seed, strict=True)]
 
     def _chunk(self, observation, prefix, seed):
         normalized = np.zeros((CHUNK, WIDTH), np.float32)
         normalized[: len(prefix)] = prefix
         for index in range(len(prefix), CHUNK):
-            normalized[index, :2] = 0.5 ** (index - PREFIX + 1) * prefix[-1, :2] + seed
+            normalized[index, :2] = seed
+            if len(prefix):
+                normalized[index, :2] += 0.5 ** (index - PREFIX + 1) * prefix[-1, :2]
             normalized[index, 0] += observation.images[VIEW].mean()
+            normalized[index, 1] += observation.state[0]
         # Columns that the robot does not have are noise.
         normalized[:, 2:] = np.random.default_rng(len(self.asked)).standard_normal((CHUNK, WIDTH - 2))
         return ActionChunk(normalized, normalized, np.arange(WIDTH) < 2, "lab_point", len(prefix))
 
     def attention(self, observation, prefix, seed):
         """A flow step and a layer later, more on the prefix and less on the picture."""
+        prefix = () if prefix is None else prefix
         actions = [Token("prefix" if index < len(prefix) else "action", index) for index in range(CHUNK)]
         queries = (Token("sink", 0), Token("state", 0), *actions)
         keys = (Token("image", 0, "top"), Token("text", 1), *queries)
@@ -54,7 +59,8 @@ class Known:
             weights[..., column] = SHARES[key.kind] / number[key.kind]
         moved = 0.1 * (np.arange(2)[:, None] + np.arange(3)).reshape(2, 3, 1, 1)
         weights[..., 0] -= moved
-        weights[..., 4 : 4 + len(prefix)] += moved[..., None] / len(prefix)
+        if len(prefix):
+            weights[..., 4 : 4 + len(prefix)] += moved[..., None] / len(prefix)
         # What others than noisy actions look at is no matter.
         weights[:, :, :, : 2 + len(prefix)] = 0
         return Attention(weights, np.array([0, 0.5], np.float32), queries, keys, len(prefix))
@@ -77,9 +83,20 @@ def test_what_alone_is_exchanged_is_measured(asked):
     np.testing.assert_allclose(found.sensitivity["image"], [0] * PREFIX + [of_picture] * (CHUNK - PREFIX), rtol=1e-3)
     assert found.exchanged["prefix"] == pytest.approx(difference.mean(), rel=1e-5)
     assert found.exchanged["image"] > 0
+    of_state = np.abs([w.other_state.state[0] - w.observation.state[0] for w in asked]).mean() / 2
+    assert of_state > 0.01
+    np.testing.assert_allclose(found.sensitivity["state"], [0] * PREFIX + [of_state] * (CHUNK - PREFIX), rtol=1e-3)
     # The same noise each time.
-    assert [seed for _, _, seed in engine.asked] == 3 * list(range(24))
+    assert [seed for _, _, seed in engine.asked] == 4 * list(range(24))
     json.dumps(asdict(found))
+
+
+def test_without_a_prefix_the_picture_and_the_state_are_exchanged(asked):
+    found = inside(Known(), [replace(one, prefix=one.prefix[:0], other_prefix=one.prefix[:0]) for one in asked])
+    assert found.prefix_length == 0
+    assert found.sensitivity.keys() == found.exchanged.keys() == {"image", "state"}
+    assert min(min(changes) for changes in found.sensitivity.values()) > 0
+    assert np.max(found.attention["prefix"]) == 0
 
 
 def test_attention_is_that_of_noisy_actions_by_step_and_layer(asked):
@@ -96,7 +113,7 @@ def test_attention_is_that_of_noisy_actions_by_step_and_layer(asked):
 def test_windows_go_in_batches(asked):
     engine = Known()
     inside(engine, [*asked, *asked, *asked])
-    assert engine.batches == [BATCH, 3 * 24 - BATCH] * 3
+    assert engine.batches == [BATCH, 3 * 24 - BATCH] * 4
 
 
 @pytest.mark.parametrize("name", TASKS)

@@ -89,5 +89,7 @@ def test_measures() -> None:
     assert found.distance == pytest.approx((STEPS - JUMP + 1) / STEPS)
     assert found.jerk == pytest.approx(2 * 3.0 / (STEPS - 2))
     assert (found.reaction_steps, found.missed, found.hit) == (CHUNK, 1.0, None)
+    # The jump is at 10, what is inferred after it begins at 20.
+    assert found.floor_steps == 10
     with pytest.raises(ValueError, match="rollouts"):
         measure(TASK, [])

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from xr0_engine.lab import runner
 from xr0_engine.lab.analysis import Table, at, sensitivity
-from xr0_engine.lab.arms import NO_PREFIX, RTC, WINDOW_4, Arm, Cell, Condition, Plan, Size, conditions
+from xr0_engine.lab.arms import EXPERT, NO_PREFIX, RTC, WINDOW_4, Arm, Cell, Condition, Plan, Size, conditions
 from xr0_engine.types import FileError
 
 SMALL = Size({"chase-four": 2}, batch_size=2, repeat=1, episodes=3, twins=2, windows=8, delays=(4,))
@@ -21,17 +21,19 @@ BROKEN = Arm("broken", "broken", "training_rtc", ("flow.max_prefix=-1",))
 
 @pytest.fixture(scope="module")
 def grid(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[runner.Failed]]:
-    """Two cells that work, and one that its arm's settings refuse, in processes of their own."""
+    """Three cells that work, and one that its arm's settings refuse, in processes of their own."""
     out = tmp_path_factory.mktemp("lab") / "grid"
-    cells = tuple(Cell("chase-four", arm, 0) for arm in (NO_PREFIX, WINDOW_4, BROKEN))
+    cells = tuple(Cell("chase-four", arm, 0) for arm in (EXPERT, NO_PREFIX, WINDOW_4, BROKEN))
     return out, runner.run(out, Plan(cells, SMALL), 1, Console(file=StringIO()))
 
 
 def test_a_cell_becomes_a_row(grid: tuple[Path, list[runner.Failed]]) -> None:
     out, _ = grid
     rows = {row["arm"]: row for row in runner.read_rows(out)}
-    assert rows.keys() == {"no-prefix", "window-4"}
-    for arm in (NO_PREFIX, WINDOW_4):
+    assert rows.keys() == {"expert", "no-prefix", "window-4"}
+    assert rows["expert"]["training"] == {}
+    assert rows["expert"]["inside"] is None
+    for arm in (EXPERT, NO_PREFIX, WINDOW_4):
         row = rows[arm.name]
         asked = [Condition(entry["mode"], entry["delay_steps"]) for entry in row["conditions"]]
         assert asked == list(conditions(arm, SMALL))
@@ -39,9 +41,14 @@ def test_a_cell_becomes_a_row(grid: tuple[Path, list[runner.Failed]]) -> None:
             assert len(entry["successes"]) == 3
             assert entry["measures"]["success"] == entry["successes"].count("1") / 3
             assert entry["measures"]["reaction_steps"] >= 0
-        assert row["training"]["loss"] > 0
+        assert arm is EXPERT or row["training"]["loss"] > 0
+    # Nobody knows before the first chunk that is inferred after the jump.
+    async_ = Condition("async", 4)
+    reacted, floor = (at(async_, name)(rows["expert"]) for name in ("reaction_steps", "floor_steps"))
+    assert 4 < floor <= reacted < 16
     assert sensitivity("prefix", late=True)(rows["window-4"]) is not None
-    assert rows["no-prefix"]["inside"] is None
+    assert sensitivity("prefix", late=True)(rows["no-prefix"]) is None
+    assert sensitivity("image", late=True)(rows["no-prefix"]) is not None
     for shares in rows["window-4"]["inside"]["attention"].values():
         assert [len(layers) for layers in shares] == [4] * 5
     assert at(Condition("guided", 4), "seam")(rows["no-prefix"]) is not None
@@ -64,6 +71,22 @@ def test_what_is_done_is_not_done_again(
     assert runner.run(out, plan, 1, Console(file=StringIO())) == []
     with pytest.raises(ValueError, match="size: this cell was run with"):
         runner.run(out, Plan(plan.cells, replace(SMALL, episodes=4)), 1, Console(file=StringIO()))
+
+
+def test_collected_rows_count_as_done(
+    grid: tuple[Path, list[runner.Failed]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, _ = grid
+    rows, again = tmp_path / "rows.jsonl", tmp_path / "again"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in runner.read_rows(out)), encoding="utf-8")
+    runner.restore(rows, again)
+    assert runner.read_rows(again) == runner.read_rows(out)
+    monkeypatch.setattr(runner, "_work", None)
+    plan = Plan(tuple(Cell("chase-four", arm, 0) for arm in (EXPERT, WINDOW_4)), SMALL)
+    assert runner.run(again, plan, 1, Console(file=StringIO())) == []
+    rows.write_text(json.dumps(runner.read_rows(out)[0] | {"arm": "../elsewhere"}) + "\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="arm: expected one of"):
+        runner.restore(rows, again)
 
 
 def test_a_cell_goes_on_where_it_was_ended(

@@ -22,6 +22,9 @@ def run(
     out: Annotated[Path, typer.Argument(help="Folder of the grid: a folder a cell; the same call goes on with it.")],
     plan: Annotated[str, typer.Option(help="quick (ten minutes), committed (docs/lambda.md's), whole.")] = "quick",
     jobs: Annotated[int, typer.Option(min=1, help="Cells at a time, one core each.")] = 2,
+    known: Annotated[
+        Path | None, typer.Option(metavar="FILE.jsonl", help="Of `collect`: its cells count as done, and come along.")
+    ] = None,
     only: Annotated[str | None, typer.Option(metavar="PATTERN", help="Of cells, such as 'two-ways/*/seed-0'.")] = None,
 ) -> None:
     """Train, try and look into the cells of a plan that are not done yet. Ends with 1 if some failed."""
@@ -38,6 +41,8 @@ def run(
         chosen = Plan(tuple(cell for cell in chosen.cells if fnmatch(cell.name, only)), chosen.size)
         if not chosen.cells:
             raise ValueError(f"--only: no cell of plan {plan!r} is called like {only!r}")
+    if known is not None:
+        runner.restore(known, out)
     failed = runner.run(out, chosen, jobs, Console(stderr=True))
     print(f"{out}: {len(chosen.cells) - len(failed)} of {len(chosen.cells)} cells are done")
     if failed:

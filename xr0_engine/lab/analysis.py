@@ -7,7 +7,7 @@ known, not how well its arm is.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
@@ -65,11 +65,27 @@ class Table:
     ) -> Estimate | None:
         """arm minus other, over the seeds that both have: same data, same first weights. of_other: the other's measure,
         where it is another one, as of another mode."""
+        return estimate(a - b for a, b in self._pairs(task, arm, other, measure, of_other or measure))
+
+    def ratio(
+        self, task: str, arm: str, other: str, measure: Callable[[dict[str, Any]], float | None]
+    ) -> Estimate | None:
+        """arm over other, seed by seed as difference."""
+        return estimate(a / b for a, b in self._pairs(task, arm, other, measure, measure) if b)
+
+    def _pairs(
+        self,
+        task: str,
+        arm: str,
+        other: str,
+        measure: Callable[[dict[str, Any]], float | None],
+        of_other: Callable[[dict[str, Any]], float | None],
+    ) -> Iterator[tuple[float, float]]:
         ours, theirs = self.seeds(task, arm), self.seeds(task, other)
-        pairs = (
-            (measure(ours[seed]), (of_other or measure)(theirs[seed])) for seed in sorted(ours.keys() & theirs.keys())
-        )
-        return estimate(a - b for a, b in pairs if a is not None and b is not None)
+        for seed in sorted(ours.keys() & theirs.keys()):
+            a, b = measure(ours[seed]), of_other(theirs[seed])
+            if a is not None and b is not None:
+                yield a, b
 
 
 def estimate(values: Iterable[float]) -> Estimate | None:
@@ -111,8 +127,8 @@ def over_delays(mode: str, delays: Sequence[int], name: str) -> Callable[[dict[s
 
 
 def sensitivity(to: str, late: bool) -> Callable[[dict[str, Any]], float | None]:
-    """Of the actions behind the prefix to a swapped `prefix` or `image`; late: of the last half of them, else the first
-    action alone."""
+    """Of the actions behind the prefix to a swapped `prefix`, `image` or `state`; late: of the last half of them, else
+    the first action alone."""
 
     def measure(row: dict[str, Any]) -> float | None:
         inside = row.get("inside")

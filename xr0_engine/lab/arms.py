@@ -14,24 +14,26 @@ DEPTH = 4
 """Layers of the action head if an arm says nothing else. Window times depth is then the chunk at a window of 4."""
 DELAYS = (2, 4, 6)
 """Control steps. The executor looks when it has given a step's command, so 0 and 1 are alike beside execution."""
+LONGER_DELAY = 8
+"""Of arms with longer prefixes, besides: half a chunk, more than which cannot be bridged."""
 DECIDING_TASKS = ("chase-eight", "two-ways")
 """What the answer rests on."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """How a policy is trained. recipe: of the trainer. changes: KEY=VALUE, as `xr0 train` takes them. depth: layers of
-    the action head. title: in figures."""
+    """How a policy is trained. recipe: of the trainer; None of the expert, which is not trained. changes: KEY=VALUE, as
+    `xr0 train` takes them. depth: layers of the action head. title: in figures."""
 
     name: str
     title: str
-    recipe: str
+    recipe: str | None
     changes: tuple[str, ...] = ()
     depth: int = DEPTH
 
     @property
     def has_prefix(self) -> bool:
-        return self.recipe != "post_train_sync"
+        return self.recipe not in (None, "post_train_sync")
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ def _prefixed(name: str, title: str, *changes: str, depth: int = DEPTH) -> Arm:
 
 OFFSET, DROPOUT, WEIGHTS = "model.position_offset=10", "flow.column_dropout=0.5", "flow.reweight_errors=true"
 
+EXPERT = Arm("expert", "expert", None)
+"""Looks into the task, reacts at once: the most that a condition lets anyone reach."""
 NO_PREFIX = Arm("no-prefix", "no prefix", "post_train_sync")
 RTC = _prefixed("rtc", "prefix")
 WINDOWS = tuple(_prefixed(f"window-{size}", f"prefix, window {size}", _window(size)) for size in (1, 2, 4, 8))
@@ -79,10 +83,17 @@ DEPTHS = tuple(
     for depth in (2, 8, 16)
     for arm in (RTC, WINDOW_4)
 )
+WINDOW_PAIRS = tuple(
+    sorted(((RTC, WINDOW_4), *zip(DEPTHS[::2], DEPTHS[1::2], strict=True)), key=lambda pair: pair[0].depth)
+)
+"""Arms that differ by the window alone: (without, with), by depth."""
 
 DECIDING = (NO_PREFIX, RTC, WINDOW_4, RELEASED)
 """These get the most seeds: what the answer rests on."""
-ARMS = {arm.name: arm for arm in (*DECIDING, *WINDOWS, OFFSET_10, COLUMNS, DROPOUT_ALONE, LONG, LONG_WINDOW, *DEPTHS)}
+ARMS = {
+    arm.name: arm
+    for arm in (EXPERT, *DECIDING, *WINDOWS, OFFSET_10, COLUMNS, DROPOUT_ALONE, LONG, LONG_WINDOW, *DEPTHS)
+}
 
 
 @dataclass(frozen=True)
@@ -113,8 +124,11 @@ class Plan:
 def conditions(arm: Arm, size: Size) -> tuple[Condition, ...]:
     """What an arm's policies are tried at."""
     at_rest = Condition("sync", 0)
-    delayed = [Condition("async", delay) for delay in size.delays]
-    if not arm.has_prefix:
+    delays = (*size.delays, LONGER_DELAY) if arm in (LONG, LONG_WINDOW) else size.delays
+    delayed = [Condition("async", delay) for delay in delays]
+    if arm == EXPERT:
+        delayed += [Condition("naive", delay) for delay in delays]
+    elif not arm.has_prefix:
         modes: tuple[Mode, ...] = ("sync", "naive", "guided")
         delayed = [Condition(mode, delay) for mode in modes for delay in size.delays]
     elif arm in (RTC, WINDOW_4):

@@ -10,7 +10,7 @@ import numpy as np
 
 from xr0_engine.evaluation.benchmark import Mode
 from xr0_engine.lab.analysis import Table, at, estimate, sensitivity
-from xr0_engine.lab.arms import ARMS, DECIDING, DECIDING_TASKS, DEPTHS, RTC, WINDOW_4, WINDOWS, Condition
+from xr0_engine.lab.arms import ARMS, DECIDING, DECIDING_TASKS, DEPTHS, RTC, WINDOW_4, WINDOW_PAIRS, WINDOWS, Condition
 from xr0_engine.lab.tables import delays_of, tasks_of
 from xr0_engine.plot import COLORS, style
 
@@ -26,6 +26,7 @@ LINES: tuple[tuple[str, Mode], ...] = (
     ("rtc", "async"),
     ("window-4", "async"),
     ("released", "async"),
+    ("expert", "async"),
 )
 """(arm, mode) of the curves over the delay."""
 SCENES = (("chase-eight", 3), ("chase-two", 1), ("two-ways", 2))
@@ -167,12 +168,14 @@ def _depth(table: Table) -> Figure | None:
     if not tasks:
         return None
     figure, places = _panels(len(tasks))
-    families = {RTC.title: (RTC, *DEPTHS[::2]), WINDOW_4.title: (WINDOW_4, *DEPTHS[1::2])}
+    families = {
+        RTC.title: [without for without, _ in WINDOW_PAIRS],
+        WINDOW_4.title: [window for _, window in WINDOW_PAIRS],
+    }
     measure: Callable[[dict[str, Any]], float | None] = sensitivity("prefix", late=True)
     for axes, task in zip(places, tasks, strict=True):
         for number, (title, arms) in enumerate(families.items()):
-            rising = sorted(arms, key=lambda arm: arm.depth)
-            found = [(arm.depth, table.mean(task, arm.name, measure)) for arm in rising]
+            found = [(arm.depth, table.mean(task, arm.name, measure)) for arm in arms]
             known = [(depth, one) for depth, one in found if one is not None]
             if known:
                 axes.plot(

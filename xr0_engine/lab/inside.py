@@ -34,21 +34,24 @@ GROUPS = ("prefix", "own", "image", "text", "state", "sink")
 @dataclass(frozen=True, eq=False)
 class Window:
     """An observation with its prefix (P, A), robot units, and the noise of its chunk; and what each may be exchanged
-    for. other_prefix: (P, A), another window's. other_image: the observation with another picture alone."""
+    for. other_prefix: (P, A), another window's. other_image, other_state: the observation with another picture, or
+    another robot's state, alone."""
 
     observation: Observation
     prefix: np.ndarray
     seed: int
     other_prefix: np.ndarray
     other_image: Observation
+    other_state: Observation
 
 
 @dataclass(frozen=True)
 class Inside:
-    """prefix_length: P. sensitivity: `prefix` and `image` -> for each place in the chunk, how far its action moves if
-    that alone is exchanged: mean over windows and active columns of its absolute change, in the model's units (std of
-    the training data). Of the P given ones it is the change of what was given. exchanged: the same two -> how large the
-    exchange was, mean absolute change of the prefix in the model's units, and of the picture's bytes.
+    """prefix_length: P. sensitivity: `prefix` (unless P is 0), `image` and `state` -> for each place in the chunk, how
+    far its action moves if that alone is exchanged: mean over windows and active columns of its absolute change, in the
+    model's units (std of the training data). Of the P given ones it is the change of what was given. exchanged: the
+    same -> how large the exchange was: mean absolute change of the prefix in the model's units, of the picture's bytes,
+    of the state in the robot's.
 
     attention: group of GROUPS -> by flow step and layer, the share of its attention that a noisy action gives it, mean
     over actions, heads and windows; shares of all groups sum to 1.
@@ -61,8 +64,12 @@ class Inside:
 
 
 def look(engine: Engine, cell: Cell, size: Size) -> Inside:
-    """A cell's policy, at windows of demonstrations that it was not trained on."""
-    return inside(engine, windows(find_task(cell.task), size.windows))
+    """A cell's policy, at windows of demonstrations that it was not trained on; without their prefixes, if it was
+    trained without."""
+    asked = windows(find_task(cell.task), size.windows)
+    if not cell.arm.has_prefix:
+        asked = [replace(window, prefix=window.prefix[:0], other_prefix=window.prefix[:0]) for window in asked]
+    return inside(engine, asked)
 
 
 def inside(engine: Engine, asked: Sequence[Window]) -> Inside:
@@ -77,16 +84,23 @@ def inside(engine: Engine, asked: Sequence[Window]) -> Inside:
 def interventions(engine: Engine, asked: Sequence[Window]) -> tuple[dict[str, list[float]], dict[str, float]]:
     """Inside.sensitivity and Inside.exchanged: the same noise each time, one thing exchanged."""
     plain = _sampled(engine, [(window.observation, window.prefix, window.seed) for window in asked])
-    prefix = _sampled(engine, [(window.observation, window.other_prefix, window.seed) for window in asked])
-    image = _sampled(engine, [(window.other_image, window.prefix, window.seed) for window in asked])
-    changes = {name: np.abs(other - plain).mean((0, 2)) for name, other in (("prefix", prefix), ("image", image))}
+    calls = {
+        "image": [(window.other_image, window.prefix, window.seed) for window in asked],
+        "state": [(window.other_state, window.prefix, window.seed) for window in asked],
+    }
     pictures = [
         np.abs(window.observation.images[view].astype(float) - window.other_image.images[view]).mean()
         for window in asked
         for view in window.observation.images
     ]
+    states_ = [np.abs(window.observation.state - window.other_state.state).mean() for window in asked]
+    exchanged = {"image": float(np.mean(pictures)), "state": float(np.mean(states_))}
     length = len(asked[0].prefix)
-    exchanged = {"prefix": float(changes["prefix"][:length].mean()), "image": float(np.mean(pictures))}
+    if length:
+        calls["prefix"] = [(window.observation, window.other_prefix, window.seed) for window in asked]
+    changes = {name: np.abs(_sampled(engine, some) - plain).mean((0, 2)) for name, some in calls.items()}
+    if length:
+        exchanged["prefix"] = float(changes["prefix"][:length].mean())
     return {name: change.tolist() for name, change in changes.items()}, exchanged
 
 
@@ -94,7 +108,8 @@ def attention(engine: Engine, asked: Sequence[Window]) -> dict[str, list[list[fl
     """Inside.attention."""
     sums: dict[str, np.ndarray] = {}
     for window in asked:
-        seen = engine.attention(window.observation, prefix=window.prefix, seed=window.seed)
+        prefix = window.prefix if len(window.prefix) else None
+        seen = engine.attention(window.observation, prefix=prefix, seed=window.seed)
         noisy = seen.where("action", of="queries")
         for group in GROUPS:
             # Mean over heads and noisy actions: by flow step and layer.
@@ -104,9 +119,10 @@ def attention(engine: Engine, asked: Sequence[Window]) -> dict[str, list[list[fl
 
 
 def windows(task: PointTask, count: int, seed: int = HELD_OUT) -> list[Window]:
-    """Of `count` demonstrations, one each, at a tick that is drawn. The prefix is what the expert did; the other one is
-    the next demonstration's; the other picture shows the same robot, and the disc (and obstacle) of the next whose disc
-    is elsewhere. Raises ValueError for fewer than two, or discs that are all in one place."""
+    """Of `count` demonstrations, one each, at a tick that is drawn. The prefix is what the expert did; the other one,
+    and the other state, are the next demonstration's; the other picture shows the same robot, and the disc (and
+    obstacle) of the next whose disc is elsewhere. Raises ValueError for fewer than two, or discs that are all in one
+    place."""
     if count < 2:
         raise ValueError(f"count: expected at least two windows to exchange between, got {count}")
     paths = demonstrate(task, count, seed)
@@ -117,15 +133,19 @@ def windows(task: PointTask, count: int, seed: int = HELD_OUT) -> list[Window]:
     prefixes = [_actions(task, paths.positions[number], paths.wanted[number], int(ticks[number])) for number in whole]
     obstacles = [None if paths.obstacles is None else paths.obstacles[number] for number in whole]
     made = []
+    spans = [slice(tick, tick + 1) for tick in ticks.tolist()]
+    rows = [
+        states(paths.positions[number][span], paths.velocities[number][span])[0] for number, span in enumerate(spans)
+    ]
     for number in whole:
-        tick = int(ticks[number])
-        at, speed = paths.positions[number][tick : tick + 1], paths.velocities[number][tick : tick + 1]
         picture = draw(places[number], paths.goals[number], obstacles[number])
-        observation = Observation({VIEW: picture}, task.instruction, states(at, speed)[0], task.robot_type)
+        observation = Observation({VIEW: picture}, task.instruction, rows[number], task.robot_type)
         elsewhere = _elsewhere(paths.goals, number)
         other = draw(places[number], paths.goals[elsewhere], obstacles[elsewhere])
         other_image = replace(observation, images={VIEW: other})
-        made.append(Window(observation, prefixes[number], number, prefixes[(number + 1) % count], other_image))
+        following = (number + 1) % count
+        other_state = replace(observation, state=rows[following])
+        made.append(Window(observation, prefixes[number], number, prefixes[following], other_image, other_state))
     return made
 
 
@@ -156,7 +176,8 @@ def _sampled(engine: Engine, calls: Sequence[tuple[Observation, np.ndarray, int]
     def batches() -> Iterator[np.ndarray]:
         for begin in range(0, len(calls), BATCH):
             observations, prefixes, seeds = zip(*calls[begin : begin + BATCH], strict=True)
-            chunks = engine.infer(list(observations), prefix=list(prefixes), seed=list(seeds))
+            given = [prefix if len(prefix) else None for prefix in prefixes]
+            chunks = engine.infer(list(observations), prefix=given, seed=list(seeds))
             yield np.stack([chunk.normalized[:, chunk.active_columns] for chunk in chunks])
 
     return np.concatenate(list(batches())).astype(np.float64)

@@ -26,8 +26,9 @@ class Measures:
     success: share of rollouts. reached: share of events after which the goal was reached in time. distance: of a robot
     from its goal, over all steps. reaction_steps: from an event to the first executed action that goes toward the new
     goal, measured against the twin's, which never sees it; an event that nothing follows counts as a whole chunk.
-    missed: share of those. seam: change of the action where one chunk follows another. jerk: change of that change,
-    over all steps. adherence: change from a call's last prefix action to its first own one. hit: share of rollouts that
+    missed: share of those. floor_steps: until the first action whose chunk's observation could show the event: no
+    policy reacts sooner. seam: change of the action where one chunk follows another. jerk: change of that change, over
+    all steps. adherence: change from a call's last prefix action to its first own one. hit: share of rollouts that
     ran into the obstacle.
     """
 
@@ -37,6 +38,7 @@ class Measures:
     reaction_steps: float | None
     reaction_median: float | None
     missed: float | None
+    floor_steps: float | None
     seam: float | None
     jerk: float
     adherence: float | None
@@ -58,6 +60,7 @@ def measure(task: PointTask, rollouts: Sequence[Rollout], pairs: Sequence[tuple[
         reaction_steps=fmean(steps) if steps else None,
         reaction_median=float(median(steps)) if steps else None,
         missed=fmean(is_missed for _, is_missed in reactions) if reactions else None,
+        floor_steps=_mean([floor(rollout, twin) for rollout, twin in pairs]),
         seam=_mean([jump for rollout in rollouts for jump in changes(task, rollout)[rollout.seams]]),
         jerk=fmean(float(jerks(task, rollout).mean()) for rollout in rollouts),
         adherence=_mean([jump for rollout in rollouts for jump in continuations(task, rollout)]),
@@ -76,6 +79,14 @@ def reaction(task: PointTask, rollout: Rollout, twin: Rollout) -> tuple[int, boo
     toward = (apart * (way / np.linalg.norm(way, axis=-1, keepdims=True))).sum(-1)[:, moved]
     reacts = np.flatnonzero((toward > TOWARD * task.speed).any(-1))
     return (int(reacts[0]), False) if len(reacts) else (CHUNK, True)
+
+
+def floor(rollout: Rollout, twin: Rollout) -> float:
+    """Control steps from the first event that the twin lacks to the first executed action of a chunk that was inferred
+    from what came after it; CHUNK if there is none within a chunk."""
+    event = rollout.events[len(twin.events)]
+    takeovers = [call.takeover for call in rollout.calls if call.observed_step >= event.step]
+    return float(min((step - event.step for step in takeovers if step is not None), default=CHUNK))
 
 
 def distances(rollout: Rollout) -> np.ndarray:

@@ -11,6 +11,7 @@ from xr0_engine.lab.arms import (
     DECIDING_TASKS,
     DEPTHS,
     DROPOUT_ALONE,
+    EXPERT,
     LONG,
     LONG_WINDOW,
     NO_PREFIX,
@@ -25,8 +26,9 @@ from xr0_engine.lab.arms import (
 )
 from xr0_engine.lab.tasks import TASKS
 
-SEEDS = 5
-"""Of the arms that decide."""
+SEEDS, FEWER_SEEDS = 5, 3
+"""Of the arms that decide; of others."""
+TASKS_TOLD = (*DECIDING_TASKS, "chase-two")
 
 
 def find_plan(name: str) -> Plan:
@@ -44,18 +46,24 @@ def _cells(tasks: Iterable[str], arms: Iterable[Arm], seeds: Iterable[int]) -> l
 
 STEPS = {"chase-four": 500, "chase-eight": 800, "chase-anywhere": 1_200, "chase-two": 1_200, "two-ways": 800}
 OTHERS = tuple(arm for arm in (*WINDOWS, OFFSET_10, COLUMNS, DROPOUT_ALONE, LONG, LONG_WINDOW) if arm is not WINDOW_4)
+TRAINED = tuple(arm for arm in ARMS.values() if arm is not EXPERT)
 
 PLANS = {
     "quick": Plan(
-        tuple(_cells(("chase-four",), (NO_PREFIX, RTC, WINDOW_4), (0,))),
+        tuple(_cells(("chase-four",), (EXPERT, NO_PREFIX, RTC, WINDOW_4), (0,))),
         Size(steps=dict.fromkeys(TASKS, 200), episodes=32, twins=16, windows=32, delays=(4,)),
     ),
     "committed": Plan(
         (
+            *_cells(TASKS_TOLD, (EXPERT,), (0,)),
             *_cells(DECIDING_TASKS, DECIDING, range(SEEDS)),
-            *_cells(DECIDING_TASKS, (*OTHERS, *DEPTHS), range(2)),
+            *_cells(("chase-two",), DECIDING, range(FEWER_SEEDS)),
+            *_cells(DECIDING_TASKS, (*OTHERS, *DEPTHS), range(FEWER_SEEDS)),
         ),
         Size(steps=STEPS),
     ),
-    "whole": Plan(tuple(_cells(TASKS, ARMS.values(), range(SEEDS))), Size(steps=STEPS, delays=(1, 2, 3, 4, 5, 6))),
+    "whole": Plan(
+        (*_cells(TASKS, (EXPERT,), (0,)), *_cells(TASKS, TRAINED, range(SEEDS))),
+        Size(steps=STEPS, delays=(1, 2, 3, 4, 5, 6)),
+    ),
 }

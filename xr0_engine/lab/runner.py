@@ -24,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from xr0_engine.bench.results import current_commit, processor
 from xr0_engine.evaluation.runner import last_line
 from xr0_engine.files import json_lines, read_json
-from xr0_engine.lab.arms import Cell, Condition, Plan, Size, conditions
+from xr0_engine.lab.arms import ARMS, Cell, Condition, Plan, Size, conditions
 from xr0_engine.lab.tasks import CHUNK, find_task
 from xr0_engine.types import FileError
 from xr0_engine.whole import only_writer, whole_folder, write_whole
@@ -59,6 +59,8 @@ def run(out: Path, plan: Plan, jobs: int, console: Console) -> list[Failed]:
         left = [cell for cell in plan.cells if not _is_done(out / cell.name, plan.size)]
         # Shared by cells, so made before any of them runs.
         for cell in left:
+            if cell.arm.recipe is None:
+                continue
             _base(out, cell)
             _statistics(out, cell.task)
         return list(_deal(out, left, len(plan.cells), plan.size, jobs, console))
@@ -75,18 +77,26 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def restore(rows: Path, out: Path) -> None:
+    """Put the rows of a file of `xr0 lab collect` where their cells would lie, so that these count as done. Cells that
+    have a row keep it. Raises FileError; ValueError if there is none, or a task or an arm is unknown."""
+    for row in read_rows(rows):
+        if row["arm"] not in ARMS:
+            raise ValueError(f"{rows}: arm: expected one of {', '.join(ARMS)}, got {row['arm']!r}")
+        file = out / Cell(find_task(row["task"]).name, ARMS[row["arm"]], row["seed"]).name / ROW_FILE
+        if not file.is_file():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(file, json.dumps(row, indent=1) + "\n")
+
+
 def run_cell(cell: Cell, out: Path, size: Size) -> None:
-    """Train, try and look into one cell, from wherever its folder stands. Raises ValueError for one of another size."""
+    """Train, try and look into one cell, from wherever its folder stands; an expert is only tried. Raises ValueError
+    for one of another size."""
     folder = out / cell.name
     spent = _Spent(folder, size)
-    from xr0_engine.engine import Engine
     from xr0_engine.lab.inside import look
 
-    model = folder / "train" / "model"
-    if not model.is_dir():
-        _train(cell, out, folder / "train", size)
-        spent.add()
-    engine = Engine.from_pretrained(model, "cpu", "float32", "reference")
+    engine = None if cell.arm.recipe is None else _trained(cell, out, size, spent)
     done = {Condition(entry["mode"], entry["delay_steps"]): entry for entry in _entries(folder)}
     for condition in conditions(cell.arm, size):
         if condition not in done:
@@ -96,16 +106,15 @@ def run_cell(cell: Cell, out: Path, size: Size) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             spent.add()
-    inside = asdict(look(engine, cell, size)) if cell.arm.has_prefix else None
     row = {
         "schema": SCHEMA,
         "task": cell.task,
         "arm": cell.arm.name,
         "seed": cell.seed,
         "size": asdict(size),
-        "training": _training(folder / "train"),
+        "training": {} if engine is None else _training(folder / "train"),
         "conditions": [done[condition] for condition in conditions(cell.arm, size)],
-        "inside": inside,
+        "inside": None if engine is None else asdict(look(engine, cell, size)),
         "code": current_commit(),
         "processor": processor(),
         "cpu_s": spent.add(),
@@ -113,6 +122,16 @@ def run_cell(cell: Cell, out: Path, size: Size) -> None:
     write_whole(folder / ROW_FILE, json.dumps(row, indent=1) + "\n")
     # The model stays, for whoever wants to look at it; twice its size in optimiser states does not.
     shutil.rmtree(folder / "train" / "checkpoints", ignore_errors=True)
+
+
+def _trained(cell: Cell, out: Path, size: Size, spent: _Spent) -> Engine:
+    from xr0_engine.engine import Engine
+
+    folder = out / cell.name / "train"
+    if not (folder / "model").is_dir():
+        _train(cell, out, folder, size)
+        spent.add()
+    return Engine.from_pretrained(folder / "model", "cpu", "float32", "reference")
 
 
 class _Spent:
@@ -146,10 +165,13 @@ def _train(cell: Cell, out: Path, folder: Path, size: Size) -> None:
 
 
 def training(cell: Cell, out: Path, size: Size) -> TrainConfig:
-    """How a cell is trained: alike for all arms but for the arm's own changes."""
+    """How a cell is trained: alike for all arms but for the arm's own changes. Raises ValueError for an arm without a
+    recipe."""
     from xr0_engine.training.config import OptimConfig, RunConfig, override
     from xr0_engine.training.recipes import RECIPES, tiny
 
+    if cell.arm.recipe is None:
+        raise ValueError(f"{cell.name}: an expert is not trained")
     config = tiny(RECIPES[cell.arm.recipe]())
     steps = size.steps[cell.task]
     config = replace(
@@ -172,7 +194,7 @@ def training(cell: Cell, out: Path, size: Size) -> TrainConfig:
     return override(config, cell.arm.changes)
 
 
-def _try(cell: Cell, engine: Engine, condition: Condition, size: Size) -> dict[str, Any]:
+def _try(cell: Cell, engine: Engine | None, condition: Condition, size: Size) -> dict[str, Any]:
     """One condition's entry in the row."""
     from xr0_engine.lab.benchmark import PointBenchmark
     from xr0_engine.lab.measures import measure

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from xr0_engine.lab.analysis import Estimate, Table, at, over_delays, sensitivity, window_verdict
-from xr0_engine.lab.arms import ARMS, DECIDING_TASKS, RTC, WINDOW_4, Condition
+from xr0_engine.lab.arms import ARMS, DECIDING_TASKS, RTC, WINDOW_4, WINDOW_PAIRS, Condition
 from xr0_engine.whole import write_whole
 
 Measure = Callable[[dict[str, Any]], float | None]
@@ -47,12 +47,14 @@ def tables(table: Table) -> dict[str, str]:
         "answer": _answer(table),
         "success": _executed(table, "success", lambda value: 100 * value, ".0f"),
         "reaction": _executed(table, "reaction_steps", lambda value: value, ".1f"),
+        "floor": _executed(table, "floor_steps", lambda value: value, ".1f"),
         "distance": _executed(table, "distance", lambda value: value, ".3f"),
         "seam": _executed(table, "seam", lambda value: value, ".2f"),
         "inside": _inside(table),
         "hit": _executed(table, "hit", lambda value: 100 * value, ".0f"),
         "modes": _modes(table),
         "differences": _differences(table),
+        "window": _window(table),
         "cells": _cells(table),
     }
 
@@ -69,7 +71,7 @@ def _answer(table: Table) -> str:
 
 def _executed(table: Table, name: str, scaled: Callable[[float], float], form: str) -> str:
     """A row for each task, arm and mode; a column for each delay."""
-    delays = (0, *delays_of(table))
+    delays = sorted({entry["delay_steps"] for row in table.rows for entry in row["conditions"]})
     lines = ["| task | arm | mode | " + " | ".join(f"delay {delay}" for delay in delays) + " |"]
     lines.append("|---|---|---|" + "---|" * len(delays))
     for task in tasks_of(table):
@@ -88,6 +90,8 @@ def _inside(table: Table) -> str:
         "prefix, last half": sensitivity("prefix", late=True),
         "image, first action": sensitivity("image", late=False),
         "image, last half": sensitivity("image", late=True),
+        "state, first action": sensitivity("state", late=False),
+        "state, last half": sensitivity("state", late=True),
     }
     lines = ["| task | arm | " + " | ".join(columns) + " |", "|---|---|" + "---|" * len(columns)]
     for task in tasks_of(table):
@@ -105,11 +109,11 @@ def _differences(table: Table) -> str:
         "reaction, steps": (over_delays("async", delays, "reaction_steps"), 1, "+.2f"),
         "success, points": (over_delays("async", delays, "success"), 100, "+.1f"),
         "seam": (over_delays("async", delays, "seam"), 1, "+.3f"),
-        "to the prefix, late": (sensitivity("prefix", late=True), 1, "+.3f"),
         "to the image, first": (sensitivity("image", late=False), 1, "+.3f"),
     }
-    lines = ["| task | arm, minus `prefix` | seeds | " + " | ".join(columns) + " |"]
-    lines.append("|---|---|---|" + "---|" * len(columns))
+    titles = " | ".join((*columns, "to the prefix, late: times"))
+    lines = [f"| task | arm, minus `prefix` | seeds | {titles} |"]
+    lines.append("|---|---|---|" + "---|" * (len(columns) + 1))
     for task in tasks_of(table):
         for arm in arms_of(table, task):
             if arm == RTC.name or not ARMS[arm].has_prefix or ARMS[arm].depth != RTC.depth:
@@ -120,8 +124,28 @@ def _differences(table: Table) -> str:
             ]
             seeds = max((one.seeds for one, _, _ in found if one is not None), default=0)
             if seeds:
+                found.append((table.ratio(task, arm, RTC.name, sensitivity("prefix", late=True)), 1, ".2f"))
                 told = " | ".join(_told(one, scale, form) for one, scale, form in found)
                 lines.append(f"| {task} | {ARMS[arm].title} | {seeds} | {told} |")
+    return "\n".join(lines)
+
+
+def _window(table: Table) -> str:
+    """Window 4 minus none, by the depth of the action head and the delay."""
+    lines = [
+        "| task | layers | delay | seeds | reaction, steps | success, points | to the prefix, late: times |",
+        "|---" * 7 + "|",
+    ]
+    for task in tasks_of(table):
+        for without, window in WINDOW_PAIRS:
+            for delay in delays_of(table):
+                condition = Condition("async", delay)
+                reaction = table.difference(task, window.name, without.name, at(condition, "reaction_steps"))
+                success = table.difference(task, window.name, without.name, at(condition, "success"))
+                if success is not None:
+                    late = table.ratio(task, window.name, without.name, sensitivity("prefix", late=True))
+                    told = f"{_told(reaction, 1, '+.2f')} | {_told(success, 100, '+.1f')} | {_told(late, 1, '.2f')}"
+                    lines.append(f"| {task} | {without.depth} | {delay} | {success.seeds} | {told} |")
     return "\n".join(lines)
 
 
@@ -157,7 +181,9 @@ def _cells(table: Table) -> str:
     ]
     for task in tasks_of(table):
         for arm in arms_of(table, task):
-            rows = list(table.seeds(task, arm).values())
+            rows = [row for row in table.seeds(task, arm).values() if row["training"]]
+            if not rows:
+                continue
             losses = table.mean(task, arm, lambda row: float(row["training"]["loss"]))
             ratios = table.mean(task, arm, lambda row: row["training"]["l1"] / row["training"]["baseline_l1"])
             minutes = table.mean(task, arm, lambda row: float(row["cpu_s"]) / 60)
