@@ -6,6 +6,7 @@ import errno
 import filecmp
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from xr0_engine.model.weights import checkpoint_shapes, read_index
 from xr0_engine.robot.embodiment import builtin_embodiments, load_embodiment
 from xr0_engine.robot.limits import load_limits
 from xr0_engine.robot.normalize import load_statistics
+from xr0_engine.robot.preprocess import Preprocessor
 from xr0_engine.robot.prompt import PromptTokenizer
 from xr0_engine.sim import INSTRUCTION, ROBOT_TYPE
 from xr0_engine.sizes import ROBOTS, SIZES, published_config, tiny_config
@@ -252,6 +254,42 @@ def test_the_prompt_of_one_task_is_a_token_for_each_stretch_of_text(tmp_path):
         ids = tokenizer.encode(titles, [4] * len(titles), text)
         assert len(ids) <= most + 4 * len(titles)
         assert f":\n{text} /no_cot" in plain.decode(ids.tolist())
+
+
+XR1 = {"dit_config": {"num_hidden_layers": 1}}
+
+
+@pytest.mark.parametrize(
+    ("robot", "expected", "pictures"),
+    [("mobile", "hand it over.", 3), ("robodojo", "hand it over", 3), ("robocasa365", "hand it over.", 6)],
+)
+def test_a_task_of_xr1_enters_its_prompt_as_its_robot_has_it(tmp_path, robot, expected, pictures):
+    """Neither a capital nor a full stop is added; the prompt of the robot's own form is a token a stretch."""
+    told = {**XR1, "embodiment": robot, "task": "hand it over."}
+    assert init_from(told, tmp_path, "--family", "xr1").exit_code == 0
+    prepare = Preprocessor.load(tmp_path / "made")
+    inputs = prepare([replace(prepare.example(robot, (32, 32)), instruction="hand it over.")])
+    ids = inputs.input_ids[0].tolist()
+    assert f":\n{expected} /no_cot" in prepare.tokenizer._tokenizer.decode(ids, False)
+    # Of a picture <|vision_start|>, <|vision_end|> and what stands before it; the six special tokens and line breaks of
+    # the two turns, the task, the answer.
+    assert len(ids) - ids.count(prepare.config.tokens.image) == 3 * pictures + 8
+
+
+def test_states_of_a_random_checkpoint_are_normalised_as_its_robots_are(tmp_path):
+    """So that its own statistics are those that XR-1's recipes want, which refuse others."""
+    (tmp_path / "told.json").write_text(json.dumps({**XR1, "embodiment": "mobile", "action_length": 8}))
+    init_checkpoint(tmp_path / "mobile", config=tmp_path / "told.json", family="xr1")
+    prepare = Preprocessor.load(tmp_path / "mobile")
+    observation = replace(prepare.example("mobile", (32, 32)), state=np.full(60, 9.0))
+    assert prepare([observation]).state[0, 0].tolist() == [1.0] * 16 + [0.0] * 44
+
+    init_checkpoint(tmp_path / "all", family="xr1")
+    statistics = Preprocessor.load(tmp_path / "all").statistics
+    rules = {name: None if item.state is None else item.state.rule for name, item in statistics.items()}
+    benchmarks = dict.fromkeys(("robocasa_mg", "vlabench_choice"))
+    assert rules == {"mobile": "post_training", "robodojo": "robodojo", **benchmarks}
+    assert statistics["robodojo"].still_passes
 
 
 def test_the_base_of_make_demo_policy_has_a_short_prompt_for_the_simulators_task(tmp_path):

@@ -65,7 +65,8 @@ def test_rollout_picture(tmp_path, inferences):
     observations = [make_observation(embodiment, index / 3) for index in range(inferences)]
     chunks = [make_chunk(30, BIMANUAL_ACTIVE)] * inferences
     path = tmp_path / "rollout.png"
-    plot_rollout(observations, chunks, np.zeros((10 * inferences, 32)), embodiment, path, "a rollout")
+    planned = [chunk.actions for chunk in chunks]
+    plot_rollout(observations, chunks, planned, np.zeros((10 * inferences, 32)), embodiment, path, "a rollout")
     assert shades(path) > 50
 
 
@@ -75,6 +76,7 @@ def test_rollout_without_timestamps_is_refused(tmp_path):
         plot_rollout(
             [make_observation(embodiment)],
             [make_chunk(30, BIMANUAL_ACTIVE)],
+            [np.zeros((30, 32))],
             np.zeros((10, 32)),
             embodiment,
             tmp_path / "rollout.png",

@@ -28,12 +28,15 @@ from xr0_engine.robot.embodiment import (
     CHECKPOINT_KEY,
     Embodiment,
     builtin_embodiments,
+    embodiment_for,
     embodiment_from,
     load_embodiment,
 )
+from xr0_engine.robot.layouts import ROBODOJO, Layout
 from xr0_engine.robot.limits import RELEASED_LIMITS, ImageLimits, read_limits
 from xr0_engine.robot.normalize import STATISTICS_FILE
-from xr0_engine.robot.prompt import build_prompt, normalize_instruction
+from xr0_engine.robot.prompt import build_prompt, instruction_rule, prompt_text
+from xr0_engine.robot.quantiles import POST_TRAINING_RULE, ROBODOJO_RULE, StateStatistics
 from xr0_engine.sizes import (
     FAMILY_ROBOTS,
     SPECIAL_ROOM,
@@ -128,9 +131,11 @@ def read_plan(path: Path, size: str = "tiny", family: str = "xr0") -> Plan:
             raise CheckpointError(f"{path}: {error}") from None
         _check_tokens(model)
         embodiment = _own_embodiment(path, given.get(CHECKPOINT_KEY))
-        task = normalize_instruction(text(given, TASK_KEY)) if TASK_KEY in given else None
-        if task is not None and embodiment is None:
-            raise ValueError(f"{TASK_KEY}: expected with `{CHECKPOINT_KEY}`, whose views are in the prompt")
+        task = text(given, TASK_KEY) if TASK_KEY in given else None
+        if task is not None:
+            if embodiment is None:
+                raise ValueError(f"{TASK_KEY}: expected with `{CHECKPOINT_KEY}`, whose views are in the prompt")
+            task = prompt_text(task, instruction_rule(embodiment.instruction, model.normalize_instruction))
         return Plan(model, read_limits(path, limits, model.vision), embodiment, task)
 
 
@@ -155,7 +160,7 @@ def write_checkpoint(
         statistics = _random_statistics(config, seed, embodiment)
         preprocessor = {**preprocessor_config(config, limits), "action_config": statistics}
         (target / STATISTICS_FILE).write_text(json.dumps(preprocessor), encoding="utf-8")
-        _write_tokenizer(target, config, _task_texts(embodiment, task) if embodiment and task else None)
+        _write_tokenizer(target, config, _task_texts(config, embodiment, task) if embodiment and task else None)
         numbered = {name: index for index, name in enumerate(shapes)}
         write_weights(
             target,
@@ -314,6 +319,7 @@ def _random_statistics(config: ModelConfig, seed: int, embodiment: Embodiment | 
     if embodiment is not None:
         used = embodiment.action_layout.active_columns or range(config.head.action_dim)
         robots = dict.fromkeys(embodiment.robot_types, (config.head.action_length, used))
+    profiles = {name: embodiment or embodiment_for(name) for name in robots}
     rng = np.random.default_rng(seed)
     action_config = {}
     for robot_type, (length, columns) in robots.items():
@@ -323,14 +329,32 @@ def _random_statistics(config: ModelConfig, seed: int, embodiment: Embodiment | 
         spread = 0.02 * np.sqrt(np.arange(1, length + 1))[:, None]
         std[:, active] = spread * rng.uniform(0.5, 1.5, len(active))
         mean[:, active] = 0.1 * spread * rng.standard_normal(len(active))
-        action_config[robot_type] = {"mean": mean.round(6).tolist(), "std": std.round(6).tolist()}
+        action_config[robot_type] = {
+            "mean": mean.round(6).tolist(),
+            "std": std.round(6).tolist(),
+            **_random_rules(config, profiles[robot_type].action_layout, active),
+        }
     return action_config
 
 
-def _task_texts(embodiment: Embodiment, task: str) -> list[str]:
+def _random_rules(config: ModelConfig, layout: Layout, active: list[int]) -> dict[str, Any]:
+    """What XR-1's post-training code and RoboDojo's client go by beside mean and std, of their layouts' robots."""
+    if layout.mobile is None or not config.double_statistics:
+        return {}
+    # Joints and grippers move by a radian or two; what stands behind them is no part of a state.
+    q99 = np.zeros(config.head.state_dim)
+    for arm in (layout.mobile.left, layout.mobile.right):
+        q99[arm.state_joints] = q99[arm.state_gripper] = 2.0
+    is_robodojo = layout is ROBODOJO
+    state = StateStatistics(ROBODOJO_RULE if is_robodojo else POST_TRAINING_RULE, -q99, q99).to_json()
+    return {"state": state, **({"rule": ROBODOJO_RULE, "active_columns": active} if is_robodojo else {})}
+
+
+def _task_texts(config: ModelConfig, embodiment: Embodiment, task: str) -> list[str]:
     """What stands between the special tokens of one robot's prompts of one task."""
-    titles = [view.title for view in embodiment.views]
-    return [text for text in _SPECIAL_TOKEN.split(build_prompt(titles, [1] * len(titles), task)) if text]
+    titles, form = [view.title for view in embodiment.views], embodiment.prompt_form(config.vision.temporal_patch_size)
+    prompt = build_prompt(titles, [1] * len(titles) * len(form.stamps), task, form)
+    return [text for text in _SPECIAL_TOKEN.split(prompt) if text]
 
 
 def _write_tokenizer(folder: Path, config: ModelConfig, stretches: list[str] | None = None) -> None:

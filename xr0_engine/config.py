@@ -8,7 +8,17 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from xr0_engine.family import FAMILIES, OFFSETS, VARIANT, Shapes, completed, family_of, needs_shapes, stored_shapes
+from xr0_engine.family import (
+    CHOICE_OFFSETS,
+    FAMILIES,
+    OFFSETS,
+    VARIANT,
+    Shapes,
+    completed,
+    family_of,
+    needs_shapes,
+    stored_shapes,
+)
 from xr0_engine.files import FAULTS, flag, number, one_line, read_json, section, whole
 from xr0_engine.part_configs import (
     STD_EPSILON,
@@ -25,11 +35,13 @@ __all__ = [
     "HEAD_SIZES",
     "TRAINED_PREFIX",
     "VISION_ROPE_THETA",
+    "VLM_TYPE",
     "ActionHeadConfig",
     "ModelConfig",
     "TextConfig",
     "TokenIds",
     "VisionConfig",
+    "describes_vlm",
     "read_hf_config",
 ]
 
@@ -58,6 +70,8 @@ HEAD_SIZES = ("action_length", "action_dim", "state_length", "state_dim")
 HEAD_KEYS = (*HEAD_SIZES, "flow_steps", "local_window", "position_offset", "compat_bf16_time", "max_prefix")
 ROPE_KEYS = ("rope_type", "type", "rope_theta", "mrope_section", "mrope_interleaved")
 VISION_ROPE_THETA = 10_000.0
+VLM_TYPE = "qwen3_vl"
+"""model_type of the VLM, in its own folder's config.json too."""
 LISTED = 64
 """Numbers in a list of config.json; the published have 3."""
 
@@ -92,6 +106,13 @@ class ModelConfig:
     def family(self) -> str:
         """A key of family.FAMILIES. To be shown, or read its entry there; what differs is in the fields above."""
         return family_of(self.head.stream_norms)
+
+    @property
+    def choice_tokens(self) -> dict[int, str]:
+        """Id -> token of those that stand in turns of training alone; none where the family has no such turn. They are
+        where the family has them, whether the checkpoint's tokenizer names them or not."""
+        offsets = CHOICE_OFFSETS if FAMILIES[self.family].choices else {}
+        return {self.tokens.image + offset: token for token, offset in offsets.items()}
 
     @property
     def double_statistics(self) -> bool:
@@ -135,7 +156,7 @@ class ModelConfig:
             "model_type": FAMILIES[self.family].model_type,
             "torch_dtype": "bfloat16",
             "vlm_config": {
-                "model_type": "qwen3_vl",
+                "model_type": VLM_TYPE,
                 "image_token_id": self.tokens.image,
                 **({} if self.tokens.video is None else {"video_token_id": self.tokens.video}),
                 "vision_start_token_id": self.tokens.vision_start,
@@ -174,6 +195,11 @@ def read_hf_config(folder: Path) -> Any:
     if not path.is_file():
         raise CheckpointError(f"{folder} holds no config.json: not a checkpoint folder")
     return read_json(path)
+
+
+def describes_vlm(hf: Any) -> bool:
+    """hf: a config.json's content. Whether it is of the VLM alone that the model is made of, without an action head."""
+    return isinstance(hf, Mapping) and hf.get("model_type") == VLM_TYPE and "dit_config" not in hf
 
 
 def _read(hf: Mapping[str, Any], shapes: Shapes) -> ModelConfig:

@@ -134,6 +134,7 @@ class Engine:
             Path(path), load_embodiment(profile) if isinstance(profile, str | Path) else profile
         )
         preprocess.statistics = {name: preprocess.statistics[name] for name in model.manifest.robot_types}
+        model.check_profile(preprocess)
         return cls(model, preprocess, model.backend, "it runs the export")
 
     @property
@@ -332,8 +333,7 @@ class Engine:
         if profile.history is not None:
             limits = prepare.video_limits
             per_view = len(profile.prompt_form(self.config.vision.temporal_patch_size).stamps)
-        choice = prepare.tokenizer.choice
-        return tokenized_inputs(observation, views, self.config, statistics, limits, per_view, choice)
+        return tokenized_inputs(observation, views, self.config, statistics, prepare.tokenizer, limits, per_view)
 
     def _alone(self, call: Inference) -> ActionChunk:
         if isinstance(call.observation, Observation):

@@ -29,6 +29,10 @@ STREAM_NORM = ".middle_layernorm."
 LAYERS = "dit.layers."
 GATE = "dit.layers.0.mlp.gate_proj.weight"
 OUTPUT = "action_output_layer.layers.0.weight"
+ACTION_TOKENS = 60
+"""Tokens <a_0>, <a_1>, ... of a family whose language model proposes chunks in training: XR-1's columns."""
+CHOICE_OFFSETS = {"<score>": 14, "<state>": 15, **{f"<a_{index}>": 16 + index for index in range(ACTION_TOKENS)}}
+"""Ids of the tokens that training alone sends, from that of <|image_pad|>: 151669 to 151730 in Qwen's numbering."""
 CHOICE = ("_projector_choice.", "vlm.model.action_embed.", "vlm.model.score_embed.")
 """In the names of the tensors that only training has."""
 
@@ -37,18 +41,21 @@ CHOICE = ("_projector_choice.", "vlm.model.action_embed.", "vlm.model.score_embe
 class Family:
     """title: of the model. model_type: what config.json says of it. choices: candidates that its language model
     proposes in training, 0 if it never does. normalize_instruction: as in ModelConfig, where config.json is silent.
-    double_statistics: its released clients decode in float64, and rounding the tables to float32 changed episodes."""
+    double_statistics: its released clients decode in float64, and rounding the tables to float32 changed episodes.
+    fresh_std: of new weights, whose biases are then 0 and norms 1; None: as torch makes them, as nothing is published.
+    """
 
     title: str
     model_type: str
     choices: int
     normalize_instruction: bool
     double_statistics: bool
+    fresh_std: float | None = None
 
 
 FAMILIES = {
     "xr0": Family("Xiaomi-Robotics-0", "xiaomi_robotics_0", 0, True, False),
-    "xr1": Family("Xiaomi-Robotics-1", "mibot", 5, False, True),
+    "xr1": Family("Xiaomi-Robotics-1", "mibot", 5, False, True, fresh_std=0.02),
 }
 
 

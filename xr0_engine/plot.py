@@ -10,10 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from xr0_engine.robot.decode import BIMANUAL_COLUMNS
 from xr0_engine.robot.embodiment import Embodiment
 from xr0_engine.robot.history import newest
-from xr0_engine.robot.layouts import BIMANUAL
 from xr0_engine.robot.views import orient
 from xr0_engine.types import ActionChunk, Observation
 
@@ -87,15 +85,18 @@ def plot_chunk(chunk: ActionChunk, observation: Observation, embodiment: Embodim
 def plot_rollout(
     observations: Sequence[Observation],
     chunks: Sequence[ActionChunk],
+    planned: Sequence[np.ndarray],
     measured: np.ndarray,
     embodiment: Embodiment,
     path: Path,
     title: str,
 ) -> None:
-    """A closed loop with a bimanual robot as a PNG: camera frames, joint trajectories and the latency of each stage.
+    """A closed loop with a robot of two arms as a PNG: camera frames, trajectories of joints, or of end effectors where
+    the layout has no joints, and the latency of each stage.
 
-    observations, chunks: one pair per inference, timestamps in seconds from the start. measured: (K, 32), the state at
-    every control tick, in bimanual columns. Raises ValueError for a missing timestamp, OSError if path is not writable.
+    observations, chunks, planned: one of each per inference, timestamps in seconds from the start; planned: (T, A), a
+    chunk's absolute rows. measured: (K, A), where the robot stood at every control tick, as such a row. Raises
+    ValueError for a missing timestamp, OSError if path is not writable.
     """
     from matplotlib.figure import Figure
 
@@ -115,7 +116,7 @@ def plot_rollout(
                 _show_image(grid[row, column], newest(observation.images[view.key]))
         for row, view in enumerate(embodiment.views):
             grid[row, 0].set_ylabel(view.title)
-        _plot_trajectories(curve_part, starts_s, observations, chunks, measured, embodiment.control_rate_hz)
+        _plot_trajectories(curve_part, starts_s, planned, measured, embodiment)
         _plot_latency(bar_part.subplots(), chunks)
         figure.savefig(path, dpi=100)
 
@@ -227,24 +228,29 @@ def video_writer(path: Path, width: int, height: int, rate_hz: int) -> Iterator[
 def _plot_trajectories(
     part: Any,
     starts_s: Sequence[float],
-    observations: Sequence[Observation],
-    chunks: Sequence[ActionChunk],
+    planned: Sequence[np.ndarray],
     measured: np.ndarray,
-    rate_hz: float,
+    embodiment: Embodiment,
 ) -> None:
-    """One small panel per joint: what was measured, and every chunk's prediction from where it was made."""
-    grid = part.subplots(7, 2, sharex=True)
-    for column_axes, side in zip(grid.T, ("left", "right"), strict=True):
-        shown = [column for column in BIMANUAL.columns if column.group in (f"{side} joints", f"{side} gripper")]
+    """One small panel per joint or coordinate: what was measured, and every chunk's prediction from where it was
+    made."""
+    columns, rate_hz = embodiment.action_layout.columns, embodiment.control_rate_hz
+    kind = "joints" if any(column.group.endswith("joints") for column in columns) else "position"
+    unit = next(column.unit for column in columns if column.group.endswith(kind))
+    shown_of = {
+        side: [column for column in columns if column.group in (f"{side} {kind}", f"{side} gripper")]
+        for side in ("left", "right")
+    }
+    grid = part.subplots(len(shown_of["left"]), 2, sharex=True)
+    for column_axes, (side, shown) in zip(grid.T, shown_of.items(), strict=True):
         for axes, column in zip(column_axes, shown, strict=True):
-            for start_s, observation, chunk in zip(starts_s, observations, chunks, strict=True):
-                steps = np.arange(len(chunk.actions)) + 1
-                begin = observation.state.reshape(-1, BIMANUAL_COLUMNS)[-1]
-                predicted = begin[column.index] + chunk.actions[:, column.index]
-                axes.plot(start_s + steps / rate_hz, predicted, color=COLORS[0], linewidth=0.8, alpha=0.7)
+            for start_s, rows in zip(starts_s, planned, strict=True):
+                steps = np.arange(len(rows)) + 1
+                times_s = start_s + steps / rate_hz
+                axes.plot(times_s, rows[:, column.index], color=COLORS[0], linewidth=0.8, alpha=0.7)
             axes.plot(np.arange(len(measured)) / rate_hz, measured[:, column.index], color=COLORS[2])
             axes.set_ylabel(column.name or "gripper", rotation=0, ha="right", va="center")
-        column_axes[0].set_title(f"{side} arm (rad; gripper 0 closed, 1 open)")
+        column_axes[0].set_title(f"{side} arm ({unit}; gripper 0 closed, 1 open)")
         column_axes[-1].set_xlabel("simulated time (s)")
     *predictions, executed = grid[0, 0].get_lines()
     part.legend(

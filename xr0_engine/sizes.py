@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 
 from xr0_engine.config import ActionHeadConfig, ModelConfig, TextConfig, TokenIds, VisionConfig
-from xr0_engine.family import FAMILIES
+from xr0_engine.family import CHOICE_OFFSETS, FAMILIES
 
-ACTION_TOKENS = 60
-"""Tokens <a_0>, <a_1>, ... of a family whose language model proposes chunks in training: XR-1's columns."""
 SPECIAL_TOKENS = {
     "<|endoftext|>": 0,
     "<|im_start|>": 1,
@@ -19,7 +17,7 @@ SPECIAL_TOKENS = {
     "<|video_pad|>": 13,
 }
 """Offsets from the first special id, which is 151643 in Qwen's vocabulary."""
-CHOICE_TOKENS = {"<score>": 26, "<state>": 27, **{f"<a_{index}>": 28 + index for index in range(ACTION_TOKENS)}}
+CHOICE_TOKENS = {token: SPECIAL_TOKENS["<|image_pad|>"] + offset for token, offset in CHOICE_OFFSETS.items()}
 """The same, of a family whose language model proposes chunks."""
 SPECIAL_ROOM = {"xr0": 32, "xr1": 96}
 """Tokens at the end of a random checkpoint's vocabulary for special ones."""

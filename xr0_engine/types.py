@@ -154,6 +154,22 @@ class RobotInfo:
     history: tuple[int, int] | None = None
     state_length: int | None = None
 
+    @property
+    def past_stride(self) -> int:
+        """Control steps from one frame or state of the past to the next; 1 where nothing of the past is seen.
+
+        Raises ValueError for several states without a history, which alone says how far apart they are.
+        """
+        if self.history is not None:
+            return self.history[1]
+        if (self.state_length or 1) > 1:
+            raise ValueError(
+                f"state_length: the policy takes {self.state_length} states and has no history, so nothing says how "
+                "many control steps they are apart: give all of them yourself, as "
+                f"History(FrameHistory(1, STRIDE), {self.state_length}) with the training's stride does"
+            )
+        return 1
+
 
 @dataclass(frozen=True)
 class ModelInputs:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from xr0_engine.bench.cases import CASES, HeadSubject, Setup, Subject, find_case
+from xr0_engine.bench.step.workload import Workload
 from xr0_engine.types import CheckpointError
 
 TOKEN_DEVIATION = 0.15
@@ -31,6 +32,8 @@ EXPECTED = {
     "bimanual": ([[480, 640]] * 3, 30, 0, 1),
     "two_views": ([[480, 640]] * 2, 30, 0, 1),
     "stress": ([[480, 640]] * 3, 30, 6, 8),
+    "robodojo": ([[480, 640]] * 3, 30, 0, 1),
+    "robocasa365": ([[256, 256]] * 3, 16, 0, 1),
 }
 
 
@@ -48,7 +51,12 @@ def test_case_is_what_it_says(name):
     assert found["tokens"] == pytest.approx(CASES[name].tokens, rel=TOKEN_DEVIATION)
     assert (found["name"], found["size"], found["dtype"]) == (name, "tiny", "float32")
     assert len(subject.observations) == len(subject.prefixes) == batch
-    assert subject.noise.shape == (batch, length, 32)
+    assert subject.noise.shape == (batch, length, 32 if CASES[name].family == "xr0" else 60)
+    # What is counted without a checkpoint is what runs with one.
+    config, work = Workload.of_case(subject.setup)
+    inputs = subject.inputs()
+    assert (config.head, work.grids, work.chunk_length) == (subject.engine.config.head, inputs.image_grids, length)
+    assert subject.setup.chunk()[1] == np.flatnonzero(inputs.action_mask[0].any(0)).tolist()
 
 
 def test_stress_gives_chunks_that_keep_their_prefix():
@@ -72,9 +80,15 @@ def test_inputs_are_the_same_every_time(name):
 
 
 def test_unknown_case_lists_the_known():
-    with pytest.raises(ValueError, match="case: expected one of libero, bimanual, two_views, stress; got 'kitchen'"):
+    with pytest.raises(ValueError, match=r"case: expected one of .*stress, robodojo, robocasa365; got 'kitchen'"):
         find_case("kitchen")
     assert find_case("libero") is CASES["libero"]
+
+
+@pytest.mark.parametrize("size", ["small", "4b"])
+def test_a_size_is_of_the_case_s_family(size):
+    with pytest.raises(ValueError, match=f"size: expected tiny, 5b; got '{size}'"):
+        Workload.of_case(Setup(CASES["robodojo"], size))
 
 
 @pytest.mark.parametrize("kind", [Subject.load, HeadSubject.make], ids=["model", "head"])

@@ -84,7 +84,7 @@ def test_jitter_runs_a_loop():
     ("options", "message"),
     [
         pytest.param(
-            ("--case", "kitchen"), "case: expected one of libero, bimanual, two_views, stress; got 'kitchen'", id="case"
+            ("--case", "kitchen"), "case: expected one of libero, bimanual, two_views, stress, robodojo, ", id="case"
         ),
         pytest.param(("--device", "cuda:99"), "device 'cuda:99': this machine has", id="missing GPU"),
         pytest.param(("--threads", "0"), "threads: expected at least 1", id="threads"),

@@ -55,7 +55,7 @@ def write_run(folder: Path, module: dict[str, torch.Tensor], statistics_of: Path
     return folder
 
 
-def config_py(checkpoint: Path, is_async: bool = True, window: int = 4) -> str:
+def config_py(checkpoint: Path, is_async: bool | None = True, window: int = 4) -> str:
     """As the released training prints its configuration: assignments of dict(...) calls."""
     entry = json.loads((checkpoint / "preprocessor_config.json").read_text())["action_config"]["bimanual"]
     return (

@@ -252,8 +252,8 @@ def test_statistics_from_yaml_with_numbers_that_it_takes_for_text(run, base, tmp
 
 @pytest.mark.parametrize(
     ("is_async", "option", "expected"),
-    [(True, None, 6), (False, None, 0), (False, 3, 3)],
-    ids=["async", "sync", "told"],
+    [(True, None, 6), (False, None, 0), (None, None, 0), (False, 3, 3)],
+    ids=["async", "sync", "unsaid", "told"],
 )
 def test_prefixes_that_the_run_has_seen(run, base, tmp_path, is_async, option, expected):
     (run / "config.py").write_text(config_py(base, is_async=is_async, window=7))
@@ -269,6 +269,15 @@ def test_mode_and_its_parts_can_be_told(run, base, tmp_path):
     imported(run, tmp_path / "second", base, mode="benchmark")
     config = ModelConfig.load(tmp_path / "second")
     assert (config.head.local_window, config.head.position_offset, config.std_epsilon) == (None, 0, 0.0)
+
+
+def test_nothing_is_said_of_videos_and_states_of_a_family_without_them(run, base, tmp_path):
+    like = shutil.copytree(base, tmp_path / "like")
+    (like / "video_preprocessor_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="Xiaomi-Robotics-0 has 1 state: leave --state-length out"):
+        imported(run, tmp_path / "ours", like, state_length=4)
+    imported(run, tmp_path / "ours", like, mode="benchmark")
+    assert not (tmp_path / "ours" / "video_preprocessor_config.json").exists()
 
 
 def refusal(call) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.export.cases import LIBERO
+from tests.export.cases import LIBERO, write_video_checkpoint
 from tests.support import make_config
 from xr0_engine.checkpoint import write_checkpoint
 from xr0_engine.export.folder import export_onnx
@@ -36,4 +36,11 @@ def exported(checkpoint, tmp_path_factory):
     """All stages in float32; not to be changed."""
     folder = tmp_path_factory.mktemp("exported") / "fp32"
     export_onnx(checkpoint, LIBERO, "fp32", folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def video_checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint") / "videos"
+    write_video_checkpoint(folder)
     return folder

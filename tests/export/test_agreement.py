@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import onnx
@@ -12,7 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from tests.export.cases import LIBERO
+from tests.export.cases import LIBERO, VIDEOS
 from xr0_engine.checkpoint import write_checkpoint
 from xr0_engine.cli import app
 from xr0_engine.config import ModelConfig
@@ -20,6 +20,9 @@ from xr0_engine.export.agreement import compare_export
 from xr0_engine.export.engines import build_engines
 from xr0_engine.export.folder import export_onnx
 from xr0_engine.exported.manifest import MANIFEST_FILE, ExportCase, FileRecord, Manifest, sha256
+from xr0_engine.robot.embodiment import load_embodiment
+from xr0_engine.robot.history import FrameHistory
+from xr0_engine.sizes import tiny_xr1_config
 
 
 @pytest.fixture
@@ -105,6 +108,52 @@ def test_another_checkpoint_is_refused(exported, checkpoint, tmp_path):
     write_checkpoint(other, ModelConfig.load(checkpoint), seed=1)
     with pytest.raises(ValueError, match="is another checkpoint"):
         next(compare_export(exported, str(other)))
+    # The hash comes first: a fine-tune of the same model need not have the export's robot type.
+    settings = json.loads((other / "preprocessor_config.json").read_text())
+    tables = settings["action_config"]
+    settings["action_config"] = {name: tables[name] for name in tables if name != LIBERO.robot_type}
+    (other / "preprocessor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="is another checkpoint"):
+        next(compare_export(exported, str(other)))
+
+
+def test_videos_and_several_states_in_half_precision(video_checkpoint, tmp_path):
+    folder = tmp_path / "export"
+    export_onnx(video_checkpoint, replace(VIDEOS, batch=2), "fp16", folder)
+    rows = list(compare_export(folder))
+    assert [row for row in rows if not row.passed] == []
+    assert {row.case.partition(".")[0] for row in rows} == {"files", "vision", "prefill", "flow", "step", "end to end"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda config: tiny_xr1_config(),
+            "another model than the export: family is xr0 in the export, xr1 there: name",
+        ),
+        (
+            lambda config: replace(config, head=replace(config.head, state_length=4)),
+            r"another model than the export: head\.state_length is 1 in the export, 4 there: name",
+        ),
+    ],
+    ids=["family", "state-length"],
+)
+def test_a_checkpoint_of_another_model_is_named(change, message, exported, checkpoint, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(change(ModelConfig.load(checkpoint)).to_hf()))
+    with pytest.raises(ValueError, match=message):
+        next(compare_export(exported, str(tmp_path)))
+
+
+def test_a_profile_that_has_become_another_is_named(copied, tmp_path):
+    """Of a checkpoint that is the export's: its profile stands in a file beside it, which has a history by now."""
+    profile = replace(load_embodiment("libero"), history=FrameHistory(4, 2))
+    (tmp_path / "libero.yaml").write_text(json.dumps(asdict(profile)))
+    manifest = json.loads((copied / MANIFEST_FILE).read_text())
+    manifest["case"]["profile"] = str(tmp_path / "libero.yaml")
+    (copied / MANIFEST_FILE).write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="history: frames: the export is for 1, the profile has 4"):
+        next(compare_export(copied))
 
 
 def test_command_exits_with_1_and_names_the_failure(copied):
@@ -115,12 +164,14 @@ def test_command_exits_with_1_and_names_the_failure(copied):
     assert wrong == {"files", "flow.96", "step.96", "end to end.96"}
 
 
-def test_commands_export_and_verify_a_case(checkpoint, tmp_path):
-    out = tmp_path / "export"
-    arguments = ["--case", "libero", "--out", str(out), "--stage", "flow"]
-    result = CliRunner().invoke(app, ["export", "onnx", str(checkpoint), *arguments])
+@pytest.mark.parametrize(("case", "tokens"), [("libero", 224), ("robocasa365", 544)])
+def test_commands_export_and_verify_a_case(case, tokens, checkpoint, video_checkpoint, tmp_path):
+    out, folder = tmp_path / "export", checkpoint if case == "libero" else video_checkpoint
+    result = CliRunner().invoke(
+        app, ["export", "onnx", str(folder), "--case", case, "--out", str(out), "--stage", "flow"]
+    )
     assert result.exit_code == 0, result.stderr
-    assert set(Manifest.read(out).stages) == {"flow.224"}
+    assert set(Manifest.read(out).stages) == {f"flow.{tokens}"}
     result = CliRunner().invoke(app, ["export", "verify", str(out)])
     assert result.exit_code == 0, result.stdout
     assert "3 of 3 within tolerance" in result.stdout

@@ -9,7 +9,7 @@ import shutil
 import pytest
 from onnx import helper
 
-from tests.export.cases import LIBERO
+from tests.export.cases import LIBERO, VIDEOS
 from xr0_engine.export.engines import build_engines
 from xr0_engine.export.folder import export_onnx
 from xr0_engine.export.layers import Layer, parse_layers, summarise
@@ -49,6 +49,20 @@ def test_engines_for_a_4090_are_built_without_a_gpu(checkpoint, tmp_path):
     assert built.facts["flow.96"]["layers"]["precisions"]["Float"] > 0
     operators = {op for layer in json.loads((out / "flow.96.layers.json").read_text()) for op in layer["operators"]}
     assert {"step0.dit.layers.0.attn.Attention.1", "step1.dit.layers.0.attn.Attention.1"} <= operators
+
+
+@needs_builder
+def test_the_flow_of_another_family_is_built(video_checkpoint, tmp_path):
+    """Several states, no stream norms, all of the language model's layers, an offset, a stream in float32."""
+    folder = tmp_path / "export"
+    (key,) = export_onnx(video_checkpoint, VIDEOS, "bf16", folder, stages=["flow"]).stages
+    summary = build_engines(folder, "rtx4090", stages=["flow"]).facts[key]["layers"]
+    assert summary["count"] > summary["fused"] > 0
+    assert max(summary["precisions"], key=summary["precisions"].get) == "BFloat16"
+    layers = json.loads((folder / "rtx4090" / f"{key}.layers.json").read_text())
+    operators = {op for layer in layers for op in layer["operators"]}
+    assert {"step0.dit.layers.0.attn.Attention.1", "step1.dit.layers.1.attn.Attention.1"} <= operators
+    assert not any("middle_layernorm" in op for op in operators)
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from xr0_engine.comparison import FLOAT32_MAX_ERROR
 from xr0_engine.config import ModelConfig
 from xr0_engine.export.qwen import CHAT_TEMPLATE
 from xr0_engine.export.vlm import EMBEDDINGS, export_vlm, write_shards
+from xr0_engine.model.choice import choice_shapes
 from xr0_engine.model.weights import TIED_LM_HEAD, read_index
 from xr0_engine.types import CheckpointError
 
@@ -195,6 +196,19 @@ def test_a_tied_head_that_is_stored_is_left_out_and_one_of_its_own_refused(copie
     with pytest.raises(CheckpointError, match=r"vlm\.lm_head\.weight differs .* tied"):
         export_vlm(copied, tmp_path / "own")
     assert not (tmp_path / "own").exists()
+
+
+def test_what_only_training_has_stays_behind(tmp_path):
+    """The base of Xiaomi-Robotics-1 has embeddings of its own within the language model."""
+    init_checkpoint(tmp_path / "base", family="xr1")
+    config = ModelConfig.load(tmp_path / "base")
+    plain = {name.removeprefix("vlm.") for name in read_index(tmp_path / "base") if name.startswith("vlm.")}
+    choice = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in choice_shapes(config).items()}
+    edit_weights(tmp_path / "base", dict(choice))
+    told = export_vlm(tmp_path / "base", tmp_path / "out")
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == plain
+    assert f"{len(plain)} tensors of the language model" in told[0]
 
 
 def test_shards_keep_every_dtype_and_their_index_names_every_tensor(copied, tmp_path):

@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 import torch
 
+from tests.export.cases import VIDEOS, write_video_checkpoint
 from tests.support import make_config
 from xr0_engine import Engine
 from xr0_engine.checkpoint import write_checkpoint
 from xr0_engine.comparison import FLOAT32_EXPORT_MAX_ERROR
 from xr0_engine.export.folder import export_onnx
 from xr0_engine.exported.manifest import MANIFEST_FILE, ExportCase, Manifest, record_files
+from xr0_engine.robot.embodiment import load_embodiment
+from xr0_engine.robot.history import FrameHistory
 
 LONG = "pick up the red cube" + ", then the blue cube" * 20
 
@@ -149,6 +152,11 @@ def changed(folder, tmp_path, **entries):
         pytest.param({"colour": "red"}, r"is corrupt: missing \[\], unknown \['colour'\]", id="unknown entry"),
         pytest.param({"precision": "int3"}, "precision 'int3'; it is corrupt", id="precision"),
         pytest.param({"shapes": {"batch": 1}}, "'grids' is missing; it is corrupt", id="shapes"),
+        pytest.param(
+            {"shapes": {"batch": 1, "chunk_length": 10, "grids": [[4, 4]], "tokens": [96], "frames": 65}},
+            "frames: expected 1 to 64, got 65; it is corrupt",
+            id="frames",
+        ),
         pytest.param({"opset": 1e12}, "opset: expected 1 to 1000, got 1000000000000.0; it is corrupt", id="range"),
         pytest.param({"robot_types": "libero"}, "robot_types is 'libero', not a list", id="type"),
         pytest.param({"files": {"../x": {"bytes": 1, "sha256": ""}}}, "is corrupt", id="file outside"),
@@ -209,3 +217,52 @@ def test_bfloat16_on_a_cpu_says_what_works(checkpoint, tmp_path, observation):
 def test_wrong_arguments_are_refused(exported, arguments, message):
     with pytest.raises(ValueError, match=message):
         Engine.from_export(exported, **arguments)
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    """A checkpoint of XR-1's that sees videos, and its export."""
+    folder = tmp_path_factory.mktemp("videos")
+    write_video_checkpoint(folder / "checkpoint")
+    export_onnx(folder / "checkpoint", VIDEOS, "fp32", folder / "export")
+    return folder
+
+
+@pytest.mark.parametrize("prefix_length", [0, 3], ids=["sync", "prefix"])
+def test_videos_and_several_states_of_another_family(videos, prefix_length):
+    ours = Engine.from_export(videos / "export")
+    theirs = Engine.from_pretrained(videos / "checkpoint", "cpu", "float32")
+    assert ours.config == theirs.config
+    assert ours.robot_info() == theirs.robot_info()
+    assert (ours.robot_info().history, ours.robot_info().state_length) == ((4, 2), 4)
+    observation = theirs.example(image_size=VIDEOS.image_size)
+    prefix = theirs.infer(observation, seed=3).actions[:prefix_length] if prefix_length else None
+    chunks = [engine.infer(observation, prefix=prefix, seed=7) for engine in (ours, theirs)]
+    np.testing.assert_allclose(chunks[0].normalized, chunks[1].normalized, atol=FLOAT32_EXPORT_MAX_ERROR, rtol=0)
+    np.testing.assert_allclose(chunks[0].actions, chunks[1].actions, atol=FLOAT32_EXPORT_MAX_ERROR, rtol=0)
+    assert chunks[0].normalized.shape == (16, 60)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"history": None}, r"history: frames: the export is for 4, the profile has 1: take the profile of the export"),
+        ({"history": FrameHistory(6, 2)}, "history: frames: the export is for 4, the profile has 6"),
+        ({"views": load_embodiment("robocasa365").views[:2]}, "views: the export is for 3, the profile has 2:"),
+    ],
+    ids=["pictures", "frames", "views"],
+)
+def test_a_profile_of_other_views_or_history_is_refused(change, message, videos):
+    profile = replace(load_embodiment("robocasa365"), **change)
+    with pytest.raises(ValueError, match=message):
+        Engine.from_export(videos / "export", embodiment=profile)
+
+
+def test_fewer_states_or_frames_than_the_exports_are_refused(videos):
+    engine = Engine.from_export(videos / "export")
+    observation = engine.example(image_size=VIDEOS.image_size)
+    with pytest.raises(ValueError, match=r"state: expected shape \(4, 60\), got \(60,\)"):
+        engine.infer(replace(observation, state=observation.state[0]))
+    pictures = {view: frames[-1] for view, frames in observation.images.items()}
+    with pytest.raises(ValueError, match=r"images\['left'\]: expected uint8 RGB of shape \(4, height, width, 3\)"):
+        engine.infer(replace(observation, images=pictures))

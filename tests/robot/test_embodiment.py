@@ -182,7 +182,8 @@ def test_columns_of_a_kind(yaml_file):
     """Not known unless the file says it; none is another answer."""
     untold = load_embodiment(yaml_file(OWN_PROFILE))
     assert (untold.step_columns, untold.two_valued_columns) == (None, None)
-    assert load_embodiment("libero").step_columns == (0, 1, 2, 3, 4, 5)
+    for name in ("libero", "robocasa", "robocasa365", "vlabench"):
+        assert load_embodiment(name).step_columns == (0, 1, 2, 3, 4, 5), name
     assert load_embodiment("libero").two_valued_columns == (6,)
     profile = load_embodiment(yaml_file(OWN_PROFILE + "step_columns: []\ntwo_valued_columns: [6, 7]\n"))
     assert (profile.step_columns, profile.two_valued_columns) == ((), (6, 7))

@@ -61,6 +61,68 @@ def test_still_columns_normalise_to_zero_without_a_warning(epsilon):
     assert (normalized[:, :3] > 0).all()
 
 
+def robodojo(**entry):
+    std = [[0.5, 1e-5, 0.0, 2.0, 0.0]] * 3
+    told = {"mean": table(0.25), "std": std, "rule": "robodojo", "active_columns": [0, 1, 2, 3]}
+    return {"action_config": {"robodojo": told | entry}}
+
+
+def test_robodojos_still_columns_pass_unchanged_both_ways(tmp_path):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(robodojo()))
+    stats = load_statistics(tmp_path, WIDTH, 1e-6, double=True)["robodojo"]
+    actions = np.random.default_rng(3).normal(size=(3, WIDTH))
+    normalized = stats.normalize(actions)
+    for column in (1, 2):
+        np.testing.assert_array_equal(normalized[:, column], actions[:, column].astype(np.float32))
+        np.testing.assert_array_equal(stats.denormalize(actions)[:, column], actions[:, column].astype(np.float32))
+    np.testing.assert_allclose(normalized[:, 0], (actions[:, 0] - 0.25) / (0.5 + 1e-6), rtol=1e-6)
+    # Column 4 is none of the robot's: 0 both ways, as the mask has it at all steps.
+    np.testing.assert_array_equal(stats.action_mask, [[1, 1, 1, 1, 0]] * 3)
+    assert not normalized[:, 4].any()
+    assert not stats.denormalize(actions)[:, 4].any()
+    assert stats.to_json() == robodojo()["action_config"]["robodojo"]
+
+
+@pytest.mark.parametrize(
+    ("entry", "double", "fault"),
+    [
+        ({"active_columns": None}, True, "active_columns: missing; rule robodojo goes by them"),
+        ({"rule": "mine"}, True, "rule: expected robodojo or none, got 'mine'"),
+        ({}, False, "rule: expected none for this family's actions"),
+        ({"rule": None, "quantile_columns": [0]}, True, "quantile_columns: expected with rule robodojo alone"),
+        ({"quantile_columns": [0]}, True, "quantile_columns: action_q01 and action_q99 missing"),
+        ({"q01": table(0), "q99": table(1)}, True, r"q01 and q99 beside .* put those of states into `state`"),
+        (
+            {"q01": table(0), "q99": table(1), "quantile_columns": [0], "state": {}},
+            True,
+            "q01 and q99 beside .* call those of actions action_q01 and action_q99, or leave them out: states",
+        ),
+    ],
+    ids=["columns", "rule", "family", "no rule", "no quantiles", "whose", "older names"],
+)
+def test_rules_of_actions_that_are_no_robodojos(tmp_path, entry, double, fault):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(robodojo(**entry)))
+    with pytest.raises(CheckpointError, match=f"preprocessor_config.json: robot type 'robodojo': {fault}"):
+        load_statistics(tmp_path, WIDTH, 1e-6, double)
+
+
+def test_quantiles_of_actions_that_older_files_have_beside_those_of_states_are_left_alone(tmp_path):
+    """`xr0 data stats --quantiles` wrote them so: nothing goes by them."""
+    state = {"rule": "post_training", "q01": [-1.0] * WIDTH, "q99": [1.0] * WIDTH}
+    entry = {"mean": table(), "std": table(), "q01": table(7, 1), "q99": table(9, 1), "state": state}
+    config_file(tmp_path, {"mobile": entry})
+    found = load_statistics(tmp_path, WIDTH, 1e-6, double=True)["mobile"]
+    assert found.quantiles is None
+    assert found.state.to_json() == state
+
+
+def test_plain_quantiles_are_nothing_to_a_family_without_them(tmp_path):
+    config_file(tmp_path, {"a": {"mean": table(1), "std": table(2), "q01": table(7, 1), "q99": table(9, 1)}})
+    found = load_statistics(tmp_path, WIDTH, 0.0)["a"]
+    assert (found.quantiles, found.state) == (None, None)
+    np.testing.assert_array_equal(found.denormalize(np.ones((3, WIDTH))), 3)
+
+
 def test_mask_starts_above_the_threshold():
     std = np.array([[0, 1e-5, 1.1e-5, 1, 2]], dtype=np.float32)
     stats = ActionStatistics(np.zeros_like(std), std, 0.0)

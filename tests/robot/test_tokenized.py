@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +14,7 @@ from xr0_engine.checkpoint import init_checkpoint
 from xr0_engine.robot.limits import ImageLimits
 from xr0_engine.robot.preprocess import Preprocessor
 from xr0_engine.robot.tokenized import MAX_TEXT_TOKENS, tokenized_inputs
+from xr0_engine.sizes import published_xr1_config
 from xr0_engine.types import ModelInputs, Observation, TokenizedObservation
 
 VIEWS = ("base", "left_wrist")
@@ -43,7 +45,7 @@ def sent(inputs) -> TokenizedObservation:
 
 
 def test_inputs_are_those_of_the_observation(preprocess, inputs, sent):
-    made = tokenized_inputs(sent, VIEWS, preprocess.config, preprocess.statistics["libero_all"])
+    made = tokenized_inputs(sent, VIEWS, preprocess.config, preprocess.statistics["libero_all"], preprocess.tokenizer)
     assert (made.image_grids, made.preamble_length) == (inputs.image_grids, inputs.preamble_length)
     names = ("input_ids", "attention_mask", "pixel_values", "position_ids", "state", "action_mask")
     for name in names:
@@ -96,10 +98,77 @@ WRONG = {
 def test_wrong_field_is_refused(preprocess, sent, change, complaint):
     wrong = replace(sent, **(change if isinstance(change, dict) else {"input_ids": change(sent.input_ids)}))
     with pytest.raises(ValueError, match=complaint):
-        tokenized_inputs(wrong, VIEWS, preprocess.config, preprocess.statistics["libero_all"])
+        tokenized_inputs(wrong, VIEWS, preprocess.config, preprocess.statistics["libero_all"], preprocess.tokenizer)
 
 
-def test_limits_are_the_checkpoint_s(preprocess, sent):
-    limits = ImageLimits(1024, 4096)
-    with pytest.raises(ValueError, match="image_grids: expected at most 4096 pixels an image"):
-        tokenized_inputs(sent, VIEWS, preprocess.config, preprocess.statistics["libero_all"], limits)
+@pytest.mark.parametrize(
+    ("limits", "complaint"),
+    [
+        (ImageLimits(1024, 4096), "image_grids: expected at most 4096 pixels an image"),
+        (ImageLimits(5000, 90_000), "image_grids: expected at least 5000 pixels an image"),
+    ],
+    ids=["most", "least"],
+)
+def test_limits_are_the_checkpoint_s(preprocess, sent, limits, complaint):
+    statistics = preprocess.statistics["libero_all"]
+    with pytest.raises(ValueError, match=complaint):
+        tokenized_inputs(sent, VIEWS, preprocess.config, statistics, preprocess.tokenizer, limits)
+
+
+@pytest.fixture(scope="module")
+def without_names(tmp_path_factory) -> Preprocessor:
+    """XR-1 with a tokenizer as Qwen has it, which has no tokens for training's turn."""
+    folder = tmp_path_factory.mktemp("unnamed") / "tiny"
+    init_checkpoint(folder, family="xr1")
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    turn = ("<state>", "<score>", "<a_")
+    content["added_tokens"] = [each for each in content["added_tokens"] if not each["content"].startswith(turn)]
+    vocabulary = content["model"]["vocab"]
+    content["model"]["vocab"] = {token: place for token, place in vocabulary.items() if not token.startswith(turn)}
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return Preprocessor.load(folder)
+
+
+def test_tokens_of_training_are_where_qwens_numbering_has_them():
+    expected = {151669: "<score>", 151670: "<state>"} | {151671 + index: f"<a_{index}>" for index in range(60)}
+    assert published_xr1_config().choice_tokens == expected
+    assert make_config().choice_tokens == {}
+
+
+def test_what_no_prompt_may_hold_is_refused_though_the_tokenizer_has_no_name_for_it(without_names):
+    prepare = without_names
+    tokenizer = prepare.tokenizer._tokenizer
+    assert tokenizer.token_to_id("<state>") is None
+    observation = prepare.example("mobile", (64, 64))
+    inputs = prepare([observation])
+    ids = inputs.input_ids[0].numpy()
+
+    pixels = inputs.pixel_values.numpy()
+
+    def made(ids: np.ndarray, pixel_values=pixels, grids=inputs.image_grids, **limits) -> ModelInputs:
+        sent = TokenizedObservation(ids, pixel_values, grids, observation.state)
+        views = [view.key for view in prepare.resolve("mobile")[1].views]
+        return tokenized_inputs(
+            sent, views, prepare.config, prepare.statistics["mobile"], tokenizer=prepare.tokenizer, **limits
+        )
+
+    assert torch.equal(made(ids).input_ids, inputs.input_ids)
+    image = prepare.config.tokens.image
+    for offset, name in ((14, "<score>"), (15, "<state>"), (16, "<a_0>"), (75, "<a_59>")):
+        with pytest.raises(ValueError, match=f"input_ids: expected the prompt alone, got {name}: .*training alone"):
+            made(np.append(ids, image + offset))
+    made(np.append(ids, image + 76))
+    with pytest.raises(ValueError, match="image_grids: expected at least 3136 pixels an image"):
+        made(ids, pixels[:12], ((2, 2),) * 3, limits=ImageLimits(3136, 90_000))
+    for text in ("<state>", "put <a_59> there", "<score>"):
+        with pytest.raises(ValueError, match=r"instruction: expected plain words, got <(state|a_59|score)>.*training"):
+            prepare([replace(observation, instruction=text)])
+    reasoning = tokenizer.encode(tokenizer.decode(ids.tolist(), False).replace("/no_cot", "/cot")).ids
+    with pytest.raises(ValueError, match=r"input_ids: .* asks for reasoning \(/cot\), which is not supported"):
+        made(np.array(reasoning))
+    for text in ("stack the bowls /cot", "stack the bowls /no_cot", "/cot"):
+        with pytest.raises(ValueError, match=r"instruction: expected the task alone, got '/(no_)?cot'.* not supported"):
+            prepare([replace(observation, instruction=text)])
+    for text in ("carry the bed/cot out", "move /cot-bed", "put <a_60> there"):
+        prepare([replace(observation, instruction=text)])

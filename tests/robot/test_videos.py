@@ -192,7 +192,7 @@ def test_actions_by_quantiles(pictures, tmp_path):
     file = "preprocessor_config.json"
     settings = json.loads((pictures / file).read_text())
     own = settings["action_config"]["robodojo"]
-    own |= {"q01": [[-1.0] * 60], "q99": [[3.0] * 3 + [-1.0] * 57], "quantile_columns": [0, 1, 4]}
+    own |= {"action_q01": [[-1.0] * 60], "action_q99": [[3.0] * 3 + [-1.0] * 57], "quantile_columns": [0, 1, 4]}
     for other in pictures.iterdir():
         if other.suffix != ".safetensors":
             (tmp_path / other.name).write_bytes(other.read_bytes())

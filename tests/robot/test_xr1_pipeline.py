@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests.support import ROOT
+from xr0_engine.executor import Synchronizer
 from xr0_engine.part_configs import VisionConfig
 from xr0_engine.robot import mobile, patches
 from xr0_engine.robot.decode import decode, encode_prefix, quaternion_log
@@ -24,7 +26,7 @@ from xr0_engine.robot.preprocess import images_to_patches, smart_resize
 from xr0_engine.robot.quantiles import StateStatistics
 from xr0_engine.robot.templates import build_prompt
 from xr0_engine.robot.views import cut_out, kept_sides
-from xr0_engine.types import Observation
+from xr0_engine.types import Observation, RobotInfo
 
 GOLDEN = Path(os.environ.get("XR0_GOLDEN_XR1", ROOT.parent / "shared" / "golden_xr1")) / "pipeline"
 
@@ -215,6 +217,20 @@ def test_robodojos_states_pass_where_they_stand_still():
     np.testing.assert_allclose(
         by_mean.normalize(np.array([1.0, 5.0, 4.0])), [4 / (4 + 1e-6) - 1, 4 / (2 + 1e-6), 4], rtol=0, atol=FLOAT64
     )
+
+
+def test_several_states_without_a_history_have_no_stride():
+    told = RobotInfo(10, 20, 10, ("base",), "plain", state_length=3)
+    with pytest.raises(ValueError, match=r"state_length: the policy takes 3 states .*FrameHistory\(1, STRIDE\), 3"):
+        History.of(told)
+    with pytest.raises(ValueError, match="state_length: the policy takes 3 states"):
+        Synchronizer(["base"], "go", None, robot=told)
+    history = History(FrameHistory(1, 5), state_length=3)
+    for step in range(11):
+        history.push(Observation({"base": np.zeros((2, 2, 3), np.uint8)}, "go", np.full(2, step, np.float32)))
+    assert history.observe().state[:, 0].tolist() == [0, 5, 10]
+    # Where there are frames, states are as far apart.
+    assert History.of(replace(told, history=(4, 2))).frames == FrameHistory(4, 2)
 
 
 def test_a_history_repeats_its_oldest_and_is_forgotten():

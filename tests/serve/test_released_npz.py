@@ -198,10 +198,23 @@ def test_videos_and_four_states_give_normalised_chunks(videos, video_engine, vid
     client = client_of(video_server)
     expected = video_engine.infer(seen, seed=3).normalized
     np.testing.assert_allclose(client.ask(archive(sent))["actions"][0], expected, rtol=0, atol=SAME)
-    # The released server looks at no name: the mask tells whose chunk it is.
-    sent["task_id"] = np.array("CloseDrawer")
-    np.testing.assert_allclose(client.ask(archive(sent))["actions"][0], expected, rtol=0, atol=SAME)
+    unnamed = {name: value for name, value in sent.items() if name != "task_id"}
+    np.testing.assert_allclose(client.ask(archive(unnamed))["actions"][0], expected, rtol=0, atol=SAME)
     client.socket.close()
+    metadata = video_server.server.metadata
+    with pytest.raises(ValueError, match="task_id: expected one of robocasa365, got 'vlabench_choice'"):
+        reader(archive({**sent, "task_id": np.array("vlabench_choice")}), metadata, ("npz",))[0]()
+    for name in ("CloseDrawer", ""):
+        asked = reader(archive({**sent, "task_id": np.array(name)}), metadata, ("npz",))[0]()[0]
+        assert asked.observation.robot_type == "robocasa365"
+    uneven = {**sent, "video_grid_thw": np.array([[3, 4, 6], [1, 4, 6], [2, 4, 6]])}
+    with pytest.raises(ValueError, match=r"video_grid_thw: expected as many .* for each view, got \[3, 1, 2\]"):
+        reader(archive(uneven), metadata, ("npz",))[0]()
+    # As many patches and placeholders in all, but not in each.
+    moved = {**sent, "video_grid_thw": np.array([[2, 4, 6], [2, 4, 4], [2, 4, 8]])}
+    asked = reader(archive(moved), metadata, ("npz",))[0]()[0]
+    with pytest.raises(ValueError, match=r"input_ids: expected 4 image tokens in a row for grid \(4, 4\)"):
+        video_engine.infer_tokenized(asked.observation)
 
 
 def test_post_training_requests_take_raw_states_and_prefixes(pictures, engine, mobile_server):
@@ -211,6 +224,8 @@ def test_post_training_requests_take_raw_states_and_prefixes(pictures, engine, m
     padded = np.zeros((1, 30, 60), np.float32)
     padded[0, :4] = committed[:4]
     sent = {**arrays(pictures, seen), "action": padded, "prefix_length": np.array(4)}
+    # As of a processor of today: it tells no client from the other.
+    sent["mm_token_type_ids"] = np.zeros_like(sent["input_ids"])
     reply = client.ask(archive(sent))
     assert list(reply) == ["action"]
     assert reply["action"].shape == (1, 30, 60)

@@ -26,7 +26,7 @@ from tests.training.support import (
 from xr0_engine import Engine
 from xr0_engine.config import read_hf_config
 from xr0_engine.model.weights import checkpoint_shapes
-from xr0_engine.sizes import published_config
+from xr0_engine.sizes import published_config, tiny_xr1_config
 from xr0_engine.training.base import fresh_head, read_base, read_tensor
 from xr0_engine.training.batch import Collator
 from xr0_engine.types import CheckpointError
@@ -82,6 +82,27 @@ def test_the_published_size_fits(tmp_path):
     assert base.config == xr0
     expected = {name: shape for name, shape in checkpoint_shapes(xr0).items() if name.startswith("vlm.")}
     assert {name: place.shape for name, place in base.stored.items()} == expected
+
+
+def test_new_weights_of_xr1_are_as_published():
+    """Linear weights normal(0, 0.02), biases 0, norms 1, adaLN's table normal(0, 1) / sqrt(width)."""
+    config = tiny_xr1_config()
+    head = fresh_head(config, 0)
+    assert torch.equal(head["t_embedder.mlp.0.weight"], fresh_head(config, 0)["t_embedder.mlp.0.weight"])
+    width, seen = config.head.hidden_size, set()
+    for name, value in head.items():
+        if name.endswith("bias"):
+            seen.add("bias")
+            assert not value.any(), name
+        elif value.ndim == 1:
+            seen.add("norm")
+            assert (value == 1).all(), name
+        else:
+            std = width**-0.5 if name.endswith("adaln_table") else 0.02
+            # Four standard errors of a sample's deviation, of the smallest tensors too.
+            assert abs(float(value.std()) / std - 1) < 4 / (2 * value.numel()) ** 0.5, name
+            seen.add("table" if name.endswith("adaln_table") else "weight")
+    assert seen == {"bias", "norm", "table", "weight"}
 
 
 def test_pretraining_starts_from_the_vlm_and_ends_in_an_xr0_folder(vlm, tmp_path):

@@ -22,6 +22,7 @@ from tests.training.support import (
 from xr0_engine.config import ModelConfig
 from xr0_engine.robot.preprocess import images_to_patches
 from xr0_engine.training.batch import IGNORED, Collator
+from xr0_engine.types import CheckpointError
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +157,19 @@ def test_added_tokens_that_are_not_special_stay_tokens(tmp_path, base):
     collate = with_added_tokens(tmp_path / "model", base, lambda tokens: tokens.append(word | flags))
     sample = replace(language_sample(0), conversations=(("user", "What?"), ("assistant", "<think>Hm.")))
     assert collate.language([sample]).labels[0].tolist().count(number) == 1
+
+
+def test_a_tokenizer_without_videos_is_refused_before_work(tmp_path, base):
+    """Where the built-in profile of one of the statistics' robot types has a history, not the run's alone."""
+    folder = shutil.copytree(base, tmp_path / "pictures")
+    text = (folder / "tokenizer.json").read_text()
+    (folder / "tokenizer.json").write_text(text.replace("<|video_pad|>", "<|other|>"))
+    Collator(folder, ModelConfig.load(folder), statistics())
+    table = next(iter(statistics().values()))
+    both = statistics() | {"robocasa365": table}
+    with pytest.raises(CheckpointError, match=r"lacks <\|video_pad\|>, and the embodiment profile has a history"):
+        Collator(folder, ModelConfig.load(folder), both)
+    Collator(base, ModelConfig.load(base), both)
 
 
 def test_tokenizer_that_takes_text_for_markup_is_refused_by_line(tmp_path, base):

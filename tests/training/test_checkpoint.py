@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import shutil
+import warnings
 from collections import namedtuple
 
 import pytest
@@ -47,6 +48,25 @@ def test_restored_state_goes_on_exactly(tmp_path, alone):
     assert loader.restore(tmp_path / "c" / "step-00000001") == {"step": 1, "data": {"number": 7}}
     step(other, its_optimizer, 2)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_a_checkpoint_without_moments_is_told(tmp_path, alone):
+    """As earlier versions wrote at a step that they had validated."""
+    model, optimizer, saver = make(tmp_path / "c", alone)
+    step(model, optimizer, 1)
+    saver.save(1, {"step": 1, "data": {}})
+    optimizer.state.clear()
+    saver.save(2, {"step": 2, "data": {}})
+    saver.wait()
+    said = r"step-00000002: it holds no moments of the optimiser.*remove this checkpoint to resume from step-00000001"
+    with pytest.warns(UserWarning, match=said):
+        make(tmp_path / "c", alone)[2].restore(tmp_path / "c" / "step-00000002")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make(tmp_path / "c", alone)[2].restore(tmp_path / "c" / "step-00000001")
+    shutil.rmtree(tmp_path / "c" / "step-00000001")
+    with pytest.warns(UserWarning, match="the run has no other checkpoint; start it again"):
+        make(tmp_path / "c", alone)[2].restore(tmp_path / "c" / "step-00000002")
 
 
 def test_what_is_written_is_the_state_at_the_call(tmp_path, alone):

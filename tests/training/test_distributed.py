@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from tests.training.driving import KEPT
-from tests.training.support import FORKED, config_for, metrics, train
+from tests.training.support import FORKED, config_for, metrics, robot_sample, train
 from xr0_engine.training.checkpoint import checkpoints
 
 SAME_PARAMETERS = 1e-5
@@ -23,7 +23,9 @@ batch come in another order, and Adam divides by small roots."""
 def twenty_steps(base, folder, accumulate, *more):
     published = ("optim.peak_lr=1e-4", "optim.min_lr=5e-7", "optim.weight_decay=0.1")
     short = ("optim.steps=20", "optim.warmup_steps=2", "run.checkpoint_every=20", "data.batch_size=2", "flow.repeat=1")
-    train(config_for("post_train_async", base, *published, *short, f"optim.accumulate={accumulate}", *more), folder)
+    config = config_for("post_train_async", base, *published, *short, f"optim.accumulate={accumulate}", *more)
+    # Validation ends with the step that is saved: what it gathers must not get into the checkpoint.
+    train(config, folder, validation=lambda: [robot_sample(number) for number in range(4)])
 
 
 def one_of_two(base, folder, rank, port):
@@ -37,7 +39,11 @@ def one_of_two(base, folder, rank, port):
 def trained(folder):
     (checkpoint,) = checkpoints(folder / "checkpoints")
     entries = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
-    state = {name: torch.empty(entry.size) for name, entry in entries.items() if name.startswith("model.")}
+    state = {
+        name: torch.empty(entry.size)
+        for name, entry in entries.items()
+        if name.startswith("model.") or name.endswith(".step")
+    }
     load(state, storage_reader=FileSystemReader(checkpoint), no_dist=True)
     return state
 
@@ -62,6 +68,7 @@ def test_two_processes_give_the_parameters_of_one(base, tmp_path):
             process.kill()
     expected, actual = trained(alone), trained(together)
     assert expected.keys() == actual.keys()
+    assert {float(value) for name, value in actual.items() if name.endswith(".step")} == {20}
     assert max(float((expected[name] - actual[name]).abs().max()) for name in expected) < SAME_PARAMETERS
     begun = load_file(base / "model-00001-of-00001.safetensors")["sink.weight"].float()
     assert (expected["model.head.sink.weight"] - begun).abs().max() > 20 * SAME_PARAMETERS

@@ -14,11 +14,12 @@ from tests.training.support import Numbered, metrics
 from xr0_engine import Engine
 from xr0_engine.checkpoint import write_checkpoint
 from xr0_engine.config import ModelConfig
+from xr0_engine.family import ACTION_TOKENS
 from xr0_engine.model.choice import choice_shapes
 from xr0_engine.robot.layouts import MOBILE
 from xr0_engine.robot.normalize import ActionStatistics
 from xr0_engine.robot.quantiles import StateStatistics
-from xr0_engine.sizes import ACTION_TOKENS, tiny_xr1_config
+from xr0_engine.sizes import tiny_xr1_config
 from xr0_engine.training.base import read_base
 from xr0_engine.training.batch import Collator
 from xr0_engine.training.choice_turn import BEFORE_ACTIONS, BEFORE_STATE, BEHIND_SCORE, choice_turn, fresh_turn_heads

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ from torch import Tensor, nn
 
 from xr0_engine.backend import resolve_device, resolve_dtype
 from xr0_engine.checkpoint import init_checkpoint
-from xr0_engine.config import ModelConfig
+from xr0_engine.config import HEAD_SIZES, ModelConfig
 from xr0_engine.engine import Engine
 from xr0_engine.env import cache_dir
 from xr0_engine.fused.model import FusedModel
@@ -24,7 +27,7 @@ from xr0_engine.model.xr0 import XR0Model
 from xr0_engine.robot.decode import encode_prefix
 from xr0_engine.robot.embodiment import Embodiment, embodiment_for, load_embodiment
 from xr0_engine.robot.preprocess import Preprocessor
-from xr0_engine.sizes import ROBOTS, SIZES
+from xr0_engine.sizes import ROBOTS, config_of
 from xr0_engine.types import ActionChunk, KVBlock, ModelInputs, Observation
 
 LONG_INSTRUCTION = (
@@ -40,7 +43,8 @@ class Case:
 
     profile: of embodiment.py, for other views than the robot type's own. image_size: (height, width) of every view as
     the camera gives it. tokens: length of the prompt with Qwen's own tokenizer, for what is measured without a prompt.
-    prefix_length: actions already committed. instruction: None is the one of Engine.example.
+    prefix_length: actions already committed. instruction: None is the one of Engine.example. family: of the checkpoint.
+    plan: what its random checkpoint has otherwise than its size says (checkpoint.read_plan); for XR-1 an embodiment.
     """
 
     name: str
@@ -51,6 +55,8 @@ class Case:
     batch: int = 1
     instruction: str | None = None
     profile: str | None = None
+    family: str = "xr0"
+    plan: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def embodiment(self) -> Embodiment:
@@ -86,6 +92,17 @@ CASES = {
         # Long chunks from two cameras: the bimanual statistics behind LIBERO's views.
         Case("two_views", "bimanual", (480, 640), tokens=226, profile="libero"),
         Case("stress", "bimanual", (480, 640), tokens=378, prefix_length=6, batch=8, instruction=LONG_INSTRUCTION),
+        # As the base checkpoint's chunks are, from cameras that the profile makes 256x320 of.
+        Case("robodojo", "robodojo", (480, 640), tokens=314, family="xr1", plan={"embodiment": "robodojo"}),
+        # Three videos of four frames and as many states. 384 tokens are the videos'.
+        Case(
+            "robocasa365",
+            "robocasa365",
+            (256, 256),
+            tokens=485,
+            family="xr1",
+            plan={"embodiment": "robocasa365", "state_length": 4, "action_length": 16},
+        ),
     )
 }
 
@@ -101,8 +118,8 @@ def find_case(name: str) -> Case:
 class Setup:
     """What to measure, as it is asked for.
 
-    size: of SIZES, a checkpoint with random weights; checkpoint: the user's own folder or hub id instead. threads:
-    of the CPU, None for torch's own choice. backend: as Engine.from_pretrained takes it.
+    size: of the case's family, a checkpoint with random weights; checkpoint: the user's own folder or hub id instead.
+    threads: of the CPU, None for torch's own choice. backend: as Engine.from_pretrained takes it.
     """
 
     case: Case
@@ -120,13 +137,31 @@ class Setup:
         """
         if self.checkpoint is not None:
             return resolve_checkpoint(self.checkpoint)
-        if self.size not in SIZES:
-            raise ValueError(f"size: expected {', '.join(SIZES)}; got {self.size!r}")
-        folder = cache_dir() / self.size
+        case = self.case
+        config_of(case.family, self.size)
+        name = f"{case.family}-{self.size}-{case.name}" if case.plan else self.size
+        folder = cache_dir() / name
         if not folder.exists():
-            Console(stderr=True).print(f"making a random {self.size} checkpoint, kept in {folder}")
-            init_checkpoint(folder, self.size)
+            Console(stderr=True).print(f"making a random {name} checkpoint, kept in {folder}")
+            with tempfile.TemporaryDirectory() as scratch:
+                plan = Path(scratch) / "plan.json"
+                plan.write_text(json.dumps(dict(case.plan)), encoding="utf-8")
+                init_checkpoint(folder, self.size, config=plan if case.plan else None, family=case.family)
         return folder
+
+    def config(self) -> ModelConfig:
+        """Of the random checkpoint, which need not be there. Raises ValueError for an unknown size."""
+        base = config_of(self.case.family, self.size)
+        lengths = {name: length for name, length in self.case.plan.items() if name in HEAD_SIZES}
+        return replace(base, head=replace(base.head, **lengths))
+
+    def chunk(self) -> tuple[int, list[int]]:
+        """Length and active columns of the random checkpoint's chunks. Raises ValueError for an unknown size."""
+        if not self.case.plan:
+            length, columns = ROBOTS[self.case.robot_type]
+            return length, list(columns)
+        head = self.config().head
+        return head.action_length, list(self.case.embodiment.action_layout.active_columns or range(head.action_dim))
 
     def prepare(self) -> torch.device:
         """Set the threads and return the device. Raises ValueError for a device, precision or number that is wrong."""
@@ -241,11 +276,9 @@ class HeadSubject:
             )
         if setup.checkpoint is not None:
             raise ValueError("checkpoint: expected none, since the action head alone is measured with random weights")
-        if setup.size not in SIZES:
-            raise ValueError(f"size: expected {', '.join(SIZES)}; got {setup.size!r}")
+        config = setup.config()
+        length, columns = setup.chunk()
         device, dtype, case = setup.prepare(), resolve_dtype(setup.dtype), setup.case
-        config = SIZES[setup.size]()
-        length, columns = ROBOTS[case.robot_type]
         sizes, batch = config.head, case.batch
         random = torch.Generator().manual_seed(0)
         with torch.device("meta"):
@@ -259,7 +292,7 @@ class HeadSubject:
 
         kv_shape = (sizes.num_layers, batch, sizes.num_kv_heads, case.tokens, sizes.head_dim)
         action_mask = torch.zeros(batch, length, sizes.action_dim, device=device)
-        action_mask[..., list(columns)] = 1
+        action_mask[..., columns] = 1
         kv = KVBlock(
             keys=normal(*kv_shape).to(dtype),
             values=normal(*kv_shape).to(dtype),

@@ -23,14 +23,21 @@ if TYPE_CHECKING:
     Measured: TypeAlias = "tuple[tuple[Result, BaseException | None], Callable[[Result], None]]"
     """The result and what cut it short, and how to show it."""
 
-Size = Annotated[str, typer.Option(help="Random weights: tiny, small or 4b (8.8 GiB, the published sizes).")]
+Size = Annotated[
+    str,
+    typer.Option(
+        help="Random weights: tiny, small or 4b (8.8 GiB, the published sizes); of XR-1 tiny or 5b (9.5 GiB)."
+    ),
+]
 Checkpoint = Annotated[str | None, typer.Option(help="Your own checkpoint instead: folder or Hugging Face hub id.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, typer.Option(help="bfloat16, float16 or float32.")]
 Rounds = Annotated[int, typer.Option(help="How often each is measured.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write every sample and the environment here.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-CaseName = Annotated[str, typer.Option("--case", help="libero, bimanual, two_views or stress.")]
+CaseName = Annotated[
+    str, typer.Option("--case", help="libero, bimanual, two_views or stress; of XR-1: robodojo or robocasa365.")
+]
 Backend = Annotated[str, typer.Option(help="What runs the engine: auto, reference or triton.")]
 
 SETUP: dict[str, tuple[Any, Any]] = {

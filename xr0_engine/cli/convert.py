@@ -34,13 +34,19 @@ def convert(
         str | None,
         typer.Option(
             help="post-training (offset 10, std + 1e-6, task text as given, and for Xiaomi-Robotics-0 window 4; the "
-            "default for a run) or benchmark (full causal, offset 0)."
+            "default for a run whose config.py has mean and std), benchmark (full causal, offset 0), or for "
+            "Xiaomi-Robotics-1 robodojo (offset 0, RoboDojo's columns and statistics)."
         ),
     ] = None,
     local_window: Annotated[int | None, typer.Option(min=0, help="Instead of the mode's.")] = None,
     position_offset: Annotated[int | None, typer.Option(min=0, help="Instead of the mode's.")] = None,
     max_prefix: Annotated[
-        int | None, typer.Option(min=0, help="Longest prefix trained with; else 6 if the run's config.py says async.")
+        int | None,
+        typer.Option(min=0, help="Longest prefix trained with; else as the run's config.py says (async_train)."),
+    ] = None,
+    state_length: Annotated[
+        int | None,
+        typer.Option(min=1, help="States of an observation, of Xiaomi-Robotics-1 alone; else asked if unknown."),
     ] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32, of the weights that are written.")] = "bfloat16",
 ) -> None:
@@ -50,7 +56,9 @@ def convert(
     """
     from xr0_engine.exchange.importing import ImportOptions, import_released
 
-    options = ImportOptions(step, mode, local_window, position_offset, max_prefix, statistics, robot_type, dtype)
+    options = ImportOptions(
+        step, mode, local_window, position_offset, max_prefix, state_length, statistics, robot_type, dtype
+    )
     if to not in ("engine", "released", "released-pt"):
         raise ValueError(f"to: expected engine, released or released-pt, got {to!r}")
     if to != "engine":

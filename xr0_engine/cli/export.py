@@ -4,11 +4,14 @@ model as a plain Qwen3-VL."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from xr0_engine.cli.verify import report
+
+if TYPE_CHECKING:
+    from xr0_engine.exported.manifest import ExportCase
 
 app = typer.Typer(name="export", no_args_is_help=True, add_completion=False, rich_markup_mode="markdown")
 
@@ -25,7 +28,13 @@ def _export() -> None:
 def onnx(
     checkpoint: Annotated[str, typer.Argument(help="Checkpoint: a folder, or a Hugging Face hub id.")],
     out: Annotated[Path, typer.Option(help="Folder to write; it must not exist, or be empty.")],
-    case: Annotated[str, typer.Option(help="libero, bimanual, two_views or stress: views, sizes, batch.")] = "libero",
+    case: Annotated[
+        str,
+        typer.Option(
+            help="Views, sizes, batch: libero, bimanual, two_views or stress; of Xiaomi-Robotics-1: mobile, robocasa, "
+            "robocasa365, robodojo or vlabench."
+        ),
+    ] = "libero",
     precision: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
     tokens: Annotated[
         list[int] | None,
@@ -36,16 +45,26 @@ def onnx(
     ] = None,
 ) -> None:
     """Write the stages of one case as ONNX graphs of static shapes, with one file of weights and a manifest."""
-    from xr0_engine.bench.cases import find_case
     from xr0_engine.export.folder import STAGES, export_onnx
-    from xr0_engine.exported.manifest import ExportCase
 
-    chosen = find_case(case)
-    shaped = ExportCase(chosen.name, chosen.robot_type, chosen.image_size, chosen.batch, chosen.profile)
-    manifest = export_onnx(checkpoint, shaped, precision, out, tokens or (), stage or tuple(STAGES))
+    manifest = export_onnx(checkpoint, _case(case), precision, out, tokens or (), stage or tuple(STAGES))
     size = sum(record.bytes for record in manifest.files.values())
     print(f"wrote {', '.join(manifest.stages.values())} to {out}: {size / 2**20:.0f} MiB, opset {manifest.opset}")
     print(f"next: xr0 export verify {out}")
+
+
+def _case(name: str) -> ExportCase:
+    """Raises ValueError that lists the known ones."""
+    from xr0_engine.bench.cases import CASES as MEASURED
+    from xr0_engine.export.inputs import CASES
+    from xr0_engine.exported.manifest import ExportCase
+
+    if name in MEASURED:
+        case = MEASURED[name]
+        return ExportCase(case.name, case.robot_type, case.image_size, case.batch, case.profile)
+    if name not in CASES:
+        raise ValueError(f"case: expected one of {', '.join((*MEASURED, *CASES))}; got {name!r}")
+    return CASES[name]
 
 
 @app.command()

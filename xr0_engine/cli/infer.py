@@ -67,6 +67,7 @@ def infer(
     if plot is not None and (plot.suffix.lower() != ".png" or not plot.parent.is_dir()):
         raise ValueError(f"--plot: expected a .png file in an existing folder, got {plot}")
 
+    from xr0_engine.bench.timing import peak_memory_bytes
     from xr0_engine.engine import Engine
     from xr0_engine.model.weights import resolve_checkpoint
     from xr0_engine.robot.embodiment import load_embodiment
@@ -86,16 +87,18 @@ def infer(
     engine = Engine.from_pretrained(folder, device, dtype, backend, own_profile)
     for _ in range(repeat):
         chunk = engine.infer(observation, prefix=given_prefix, seed=seed)
+    peak = peak_memory_bytes(engine.model.device)
     profile = engine.embodiment(robot_type)
     if plot is not None:
         from xr0_engine.plot import plot_chunk
 
         plot_chunk(chunk, observation, profile, plot)
     if as_json:
-        told = {"backend": engine.backend, "backend_reason": engine.backend_reason}
+        told = {"backend": engine.backend, "backend_reason": engine.backend_reason, "peak_memory_bytes": peak}
         print(json.dumps(_as_json(chunk, profile) | told))
     else:
         _print_table(chunk, profile)
+        print(f"peak memory {peak / 2**30:.2f} GiB, loading included")
         print(f"backend {engine.backend}: {engine.backend_reason}")
 
 

@@ -14,11 +14,13 @@ from typing import Any
 
 import numpy as np
 
+from xr0_engine.evaluation.aloha_body import BODIES, Body
 from xr0_engine.evaluation.benchmark import Task, Trial, World
 from xr0_engine.evaluation.installed import check_suites
 from xr0_engine.executor import Policy
 from xr0_engine.robot.decode import BimanualPose
-from xr0_engine.sim import CONTROL_RATE_HZ, INSTRUCTION, ROBOT_TYPE, AlohaEnv, choose_renderer, columns_to_joints
+from xr0_engine.robot.mobile import MobilePose
+from xr0_engine.sim import CAMERAS, CONTROL_RATE_HZ, INSTRUCTION, ROBOT_TYPE, AlohaEnv, choose_renderer
 from xr0_engine.training.data.expert import transferred
 from xr0_engine.types import Observation
 
@@ -104,11 +106,13 @@ class Aloha:
 
 class AlohaWorld:
     """Both arms and a cube. One simulation for all trials: a reset sets its whole state, and random numbers come from
-    the trial alone, so that nothing is left of the trial before. Cameras are drawn in observe and picture."""
+    the trial alone, so that nothing is left of the trial before. Cameras are drawn in observe and picture. robot_type:
+    of aloha_body.BODIES, the benchmark's if not given."""
 
-    def __init__(self, benchmark: Aloha) -> None:
+    def __init__(self, benchmark: Aloha, robot_type: str = ROBOT_TYPE) -> None:
         self._benchmark = benchmark
         self.env = AlohaEnv(0, benchmark.width, benchmark.height)
+        self.body: Body = BODIES[robot_type](self.env)
         self._trial: Trial | None = None
         self._success = False
         # Control steps of the trial and of the rollout; pieces begun, given up, and done in so many seconds.
@@ -132,18 +136,22 @@ class AlohaWorld:
         begun = self._elapsed - self._rollout_steps
         return min(self._benchmark.piece_steps, self._benchmark.run_steps - begun)
 
-    def observe(self) -> Observation:
-        return self.env.observe(INSTRUCTION)
+    def show(self, views: Sequence[str]) -> None:
+        # What there is not, the policy will miss and say so.
+        self.env.views = tuple(view for view in CAMERAS if view in views) or tuple(CAMERAS)
 
-    def pose(self) -> BimanualPose:
-        return self.env.pose
+    def observe(self) -> Observation:
+        return self.body.observe(INSTRUCTION)
+
+    def pose(self) -> BimanualPose | MobilePose:
+        return self.body.pose()
 
     def rest(self) -> None:
         """Where it is."""
 
     def step(self, row: np.ndarray) -> None:
-        """row: (32,) float64; its joints and grippers are absolute, those of the end effectors are not used."""
-        self.env.step(columns_to_joints(row))
+        """row: (A,) float64, absolute, as the body takes it."""
+        self.env.step(self.body.targets(row))
         self._elapsed += 1
         self._rollout_steps += 1
         self._success = transferred(self.env)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -46,6 +46,14 @@ class Trial:
     def key(self) -> tuple[str, int, int, str, float]:
         """What tells it from the other trials of a run: suite, task, number, mode, delay."""
         return self.task.suite, self.task.index, self.number, self.mode, self.delay_steps
+
+
+@runtime_checkable
+class ShowsViews(Protocol):
+    """A World that need not render what the policy does not take."""
+
+    def show(self, views: Sequence[str]) -> None:
+        """Observations hold these views alone from now on, as far as there are such."""
 
 
 class World(Protocol):

@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol, cast
 
 import numpy as np
 
-from xr0_engine.evaluation.benchmark import Episode, Trial, World
+from xr0_engine.evaluation.benchmark import Episode, ShowsViews, Trial, World
 from xr0_engine.executor import Executor, Frame, Recorder, Report, Settings, Snapshot, VirtualClock, frame_for
 from xr0_engine.executor.fit import check_fit
 from xr0_engine.robot.history import History
@@ -152,6 +152,8 @@ def act(
             policy.actor = begin(world)
             info = policy.actor.robot_info(robot_type)
             rollouts += 1
+            if isinstance(world, ShowsViews):
+                world.show(info.views)
             rollout = _Rollout(world, policy, notes, film, beat, _history_of(info))
             solved += rollout.run(_settings(execution, trial, info), frame_for(info), delay_of(trial))
             steps, rollout = steps + rollout.steps, None

@@ -10,14 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
-from xr0_engine.config import DIT_KEYS, HEAD_SIZES, ModelConfig, read_hf_config
+from xr0_engine.config import DIT_KEYS, HEAD_SIZES, VLM_TYPE, ModelConfig, describes_vlm, read_hf_config
 from xr0_engine.exchange.pickled import Weights
 from xr0_engine.family import OFFSETS, VARIANT, named_family
 from xr0_engine.sizes import published_config
 from xr0_engine.types import CheckpointError
-
-VLM = "qwen3_vl"
-"""model_type of the VLM's own folder."""
 
 
 def weights_family(weights: Weights) -> str:
@@ -32,7 +29,7 @@ def weights_family(weights: Weights) -> str:
 def base_config(folder: Path, weights: Weights) -> ModelConfig:
     """What folder's config.json describes, with the action head that the weights hold."""
     hf = read_hf_config(folder)
-    if isinstance(hf, Mapping) and hf.get("model_type") == VLM and "dit_config" not in hf:
+    if describes_vlm(hf):
         hf = _around(hf)
     if not isinstance(hf, Mapping) or not isinstance(hf.get("dit_config"), Mapping):
         return ModelConfig.from_hf(hf)
@@ -50,8 +47,8 @@ def base_config(folder: Path, weights: Weights) -> ModelConfig:
 def other_sizes(folder: Path, config: ModelConfig) -> Iterator[str]:
     """What folder's own action head has otherwise, if it has one."""
     hf = read_hf_config(folder)
-    if "dit_config" not in hf:
-        yield f"action head: by its tensors; {folder} is a VLM alone, as which {VLM} describes itself"
+    if describes_vlm(hf):
+        yield f"action head: by its tensors; {folder} is a VLM alone, as which {VLM_TYPE} describes itself"
         return
     stated = {name: hf["dit_config"].get(key) for name, key in DIT_KEYS.items()}
     stated |= {name: hf.get(name) for name in ("state_dim", "action_dim")}

@@ -18,17 +18,18 @@ import torch
 from torch import Tensor
 
 from xr0_engine.checkpoint import write_weights
-from xr0_engine.config import TRAINED_PREFIX, ModelConfig
+from xr0_engine.config import TRAINED_PREFIX, ModelConfig, describes_vlm, read_hf_config
+from xr0_engine.exchange.entries import entry_in, state_length
 from xr0_engine.exchange.foundation import base_config, other_sizes, weights_family
 from xr0_engine.exchange.modes import MODES, Mode, described
 from xr0_engine.exchange.pickled import Weights, read_weights
-from xr0_engine.exchange.recipe import QUANTILES, Recipe, find_recipe, read_action_config
+from xr0_engine.exchange.recipe import Recipe, find_recipe, read_action_config
 from xr0_engine.family import FAMILIES
 from xr0_engine.files import find_settings
 from xr0_engine.model.choice import choice_shapes
 from xr0_engine.model.weights import TIED_LM_HEAD, StoredTensor, check_tensors, checkpoint_shapes, resolve_checkpoint
-from xr0_engine.robot.limits import ImageLimits, load_limits
-from xr0_engine.robot.normalize import STATISTICS_FILE, load_statistics
+from xr0_engine.robot.limits import RELEASED_LIMITS, VIDEO_FILE, ImageLimits, find_video_settings, load_limits
+from xr0_engine.robot.normalize import STATISTICS_FILE, check_states, load_statistics
 from xr0_engine.types import CheckpointError
 from xr0_engine.whole import whole_folder
 
@@ -40,10 +41,11 @@ IMPORT_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 @dataclass(frozen=True)
 class ImportOptions:
-    """step: of a run's steps. mode: a key of the family's MODES; None: post-training for a run, else refused.
+    """step: of a run's steps. mode: a key of the family's MODES; None: what a run's configuration shows, else refused.
 
-    local_window, position_offset, max_prefix: instead of the mode's and the run's. statistics: a file of them; None:
-    the run's own. robot_type: the name for statistics without one, or the one that is wanted. dtype: of IMPORT_DTYPES.
+    local_window, position_offset, max_prefix, state_length: instead of the mode's, the run's and like's. statistics: a
+    file of them; None: the run's own. robot_type: the name for statistics without one, or the one that is wanted.
+    dtype: of IMPORT_DTYPES.
     """
 
     step: str | None = None
@@ -51,6 +53,7 @@ class ImportOptions:
     local_window: int | None = None
     position_offset: int | None = None
     max_prefix: int | None = None
+    state_length: int | None = None
     statistics: Path | None = None
     robot_type: str | None = None
     dtype: str = "bfloat16"
@@ -71,12 +74,16 @@ def import_released(source: Path, out: Path, like: str | Path, options: ImportOp
     family = weights_family(weights)
     mode = _mode(weights, family, recipe, options)
     folder = resolve_checkpoint(like)
-    base = base_config(folder, weights)
-    config = _configured(base, mode, recipe, options)
-    shapes = _check(weights, config, folder)
+    base, is_vlm = base_config(folder, weights), describes_vlm(read_hf_config(folder))
+    shapes = _check(weights, base, folder)
     action_config, told_by = _action_config(weights, mode, recipe, options)
+    states, states_by = state_length(
+        base, None if is_vlm else folder, mode, recipe, action_config, options.state_length
+    )
+    config = _configured(base, mode, recipe, options, states)
     settings = read_settings(folder)
-    limits = mode.limits or load_limits(folder, config.vision)
+    # A VLM's own are not the model's.
+    limits = mode.limits or (RELEASED_LIMITS if is_vlm else load_limits(folder, config.vision))
     # Whether images are resized at all is the limits' too.
     others = {name: value for name, value in settings.items() if name != "do_resize"}
     preprocessor = {**others, **limits.to_hf(), "action_config": action_config}
@@ -87,8 +94,16 @@ def import_released(source: Path, out: Path, like: str | Path, options: ImportOp
         (target / STATISTICS_FILE).write_text(json.dumps(preprocessor), encoding="utf-8")
         _check_statistics(target, config, told_by)
         copy_tokenizer(folder, target)
+        if mode.videos:
+            _write_video_settings(folder, target, config, is_vlm)
         write_weights(target, shapes, dtype, lambda names: _converted(names, weights, dtype))
-    told = [*_told(weights, config, mode, limits, options), f"statistics: {', '.join(action_config)}, from {told_by}"]
+    told = [*_told(weights, config, limits, options.dtype), f"statistics: {', '.join(action_config)}, from {told_by}"]
+    if mode.untold_prefix is not None and _told_prefix(recipe, options) is None:
+        told.append(
+            f"prefixes: no async_train says whether the run trained with them, so {config.head.max_prefix} as for the "
+            f"{mode.whose}; --max-prefix if it did otherwise"
+        )
+    told.append(f"states of an observation: {states}, {states_by}")
     return told + list(other_sizes(folder, config))
 
 
@@ -118,13 +133,15 @@ def copy_tokenizer(folder: Path, target: Path) -> None:
 
 def _mode(weights: Weights, family: str, recipe: Recipe | None, options: ImportOptions) -> Mode:
     modes = MODES[family]
-    name = options.mode or ("post-training" if weights.is_run else None)
+    name = options.mode
+    if name is None and weights.is_run:
+        runs = [key for key, mode in modes.items() if mode.of_runs]
+        # Of several it is the first whose configuration has statistics in this place.
+        name = runs[0] if len(runs) == 1 or (recipe and recipe.has_statistics) else None
     if name is None:
         choices = " or ".join(f"--mode {key} ({described(mode)})" for key, mode in modes.items())
         raise ValueError(
-            f"mode: {weights.files[0]} is no state of a training run, so nothing says how its weights are to be run: "
-            f"{choices}. The first is that of {FAMILIES[family].title}'s post-training code, the other that of the "
-            "released benchmark checkpoints"
+            f"mode: nothing says for which code of {FAMILIES[family].title} {weights.files[0]} was made: {choices}"
         )
     if name not in modes:
         raise ValueError(f"mode: expected {' or '.join(modes)}, got {name!r}")
@@ -136,19 +153,27 @@ def _mode(weights: Weights, family: str, recipe: Recipe | None, options: ImportO
     return replace(mode, **{key: value for key, value in given.items() if value is not None})
 
 
-def _configured(config: ModelConfig, mode: Mode, recipe: Recipe | None, options: ImportOptions) -> ModelConfig:
+def _configured(
+    config: ModelConfig, mode: Mode, recipe: Recipe | None, options: ImportOptions, state_length: int
+) -> ModelConfig:
     """The checkpoint's configuration in the mode."""
-    max_prefix = options.max_prefix
-    if max_prefix is None and mode.local_window is not None:
-        is_async = bool(recipe and recipe.model.get("async_train") is True)
-        max_prefix = TRAINED_PREFIX if is_async else 0
+    told = (_told_prefix(recipe, options), mode.untold_prefix, config.head.max_prefix)
     head = replace(
         config.head,
         local_window=mode.local_window,
         position_offset=mode.position_offset,
-        max_prefix=config.head.max_prefix if max_prefix is None else max_prefix,
+        state_length=state_length,
+        max_prefix=next(length for length in told if length is not None),
     )
     return replace(config, head=head, std_epsilon=mode.std_epsilon, normalize_instruction=mode.normalize_instruction)
+
+
+def _told_prefix(recipe: Recipe | None, options: ImportOptions) -> int | None:
+    """The longest that the run has seen, by the option or its configuration; None where neither says."""
+    is_async = recipe.model.get("async_train") if recipe else None
+    if options.max_prefix is not None or not isinstance(is_async, bool):
+        return options.max_prefix
+    return TRAINED_PREFIX if is_async else 0
 
 
 def _check(weights: Weights, config: ModelConfig, like: Path) -> dict[str, tuple[int, ...]]:
@@ -183,44 +208,32 @@ def _action_config(
             f"statistics: {weights.files[0]} comes without mean and std of actions, as a run's config.py would give "
             "them: --statistics FILE, as `xr0 data stats` writes it, or a checkpoint's preprocessor_config.json"
         )
-    if mode.columns:
-        if len(action_config) > 1:
-            raise ValueError(
-                f"robot_type: a released run trains one robot, {file} holds {', '.join(action_config)}: "
-                "choose by --robot-type"
-            )
-        # The post-training code always uses these, whatever the statistics (spec section 3.3).
-        action_config = {
-            name: {"active_columns": list(mode.columns), **entry} if isinstance(entry, dict) else entry
-            for name, entry in action_config.items()
-        }
-    if mode.has_quantiles:
-        action_config = {name: _with_quantiles(file, name, entry) for name, entry in action_config.items()}
-    return action_config, file
-
-
-def _with_quantiles(file: Path, name: str, entry: Any) -> Any:
-    """An entry that says how states are normalised: as it stands, or by the q01 and q99 of released statistics."""
-    if not isinstance(entry, Mapping) or entry.get("state") is not None:
-        return entry
-    missing = [key for key in QUANTILES if entry.get(key) is None]
-    if missing:
-        raise CheckpointError(
-            f"{file}: robot type {name!r} lacks {' and '.join(missing)} of its states, by which this code normalises "
-            "them: give --statistics FILE with `state`, or with `q01` and `q99` as released data configurations have"
+    if mode.of_runs and len(action_config) > 1:
+        raise ValueError(
+            f"robot_type: a released run trains one robot, {file} holds {', '.join(action_config)}: "
+            "choose by --robot-type"
         )
-    others = {key: value for key, value in entry.items() if key not in QUANTILES}
-    return {**others, "state": {"rule": "post_training", **{key: _row(entry[key]) for key in QUANTILES}}}
+    return {name: entry_in(mode, file, name, entry) for name, entry in action_config.items()}, file
 
 
-def _row(table: Any) -> Any:
-    """Released statistics have a row in a list."""
-    return table[0] if isinstance(table, list) and len(table) == 1 and isinstance(table[0], list) else table
+def _write_video_settings(folder: Path, target: Path, config: ModelConfig, is_vlm: bool) -> None:
+    """As in the checkpoint of the same model; beside a VLM, which has videos resized, as the released benchmark
+    checkpoints have them (spec section 8)."""
+    if not is_vlm:
+        found = find_video_settings(folder)
+        if found is not None:
+            (target / VIDEO_FILE).write_text(json.dumps(found[1]), encoding="utf-8")
+        return
+    vision = config.vision
+    sizes = {"patch_size": vision.patch_size, "merge_size": vision.spatial_merge_size}
+    settings = {"do_resize": False, **sizes, "temporal_patch_size": vision.temporal_patch_size}
+    (target / VIDEO_FILE).write_text(json.dumps(settings), encoding="utf-8")
 
 
 def _check_statistics(target: Path, config: ModelConfig, told_by: Path) -> None:
     try:
-        load_statistics(target, config.head.action_dim, config.std_epsilon, config.double_statistics)
+        found = load_statistics(target, config.head.action_dim, config.std_epsilon, config.double_statistics)
+        check_states(target / STATISTICS_FILE, found, config.head.state_dim)
     except CheckpointError as error:
         raise CheckpointError(str(error).replace(str(target / STATISTICS_FILE), str(told_by))) from None
 
@@ -236,12 +249,10 @@ def _converted(names: list[str], weights: Weights, dtype: torch.dtype) -> dict[s
     return values
 
 
-def _told(
-    weights: Weights, config: ModelConfig, mode: Mode, limits: ImageLimits, options: ImportOptions
-) -> Iterator[str]:
+def _told(weights: Weights, config: ModelConfig, limits: ImageLimits, dtype: str) -> Iterator[str]:
     head = config.head
     stored = sorted({str(it.dtype).removeprefix("torch.") for it in weights.tensors.values()})
-    yield f"weights: {', '.join(str(file) for file in weights.files)}, {' and '.join(stored)} -> {options.dtype}"
+    yield f"weights: {', '.join(str(file) for file in weights.files)}, {' and '.join(stored)} -> {dtype}"
     yield f"family: {FAMILIES[config.family].title}, by the names of its tensors"
     if weights.is_run and stored == ["bfloat16"]:
         yield (
@@ -252,7 +263,5 @@ def _told(
     yield f"mask: {mask}; position offset {head.position_offset}; std_epsilon {config.std_epsilon:g}"
     text = "with a capital and a full stop" if config.normalize_instruction else "as it is given"
     yield f"task text: {text}; prefixes of up to {head.max_prefix} actions"
-    if mode.limits is not None:
-        yield f"images: {limits.min_pixels:,} to {limits.max_pixels:,} pixels, as that code has them"
-    if head.max_prefix == 0 and options.max_prefix is None:
-        yield "no prefixes: nothing says that the run trained with them (async_train: true); --max-prefix 6 if it did"
+    sizes = f"{limits.min_pixels:,} to {limits.max_pixels:,} pixels" if limits.resize else "in the size they come in"
+    yield f"images: {sizes}"

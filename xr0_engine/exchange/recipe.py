@@ -20,7 +20,7 @@ RECIPE_FILES = ("config.py", "config.yaml")
 """The first is what the released server reads."""
 STATISTICS_PLACE = ("data", "params", "train_datasets")
 QUANTILES = ("q01", "q99")
-"""Of states, beside mean and std of actions: XR-1's data configurations have them."""
+"""Of states, though they stand beside mean and std of actions: XR-1's data configurations have them."""
 MODEL_PLACE = ("model", "params", "model")
 
 
@@ -35,6 +35,18 @@ class Recipe:
     def model(self) -> Mapping[str, Any]:
         """The model's settings: async_train, local_window, ..."""
         return _at(self.values, MODEL_PLACE)
+
+    @property
+    def has_statistics(self) -> bool:
+        """Whether mean and std stand where the post-training code has them."""
+        place = _at(self.values, STATISTICS_PLACE)
+        return place.get("mean") is not None and place.get("std") is not None
+
+    @property
+    def state_length(self) -> int | None:
+        """States of an observation, where the model's settings or the data's tell it."""
+        told = [_at(self.values, place).get("state_length") for place in (MODEL_PLACE, STATISTICS_PLACE)]
+        return next((value for value in told if type(value) is int and value > 0), None)
 
 
 def find_recipe(weights: Path) -> Recipe | None:
@@ -70,7 +82,8 @@ def read_action_config(file: Path, robot_type: str | None) -> dict[str, Any]:
 
 
 def statistics_of(file: Path, values: Any) -> dict[str, Any]:
-    """{mean, std}, and QUANTILES if they are there, of a released configuration, or of a file that holds nothing else.
+    """{mean, std} of a released configuration, or of a file that holds nothing else; and if QUANTILES are there,
+    `state`, which lacks the rule that they are used by.
 
     Raises CheckpointError.
     """
@@ -81,15 +94,22 @@ def statistics_of(file: Path, values: Any) -> dict[str, Any]:
     if missing:
         raise CheckpointError(
             f"{file} holds no action statistics: no `action_config`, and no {' and '.join(missing)} in "
-            f"{'.'.join(STATISTICS_PLACE)}: give --statistics FILE, as `xr0 data stats` writes it"
+            f"{'.'.join(STATISTICS_PLACE)}: give --statistics FILE, as `xr0 data stats` writes it (a RoboDojo run's "
+            "tables, which are those of its transforms of type Normalize: docs/training.md)"
         )
     if place.get("active_parts") is not None:
         raise CheckpointError(
             f"{file}: {'.'.join(STATISTICS_PLACE)}.active_parts is unknown to the released training, which always uses "
             "26 columns: give --statistics FILE with `active_columns`, a list of column numbers, beside mean and std"
         )
-    told = [name for name in QUANTILES if place.get(name) is not None]
-    return {name: _numbers(place[name]) for name in ("mean", "std", *told)}
+    found = {name: _numbers(place[name]) for name in ("mean", "std")}
+    told = {name: _row(_numbers(place[name])) for name in QUANTILES if place.get(name) is not None}
+    return {**found, "state": told} if told else found
+
+
+def _row(table: Any) -> Any:
+    """Of states, which released statistics have as a row in a list."""
+    return table[0] if isinstance(table, list) and len(table) == 1 and isinstance(table[0], list) else table
 
 
 def _named(file: Path, robot_type: str | None) -> str:

@@ -178,9 +178,11 @@ class Synchronizer:
 
 def _ages_s(robot: RobotInfo | None, name: str) -> list[float]:
     """How much older than an observation the samples are that a policy sees of a sensor; the last is 0."""
-    frames, stride = (robot and robot.history) or (1, 1)
-    count = frames if name != "state" else (robot and robot.state_length) or 1
-    step_s = stride / robot.control_rate_hz if robot else 0.0
+    if robot is None:
+        return [0.0]
+    frames = robot.history[0] if robot.history else 1
+    count = frames if name != "state" else robot.state_length or 1
+    step_s = robot.past_stride / robot.control_rate_hz
     return [step_s * before for before in reversed(range(count))]
 
 

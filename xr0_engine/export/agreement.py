@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from xr0_engine.comparison import FLOAT32_EXPORT_MAX_ERROR, Comparison, compare
+from xr0_engine.config import ModelConfig
 from xr0_engine.export.inputs import INSTRUCTION, observations
 from xr0_engine.exported.manifest import changed_files, checkpoint_hash, stage_key
-from xr0_engine.exported.model import ExportedModel, prompt
+from xr0_engine.exported.model import ExportedModel, prompt, refuse_other_model
 from xr0_engine.model.network import Network
 from xr0_engine.model.weights import load_model, read_index, resolve_checkpoint
 from xr0_engine.robot.embodiment import load_embodiment
@@ -34,18 +35,19 @@ def compare_export(
     """
     # Files of another hash are among what is told below.
     model = ExportedModel.load(folder, device, backend, check=False)
-    source = resolve_checkpoint(checkpoint or model.manifest.checkpoint)
+    source, case = resolve_checkpoint(checkpoint or model.manifest.checkpoint), model.manifest.case
+    refuse_other_model(model.config, ModelConfig.load(source))
     actual = checkpoint_hash(source)
     if actual != model.manifest.checkpoint_sha256:
         raise ValueError(
             f"{source} is another checkpoint (hash {actual[:12]}) than the export's "
             f"({model.manifest.checkpoint_sha256[:12]}): pass the one that it was made from"
         )
+    preprocess = Preprocessor.load(source, None if case.profile is None else load_embodiment(case.profile))
+    model.check_profile(preprocess)
     changed = changed_files(model.files)
     what = "as written" if not changed else "changed: " + ", ".join(changed)
     yield Comparison("files", what, len(changed), 0, "files of another hash")
-    case = model.manifest.case
-    preprocess = Preprocessor.load(source, None if case.profile is None else load_embodiment(case.profile))
     instructions = [SHORT_INSTRUCTION if row % 2 else INSTRUCTION for row in range(case.batch)]
     inputs = preprocess(observations(preprocess, case, instructions))
     reference = load_model(preprocess.config, read_index(source), model.device, model.dtype)

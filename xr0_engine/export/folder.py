@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from xr0_engine.config import ModelConfig
+from xr0_engine.config import ModelConfig, read_hf_config
 from xr0_engine.export.graph import OPSET, WEIGHTS_FILE, Graph, WeightFile
 from xr0_engine.export.inputs import INSTRUCTION, observations
 from xr0_engine.export.stages import Plan, add_flow, add_prefill, add_step, add_vision
@@ -26,6 +26,8 @@ from xr0_engine.exported.manifest import (
     record_files,
     stage_key,
 )
+from xr0_engine.exported.model import view_counts
+from xr0_engine.family import completed, stored_shapes
 from xr0_engine.files import find_settings
 from xr0_engine.model.dit import ActionHead
 from xr0_engine.model.vision import VisionTower
@@ -38,6 +40,7 @@ from xr0_engine.model.weights import (
     resolve_checkpoint,
 )
 from xr0_engine.robot.embodiment import load_embodiment
+from xr0_engine.robot.limits import VIDEO_FILE, find_video_settings
 from xr0_engine.robot.normalize import STATISTICS_FILE, ActionStatistics
 from xr0_engine.robot.preprocess import Preprocessor
 from xr0_engine.robot.prompt import TOKENIZER_FILE
@@ -67,7 +70,10 @@ def export_onnx(
         raise ValueError(f"precision: expected {', '.join(PRECISIONS)}; got {precision!r}")
     unknown = [stage for stage in stages if stage not in STAGES]
     if unknown or not stages:
-        raise ValueError(f"stages: expected some of {', '.join(STAGES)}; got {', '.join(unknown) or 'none'}")
+        raise ValueError(
+            f"stages: expected some of {', '.join(STAGES)}; got {', '.join(unknown) or 'none'} (what training alone "
+            "has, such as a choice of candidates, is no stage of an inference)"
+        )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not empty; remove it or choose another folder")
     folder = resolve_checkpoint(checkpoint)
@@ -87,8 +93,10 @@ def export_onnx(
     }
     with whole_folder(out, _needed_bytes(config, stages, PRECISIONS[precision])) as partial:
         written = write_graphs(config, stored, shapes, precision, partial, stages, metadata)
-        for name in ("config.json", TOKENIZER_FILE):
-            shutil.copyfile(folder / name, partial / name)
+        # A released config.json leaves the family and widths to the weights' names, which an export has not.
+        told = completed(read_hf_config(folder), stored_shapes(folder))
+        (partial / "config.json").write_text(json.dumps(told, indent=2), encoding="utf-8")
+        shutil.copyfile(folder / TOKENIZER_FILE, partial / TOKENIZER_FILE)
         _copy_settings(folder, partial)
         manifest = Manifest(
             precision=precision,
@@ -107,12 +115,18 @@ def export_onnx(
 
 
 def _copy_settings(folder: Path, target: Path) -> None:
-    """preprocessor_config.json as it is, or written from what stands in its place."""
-    path, settings = next(iter(find_settings(folder).items()))
-    if path.name == STATISTICS_FILE:
-        shutil.copyfile(path, target / STATISTICS_FILE)
-    else:
-        (target / STATISTICS_FILE).write_text(json.dumps(settings), encoding="utf-8")
+    """What the checkpoint says of images, actions and videos: the files as they are, or written from what stands in
+    their place."""
+    # Of two files the statistics may stand in either; of images both say the same (robot.limits).
+    settings_of = sorted(find_settings(folder).items(), key=lambda each: "action_config" not in each[1])
+    told = {STATISTICS_FILE: settings_of[0]}
+    if (videos := find_video_settings(folder)) is not None:
+        told[VIDEO_FILE] = videos
+    for name, (path, settings) in told.items():
+        if path.name == name:
+            shutil.copyfile(path, target / name)
+        else:
+            (target / name).write_text(json.dumps(settings), encoding="utf-8")
 
 
 def static_shapes(preprocess: Preprocessor, case: ExportCase, tokens: Sequence[int]) -> StaticShapes:
@@ -123,7 +137,8 @@ def static_shapes(preprocess: Preprocessor, case: ExportCase, tokens: Sequence[i
         tokens = [-(-(shortest + SPARE_TOKENS) // TOKENS_MULTIPLE) * TOKENS_MULTIPLE]
     if min(tokens) < shortest:
         raise ValueError(f"tokens: expected at least {shortest}, the case's example prompt; got {min(tokens)}")
-    return StaticShapes(inputs.image_grids, case.batch, inputs.action_mask.shape[1], tuple(sorted(set(tokens))))
+    length, (_, frames) = inputs.action_mask.shape[1], view_counts(preprocess.resolve(case.robot_type)[1])
+    return StaticShapes(inputs.image_grids, case.batch, length, tuple(sorted(set(tokens))), frames)
 
 
 @torch.inference_mode()
@@ -190,8 +205,9 @@ def _needed_bytes(config: ModelConfig, stages: Sequence[str], dtype: torch.dtype
 
 
 def _robot_types(preprocess: Preprocessor, case: ExportCase) -> tuple[str, ...]:
-    """Those with the case's chunk length and number of views; the images' size is a matter of each observation."""
-    views, length = _views(preprocess, case.robot_type), preprocess.statistics[case.robot_type].chunk_length
+    """Those with the case's chunk length and views; the images' size is a matter of each observation."""
+    length = preprocess.statistics[case.robot_type].chunk_length
+    views = view_counts(preprocess.resolve(case.robot_type)[1])
     return tuple(
         name
         for name, statistics in preprocess.statistics.items()
@@ -199,10 +215,10 @@ def _robot_types(preprocess: Preprocessor, case: ExportCase) -> tuple[str, ...]:
     )
 
 
-def _views(preprocess: Preprocessor, robot_type: str) -> int | None:
+def _views(preprocess: Preprocessor, robot_type: str) -> tuple[int, int] | None:
     """None for a robot type that no profile is for."""
     try:
-        return len(preprocess.resolve(robot_type)[1].views)
+        return view_counts(preprocess.resolve(robot_type)[1])
     except ValueError:
         return None
 

@@ -169,9 +169,12 @@ class Graph:
             parts = [self.weight("weight"), *([self.weight("bias")] if bias else [])]
             return self.op("Gemm", x, *parts, transB=1)
 
-    def rms_norm(self, x: str, module: str, eps: float) -> str:
+    def rms_norm(self, x: str, module: str, eps: float, dtype: torch.dtype | None = None) -> str:
+        """dtype: of x and the result; None is the graph's."""
         with self.scope(module):
-            return self.op("RMSNormalization", x, self.weight("weight"), axis=-1, epsilon=eps)
+            weight = self.weight("weight")
+            weight = weight if dtype in (None, self.dtype) else self.cast(weight, dtype)
+            return self.op("RMSNormalization", x, weight, axis=-1, epsilon=eps)
 
     def layer_norm(self, x: str, module: str, eps: float) -> str:
         with self.scope(module):

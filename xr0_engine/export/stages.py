@@ -281,13 +281,13 @@ def _actions(
         actions = g.cast(g.reshape(g.op("Mul", z, action_mask), batch * length, config.action_dim), g.dtype)
         embedded = _projector(g, actions, "action_projector")
         x = g.concat(start, g.reshape(embedded, batch, length, config.hidden_size), axis=1)
-        x = g.reshape(x, batch * query, config.hidden_size)
+        x = _to_stream(g, plan, g.reshape(x, batch * query, config.hidden_size))
         for layer in range(config.num_layers):
             with g.scope(f"dit.layers.{layer}"):
                 x = _dit_layer(g, plan, x, layer, step, rope, keys[layer], values[layer], allowed)
         x = g.reshape(x, batch, query, config.hidden_size)
-        x = g.split(x, context, length, axis=1)[1]
-        velocity = _projector(g, g.reshape(x, batch * length, config.hidden_size), "action_output_layer")
+        x = g.reshape(g.split(x, context, length, axis=1)[1], batch * length, config.hidden_size)
+        velocity = _projector(g, _from_stream(g, plan, x), "action_output_layer")
         velocity = g.cast(g.reshape(velocity, *chunk), torch.float32)
         moved = g.op("Mul", velocity, g.constant(torch.tensor(1 / config.flow_steps)))
         z = g.op("Where", fixed, z, g.op("Add", z, moved))
@@ -327,20 +327,35 @@ def _repeat(g: Graph, plan: Plan, cache: str, times: int, tokens: int) -> str:
     return g.reshape(wide, batch, config.num_heads, tokens, config.head_dim)
 
 
+def _stream_dtype(g: Graph, plan: Plan) -> torch.dtype:
+    """Of the DiT's residual stream: without norms of its own it grows through the depth, so it stays in float32."""
+    return g.dtype if plan.config.head.stream_norms else torch.float32
+
+
+def _to_stream(g: Graph, plan: Plan, x: str) -> str:
+    stream = _stream_dtype(g, plan)
+    return x if stream == g.dtype else g.cast(x, stream)
+
+
+def _from_stream(g: Graph, plan: Plan, x: str) -> str:
+    return x if _stream_dtype(g, plan) == g.dtype else g.cast(x, g.dtype)
+
+
 def _dit_layer(
     g: Graph, plan: Plan, x: str, layer: int, step: int, rope: tuple[str, str], keys: str, values: str, allowed: str
 ) -> str:
-    """x: (B * Q, C); keys, values: (B, H, N, D). Returns (B * Q, C)."""
+    """x: (B * Q, C), the stream; keys, values: (B, H, N, D). Returns (B * Q, C)."""
     config, batch = plan.config.head, plan.shapes.batch
     modulations = dict(zip(MODULATIONS, plan.modulations[layer, step, :, 0], strict=True))
 
     def norm(value: str, name: str) -> str:
-        return g.rms_norm(value, f"{name}_layernorm", DIT_RMS_EPS)
+        return g.rms_norm(value, f"{name}_layernorm", DIT_RMS_EPS, _stream_dtype(g, plan))
 
     def modulate(value: str, operator: str, name: str) -> str:
         return g.op(operator, value, g.table(f"{name}.step{step}", modulations[name]))
 
-    h = modulate(modulate(norm(x, "input"), "Mul", "scale_a"), "Add", "shift_a")
+    h = _from_stream(g, plan, norm(x, "input"))
+    h = modulate(modulate(h, "Mul", "scale_a"), "Add", "shift_a")
     with g.scope("attn"):
         qkv = g.reshape(g.linear(h, "qkv_proj", bias=True), batch, -1, 3, config.num_heads, config.head_dim)
         parts = g.split(g.transpose(qkv, 2, 0, 3, 1, 4), 1, 1, 1, axis=0)
@@ -349,8 +364,9 @@ def _dit_layer(
         k = _rotate(g, g.rms_norm(k, "k_norm", DIT_RMS_EPS), *rope)
         mixed = g.attention(q, g.concat(keys, k, axis=2), g.concat(values, v, axis=2), allowed)
         h = g.linear(g.reshape(g.transpose(mixed, 0, 2, 1, 3), -1, config.hidden_size), "o_proj")
-    x = g.op("Add", x, modulate(h, "Mul", "gate_a"))
+    x = g.op("Add", x, _to_stream(g, plan, modulate(h, "Mul", "gate_a")))
     x = norm(x, "middle") if config.stream_norms else x
-    h = _gated_mlp(g, modulate(modulate(norm(x, "post"), "Mul", "scale_m"), "Add", "shift_m"))
-    x = g.op("Add", x, modulate(h, "Mul", "gate_m"))
+    h = _from_stream(g, plan, norm(x, "post"))
+    h = _gated_mlp(g, modulate(modulate(h, "Mul", "scale_m"), "Add", "shift_m"))
+    x = g.op("Add", x, _to_stream(g, plan, modulate(h, "Mul", "gate_m")))
     return norm(x, "final") if config.stream_norms else x

@@ -2,7 +2,7 @@
 
 The tensors are the checkpoint's own, bit for bit, under the names of Qwen3VLForConditionalGeneration, which are the
 checkpoint's without `vlm.`; the language model's head is tied to its embeddings and stored once. The action head stays
-behind.
+behind, and what training alone has.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 from xr0_engine.config import ModelConfig
 from xr0_engine.export.qwen import gather
+from xr0_engine.model.choice import choice_shapes
 from xr0_engine.model.weights import (
     INDEX_FILE,
     TIED_LM_HEAD,
@@ -64,13 +65,10 @@ def export_vlm(
     folder = resolve_checkpoint(checkpoint)
     config = ModelConfig.load(folder)
     stored = read_index(folder)
-    check_tensors(stored, checkpoint_shapes(config))
+    shapes = checkpoint_shapes(config)
+    check_tensors(stored, shapes, choice_shapes(config))
     _check_tied(stored)
-    kept = {
-        name.removeprefix(PREFIX): place
-        for name, place in stored.items()
-        if name.startswith(PREFIX) and name != TIED_LM_HEAD
-    }
+    kept = {name.removeprefix(PREFIX): stored[name] for name in shapes if name.startswith(PREFIX)}
     trained = load_limits(folder, config.vision)
     limits = ImageLimits(
         trained.min_pixels if min_pixels is None else min_pixels,
@@ -152,7 +150,7 @@ def _check_tied(stored: Mapping[str, StoredTensor]) -> None:
             same = same and torch.equal(ours[rows], theirs[rows])
     if not same:
         raise CheckpointError(
-            f"{TIED_LM_HEAD} differs from {EMBEDDINGS}: XR-0's head is tied to its embeddings. Remove "
+            f"{TIED_LM_HEAD} differs from {EMBEDDINGS}: the model's head is tied to its embeddings. Remove "
             "the head from the file if the embeddings are the trained ones"
         )
 
@@ -169,7 +167,7 @@ def _told(
     left = len(stored) - len(kept) - (TIED_LM_HEAD in stored)
     yield (
         f"{len(kept)} tensors of the language model, {num_bytes / 2**20:.0f} MiB, {' and '.join(dtypes)}, as they are; "
-        f"left behind: {left} of the action head"
+        f"left behind: {left} of the action head and of training"
     )
     if len(dtypes) > 1:
         yield f"transformers will load all of them as {_dtype(stored)}, which config.json names: say dtype= for another"

@@ -21,6 +21,7 @@ import torch
 
 from xr0_engine.files import pointer_fault, read_json, reading, section, text, whole
 from xr0_engine.part_configs import STEPS
+from xr0_engine.robot.history import MOST_FRAMES
 from xr0_engine.types import FileError
 
 MANIFEST_FILE = "manifest.json"
@@ -53,13 +54,15 @@ class StaticShapes:
     """What the graphs are fixed to.
 
     grids: (height, width) in patches of every image of the batch. chunk_length: T. tokens: the prompt lengths that
-    there are graphs for, ascending; a prompt is padded on the left to the first that holds it.
+    there are graphs for, ascending; a prompt is padded on the left to the first that holds it. frames: of every view,
+    1 where it is a picture; a video has a grid for each of its temporal patches.
     """
 
     grids: tuple[tuple[int, int], ...]
     batch: int
     chunk_length: int
     tokens: tuple[int, ...]
+    frames: int = 1
 
     def bucket(self, tokens: int) -> int:
         """Raises ValueError for a prompt longer than any."""
@@ -163,6 +166,7 @@ class Manifest(_Json):
                 tokens=tuple(
                     whole({"tokens": size}, "tokens", None, 1, LARGEST_SIDE) for size in _list(shapes, "tokens")
                 ),
+                frames=whole(shapes, "frames", 1, 1, MOST_FRAMES),
             ),
             robot_types=tuple(text({"robot_types": name}, "robot_types") for name in _list(content, "robot_types")),
             checkpoint=text(content, "checkpoint"),

@@ -26,6 +26,8 @@ from xr0_engine.exported.onnx_stage import OnnxStage
 from xr0_engine.exported.tensorrt_stage import TensorRTStage
 from xr0_engine.model.flow import Trace
 from xr0_engine.model.network import Grids, Mark, full_buffer, step_by_stages, unmarked, whole_patches
+from xr0_engine.robot.embodiment import Embodiment
+from xr0_engine.robot.preprocess import Preprocessor
 from xr0_engine.types import KVBlock, ModelInputs, VisionTokens
 
 BACKENDS = ("onnx", "tensorrt")
@@ -92,6 +94,25 @@ class ExportedModel:
         check_them(files)
         open_engine = partial(_open_tensorrt, place, engines[place], chosen)
         return cls(config, manifest, chosen, "tensorrt", engines[place].stages, open_engine, files)
+
+    def check_profile(self, preprocess: Preprocessor) -> None:
+        """Raises ValueError where a robot type of the export has other views than the graphs are for, or videos of
+        another length."""
+        shapes = self.manifest.shapes
+        of_view = -(-shapes.frames // self.config.vision.temporal_patch_size)
+        expected = len(shapes.grids) // shapes.batch // of_view, shapes.frames
+        for robot_type in self.manifest.robot_types:
+            profile = preprocess.resolve(robot_type)[1]
+            faults = [
+                f"{name}: the export is for {ours}, the profile has {theirs}"
+                for name, ours, theirs in zip(("views", "history: frames"), expected, view_counts(profile), strict=True)
+                if ours != theirs
+            ]
+            if faults:
+                raise ValueError(
+                    f"robot type {robot_type!r}, embodiment {profile.name!r}: {'; '.join(faults)}: take the profile of "
+                    "the export, or export again with this one (xr0 export onnx)"
+                )
 
     def patch_buffer(self, grids: Grids) -> Tensor:
         # Graphs take float32 whatever they compute in.
@@ -184,6 +205,34 @@ class ExportedModel:
         if key not in self._stages:
             self._stages[key] = self._open(key)
         return self._stages[key]({name: value.to(self.device) for name, value in inputs.items()})
+
+
+def view_counts(profile: Embodiment) -> tuple[int, int]:
+    """Views, and frames of each: 1 where they are pictures."""
+    return len(profile.views), 1 if profile.history is None else profile.history.frames
+
+
+def refuse_other_model(export: ModelConfig, checkpoint: ModelConfig) -> None:
+    """Raises ValueError that names the fields in which a checkpoint beside an export describes another model."""
+    ours, theirs = _fields(export), _fields(checkpoint)
+    if export.family != checkpoint.family:
+        # Nearly all differ then.
+        ours, theirs = {"family": export.family}, {"family": checkpoint.family}
+    different = [
+        f"{name} is {ours[name]} in the export, {theirs[name]} there" for name in ours if ours[name] != theirs[name]
+    ]
+    if different:
+        raise ValueError(
+            f"config.json: the checkpoint is of another model than the export: {'; '.join(different)}: name the one "
+            "that it was made from, or export this one (xr0 export onnx)"
+        )
+
+
+def _fields(config: ModelConfig) -> dict[str, object]:
+    """Name -> value of all that decides what a model computes."""
+    parts = {name: vars(getattr(config, name)) for name in ("text", "vision", "head", "tokens")}
+    found: dict[str, object] = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.items()}
+    return found | {name: getattr(config, name) for name in ("std_epsilon", "normalize_instruction")}
 
 
 def prompt(inputs: ModelInputs, tokens: int) -> dict[str, Tensor]:

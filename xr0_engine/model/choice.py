@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from xr0_engine.config import ModelConfig
-from xr0_engine.family import FAMILIES
+from xr0_engine.family import ACTION_TOKENS, FAMILIES
 from xr0_engine.model.dit import Projector
-from xr0_engine.sizes import ACTION_TOKENS
 
 HIDDEN_PRODUCTS = 4
 EMBEDDINGS = ("action_embed", "score_embed")

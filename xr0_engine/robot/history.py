@@ -60,8 +60,12 @@ class History:
 
     @classmethod
     def of(cls, robot: RobotInfo) -> History:
-        """As an engine or a server tells it of a robot type; where it tells nothing, of one picture and state."""
-        return cls(FrameHistory(*(robot.history or (1, 1))), robot.state_length or 1)
+        """As an engine or a server tells it of a robot type; where it tells nothing, of one picture and state.
+
+        Raises ValueError as RobotInfo.past_stride does.
+        """
+        frames = robot.history[0] if robot.history else 1
+        return cls(FrameHistory(frames, robot.past_stride), robot.state_length or 1)
 
     def __len__(self) -> int:
         """Observations that are kept."""

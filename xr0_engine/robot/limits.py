@@ -83,15 +83,10 @@ def load_video_limits(folder: Path, vision: VisionConfig) -> ImageLimits:
     Raises CheckpointError as load_limits does, and for a file whose videos are resized: what transformers does then
     goes by all frames together, which no released XR-1 does (spec section 8).
     """
-    path = folder / VIDEO_FILE
-    if path.is_file():
-        raw = read_json(path)
-    else:
-        path = folder / PROCESSOR_FILE
-        content = read_json(path) if path.is_file() else None
-        raw = content.get("video_processor") if isinstance(content, Mapping) else None
-        if raw is None:
-            return load_limits(folder, vision)
+    told = find_video_settings(folder)
+    if told is None:
+        return load_limits(folder, vision)
+    path, raw = told
     if not isinstance(raw, Mapping):
         raise CheckpointError(f"{path}: expected a JSON object, got {type(raw).__name__}")
     faults = _unsupported({**raw, "do_resize": None}, vision)
@@ -103,6 +98,17 @@ def load_video_limits(folder: Path, vision: VisionConfig) -> ImageLimits:
             "choose an embodiment profile without a history"
         )
     return ImageLimits(1, LARGEST_UNRESIZED, resize=False)
+
+
+def find_video_settings(folder: Path) -> tuple[Path, Any] | None:
+    """The file of a checkpoint folder that says how videos are prepared, and what it says; None if none does."""
+    path = folder / VIDEO_FILE
+    if path.is_file():
+        return path, read_json(path)
+    path = folder / PROCESSOR_FILE
+    content = read_json(path) if path.is_file() else None
+    raw = content.get("video_processor") if isinstance(content, Mapping) else None
+    return None if raw is None else (path, raw)
 
 
 def read_limits(path: Path, raw: Any, vision: VisionConfig) -> ImageLimits:

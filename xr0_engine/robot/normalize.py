@@ -13,11 +13,13 @@ import numpy as np
 from xr0_engine.files import SETTINGS_FILE, find_settings, read_json
 from xr0_engine.robot.quantiles import ACTIVE_STD as ACTIVE_STD
 from xr0_engine.robot.quantiles import (
+    ROBODOJO_RULE,
     Quantiles,
     StateStatistics,
     read_quantiles,
     read_state,
     read_table,
+    refuse_unowned,
 )
 from xr0_engine.types import CheckpointError
 
@@ -32,10 +34,11 @@ class ActionStatistics:
     to std; 0 as the hub code, 1e-6 as the post-training code. active_columns: those that the model sees and sets
     whatever their std, at every timestep, as the post-training code has them; the others decode to 0. None: the hub's
     rule, std above ACTIVE_STD. quantiles: the columns that go by these instead, scaled so that q01 and q99 are -1 and
-    1. state: how the robot type's states are normalised; None: not.
+    1. state: how the robot type's states are normalised; None: not. still_passes: an active column passes as it is,
+    both ways, where its std is not above ACTIVE_STD, as RoboDojo's does (spec section 8).
 
     Raises ValueError for active columns that are none, twice the same or outside the width, or that cannot be
-    normalised since std and epsilon are 0.
+    normalised since std and epsilon are 0; and for still_passes without active columns.
     """
 
     mean: np.ndarray
@@ -44,10 +47,13 @@ class ActionStatistics:
     active_columns: tuple[int, ...] | None = None
     quantiles: Quantiles | None = None
     state: StateStatistics | None = None
+    still_passes: bool = False
 
     def __post_init__(self) -> None:
         columns, width = self.active_columns, self.mean.shape[-1]
         if columns is None:
+            if self.still_passes:
+                raise ValueError(f"active_columns: missing; rule {ROBODOJO_RULE} goes by them, not by std")
             return
         strange = [column for column in columns if not 0 <= column < width]
         if not columns or strange or len(set(columns)) != len(columns):
@@ -111,6 +117,8 @@ class ActionStatistics:
         told: dict[str, Any] = {"mean": self.mean.tolist(), "std": self.std.tolist()}
         if self.active_columns is not None:
             told["active_columns"] = list(self.active_columns)
+        if self.still_passes:
+            told["rule"] = ROBODOJO_RULE
         if self.quantiles is not None:
             told |= self.quantiles.to_json()
         return told if self.state is None else {**told, "state": self.state.to_json()}
@@ -119,11 +127,14 @@ class ActionStatistics:
     def _scale(self) -> np.ndarray:
         """(T, A): what the model's units are multiplied by; then _offset is added."""
         scale: np.ndarray = self.std + self.std.dtype.type(self.epsilon)
+        if self.still_passes:
+            scale = np.where(self.std > ACTIVE_STD, scale, scale.dtype.type(1))
         return scale if self.quantiles is None else self.quantiles.placed(scale, self.quantiles.half_range())
 
     @cached_property
     def _offset(self) -> np.ndarray:
-        return self.mean if self.quantiles is None else self.quantiles.placed(self.mean, self.quantiles.middle())
+        mean = np.where(self.std > ACTIVE_STD, self.mean, 0) if self.still_passes else self.mean
+        return mean if self.quantiles is None else self.quantiles.placed(mean, self.quantiles.middle())
 
     def _rows(self, actions: np.ndarray) -> int:
         length, width = self.mean.shape
@@ -179,6 +190,19 @@ def _statistics(path: Path, config: Any, action_dim: int, epsilon: float, double
     return statistics
 
 
+def check_states(where: str | Path, statistics: Mapping[str, ActionStatistics], width: int) -> None:
+    """Raises CheckpointError for states that are normalised in another number of columns than the model's, width.
+
+    where: the file or folder that they are from.
+    """
+    for name, told in statistics.items():
+        if told.state is not None and len(told.state.q01) != width:
+            raise CheckpointError(
+                f"{where}: statistics of robot type {name!r}: state: expected q01 and q99 of {width} columns, got "
+                f"{len(told.state.q01)}"
+            )
+
+
 def select_robot_type(statistics: Mapping[str, ActionStatistics], robot_type: str | None) -> str:
     """The robot type that an observation means: itself if known; if None, the checkpoint's only one.
 
@@ -202,10 +226,18 @@ def _read(raw: Any, action_dim: int, epsilon: float, dtype: type[np.floating]) -
         raise ValueError(f"mean has {len(mean)} timesteps, std has {len(std)}")
     if (std < 0).any():
         raise ValueError("std holds a negative value")
-    quantiles = None
+    if dtype is np.float64:
+        # Where they are kept in float32, no state is normalised and no action goes by quantiles.
+        refuse_unowned(raw)
+    rule, quantiles = raw.get("rule"), None
+    if rule is not None and (rule != ROBODOJO_RULE or dtype is not np.float64):
+        expected = f"{ROBODOJO_RULE} or none" if dtype is np.float64 else "none for this family's actions"
+        raise ValueError(f"rule: expected {expected}, got {rule!r:.80}")
     if raw.get("quantile_columns") is not None:
-        if dtype is not np.float64:
-            raise ValueError("quantile_columns: expected none, as this family's actions go by mean and std")
+        if rule is None:
+            raise ValueError(
+                f"quantile_columns: expected with rule {ROBODOJO_RULE} alone; other actions go by mean and std"
+            )
         quantiles = read_quantiles(raw, action_dim, len(mean))
     state = None if raw.get("state") is None else read_state(raw["state"])
     columns = raw.get("active_columns")
@@ -213,4 +245,4 @@ def _read(raw: Any, action_dim: int, epsilon: float, dtype: type[np.floating]) -
         if not isinstance(columns, list) or not all(type(column) is int for column in columns):
             raise ValueError(f"active_columns: expected a list of column numbers, got {columns!r:.80}")
         columns = tuple(sorted(columns))
-    return ActionStatistics(mean, std, epsilon, columns, quantiles, state)
+    return ActionStatistics(mean, std, epsilon, columns, quantiles, state, rule is not None)

@@ -18,7 +18,7 @@ from xr0_engine.robot import patches
 from xr0_engine.robot.embodiment import Embodiment, View, checkpoint_embodiment, embodiment_for
 from xr0_engine.robot.images import aspect_fault
 from xr0_engine.robot.limits import RELEASED_LIMITS, ImageLimits, load_limits, load_video_limits
-from xr0_engine.robot.normalize import ActionStatistics, load_statistics, select_robot_type
+from xr0_engine.robot.normalize import ActionStatistics, check_states, load_statistics, select_robot_type
 from xr0_engine.robot.observation import checked_state, validate_observation
 from xr0_engine.robot.prompt import (
     PromptTokenizer,
@@ -27,7 +27,7 @@ from xr0_engine.robot.prompt import (
     preamble_length,
 )
 from xr0_engine.robot.views import orient as orient
-from xr0_engine.types import CheckpointError, ModelInputs, Observation
+from xr0_engine.types import ModelInputs, Observation
 
 MIN_PIXELS, MAX_PIXELS = RELEASED_LIMITS.min_pixels, RELEASED_LIMITS.max_pixels
 
@@ -70,17 +70,23 @@ def images_to_patches(
     threads: int = 1,
     limits: ImageLimits = RELEASED_LIMITS,
     buffer: PatchBuffer | None = None,
+    video_limits: ImageLimits | None = None,
 ) -> tuple[torch.Tensor, tuple[tuple[int, int], ...]]:
     """Resize images and cut them into normalised patches (spec section 3.1).
 
     images: (H, W, 3) uint8 RGB each, or (temporal_patch, H, W, 3) for a video's frames in one temporal patch, any
-    strides. threads: how many to use at most. limits: the checkpoint's. buffer: (P, patch_dim), or (P, frame_dim) for
-    one frame of each temporal patch, which with videos is widened to whole ones; None is new memory for whole patches
-    in float32. Returns it, filled with the patches of all images in sequence, in [-1, 1], those of one merge block
-    together, and (grid_h, grid_w) of each image. Raises ValueError for an aspect ratio above 200.
+    strides. threads: how many to use at most. limits: the checkpoint's; video_limits: of a video's frames, None is
+    limits. buffer: (P, patch_dim), or (P, frame_dim) for one frame of each temporal patch, which with videos is widened
+    to whole ones; None is new memory for whole patches in float32. Returns it, filled with the patches of all images in
+    sequence, in [-1, 1], those of one merge block together, and (grid_h, grid_w) of each image. Raises ValueError for
+    an aspect ratio above 200.
     """
     patch, merge = vision.patch_size, vision.spatial_merge_size
-    sizes = [smart_resize(image.shape[-3], image.shape[-2], patch * merge, limits) for image in images]
+    of_video = video_limits or limits
+    sizes = [
+        smart_resize(image.shape[-3], image.shape[-2], patch * merge, of_video if image.ndim == 4 else limits)
+        for image in images
+    ]
     grids = tuple((height // patch, width // patch) for height, width in sizes)
     if buffer is None:
         out = torch.empty(sum(height * width for height, width in grids), vision.patch_dim)
@@ -164,26 +170,24 @@ class Preprocessor:
         """
         config = ModelConfig.load(folder)
         statistics = load_statistics(folder, config.head.action_dim, config.std_epsilon, config.double_statistics)
-        width = config.head.state_dim
-        for name, told in statistics.items():
-            if told.state is not None and len(told.state.q01) != width:
-                raise CheckpointError(
-                    f"{folder}: statistics of robot type {name!r}: state: expected q01 and q99 of {width} columns, got "
-                    f"{len(told.state.q01)}"
-                )
-        tokenizer = PromptTokenizer.load(folder, config.tokens, config.text.vocab_size)
+        check_states(folder, statistics, config.head.state_dim)
+        tokenizer = PromptTokenizer.load(folder, config.tokens, config.text.vocab_size, config.choice_tokens)
         embodiment = embodiment or checkpoint_embodiment(folder)
         made = cls(config, tokenizer, statistics, embodiment, load_limits(folder, config.vision))
-        if any(made._sees_videos(robot_type) for robot_type in statistics):
+        if made.sees_videos():
             made.video_limits = load_video_limits(folder, config.vision)
         return made
 
-    def _sees_videos(self, robot_type: str) -> bool:
-        """Also False for a robot type that no profile is known for."""
-        try:
-            return self.resolve(robot_type)[1].history is not None
-        except ValueError:
-            return False
+    def sees_videos(self) -> bool:
+        """Whether a robot type of the statistics has a profile with a history; one that no profile is known for has
+        none."""
+        for robot_type in self.statistics:
+            try:
+                if self.resolve(robot_type)[1].history is not None:
+                    return True
+            except ValueError:
+                continue
+        return False
 
     def resolve(self, robot_type: str | None) -> tuple[str, Embodiment]:
         """The robot type and the embodiment profile that an observation's robot type means; None is the only one.
@@ -211,17 +215,15 @@ class Preprocessor:
         vision = self.config.vision
         for observation, (_, embodiment) in zip(observations, resolved, strict=True):
             check_prompt_tokens(sum(self._image_tokens(observation, view, embodiment) for view in embodiment.views))
-        videos = {embodiment.history is not None for _, embodiment in resolved}
-        if len(videos) > 1:
-            raise ValueError("observations: expected pictures or videos in a batch, got robot types of both")
         images = [
             image
             for observation, (_, embodiment) in zip(observations, resolved, strict=True)
             for view in embodiment.views
             for image in self._images(observation, view)
         ]
-        limits = self.video_limits if True in videos else self.limits
-        pixel_values, grids = images_to_patches(images, vision, torch.get_num_threads(), limits, buffer)
+        pixel_values, grids = images_to_patches(
+            images, vision, torch.get_num_threads(), self.limits, buffer, self.video_limits
+        )
         remaining = iter(grids)
         forms = [embodiment.prompt_form(vision.temporal_patch_size) for _, embodiment in resolved]
         grids_of_row = [

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from xr0_engine.config import TokenIds
+from xr0_engine.family import CHOICE_OFFSETS
 from xr0_engine.robot.templates import IMAGE_PAD, TAIL, TASK_END, TASK_HEAD, TITLED, VIDEO_PAD, PromptForm
 from xr0_engine.robot.templates import build_prompt as build_prompt
 from xr0_engine.robot.tokenizer_file import TOKENIZER_FILE as TOKENIZER_FILE
@@ -35,8 +37,11 @@ PROMPT_TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", IMAGE_PAD, "<
 
 _IMAGE_PADS = re.compile(rf"(?:{re.escape(IMAGE_PAD)})+")
 _SPECIAL_TOKEN = re.compile(r"<\|.*?\|>", re.DOTALL)
-# What training alone puts behind a prompt (spec section 8), where the tokenizer has a token for it.
-_CHOICE_TOKEN = re.compile(r"<(?:state|score|a_\d+)>")
+# What training alone puts behind a prompt (spec section 8).
+_CHOICE_TOKEN = re.compile("|".join(map(re.escape, CHOICE_OFFSETS)))
+# How the released code asks for an answer with or without reasoning. A prompt says the second, once.
+_REASONING = re.compile(r"(?<!\S)/(?:no_)?cot(?![\w-])")
+_WITH_REASONING = re.compile(r"(?<!\S)/cot(?![\w-])")
 
 # A robot repeats its prompt at every step; a server sees the tasks of several robots.
 _CACHED_PROMPTS = 64
@@ -95,7 +100,7 @@ def checked_instruction(text: str) -> str:
     """The instruction itself, outer spaces included.
 
     Raises ValueError if it is no text, empty or blank, longer than MAX_INSTRUCTION_CHARACTERS, or holds a special token
-    such as <|im_end|>, which would end the prompt.
+    such as <|im_end|>, which would end the prompt, or /cot or /no_cot.
     """
     if not isinstance(text, str):
         raise ValueError(f"instruction: expected text, got {type(text).__name__}")
@@ -109,11 +114,20 @@ def checked_instruction(text: str) -> str:
     special = _SPECIAL_TOKEN.search(text)
     if special:
         raise ValueError(f"instruction: expected plain words, got the special token {special.group()!r}")
+    if reasoning := _REASONING.search(text):
+        raise ValueError(
+            f"instruction: expected the task alone, got {reasoning.group()!r}: prompts say /no_cot by themselves, and "
+            "reasoning (/cot) is not supported; leave it out"
+        )
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"instruction: expected text that UTF-8 can hold: {error}") from None
     return text
+
+
+def _of_training(expected: str, token: str) -> str:
+    return f"{expected}, got {token}: it stands in a turn that training alone sends; at run time there is no such turn"
 
 
 def preamble_length(input_ids: np.ndarray, vision_start: int) -> int:
@@ -143,9 +157,11 @@ def check_prompt_tokens(tokens: int, of_text: int = 0) -> None:
 
 class PromptTokenizer:
     """Prompt to token ids, with the checkpoint's own tokenizer. The last prompts are kept. choice: id -> token of those
-    that stand in a turn of training alone."""
+    that stand in a turn of training alone: ModelConfig.choice_tokens, and what the tokenizer itself calls so."""
 
-    def __init__(self, tokenizer: Tokenizer, tokens: TokenIds) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, tokens: TokenIds, choice: Mapping[int, str] = MappingProxyType({})
+    ) -> None:
         # tokenizer.json may ask for padding or truncation, and a prompt must have neither.
         tokenizer.no_padding()
         tokenizer.no_truncation()
@@ -153,17 +169,21 @@ class PromptTokenizer:
         self._image = tokens.image
         self._video = tokenizer.token_to_id(VIDEO_PAD)
         vocabulary = tokenizer.get_added_tokens_decoder()
-        self.choice = {
-            number: token.content for number, token in vocabulary.items() if _CHOICE_TOKEN.fullmatch(token.content)
-        }
+        named = {n: token.content for n, token in vocabulary.items() if _CHOICE_TOKEN.fullmatch(token.content)}
+        self.choice = {**choice, **named}
         self._unknown = _unknown_id(tokenizer)
         self._cached_encode = lru_cache(maxsize=_CACHED_PROMPTS)(self._encode)
         pad = tokenizer.token_to_id("<|endoftext|>")
         self.pad_id: int = 0 if pad is None else pad
 
     @staticmethod
-    def load(folder: Path, tokens: TokenIds, vocab_size: int | None = None) -> PromptTokenizer:
-        """Read folder/tokenizer.json. vocab_size: of config.json.
+    def load(
+        folder: Path,
+        tokens: TokenIds,
+        vocab_size: int | None = None,
+        choice: Mapping[int, str] = MappingProxyType({}),
+    ) -> PromptTokenizer:
+        """Read folder/tokenizer.json. vocab_size: of config.json; choice: ModelConfig.choice_tokens.
 
         Raises CheckpointError if it is missing or corrupt, if it lacks a token of the prompt, cuts one into pieces or
         does not give a prompt back, if its special tokens have other ids than config.json says, or ids that the model
@@ -182,7 +202,7 @@ class PromptTokenizer:
             for token, token_id in expected.items()
             if tokenizer.token_to_id(token) not in (token_id, None)
         ]
-        own = PromptTokenizer(tokenizer, tokens)
+        own = PromptTokenizer(tokenizer, tokens, choice)
         faults += _faults(tokenizer, vocab_size)
         if faults:
             raise CheckpointError(f"{path}: {'; '.join(faults)}: put the {TOKENIZER_FILE} of the training there")
@@ -212,9 +232,32 @@ class PromptTokenizer:
         check_prompt_tokens(sum(image_tokens))
         return self._cached_encode(tuple(titles), tuple(image_tokens), prompt_text(instruction, rule), form)
 
+    def check_sent(self, input_ids: np.ndarray) -> None:
+        """input_ids: (N,) int64 within the vocabulary, of a prompt that others have made. Raises ValueError for a token
+        of training's turns, and for a prompt that asks for reasoning (/cot)."""
+        self._check_turns("input_ids: expected the prompt alone", input_ids)
+        words = input_ids[(input_ids != self._image) & (input_ids != self._video)]
+        try:
+            with panics():
+                text = self._tokenizer.decode(words.tolist(), skip_special_tokens=False)
+        except Panic as error:
+            raise ValueError(f"input_ids: the checkpoint's tokenizer fails on them: {error}") from None
+        if _WITH_REASONING.search(text):
+            raise ValueError(
+                "input_ids: expected a prompt that ends in /no_cot, got one that asks for reasoning (/cot), which is "
+                "not supported"
+            )
+
+    def _check_turns(self, expected: str, input_ids: np.ndarray) -> None:
+        if turn := [self.choice[number] for number in input_ids.tolist() if number in self.choice]:
+            raise ValueError(_of_training(expected, turn[0]))
+
     def _encode(
         self, titles: tuple[str, ...], image_tokens: tuple[int, ...], instruction: str, form: PromptForm
     ) -> np.ndarray:
+        # Of families that train with such turns, whatever this tokenizer makes of the text.
+        if self.choice and (turn := _CHOICE_TOKEN.search(instruction)):
+            raise ValueError(_of_training("instruction: expected plain words", turn.group()))
         prompt = build_prompt(titles, image_tokens, instruction, form)
         try:
             with panics():
@@ -229,11 +272,7 @@ class PromptTokenizer:
             raise ValueError(f"prompt: expected {sum(image_tokens)} image tokens, got {found}")
         if self._unknown is not None and self._unknown in input_ids:
             raise ValueError(f"instruction: the checkpoint's tokenizer does not know some of {instruction!r:.200}")
-        if turn := [self.choice[number] for number in input_ids.tolist() if number in self.choice]:
-            raise ValueError(
-                f"instruction: expected plain words, got {turn[0]}: it stands in a turn that training alone sends; at "
-                "run time there is no such turn"
-            )
+        self._check_turns("instruction: expected plain words", input_ids)
         check_prompt_tokens(len(input_ids), len(input_ids) - found)
         # The network computes a video's tokens as images' (spec section 8).
         input_ids[input_ids == pad] = self._image

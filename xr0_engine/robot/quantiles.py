@@ -25,7 +25,12 @@ LARGEST = 1e9
 """Of a mean or std, in the robot's units: encoders of 24 bits count to 2e7. What float32 can hold, but an action of
 twice the std cannot, would make actions infinite."""
 
-STATE_RULES = ("post_training", "robodojo")
+POST_TRAINING_RULE, ROBODOJO_RULE = "post_training", "robodojo"
+STATE_RULES = (POST_TRAINING_RULE, ROBODOJO_RULE)
+
+ACTION_QUANTILES = ("action_q01", "action_q99")
+"""Of a robot type's actions, in its entry. Plain `q01` and `q99` beside mean and std are the states' in the released
+configurations and were the actions' in files of our own, so no entry goes by them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +58,8 @@ class Quantiles:
         return table
 
     def to_json(self) -> dict[str, Any]:
-        return {"q01": self.q01.tolist(), "q99": self.q99.tolist(), "quantile_columns": list(self.columns)}
+        tables = dict(zip(ACTION_QUANTILES, (self.q01.tolist(), self.q99.tolist()), strict=True))
+        return {**tables, "quantile_columns": list(self.columns)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +81,7 @@ class StateStatistics:
     def normalize(self, states: np.ndarray) -> np.ndarray:
         """states: (..., S), robot units. Returns the same shape, float64."""
         given = np.asarray(states, np.float64)
-        if self.rule == "post_training":
+        if self.rule == POST_TRAINING_RULE:
             scaled = 2 * (given - self.q01) / (self.q99 - self.q01 + QUANTILE_EPSILON) - 1
             return np.clip(np.where(self.q99 <= self.q01, 0, scaled), -1, 1)
         full = (self.q99 + QUANTILE_EPSILON) - self.q01
@@ -105,8 +111,8 @@ def read_state(raw: Any) -> StateStatistics:
         q01, q99 = (read_table(name, [raw[name]], width)[0] for name in ("q01", "q99"))
         if raw.get("by_mean") is None:
             return StateStatistics(raw["rule"], q01, q99)
-        if raw["rule"] != "robodojo":
-            raise ValueError("by_mean: expected with rule robodojo alone")
+        if raw["rule"] != ROBODOJO_RULE:
+            raise ValueError(f"by_mean: expected with rule {ROBODOJO_RULE} alone")
         mean, std = (read_table(name, [raw[name]], width)[0] for name in ("mean", "std"))
         return StateStatistics(raw["rule"], q01, q99, mean, std, _columns(raw, "by_mean", width))
     except KeyError as error:
@@ -117,12 +123,14 @@ def read_state(raw: Any) -> StateStatistics:
 
 def read_quantiles(raw: Mapping[str, Any], width: int, timesteps: int) -> Quantiles:
     """Of a robot type's entry with `quantile_columns`. Raises ValueError that says what is wrong."""
-    missing = [name for name in ("q01", "q99") if name not in raw]
+    missing = [name for name in ACTION_QUANTILES if name not in raw]
     if missing:
         raise ValueError(f"quantile_columns: {' and '.join(missing)} missing")
-    q01, q99 = (read_table(name, raw[name], width) for name in ("q01", "q99"))
+    q01, q99 = (read_table(name, raw[name], width) for name in ACTION_QUANTILES)
     if q01.shape != q99.shape or len(q01) not in (1, timesteps):
-        raise ValueError(f"q01, q99: expected 1 or {timesteps} timesteps each, got {len(q01)} and {len(q99)}")
+        raise ValueError(
+            f"{', '.join(ACTION_QUANTILES)}: expected 1 or {timesteps} timesteps each, got {len(q01)} and {len(q99)}"
+        )
     return Quantiles(q01, q99, _columns(raw, "quantile_columns", width))
 
 
@@ -131,6 +139,18 @@ def _columns(raw: Mapping[str, Any], name: str, width: int) -> tuple[int, ...]:
     if not isinstance(columns, list) or not all(type(column) is int and 0 <= column < width for column in columns):
         raise ValueError(f"{name}: expected a list of column numbers from 0 to {width - 1}, got {columns!r:.80}")
     return tuple(sorted(set(columns)))
+
+
+def refuse_unowned(raw: Mapping[str, Any]) -> None:
+    """Raises ValueError for an entry whose quantiles do not say what they are of. With `state`, which says it of the
+    states, and without columns that go by them, they are of no use, as in files that `xr0 data stats` once wrote."""
+    plain = [name for name in ("q01", "q99") if raw.get(name) is not None]
+    if plain and (raw.get("state") is None or raw.get("quantile_columns") is not None):
+        raise ValueError(
+            f"{' and '.join(plain)} beside mean and std: expected to know of what: put those of states into `state` "
+            f"({{rule, q01, q99}}), and call those of actions {' and '.join(ACTION_QUANTILES)}, or leave them out: "
+            "states then enter as they are"
+        )
 
 
 def read_table(name: str, raw: Any, width: int) -> np.ndarray:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -12,7 +11,7 @@ from xr0_engine.config import ModelConfig
 from xr0_engine.robot.limits import RELEASED_LIMITS, ImageLimits
 from xr0_engine.robot.normalize import ActionStatistics
 from xr0_engine.robot.preprocess import position_ids
-from xr0_engine.robot.prompt import MAX_TEXT_TOKENS, check_prompt_tokens, preamble_length
+from xr0_engine.robot.prompt import MAX_TEXT_TOKENS, PromptTokenizer, check_prompt_tokens, preamble_length
 from xr0_engine.types import ModelInputs, TokenizedObservation
 
 RANGE_TOLERANCE = 1e-2
@@ -24,16 +23,15 @@ def tokenized_inputs(
     views: Sequence[str],
     config: ModelConfig,
     statistics: ActionStatistics,
+    tokenizer: PromptTokenizer,
     limits: ImageLimits = RELEASED_LIMITS,
     per_view: int | None = None,
-    choice: Mapping[int, str] = MappingProxyType({}),
 ) -> ModelInputs:
     """Model inputs of a batch of one; positions and the action mask are made here. The prompt is run as it was sent.
 
-    views: of the robot type, an image for each. limits: of images, the checkpoint's. per_view: temporal patches of each
-    view's video, which stands under the video token; None: views are pictures. choice: id -> token of what stands in
-    training's turns alone (PromptTokenizer.choice). Raises ValueError that names the field, what was expected and what
-    came.
+    views: of the robot type, an image for each. tokenizer: the checkpoint's, which knows what no prompt may hold.
+    limits: of images, the checkpoint's. per_view: temporal patches of each view's video, which stands under the video
+    token; None: views are pictures. Raises ValueError that names the field, what was expected and what came.
     """
     grids = _grids(observation.image_grids, views, config, limits, per_view or 1)
     check_prompt_tokens(sum(height * width for height, width in grids) // config.vision.spatial_merge_size**2)
@@ -44,7 +42,8 @@ def tokenized_inputs(
             f"pixel_values: expected pixels scaled to [-1, 1], x / 127.5 - 1, got {pixel_values.min():.3g} to "
             f"{pixel_values.max():.3g}"
         )
-    input_ids = _input_ids(observation.input_ids, grids, config, per_view is not None, choice)
+    input_ids = _input_ids(observation.input_ids, grids, config, per_view is not None)
+    tokenizer.check_sent(input_ids)
     state = np.asarray(observation.state)
     shape = (config.head.state_length, config.head.state_dim)
     state = _numbers("state", state[None] if shape[0] == 1 and state.ndim == 1 else state, shape)
@@ -92,6 +91,11 @@ def _grids(
             raise ValueError(
                 f"image_grids: expected at most {limits.max_pixels} pixels an image, got {grid} patches of {pixels}"
             )
+        if limits.resize and grid[0] * grid[1] * pixels < limits.min_pixels:
+            raise ValueError(
+                f"image_grids: expected at least {limits.min_pixels} pixels an image, to which the processor enlarges "
+                f"it, got {grid} patches of {pixels}"
+            )
     return grids
 
 
@@ -100,14 +104,11 @@ def _input_ids(
     grids: tuple[tuple[int, int], ...],
     config: ModelConfig,
     videos: bool,
-    choice: Mapping[int, str],
 ) -> np.ndarray:
     if not isinstance(input_ids, np.ndarray) or input_ids.ndim != 1 or input_ids.dtype.kind not in "iu":
         raise ValueError(f"input_ids: expected whole numbers (N,), got {_described(input_ids)}")
     ids = np.array(input_ids, np.int64)
     tokens = config.tokens
-    if turn := [choice[number] for number in ids.tolist() if number in choice]:
-        raise ValueError(f"input_ids: expected the prompt alone, got {turn[0]} of a turn that training alone sends")
     pad, other = (tokens.video, tokens.image) if videos else (tokens.image, tokens.video)
     if other is not None and other in ids:
         raise ValueError(

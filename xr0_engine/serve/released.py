@@ -154,6 +154,9 @@ def _grids(name: str, thw: np.ndarray, views: Sequence[str], videos: bool) -> tu
     if not ((thw[:, 0] >= 1) & (thw[:, 0] <= most)).all():
         times = f"1 to {most} temporal patches" if videos else "pictures, of time 1"
         raise ValueError(f"{name}: expected {times}, got {thw.tolist()!r:.80}")
+    # What becomes of them is a list of pictures, of which the engine sees no more than how many there are.
+    if len(set(thw[:, 0].tolist())) > 1:
+        raise ValueError(f"{name}: expected as many temporal patches for each view, got {thw[:, 0].tolist()!r:.80}")
     return tuple((height, width) for times, height, width in thw.tolist() for _ in range(times))
 
 

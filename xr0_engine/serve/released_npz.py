@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from xr0_engine.robot.embodiment import embodiment_for
 from xr0_engine.robot.prompt import MAX_PROMPT_TOKENS
 from xr0_engine.serve import npz
 from xr0_engine.serve.protocol import PolicyMetadata, Request
@@ -22,17 +23,17 @@ _GRIDS = npz.Field("iu", (2, 2), npz.MAX_HEAD_BYTES + 8 * 3 * 64)
 _ACTIONS = npz.Field("fiub", (3, 3), 1 << 20)
 _NUMBER = npz.Field("iu", (0, 1), _WHOLE)
 
-_SHARED = {"input_ids": _TOKENS, "attention_mask": _TOKENS, "state": npz.Field("f", (3, 3), 1 << 16)}
+_SHARED = {
+    "input_ids": _TOKENS,
+    "attention_mask": _TOKENS,
+    "state": npz.Field("f", (3, 3), 1 << 16),
+    # Newer processors add it for either client. It says which tokens are images, as input_ids do.
+    "mm_token_type_ids": _TOKENS,
+}
 _PICTURES = {"pixel_values": _PIXELS, "image_grid_thw": _GRIDS}
 _PREFIX = {"action": _ACTIONS, "prefix_length": _NUMBER}
 _VIDEOS = {"pixel_values_videos": _PIXELS, "video_grid_thw": _GRIDS}
-_HUGGING_FACE = {
-    "action_mask": _ACTIONS,
-    "task_id": npz.Field("U", (0, 0), 1 << 14),
-    "seed": _NUMBER,
-    # Newer processors add it. It says which tokens are images, as input_ids do.
-    "mm_token_type_ids": _TOKENS,
-}
+_HUGGING_FACE = {"action_mask": _ACTIONS, "task_id": npz.Field("U", (0, 0), 1 << 14), "seed": _NUMBER}
 FIELDS = {**_SHARED, **_PICTURES, **_PREFIX, **_VIDEOS, **_HUGGING_FACE}
 """Of both requests."""
 
@@ -43,7 +44,8 @@ def read_request(fields: Mapping[str, Any], metadata: PolicyMetadata) -> tuple[R
     """The request that a client's arrays make, and what its chunk is sent as.
 
     The Hugging Face server's clients send the chunk's mask and decode what they get; the post-training server's send a
-    prefix or neither, and get robot units. Raises ValueError that names the field.
+    prefix or neither, and get robot units. A request with something of both, or of the first without its mask, could be
+    either's. Raises ValueError that names the field.
     """
     normalized = any(name in fields for name in (*_VIDEOS, *_HUGGING_FACE))
     if normalized and (both := [name for name in _PREFIX if name in fields]):
@@ -62,15 +64,26 @@ def read_request(fields: Mapping[str, Any], metadata: PolicyMetadata) -> tuple[R
 
 
 def _robot_type(task: object, metadata: PolicyMetadata) -> str:
-    # The released servers serve one and look at no name: whose chunk it is, action_mask tells.
     if isinstance(task, str) and task in metadata.robots:
         return task
-    if len(metadata.robots) == 1:
+    # The released servers look at no name, and clients send what they like; the name of another robot is a mistake.
+    if len(metadata.robots) == 1 and not _is_known(task):
         return metadata.resolve()
     raise ValueError(
         f"task_id: expected one of {', '.join(metadata.robots)}, got {'nothing' if task is None else repr(task):.80}; "
-        "clients that name none take a server of one robot type (--robot-type)"
+        "clients of other names, or none, take a server of one robot type (--robot-type)"
     )
+
+
+def _is_known(task: object) -> bool:
+    """Whether it names a robot type of a built-in profile."""
+    if not isinstance(task, str):
+        return False
+    try:
+        embodiment_for(task)
+    except ValueError:
+        return False
+    return True
 
 
 def _normalized(chunk: ActionChunk) -> bytes:

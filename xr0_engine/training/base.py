@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers import Qwen3VLConfig
 
 from xr0_engine.checkpoint import preprocessor_config
-from xr0_engine.config import ModelConfig, VisionConfig, read_hf_config
+from xr0_engine.config import VLM_TYPE, ModelConfig, VisionConfig, describes_vlm, read_hf_config
+from xr0_engine.family import FAMILIES
 from xr0_engine.files import find_settings
 from xr0_engine.model.dit import ActionHead
 from xr0_engine.model.weights import (
@@ -28,11 +29,16 @@ from xr0_engine.model.weights import (
     read_index,
     resolve_checkpoint,
 )
-from xr0_engine.robot.limits import RELEASED_LIMITS, ImageLimits, load_limits
+from xr0_engine.robot.limits import (
+    RELEASED_LIMITS,
+    ImageLimits,
+    find_video_settings,
+    load_limits,
+    load_video_limits,
+)
 from xr0_engine.sizes import published_config
 from xr0_engine.types import CheckpointError
 
-VLM_TYPE = "qwen3_vl"
 EMBEDDINGS = "vlm.model.language_model.embed_tokens.weight"
 
 
@@ -56,6 +62,11 @@ class Base:
         limits = load_limits(self.folder, self.config.vision)
         return {**next(iter(told.values())), **limits.to_hf()}
 
+    def video_preprocessor(self) -> Any:
+        """What video_preprocessor_config.json says; None where nothing is said of videos, which are then as images."""
+        told = find_video_settings(self.folder) if self.has_head else None
+        return None if told is None else told[1]
+
 
 def read_base(checkpoint: str | Path) -> Base:
     """Folder or hub id, its config and the place of every tensor; no tensor is read but a stored LM head.
@@ -65,7 +76,7 @@ def read_base(checkpoint: str | Path) -> Base:
     """
     folder = resolve_checkpoint(checkpoint)
     raw = read_hf_config(folder)
-    has_head = not _is_vlm(raw)
+    has_head = not describes_vlm(raw)
     config = ModelConfig.load(folder) if has_head else ModelConfig.from_hf(_with_head(raw))
     stored = read_index(folder)
     if not has_head:
@@ -83,7 +94,12 @@ def base_limits(folder: Path, vision: VisionConfig) -> ImageLimits:
 
     Raises CheckpointError as load_limits does.
     """
-    return RELEASED_LIMITS if _is_vlm(read_hf_config(folder)) else load_limits(folder, vision)
+    return RELEASED_LIMITS if describes_vlm(read_hf_config(folder)) else load_limits(folder, vision)
+
+
+def base_video_limits(folder: Path, vision: VisionConfig) -> ImageLimits:
+    """The same of videos. Raises CheckpointError as load_video_limits does."""
+    return RELEASED_LIMITS if describes_vlm(read_hf_config(folder)) else load_video_limits(folder, vision)
 
 
 def read_tensor(place: StoredTensor) -> Tensor:
@@ -93,19 +109,19 @@ def read_tensor(place: StoredTensor) -> Tensor:
 
 
 def fresh_head(config: ModelConfig, seed: int) -> dict[str, Tensor]:
-    """XR-0's name -> new weight of the action head, float32, the same for a seed."""
+    """Checkpoint's name -> new weight of the action head, float32, the same for a seed (Family.fresh_std)."""
+    std = FAMILIES[config.family].fresh_std
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         head = ActionHead(config)
         for name, parameter in head.named_parameters():
             if name.endswith("adaln_table"):
                 nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+            elif std is not None and parameter.ndim > 1:
+                nn.init.normal_(parameter, std=std)
+            elif std is not None and name.endswith("bias"):
+                nn.init.zeros_(parameter)
     return {name: parameter.detach() for name, parameter in head.named_parameters()}
-
-
-def _is_vlm(raw: Any) -> bool:
-    """raw: a config.json's content. Whether it describes the VLM alone."""
-    return isinstance(raw, dict) and raw.get("model_type") == VLM_TYPE
 
 
 def _with_head(raw: Mapping[str, Any]) -> dict[str, Any]:

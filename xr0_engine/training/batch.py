@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -19,7 +20,7 @@ from xr0_engine.robot.normalize import ActionStatistics
 from xr0_engine.robot.preprocess import Preprocessor, images_to_patches, position_ids
 from xr0_engine.robot.prompt import PROMPT_TOKENS, PromptTokenizer
 from xr0_engine.robot.tokenizer_file import TOKENIZER_FILE, read_tokenizer
-from xr0_engine.training.base import base_limits
+from xr0_engine.training.base import base_limits, base_video_limits
 from xr0_engine.training.choice_turn import ChoiceTurn, choice_turn
 from xr0_engine.training.data.samples import LanguageSample, RobotSample
 from xr0_engine.types import ModelInputs, Observation
@@ -66,7 +67,8 @@ class Collator:
     """Turns samples into batches for one checkpoint folder, with the engine's own preprocessing.
 
     statistics: of the training data, by robot type; embodiment: None chooses the built-in profile by robot type.
-    with_turn: whether robot batches have the choice turn.
+    with_turn: whether robot batches have the choice turn. Raises ValueError for a history that the model's temporal
+    patches do not divide, CheckpointError for a tokenizer or processor file that fits no videos, if there are any.
     """
 
     def __init__(
@@ -80,6 +82,9 @@ class Collator:
         self.config, self.statistics, self.with_turn = config, statistics, with_turn
         tokenizer = PromptTokenizer.load(folder, config.tokens, config.text.vocab_size)
         self._preprocess = Preprocessor(config, tokenizer, statistics, embodiment, base_limits(folder, config.vision))
+        if self._preprocess.sees_videos():
+            self._preprocess.video_limits = base_video_limits(folder, config.vision)
+        self._check_videos([embodiment] if embodiment is not None else self._built_in())
         self._markup, self._plain = (_whole_text_tokenizer(folder) for _ in range(2))
         self._plain.encode_special_tokens = True
         added = self._markup.get_added_tokens_decoder().items()
@@ -102,6 +107,21 @@ class Collator:
         return RobotBatch(
             inputs, torch.from_numpy(actions), mask, sources, self._turn(mask) if self.with_turn else None
         )
+
+    def _built_in(self) -> list[Embodiment]:
+        """The profiles of the statistics' robot types; one that no profile is known for has none."""
+        profiles = []
+        for robot_type in self.statistics:
+            with suppress(ValueError):
+                profiles.append(self._preprocess.resolve(robot_type)[1])
+        return profiles
+
+    def _check_videos(self, profiles: Sequence[Embodiment]) -> None:
+        """What the first batch of videos would be refused for."""
+        for profile in profiles:
+            if profile.history is not None:
+                profile.prompt_form(self.config.vision.temporal_patch_size)
+                self._preprocess.tokenizer.check_videos()
 
     def _turn(self, mask: Tensor) -> ChoiceTurn:
         """mask: (B, T, A). A sample's steps go to the last that is supervised."""

@@ -31,6 +31,7 @@ from xr0_engine.config import ModelConfig
 from xr0_engine.files import read_json, reading, whole
 from xr0_engine.model.weights import checkpoint_shapes
 from xr0_engine.robot.embodiment import CHECKPOINT_KEY, Embodiment
+from xr0_engine.robot.limits import VIDEO_FILE
 from xr0_engine.robot.normalize import STATISTICS_FILE, ActionStatistics
 from xr0_engine.training.base import Base, fresh_head, read_tensor
 from xr0_engine.training.distributed import World
@@ -109,7 +110,8 @@ class Checkpointer:
     def restore(self, folder: Path) -> dict[str, Any]:
         """Load a checkpoint into model and optimiser. Returns its progress.
 
-        Raises CheckpointError that names tensors that are missing, unexpected or of another shape.
+        Raises CheckpointError that names tensors that are missing, unexpected or of another shape. Warns of one that
+        holds no moments behind its step: the optimiser then begins anew.
         """
         state = self._state()
         found = _stored_shapes(folder)
@@ -127,7 +129,25 @@ class Checkpointer:
         with reading(folder / PROGRESS_FILE):
             if progress:
                 whole(progress, "step", least=0)
+        if self._world.is_main and progress and progress["step"] > 0:
+            self._warn_without_moments(folder, state)
         return dict(progress)
+
+    def _warn_without_moments(self, folder: Path, state: Mapping[str, Tensor]) -> None:
+        """Earlier versions saved none at a step that had just been validated (trainer.py: reshard)."""
+        counts = [value for name, value in state.items() if name.startswith("optim.") and name.endswith(".step")]
+        if any(bool(count.any()) for count in counts):
+            return
+        others = [path.name for path in checkpoints(self._folder) if path != folder]
+        remedy = "the run has no other checkpoint; start it again"
+        if others:
+            remedy = f"remove this checkpoint to resume from {others[-1]}, if that was not validated; or start again"
+        warnings.warn(
+            f"{folder}: it holds no moments of the optimiser, which begins anew, and its weights are rounded to "
+            "model.dtype: an earlier version saved it so at a step that it had just validated. This run will not be "
+            f"the one that was cut off; for an exact one, {remedy}",
+            stacklevel=3,
+        )
 
     def _state(self) -> dict[str, Tensor]:
         """Name -> live tensor of everything that training changes; optimiser state that is not there yet is made."""
@@ -229,6 +249,8 @@ class Export:
             told = {} if self.embodiment is None else {CHECKPOINT_KEY: asdict(self.embodiment)}
             (target / "config.json").write_text(json.dumps(config.to_hf() | told, indent=2), encoding="utf-8")
             (target / STATISTICS_FILE).write_text(json.dumps(preprocessor), encoding="utf-8")
+            if (videos := base.video_preprocessor()) is not None:
+                (target / VIDEO_FILE).write_text(json.dumps(videos), encoding="utf-8")
             for file in base.folder.glob("*.json"):
                 if file.name.startswith(("tokenizer", "special_tokens", "added_tokens", "vocab")):
                     shutil.copy(file, target / file.name)

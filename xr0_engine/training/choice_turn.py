@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from xr0_engine.config import ModelConfig
+from xr0_engine.family import FAMILIES
 from xr0_engine.model.choice import ChoiceHeads
 
-FRESH_STD = 0.02
-"""Of new weights (spec section 8)."""
 BEFORE_STATE = "<|im_start|>user\nRobot state: "
 BEFORE_ACTIONS = "<|im_end|>\n<|im_start|>assistant\n"
 BEHIND_SCORE = "<|im_end|>\n"
@@ -76,10 +75,10 @@ class TurnHeads(ChoiceHeads):
 
 
 def fresh_turn_heads(config: ModelConfig, seed: int) -> dict[str, Tensor]:
-    """New weights of TurnHeads by parameter name, float32, the same for a seed."""
+    """New weights of TurnHeads by parameter name, float32, the same for a seed (Family.fresh_std)."""
+    std = FAMILIES[config.family].fresh_std
+    assert std is not None
     generator = torch.Generator().manual_seed(seed)
     with torch.device("meta"):
         heads = TurnHeads(config)
-    return {
-        name: torch.empty(p.shape).normal_(std=FRESH_STD, generator=generator) for name, p in heads.named_parameters()
-    }
+    return {name: torch.empty(p.shape).normal_(std=std, generator=generator) for name, p in heads.named_parameters()}

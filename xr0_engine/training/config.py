@@ -24,7 +24,7 @@ LARGEST_SEED = 2**63 - 1
 """Beyond these, a number in a file is a slip, and what is reserved for it is more than there is."""
 
 MOST_CHOICE_STEPS = 60
-"""Steps of a chunk that XR-1's language model has tokens for (sizes.ACTION_TOKENS)."""
+"""Steps of a chunk that XR-1's language model has tokens for (family.ACTION_TOKENS)."""
 
 UNSET = ""
 """A path that a recipe leaves to the user."""

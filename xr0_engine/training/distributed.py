@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from xr0_engine.training.model import Policy
 
@@ -109,3 +109,11 @@ def shard(policy: Policy, mesh: DeviceMesh, dtype: torch.dtype) -> None:
         frozen = set(vlm.parameters())
     fully_shard(policy, mesh=mesh, reshard_after_forward=False, mp_policy=precision, ignored_params=frozen)
     register_fsdp_forward_method(policy, "predict")
+
+
+def reshard(policy: Policy) -> None:
+    """Give a sharded policy its own parameters back, float32, after a forward pass that no backward pass follows: until
+    then it has the gathered ones, which the optimiser does not know and a checkpoint must not hold."""
+    for module in policy.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -82,13 +82,11 @@ def _line(path: Path, description: Description, profile: Embodiment | None) -> s
                 f"{profile.name!r}: say which one the run shall see through, data.embodiment=NAME or PATH"
             )
     seen_through(profile, description, path)
-    if profile.history is not None:
-        raise DataError(
-            f"{path}: profile {profile.name!r} shows the model films (`history`), and the trainer pictures alone: "
-            "train through a profile without one"
-        )
     used = [view.key for view in profile.views]
     others = dict.fromkeys([*description.views, *(view.key for view in own.views)])
     left_out = [key for key in others if key not in used]
     unused = f"; left out: {', '.join(left_out)}" if left_out else ""
-    return f"{path}: trains on {', '.join(used)} of profile {profile.name}{unused}"
+    shown = ""
+    if profile.history is not None:
+        shown = f", videos of {profile.history.frames} frames, {profile.history.stride} ticks apart"
+    return f"{path}: trains on {', '.join(used)} of profile {profile.name}{shown}{unused}"

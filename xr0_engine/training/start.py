@@ -14,7 +14,7 @@ from rich.console import Console
 
 from xr0_engine.files import read_bytes, reading
 from xr0_engine.robot.embodiment import builtin_embodiments
-from xr0_engine.robot.normalize import ActionStatistics, read_statistics
+from xr0_engine.robot.normalize import ActionStatistics, check_states, read_statistics
 from xr0_engine.training.base import Base, read_base
 from xr0_engine.training.checkpoint import Export, checkpoints
 from xr0_engine.training.closed_loop import find_closed_loop
@@ -64,7 +64,7 @@ def start_run(config: TrainConfig, folder: Path) -> None:
     with _writing(folder):
         # Somebody else may have started there meanwhile.
         _refuse_used(folder)
-        _train(config, folder, statistics, views)
+        _train(config, folder, statistics, views, base.config.head.state_length)
 
 
 def resume_run(folder: Path) -> None:
@@ -73,7 +73,8 @@ def resume_run(folder: Path) -> None:
     views = check_profiles(config.data)
     base = read_base(config.model.checkpoint)
     with _writing(folder):
-        _train(config, folder, _statistics(folder / STATISTICS_FILE, base, config), views)
+        statistics = _statistics(folder / STATISTICS_FILE, base, config)
+        _train(config, folder, statistics, views, base.config.head.state_length)
 
 
 def export_run(folder: Path, out: Path, step: int | None) -> None:
@@ -122,8 +123,14 @@ def _is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _train(config: TrainConfig, folder: Path, statistics: Mapping[str, ActionStatistics], views: Sequence[str]) -> None:
-    """views: what each dataset is seen through, told once."""
+def _train(
+    config: TrainConfig,
+    folder: Path,
+    statistics: Mapping[str, ActionStatistics],
+    views: Sequence[str],
+    state_length: int,
+) -> None:
+    """views: what each dataset is seen through, told once. state_length: the model's."""
     data = config.data
     check_robot_types(data, statistics)
     fraction = 0.0 if data.validation else data.validation_fraction
@@ -136,6 +143,7 @@ def _train(config: TrainConfig, folder: Path, statistics: Mapping[str, ActionSta
         data.skip_broken,
         run_profile(data),
         data.random_crop,
+        state_length,
     )
     has_validation = bool(data.validation) or fraction > 0
     with world() as here:
@@ -188,7 +196,9 @@ def _statistics(path: Path, base: Base, config: TrainConfig) -> dict[str, Action
     if not path.is_file():
         raise ValueError(f"data.statistics: expected a file that `xr0 data stats` wrote, there is none at {path}")
     xr0 = model_config(base.config, config)
-    return read_statistics(path, xr0.head.action_dim, xr0.std_epsilon, xr0.double_statistics)
+    statistics = read_statistics(path, xr0.head.action_dim, xr0.std_epsilon, xr0.double_statistics)
+    check_states(path, statistics, xr0.head.state_dim)
+    return statistics
 
 
 def _absolute(text: str) -> str:

@@ -23,7 +23,7 @@ from xr0_engine.training.closed_loop import FOLDER, ClosedLoop, drive, find_clos
 from xr0_engine.training.config import TrainConfig
 from xr0_engine.training.counts import Counts, step_counts
 from xr0_engine.training.data.samples import LanguageSample, RobotSample
-from xr0_engine.training.distributed import World, shard
+from xr0_engine.training.distributed import World, reshard, shard
 from xr0_engine.training.draws import FlowDraw, draw_flow, micro_batch_generator
 from xr0_engine.training.metrics import Averages, Log, Speed, model_flops, peak_tflops
 from xr0_engine.training.model import FlowPolicy, StepOutput, build_policy, load_policy, model_config, set_parameter
@@ -236,6 +236,7 @@ class Trainer:
         result = validate(
             self.policy, self.collate, samples, data.batch_size, self.statistics, self.world, data.validation_draws
         )
+        reshard(self.policy)
         return {f"validation/{name}": value for name, value in result.items()}
 
     def _drive(self, function: ClosedLoop) -> dict[str, float]:

@@ -61,7 +61,7 @@ def test_crop_keeps_95_percent_of_each_side():
     ramp = np.broadcast_to(np.linspace(0, 255, 100)[None, :, None], (100, 100, 3)).astype(np.uint8)
     spans = []
     for seed in range(30):
-        cropped = module._crop(ramp, np.random.default_rng(seed)).astype(int)
+        cropped = module._crop(ramp, np.random.default_rng(seed))(ramp).astype(int)
         spans.append((cropped[50, 0, 0], cropped[50, -1, 0]))
     assert {round((last - first) / 255 * 99) + 1 for first, last in spans} <= {94, 95, 96}
     assert len({first for first, _ in spans}) > 3

@@ -13,7 +13,6 @@ from xr0_engine.robot.embodiment import View
 from xr0_engine.robot.mobile import MOBILE, ROBODOJO, MobileArm, MobilePose
 from xr0_engine.robot.quantiles import read_state
 from xr0_engine.robot.views import orient
-from xr0_engine.training.config import DataConfig
 from xr0_engine.training.data import augment
 from xr0_engine.training.data.columns import Timing, motion_of
 from xr0_engine.training.data.description import describe
@@ -24,7 +23,6 @@ from xr0_engine.training.data.sources import open_source
 from xr0_engine.training.data.stats import compute, merge
 from xr0_engine.training.data.video import Clip
 from xr0_engine.training.data.windows import Windows, chunk_at, prepare
-from xr0_engine.training.profiles import check_profiles
 
 N, JOINTS, T = 10, 7, 4
 ACTIVE = [*range(7), *range(8, 15), 16, *range(17, 20)]
@@ -149,9 +147,12 @@ def test_statistics_with_quantiles(folder):
     told = json.loads((folder / "p.json").read_text())["action_config"]["mobile"]
     assert told["active_columns"] == ACTIVE
     assert np.shape(told["mean"]) == (T, 60)
-    assert np.shape(told["q01"]) == (1, 60)
+    assert np.shape(told["action_q01"]) == (1, 60)
+    # Released configurations have the states' under these names, beside mean and std.
+    assert not {"q01", "q99"} & told.keys()
     values = np.concatenate([chunk.actions[chunk.mask[:, 17], 17] for chunk in chunks])
-    np.testing.assert_allclose([told["q01"][0][17], told["q99"][0][17]], np.quantile(values, [0.01, 0.99]))
+    found = [told["action_q01"][0][17], told["action_q99"][0][17]]
+    np.testing.assert_allclose(found, np.quantile(values, [0.01, 0.99]))
     state = read_state(told["state"])
     assert state.rule == "post_training"
     np.testing.assert_allclose(state.q99, np.quantile(states, 0.99, axis=0), atol=1e-6)
@@ -210,12 +211,6 @@ def test_lerobot_datasets_of_such_a_layout_are_refused(folder):
     (folder / "meta" / "info.json").write_text("{}")
     with pytest.raises(DataError, match="a LeRobot dataset of layout 'mobile' is not read: write episode files"):
         open_source(folder)
-
-
-def test_films_are_refused_before_anything_is_loaded(tmp_path):
-    (tmp_path / "xr0.yaml").write_text("robot_type: robocasa365\nwidth: 60\n")
-    with pytest.raises(DataError, match=r"profile 'robocasa365' shows the model films \(`history`\)"):
-        check_profiles(DataConfig(robot=(str(tmp_path),)))
 
 
 def test_without_random_crops_colour_alone_varies(monkeypatch):

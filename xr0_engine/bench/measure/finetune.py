@@ -18,7 +18,6 @@ from xr0_engine.bench.tell.tables import footer, number
 from xr0_engine.bench.timing import WARM_UP
 from xr0_engine.robot.normalize import ActionStatistics
 from xr0_engine.robot.preprocess import Preprocessor
-from xr0_engine.sizes import ROBOTS
 from xr0_engine.training.config import TrainConfig, override
 from xr0_engine.training.data.samples import RobotSample
 from xr0_engine.training.distributed import world
@@ -37,6 +36,10 @@ def measure(setup: Setup, rounds: int, command: str) -> tuple[Result, BaseExcept
     """
     if rounds < 1:
         raise ValueError(f"rounds: expected at least 1, got {rounds}")
+    if setup.case.family != "xr0":
+        raise ValueError(
+            f"case: expected one of Xiaomi-Robotics-0, whose head the recipe trains; got {setup.case.name}"
+        )
     device, case = setup.prepare(), setup.case
     preprocess = Preprocessor.load(setup.folder())
     statistics = preprocess.statistics[case.robot_type]
@@ -108,7 +111,7 @@ class _Samples(Iterator[list[RobotSample]]):
 def _sample(case: Case, statistics: ActionStatistics, random: np.random.Generator, number: int) -> RobotSample:
     actions = statistics.denormalize(random.standard_normal(statistics.mean.shape).astype(np.float32))
     mask = np.zeros(actions.shape, bool)
-    mask[:, list(ROBOTS[case.robot_type][1])] = True
+    mask[:, statistics.action_mask.any(0)] = True
     return RobotSample(
         images={
             view.key: random.integers(0, 256, (*case.image_size, 3), dtype=np.uint8) for view in case.embodiment.views

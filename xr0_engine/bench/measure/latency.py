@@ -32,6 +32,7 @@ from xr0_engine.bench.timing import (
     run,
 )
 from xr0_engine.engine import Engine
+from xr0_engine.exported.model import refuse_other_model
 from xr0_engine.types import Guide
 
 PARTS = ("all", "dit")
@@ -76,6 +77,11 @@ def measure(
     boundary = check_boundary(boundary or ("flow" if part == "dit" else "stage"), _boundaries(part))
     if boundary in REPLAY_BOUNDARIES:
         check_graphs(setup, f"boundary {boundary!r}")
+    if setup.case.family != "xr0" and not alone:
+        raise ValueError(
+            f"case {setup.case.name}: the released way that is measured beside the engine is Xiaomi-Robotics-0's; take "
+            "--alone"
+        )
     variants = {} if alone else {"released": False} | ({"compiled": True} if compiled else {})
     if part == "dit":
         head_subject = HeadSubject.make(setup)
@@ -160,6 +166,7 @@ def _model_rivals(
     rivals = {"engine": engine_rival(*session_of(subject), boundary) if replays else rival(partial(ours, engine))}
     if export is not None:
         exported = Engine.from_export(export, setup.device, export_backend, setup.case.profile)
+        refuse_other_model(exported.config, engine.config)
         rivals[exported.backend] = rival(partial(ours, exported))
     if guided:
         rivals["guided"] = _guided_rival(subject, lambda call: rival(call)[0])

@@ -21,8 +21,9 @@ from xr0_engine.backend import resolve_backend, resolve_dtype
 from xr0_engine.bench.cases import Setup, describe
 from xr0_engine.bench.results import Result, environment
 from xr0_engine.bench.step.ceilings import COPIED_BYTES, Ceilings, highest, measure_ceilings, rates
+from xr0_engine.bench.step.memory import FLOAT32_BYTES
 from xr0_engine.bench.step.recorder import STAGES, Call, step_calls
-from xr0_engine.bench.step.roofline import FLOAT32_BYTES, Operator, Precision, cost, operators
+from xr0_engine.bench.step.roofline import Operator, Precision, cost, operators
 from xr0_engine.bench.step.workload import Workload
 from xr0_engine.bench.tell.tables import footer, number
 from xr0_engine.bench.timing import CallTimer, run

@@ -14,10 +14,11 @@ import torch
 
 from xr0_engine.backend import resolve_dtype
 from xr0_engine.bench.step.recorder import Call, step_calls
-from xr0_engine.bench.step.roofline import FLOAT32_BYTES
 from xr0_engine.bench.step.workload import Workload
 from xr0_engine.config import ModelConfig
 from xr0_engine.model.xr0 import XR0Model
+
+FLOAT32_BYTES = 4
 
 
 @dataclass(frozen=True)

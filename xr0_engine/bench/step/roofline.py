@@ -30,6 +30,7 @@ from rich.table import Table
 from xr0_engine.bench.cases import Setup, describe
 from xr0_engine.bench.results import Result, environment
 from xr0_engine.bench.step.ceilings import HERE, Ceilings, ceilings_for, rates
+from xr0_engine.bench.step.memory import memory_need
 from xr0_engine.bench.step.recorder import Call, step_calls
 from xr0_engine.bench.step.workload import Workload
 from xr0_engine.config import ModelConfig
@@ -37,7 +38,6 @@ from xr0_engine.config import ModelConfig
 STAGES = ("vision", "prefill", "flow")
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "fp8": 1, "int8": 1}
 """Bytes of a weight."""
-FLOAT32_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def bounds_ms(found: list[Operator], ceilings: Ceilings) -> dict[str, float]:
 
 
 def measure(setup: Setup, chip: str, command: str) -> Result:
-    """The bounds of a case on a chip (a key of CHIPS, or HERE).
+    """The bounds of a case on a chip (a key of CHIPS, or HERE), and but in 8 bits the memory of a call (memory.py).
 
     setup.dtype: a key of BYTES. Raises ValueError for what is wrong in setup or chip.
     """
@@ -154,6 +154,7 @@ def measure(setup: Setup, chip: str, command: str) -> Result:
             "ceilings": asdict(ceilings),
             "bound_ms": bounds_ms(found, ceilings),
             "operators": listed,
+            **({} if BYTES[setup.dtype] == 1 else {"memory_bytes": memory_need(config, work, setup.dtype).peak}),
         },
     )
 
@@ -170,6 +171,8 @@ def show(result: Result, list_operators: bool = False) -> None:
         f"{ceilings['name']}: {rates(ceilings)}; {ceilings['source']}.",
         highlight=False,
     )
+    if (memory := result.facts.get("memory_bytes")) is not None:
+        console.print(f"Memory of a call, estimated: {memory / 2**30:.2f} GiB with weights.", highlight=False)
 
 
 def _stage_table(found: Sequence[Mapping[str, Any]]) -> Table:

@@ -10,10 +10,9 @@ import numpy as np
 from xr0_engine.bench.cases import Setup
 from xr0_engine.config import ModelConfig, VisionConfig
 from xr0_engine.model.weights import resolve_checkpoint
-from xr0_engine.robot.limits import RELEASED_LIMITS, ImageLimits, load_limits
+from xr0_engine.robot.limits import RELEASED_LIMITS, ImageLimits, load_limits, load_video_limits
 from xr0_engine.robot.normalize import load_statistics, select_robot_type
 from xr0_engine.robot.preprocess import orient, smart_resize
-from xr0_engine.sizes import ROBOTS, SIZES
 from xr0_engine.types import ModelInputs
 
 
@@ -21,8 +20,8 @@ from xr0_engine.types import ModelInputs
 class Workload:
     """The sizes of one call that its cost depends on.
 
-    grids: per image (height, width) in patches, of the whole batch; tokens: N, padding included; chunk_length: T;
-    preamble_tokens: leading tokens whose KV is kept from an earlier call.
+    grids: per image, and per temporal patch of a video, (height, width) in patches, of the whole batch; tokens: N,
+    padding included; chunk_length: T; preamble_tokens: leading tokens whose KV is kept from an earlier call.
     """
 
     grids: tuple[tuple[int, int], ...]
@@ -43,26 +42,24 @@ class Workload:
 
         Raises ValueError for an unknown size, CheckpointError for a checkpoint that cannot be used.
         """
-        case = setup.case
+        case, history = setup.case, setup.case.embodiment.history
         if setup.checkpoint is None:
-            config, chunk_length = config_of_size(setup.size), ROBOTS[case.robot_type][0]
+            config, (chunk_length, _) = setup.config(), setup.chunk()
             limits = RELEASED_LIMITS
         else:
             folder = resolve_checkpoint(setup.checkpoint)
             config = ModelConfig.load(folder)
-            limits = load_limits(folder, config.vision)
+            limits = (load_limits if history is None else load_video_limits)(folder, config.vision)
             statistics = load_statistics(folder, config.head.action_dim, config.std_epsilon, config.double_statistics)
             chunk_length = statistics[select_robot_type(statistics, case.robot_type)].chunk_length
         image = np.empty((*case.image_size, 3), np.uint8)
-        grids = [image_grid(orient(image, view).shape, config.vision, limits) for view in case.embodiment.views]
+        pictures = 1 if history is None else history.frames // config.vision.temporal_patch_size
+        grids = [
+            image_grid(orient(image, view).shape, config.vision, limits)
+            for view in case.embodiment.views
+            for _ in range(pictures)
+        ]
         return config, Workload(tuple(grids) * case.batch, case.tokens, chunk_length, case.batch)
-
-
-def config_of_size(size: str) -> ModelConfig:
-    """Raises ValueError for a size not in SIZES."""
-    if size not in SIZES:
-        raise ValueError(f"size: expected {', '.join(SIZES)}; got {size!r}")
-    return SIZES[size]()
 
 
 def image_grid(shape: Sequence[int], vision: VisionConfig, limits: ImageLimits) -> tuple[int, int]:

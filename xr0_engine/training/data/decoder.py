@@ -82,7 +82,9 @@ class Decoder:
         self._start = self._stream.start_time or 0
         if not self._time_base or not self._stream.average_rate:
             raise DataError("does not tell its frame rate")
-        self._times_s = self._indexed_times()
+        self._times_s: np.ndarray | None
+        self._keys_s: np.ndarray | None
+        self._times_s, self._keys_s = self._indexed_times()
         self._numbered_until: dict[float, float] = {}
         self._frames: Iterator[av.VideoFrame] = iter(())
         self._last: av.VideoFrame | None = None
@@ -137,13 +139,18 @@ class Decoder:
             ahead_s = time_s - self._time(self._last)
             if abs(ahead_s) <= tolerance_s:
                 return self._last
-            if 0 < ahead_s <= READ_ON_S:
+            if ahead_s > 0 and (ahead_s <= READ_ON_S or not self._key_after(self._time(self._last), time_s)):
                 try:
                     return self._read_on(time_s, tolerance_s, passed=True)
                 except _Fault:
                     # The damage may be another group's.
                     self._last = None
         return self._read_from_key_frame(time_s, tolerance_s)
+
+    def _key_after(self, begin_s: float, end_s: float) -> bool:
+        """Whether seeking to end_s may spare decoding, from begin_s on, what lies between: not without a key frame
+        there, when each frame of a video in turn would be decoded from the one before them all."""
+        return self._keys_s is None or bool(((self._keys_s > begin_s) & (self._keys_s <= end_s)).any())
 
     def _read_from_key_frame(self, time_s: float, tolerance_s: float) -> av.VideoFrame:
         """The frame, by decoding from the nearest key frame from which it comes out rightly.
@@ -249,15 +256,20 @@ class Decoder:
             return []
         return [frame for frame in frames if frame.pts != damaged.pts and not frame.is_corrupt]
 
-    def _indexed_times(self) -> np.ndarray | None:
-        """(N,) s after the first, when each frame is decoded, which is when frames are shown up to a constant.
+    def _indexed_times(self) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
+        """(N,) s after the first, when each frame is decoded, which is when frames are shown up to a constant; the same
+        of the key frames alone.
 
         None where the file's header does not list all of its frames.
         """
         if "mp4" not in self._container.format.name or not self._stream.frames:
-            return None
-        stamps = [entry.timestamp for entry in self._stream.index_entries if not entry.is_discard]
-        return (np.array(stamps, np.float64) - stamps[0]) * self._time_base if stamps else None
+            return None, None
+        entries = [entry for entry in self._stream.index_entries if not entry.is_discard]
+        if not entries:
+            return None, None
+        stamps = np.array([entry.timestamp for entry in entries], np.float64)
+        times_s = (stamps - stamps[0]) * self._time_base
+        return times_s, times_s[[entry.is_keyframe for entry in entries]]
 
     def _numbers_hold_until(self, fps: float) -> float:
         """Up to what time, in s after the first frame, number n is of the frame nearest to n / fps. Gaps count too."""

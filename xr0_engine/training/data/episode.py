@@ -80,6 +80,14 @@ class Episode:
                 return tick + int(gaps[0]) + 1
         return len(self.motion)
 
+    def begin_before(self, tick: int) -> int:
+        """The first of the ticks that lead up to a tick without a gap."""
+        if self.times_s is not None:
+            gaps = np.flatnonzero(np.diff(self.times_s[: tick + 1]) * self.rate_hz > GAP_TICKS)
+            if len(gaps):
+                return int(gaps[-1]) + 1
+        return 0
+
     def videos(self) -> dict[str, Clip]:
         """The clips, if all of them are of video files. Raises ValueError for others."""
         videos = {view: clip for view, clip in self.clips.items() if isinstance(clip, Clip)}

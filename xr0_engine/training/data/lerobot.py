@@ -66,6 +66,11 @@ class LeRobotDataset:
                 )
 
     @property
+    def fps(self) -> list[float]:
+        """As EpisodeFolder's."""
+        return [self._fps] * len(self.entries)
+
+    @property
     def names(self) -> list[str]:
         return [f"{self.path}#{entry.index}" for entry in self.entries]
 

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from xr0_engine.training.data.samples import DataError, LanguageSample, RobotSample
+from xr0_engine.training.data.samples import DataError, LanguageSample, RobotSample, UnfitError
 
 # Length of the cycle in which datasets take turns: the finest weight is one in so many samples.
 CYCLE = 4096
@@ -54,8 +54,8 @@ class Interleaved:
             rng = np.random.default_rng((self.seed, _CONTENT, draw)) if augment else None
             try:
                 return dataset.sample(index, rng), broken
-            except DataError:
-                if not skip_broken:
+            except DataError as error:
+                if not skip_broken or isinstance(error, UnfitError):
                     raise
             replacement = np.random.default_rng((self.seed, _REPLACEMENT, draw, broken))
             index = int(replacement.integers(len(dataset)))

@@ -10,7 +10,14 @@ from typing import Protocol
 
 import numpy as np
 
-from xr0_engine.training.data.samples import DataError
+from xr0_engine.robot.embodiment import Embodiment
+from xr0_engine.training.data.samples import DataError, UnfitError
+
+STRIDE_TOLERANCE = 0.002
+"""The part of a picture by which a video's frames may come closer together than pictures are: cameras' 29.97 for 30
+needs 0.001, and what is recorded at another rate than the robot's is farther off."""
+TIE = 1e-6
+"""Of a picture: what lies so near the middle between two is a tie, whatever floats make of it."""
 
 
 class Pictures(Protocol):
@@ -23,6 +30,10 @@ class Pictures(Protocol):
     @property
     def crop(self) -> tuple[int, int, int, int] | None:
         """What is cut out of a stored picture, None for all of it."""
+
+    @property
+    def fps(self) -> float:
+        """Pictures a second."""
 
     def nearest(self, time_s: float) -> int:
         """The frame nearest in time to time_s after the first."""
@@ -64,6 +75,20 @@ class Drawn:
         return image
 
 
+def check_stride(profile: Embodiment, fps: float, where: str) -> None:
+    """Raises UnfitError where a profile shows the model videos whose frames are closer together than what was recorded
+    at fps: two of them would be one picture, and the robot's never are. where: what the message begins with."""
+    history, rate_hz = profile.history, profile.control_rate_hz
+    if history is None or history.frames == 1 or history.stride * fps >= (1 - STRIDE_TOLERANCE) * rate_hz:
+        return
+    least = math.ceil((1 - STRIDE_TOLERANCE) * rate_hz / fps)
+    raise UnfitError(
+        f"{where}: recorded at {fps:g} Hz; the videos of embodiment {profile.name!r} have frames {history.stride} "
+        f"ticks of {rate_hz:g} Hz apart (`history`), {rate_hz / history.stride:g} a second, of which some would be the "
+        f"same picture: record faster, or train through a profile whose history has a stride of at least {least}"
+    )
+
+
 def nearest_frame(time_s: float, fps: float, frames: int) -> int:
     """Of frames that are fps apart, the one nearest in time to time_s after the first; ties go to the later one."""
-    return min(max(math.floor(time_s * fps + 0.5), 0), frames - 1)
+    return min(max(math.floor(time_s * fps + 0.5 + TIE), 0), frames - 1)

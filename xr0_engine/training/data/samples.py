@@ -18,9 +18,9 @@ class RobotSample:
     """One observation and the actions that follow it.
 
     images: view key of the embodiment -> (height, width, 3) uint8 RGB, as the model's processor is given them: turned,
-    resized and cropped.
+    resized and cropped; where the profile has a history, a video, (frames, height, width, 3), the oldest first.
     instruction: the task in plain words.
-    state: (state_length, S) float32, proprio state, never normalised.
+    state: (state_length, S) float32, proprio states, the oldest first, never normalised.
     actions: (T, A) float32, robot units, anchored at the observation where the layout is; not normalised.
     mask: (T, A) bool, what may be supervised: the robot's columns, at steps inside the episode, unless it is `invalid`.
     robot_type: key of the action statistics. source: `file:frame`, for messages and NaN reports.
@@ -50,3 +50,7 @@ class LanguageSample:
 
 class DataError(FileError):
     """A dataset, or a place in one, that cannot be used: the message names the file, and the frame or line."""
+
+
+class UnfitError(DataError):
+    """Data that are whole and do not fit the run: no sample of them can be had, so none is skipped."""

@@ -20,13 +20,13 @@ from xr0_engine.training.data.description import Description, describe
 from xr0_engine.training.data.episode import Episode, Status, load_episode
 from xr0_engine.training.data.lerobot import LeRobotDataset
 from xr0_engine.training.data.lerobot_meta import INFO_FILE
-from xr0_engine.training.data.samples import DataError
+from xr0_engine.training.data.samples import DataError, UnfitError
 from xr0_engine.training.named import find, is_function, mark, told
 
 log = logging.getLogger("xr0_engine.data")
 
 # Fields of a profile that say how a robot is looked at and asked, not what its actions are.
-_SEEN = ("name", "robot_types", "views", "replan_every")
+_SEEN = ("name", "robot_types", "views", "replan_every", "prompt", "instruction", "history")
 
 # Episodes that a process keeps in memory, without their frames: about 100 kB each.
 KEPT_EPISODES = 256
@@ -101,7 +101,7 @@ class EpisodeFolder:
     """Episode files of the released format in a folder and those below it, ordered by path.
 
     files: these instead of all. skip_broken: leave out the files that cannot be used, with a warning. Raises DataError
-    for an empty folder, or that lists every file that cannot be used.
+    for an empty folder, or that lists every file that cannot be used. fps: of each episode, slowest_fps.
     """
 
     def __init__(
@@ -111,17 +111,19 @@ class EpisodeFolder:
         candidates = episode_files(description.folder) if files is None else files
         if not candidates:
             raise DataError(f"{description.folder} holds no episode file (*.json) and no {INFO_FILE}")
-        usable, lengths, statuses, faults = [], [], [], []
+        usable, lengths, statuses, fps, faults = [], [], [], [], []
         for file in candidates:
             try:
                 episode = load_episode(file, description.embodiment.action_layout.mobile)
                 _require_views(episode, description)
+                rate = slowest_fps(episode, description)
             except DataError as error:
                 faults.append(str(error))
                 continue
             usable.append(file)
             lengths.append(len(episode.motion))
             statuses.append(episode.status)
+            fps.append(rate)
         if faults and not (skip_broken and usable):
             raise DataError("; ".join(faults))
         if faults:
@@ -130,7 +132,7 @@ class EpisodeFolder:
             )
         self.files = tuple(usable)
         self.names = tuple(str(file) for file in usable)
-        self.lengths, self.statuses = tuple(lengths), tuple(statuses)
+        self.lengths, self.statuses, self.fps = tuple(lengths), tuple(statuses), tuple(fps)
 
     def load(self, number: int) -> Episode:
         return load_episode(self.files[number], self.description.embodiment.action_layout.mobile)
@@ -346,3 +348,17 @@ def _require_views(episode: Episode, description: Description) -> None:
             f"{episode.name}: lacks the view {missing[0]!r} of embodiment {description.embodiment.name!r}, it has "
             f"{', '.join(episode.clips)}: choose a profile without that view"
         )
+
+
+def slowest_fps(episode: Episode, description: Description) -> float:
+    """Pictures a second of the view of the profile that has the fewest. Raises UnfitError for pictures of a function's
+    that do not tell."""
+    rates: dict[str, Any] = {
+        view.key: getattr(episode.clips[view.key], "fps", None) for view in description.embodiment.views
+    }
+    for view, rate in rates.items():
+        if not isinstance(rate, int | float) or not rate > 0:
+            raise UnfitError(
+                f"{episode.name}: view {view}: fps: expected pictures a second, which videos need, got {rate!r:.80}"
+            )
+    return float(min(rates.values()))

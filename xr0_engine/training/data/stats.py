@@ -15,7 +15,7 @@ import numpy as np
 
 from xr0_engine.files import read_json
 from xr0_engine.robot.normalize import ACTIVE_STD
-from xr0_engine.robot.quantiles import StateStatistics
+from xr0_engine.robot.quantiles import ACTION_QUANTILES, StateStatistics
 from xr0_engine.training.data.parallel import in_parallel
 from xr0_engine.training.data.samples import DataError
 from xr0_engine.training.data.sources import Source, checked_instructions, open_source, split
@@ -172,8 +172,8 @@ def merge(file: Path, statistics: Statistics, replace: bool) -> None:
     if statistics.active_columns is not None:
         known[name]["active_columns"] = list(statistics.active_columns)
     if statistics.actions is not None and statistics.states is not None:
-        # As XR-1's data configurations have them: the actions' for whoever goes by quantiles, the states' in use.
-        known[name] |= {key: [row.tolist()] for key, row in zip(("q01", "q99"), statistics.actions, strict=True)}
+        # The actions' are for whoever goes by quantiles, the states' are in use.
+        known[name] |= {key: [row.tolist()] for key, row in zip(ACTION_QUANTILES, statistics.actions, strict=True)}
         known[name]["state"] = StateStatistics("post_training", *statistics.states).to_json()
     write_whole(file, json.dumps(raw))
 

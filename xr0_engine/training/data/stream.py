@@ -36,7 +36,7 @@ class Mixture:
     validation: datasets for validation; if there are none, validation_fraction of the episodes of `robot` is held out.
     skip_broken: do without samples that cannot be read: in training others take their place.
     embodiment: the profile that all datasets are seen through; None = each through its own. random_crop: whether
-    augmentation crops at random places.
+    augmentation crops at random places. state_length: as in Windows.
     """
 
     robot: tuple[str, ...]
@@ -47,6 +47,7 @@ class Mixture:
     skip_broken: bool = False
     embodiment: Embodiment | None = None
     random_crop: bool = True
+    state_length: int = 1
 
     def __post_init__(self) -> None:
         if not self.robot:
@@ -72,7 +73,8 @@ def validation_samples(mixture: Mixture, chunk_length: int, count: int) -> Itera
         parts = []
         for text in mixture.validation:
             source = open_source(weighted(text)[0], mixture.skip_broken, mixture.embodiment)
-            parts.append(Windows(source, range(len(source.names)), chunk_length))
+            episodes = range(len(source.names))
+            parts.append(Windows(source, episodes, chunk_length, state_length=mixture.state_length))
     else:
         parts = [held_out for _, held_out in _split_windows(mixture, chunk_length, mixture.validation_fraction)]
     total = sum(map(len, parts))
@@ -250,7 +252,10 @@ def _split_windows(mixture: Mixture, chunk_length: int, fraction: float) -> Iter
     for text in mixture.robot:
         source = open_source(weighted(text)[0], mixture.skip_broken, mixture.embodiment)
         train, held_out = split(source, fraction)
-        yield Windows(source, train, chunk_length, mixture.random_crop), Windows(source, held_out, chunk_length)
+        yield (
+            Windows(source, train, chunk_length, mixture.random_crop, mixture.state_length),
+            Windows(source, held_out, chunk_length, state_length=mixture.state_length),
+        )
 
 
 def _identity(reader: _Reader, windows: list[Windows], mixture: Mixture, seed: int, chunk_length: int) -> str:
