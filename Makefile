@@ -156,33 +156,40 @@ lab-quick: $(INSTALLED)-cpu
 	$(BIN)/xr0 lab show outputs/lab-quick
 	$(BIN)/xr0 lab figures outputs/lab-quick --out outputs/lab-quick
 
-# A policy for the hand-over, from nothing (docs/training.md): record, let the VLM learn to see, then the whole model to act,
-# then evaluate. Starts, of which all that follows depends on where the cube is, are what teaches it to see.
+# The policy of `xr0 demo`, from nothing (docs/training.md): record, let the VLM learn to see, then the whole model to act,
+# then the hand-over, which takes more precision than the rest, then evaluate. Starts, of which all that follows depends on
+# where the cube is, are what teaches it to see.
 , := ,
 DEMO := outputs/demo-policy
 POLICY := xr0_engine/drive/aloha_transfer
 DEMO_RECORD := $(BIN)/xr0 data record --width 320 --height 240 --view ego -j 2
-DEMO_DATA := data.statistics=$(DEMO)/statistics.json data.embodiment=$(POLICY)/profile.yaml data.chunk_length=20 \
+DEMO_DATA := data.embodiment=$(POLICY)/profile.yaml data.chunk_length=20 \
   data.validation_fraction=0.05 data.batch_size=32 run.checkpoint_every=100 run.threads=1
+DEMO_STATS := $(BIN)/xr0 data stats --chunk-length 20 --validation-fraction 0.05
 # $(call trained,RUN,RECIPE AND SETTINGS): a run that goes on where it was stopped.
 trained = if test -f $(DEMO)/$(1)/config.json; then $(BIN)/xr0 train resume $(DEMO)/$(1); else \
   $(BIN)/xr0 train $(2) --tiny --out $(DEMO)/$(1) $(DEMO_DATA); fi
 demo-policy: export OMP_NUM_THREADS := 1
 demo-policy: $(INSTALLED)-cpu $(VENV)/.renders
-	set -e; for episodes in starts grasps whole; do \
+	set -e; for episodes in starts grasps whole more; do \
 	  mkdir -p $(DEMO)/$$episodes && cp $(POLICY)/profile.yaml $(DEMO)/$$episodes; \
 	  echo "embodiment: profile.yaml" > $(DEMO)/$$episodes/xr0.yaml; done
 	$(DEMO_RECORD) $(DEMO)/starts -n 400 --over-table 0.7 --seconds 0.7 --first-seed 20000
 	$(DEMO_RECORD) $(DEMO)/grasps -n 240 --over-table 0.6 --seconds 2.6
 	$(DEMO_RECORD) $(DEMO)/whole -n 60 --over-table 0.4 --first-seed 5000
+	$(DEMO_RECORD) $(DEMO)/more -n 179 --over-table 0.4 --first-seed 5065
 	test -d $(DEMO)/base || $(BIN)/xr0 init --config $(POLICY)/base.json --out $(DEMO)/base
-	test -f $(DEMO)/statistics.json || $(BIN)/xr0 data stats $(DEMO)/grasps $(DEMO)/whole --chunk-length 20 \
-	  --validation-fraction 0.05 --out $(DEMO)/statistics.json
+	test -f $(DEMO)/seen.json || $(DEMO_STATS) $(DEMO)/grasps --out $(DEMO)/seen.json
+	test -f $(DEMO)/statistics.json || $(DEMO_STATS) $(DEMO)/grasps $(DEMO)/whole --out $(DEMO)/statistics.json
 	$(call trained,vlm,pretrain_vlm model.checkpoint=$(DEMO)/base model.standardize_vision=true data.language_every=0 \
-	  choice.candidates=1 data.robot=$(DEMO)/starts=3$(,)$(DEMO)/grasps=1 optim.steps=600)
+	  choice.candidates=1 data.statistics=$(DEMO)/seen.json data.robot=$(DEMO)/starts=3$(,)$(DEMO)/grasps=1 optim.steps=600)
 	$(call trained,policy,training_rtc model.checkpoint=$(DEMO)/vlm/model flow.repeat=2 optim.steps=3000 \
+	  data.statistics=$(DEMO)/statistics.json \
 	  data.robot=$(DEMO)/starts=1$(,)$(DEMO)/grasps=1$(,)$(DEMO)/whole=1.5)
-	$(BIN)/xr0 eval aloha $(DEMO)/policy/model --suite transfer --execute 10 --mode sync,async --delay-steps 0-3 --dtype float32 \
+	$(call trained,handover,training_rtc model.checkpoint=$(DEMO)/policy/model flow.repeat=2 optim.steps=1600 optim.peak_lr=1e-3 \
+	  data.statistics=$(DEMO)/statistics.json \
+	  data.robot=$(DEMO)/starts=0.4$(,)$(DEMO)/grasps=0.8$(,)$(DEMO)/whole=0.8$(,)$(DEMO)/more=2.2)
+	$(BIN)/xr0 eval aloha $(DEMO)/handover/model --suite transfer --execute 10 --mode sync,async --delay-steps 0-3 --dtype float32 \
 	  --out $(DEMO)/results
 
 # LIBERO wants an older MuJoCo than the other simulations, so it has an environment of its own, without torch: the policy is

@@ -36,9 +36,15 @@ def tiny(tmp_path_factory):
     return str(folder)
 
 
-def test_demo_films_the_robot(tiny, tmp_path):
+def film(path):
     import av
 
+    with av.open(path) as opened:
+        assert opened.streams.video[0].average_rate == 30
+        return [frame.to_ndarray(format="rgb24") for frame in opened.decode(video=0)]
+
+
+def test_demo_films_the_robot(tiny, tmp_path):
     out = tmp_path / "made" / "demo"
     result = CliRunner().invoke(app, ["demo", tiny, "--seconds", "0.6", "--out", str(out), "--json"])
     assert result.exit_code == 0, result.stderr
@@ -54,14 +60,51 @@ def test_demo_films_the_robot(tiny, tmp_path):
         assert len(np.unique(np.asarray(picture.convert("L")))) > 50
     with Image.open(facts["webp"]) as picture:
         assert (picture.format, picture.size, picture.n_frames, picture.info["loop"]) == ("WEBP", (320, 240), 6, 0)
-    with av.open(facts["mp4"]) as film:
-        assert film.streams.video[0].average_rate == 30
-        frames = [frame.to_ndarray(format="rgb24") for frame in film.decode(video=0)]
+    frames = film(facts["mp4"])
     assert len(frames) == 18
     # From outside, and the policy's three views.
     assert frames[0].shape == (360, 4 * 480, 3)
     # The arms have moved.
     assert np.abs(frames[0].astype(int) - frames[-1].astype(int)).max() > 100
+
+
+def test_end_effectors_move_the_robot_of_the_other_family(tmp_path, monkeypatch):
+    monkeypatch.setenv("XR0_CACHE", str(tmp_path / "cache"))
+    out = tmp_path / "out"
+    result = CliRunner().invoke(app, ["demo", "--family", "xr1", "--seconds", "0.4", "--out", str(out), "--json"])
+    assert result.exit_code == 0, result.stderr
+    facts = json.loads(result.stdout)
+    assert (facts["robot_type"], facts["frames"], facts["inferences"]) == ("mobile", 12, 1)
+    frames = film(facts["mp4"])
+    assert np.abs(frames[0].astype(int) - frames[-1]).max() > 50
+
+
+def test_an_end_effector_row_is_reached_by_joints():
+    from xr0_engine.evaluation.aloha_body import EndEffectorBody
+    from xr0_engine.sim import AlohaEnv
+
+    with AlohaEnv(width=32, height=32) as env:
+        body = EndEffectorBody(env)
+        frame = body.layout.frame_of(60)
+        row = frame.start(body.pose())
+        # Two centimetres up with the left arm, whose gripper opens; the right arm is asked for what is out of reach.
+        row[[2, 6]] += 0.02, 0.3
+        row[8] += 5.0
+        right = env.joints[7:13].copy()
+        targets = body.targets(row)
+        np.testing.assert_array_equal(targets[7:13], right)
+        assert targets[6] == pytest.approx(row[6])
+        for _ in range(30):
+            env.step(targets)
+        reached = frame.start(body.pose())
+        # What the servos hold.
+        np.testing.assert_allclose(reached[:3], row[:3], rtol=0, atol=5e-3)
+
+
+def test_an_unknown_family_exits_with_2(tmp_path):
+    result = CliRunner().invoke(app, ["demo", "--family", "xr2", "--out", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "family: expected xr0 or xr1; got 'xr2'" in result.stderr
 
 
 def test_demo_prints_a_latency_table_and_what_came_of_it(tiny, tmp_path):
@@ -90,14 +133,23 @@ def test_the_model_sees_frames_of_the_size_asked_for(tiny, tmp_path, monkeypatch
     assert all(size == {(120, 160, 3)} for size in sizes)
 
 
-def test_demo_makes_its_checkpoint_and_says_that_it_is_random(tmp_path, monkeypatch):
+def test_demo_makes_a_checkpoint_of_the_other_family_and_says_that_it_is_random(tmp_path, monkeypatch):
     cache = tmp_path / "cache"
     monkeypatch.setenv("XR0_CACHE", str(cache))
-    result = CliRunner().invoke(app, ["demo", "--seconds", "0.1", "--out", str(tmp_path / "out")])
+    options = ["--family", "xr1", "--seconds", "0.1", "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, ["demo", *options])
     assert result.exit_code == 0, result.stderr
-    assert [folder.name for folder in cache.iterdir()] == ["tiny"]
+    assert [folder.name for folder in cache.iterdir()] == ["xr1-tiny"]
     for text in ("random weights", "aimlessly"):
         assert text in result.stdout
+
+
+def test_demo_brings_a_policy_along(tmp_path):
+    """Trained for this robot, through one view; in a second it comes down to the cube."""
+    result = CliRunner().invoke(app, ["demo", "--seconds", "1.5", "--out", str(tmp_path), "--json"])
+    assert result.exit_code == 0, result.stderr
+    facts = json.loads(result.stdout)
+    assert (facts["checkpoint"], facts["mode"], facts["frames"]) == (None, "async", 45)
 
 
 @pytest.mark.parametrize("seconds", ["0", "-1", "61", "nan", "soon"])

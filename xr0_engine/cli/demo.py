@@ -24,10 +24,15 @@ RANDOM_WEIGHTS = (
 def demo(
     checkpoint: Annotated[
         str | None,
-        typer.Argument(help="Checkpoint with robot type `bimanual`. If not given: a tiny one with random weights."),
+        typer.Argument(
+            help="Checkpoint with robot type `bimanual`, or XR-1's `mobile`. If not given: the policy that comes along."
+        ),
     ] = None,
+    family: Annotated[
+        str, typer.Option(help="xr1: if no checkpoint is given, a random one of Xiaomi-Robotics-1.")
+    ] = "xr0",
     export: Annotated[
-        Path | None, typer.Option(help="Run on a folder of `xr0 export` for case `bimanual` instead of a checkpoint.")
+        Path | None, typer.Option(help="Run on a folder of `xr0 export` for case `bimanual` or `mobile`.")
     ] = None,
     seconds: Annotated[float, typer.Option(help="How long it may take, in simulated time: up to 60.")] = 8.0,
     out: Annotated[Path, typer.Option(help="Folder for rollout.png, rollout.mp4, rollout.webp.")] = Path(
@@ -47,7 +52,13 @@ def demo(
     width: Annotated[int, typer.Option(help="Of the frames that the model sees: as in its training data.")] = 320,
     height: Annotated[int, typer.Option(help="Of the frames that the model sees: as in its training data.")] = 240,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32; an export has its own.")] = "bfloat16",
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="bfloat16, float16 or float32; if not given, float32 for what comes along, else bfloat16. An "
+            "export has its own."
+        ),
+    ] = None,
     backend: Annotated[str, typer.Option(help="auto, reference or triton; of an export onnx or tensorrt.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the outcome and the files' paths as JSON.")] = False,
 ) -> None:
@@ -60,39 +71,49 @@ def demo(
         raise ValueError(f"--seconds: expected more than 0, at most 60, got {seconds}")
     if export is not None and checkpoint is not None:
         raise ValueError("--export: expected no checkpoint beside it")
+    if family != "xr0" and (export is not None or checkpoint is not None):
+        raise ValueError("--family: expected no checkpoint or export beside it, which says its own")
     if mode not in (None, "async", "sync"):
         raise ValueError(f"--mode: expected async or sync, got {mode!r}")
 
     from xr0_engine.engine import Engine
     from xr0_engine.evaluation.aloha import TRANSFER, Aloha
+    from xr0_engine.evaluation.aloha_body import BODIES
     from xr0_engine.evaluation.benchmark import Trial
     from xr0_engine.evaluation.episode import Execution
     from xr0_engine.evaluation.watched import PANEL, THUMBNAIL_HZ, watch, write_animation
     from xr0_engine.plot import plot_rollout, video_writer
-    from xr0_engine.sim import CONTROL_RATE_HZ, ROBOT_TYPE, choose_renderer
+    from xr0_engine.sim import CONTROL_RATE_HZ, choose_renderer
 
     choose_renderer()
     out.mkdir(parents=True, exist_ok=True)
     files = {kind: out / f"rollout.{kind}" for kind in ("png", "mp4", "webp")}
     if export is not None:
         engine = Engine.from_export(export, device, backend)
+    elif checkpoint is not None:
+        engine = Engine.from_pretrained(checkpoint, device, dtype or "bfloat16", backend)
     else:
-        engine = Engine.from_pretrained(checkpoint or _tiny_checkpoint(), device, dtype, backend)
-    profile = engine.embodiment(ROBOT_TYPE)
-    execute = min(EXECUTE, engine.statistics[ROBOT_TYPE].chunk_length)
+        engine = Engine.from_pretrained(_own_checkpoint(family), device, dtype or "float32", backend)
+    # The first is told as missing where it has none of them.
+    robot_type = next((name for name in BODIES if name in engine.robot_types), next(iter(BODIES)))
+    profile = engine.embodiment(robot_type)
+    execute = min(EXECUTE, engine.statistics[robot_type].chunk_length)
     benchmark = Aloha(width, height, execute, horizon_steps=max(1, round(seconds * CONTROL_RATE_HZ)))
     chosen = mode or ("async" if engine.max_prefix else "sync")
     trial = Trial(benchmark.suites()[TRANSFER][0], 0, seed, chosen, delay_steps)  # type: ignore[arg-type]
     execution = Execution(benchmark.rate_hz, execute, seed=seed)
     with video_writer(files["mp4"], PANEL[0] * (1 + len(profile.views)), PANEL[1], round(CONTROL_RATE_HZ)) as write:
-        episode, kept = watch(engine, benchmark, trial, execution, instruction, write)
+        episode, kept = watch(engine, benchmark, trial, execution, instruction, write, robot_type)
     write_animation(kept.thumbnails, THUMBNAIL_HZ, files["webp"])
-    title = f"ALOHA transfer cube, {checkpoint or export or 'random weights'}, {chosen}"
-    plot_rollout(kept.observations, kept.chunks, np.stack(kept.states), profile, files["png"], title)
+    is_random = checkpoint is None and export is None and family != "xr0"
+    named = checkpoint or export or ("random weights" if is_random else "the policy that comes along")
+    title = f"ALOHA transfer cube, {named}, {chosen}"
+    plot_rollout(kept.observations, kept.chunks, kept.planned, np.stack(kept.states), profile, files["png"], title)
     latency_ms = _percentiles(kept.chunks)
     if as_json:
         facts = {
             "checkpoint": checkpoint if export is None else str(export),
+            "robot_type": robot_type,
             "success": episode.success,
             "mode": chosen,
             "delay_steps": delay_steps,
@@ -104,21 +125,26 @@ def demo(
         return
     _print_latency(latency_ms, episode.calls)
     seconds = episode.steps / CONTROL_RATE_HZ
-    if checkpoint is None and export is None:
+    if is_random:
         print(RANDOM_WEIGHTS)
     print(f"the cube {'changed hands' if episode.success else 'did not change hands'}: {seconds:.1f} s, mode {chosen}")
     print(f"{files['png']}: frames, chunks and executed motion")
     print(f"{files['mp4']}, {files['webp']}: the robot from outside; in the first also what it sees")
 
 
-def _tiny_checkpoint() -> Path:
-    """The demo's own checkpoint, made when it is first asked for."""
+def _own_checkpoint(family: str) -> Path:
+    """The trained policy of XR-0; of other families a tiny random checkpoint, made when it is first asked for."""
     from xr0_engine.checkpoint import init_checkpoint
+    from xr0_engine.drive.policies import TRAINED
     from xr0_engine.env import cache_dir
+    from xr0_engine.sizes import config_of
 
-    folder = cache_dir() / "tiny"
+    if family == "xr0":
+        return TRAINED
+    config_of(family, "tiny")
+    folder = cache_dir() / f"{family}-tiny"
     if not folder.exists():
-        init_checkpoint(folder, "tiny")
+        init_checkpoint(folder, "tiny", family=family)
     return folder
 
 

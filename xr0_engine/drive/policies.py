@@ -12,6 +12,9 @@ from xr0_engine.executor import Policy
 from xr0_engine.robot.layouts import BIMANUAL, Frame, Layout, find_layout
 from xr0_engine.types import RobotInfo
 
+TRAINED = Path(__file__).parent / "aloha_transfer" / "policy"
+"""A checkpoint that hands the cube over in the ALOHA simulation, seen through its top camera (`make demo-policy`)."""
+
 
 @dataclass(frozen=True)
 class Source:
