@@ -22,7 +22,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: help demo test lint lock emulate gpu-test bench bench-gpu sanitize fuzz attack kills soak eval-libero lab-quick demo-policy clean
 
 help:
-	@echo "make demo      install, then drive a simulated two-armed robot with a small random model; picture and video in outputs/demo"
+	@echo "make demo      install, then drive a simulated two-armed robot that hands a cube over; picture and video in outputs/demo"
 	@echo "make test      install, then run the tests; PYTEST_ARGS selects, for example PYTEST_ARGS=tests/cli"
 	@echo "make emulate   compiled kernels on this CPU: chips, seeds, broken kernels; many minutes (tests/ptx/README.md)"
 	@echo "make lint      install, then check style, types and formatting"
@@ -37,7 +37,7 @@ help:
 	@echo "               then as long in quiet, where no deadline may be missed; report in outputs/soak"
 	@echo "make eval-libero  LIBERO in $(LIBERO), then an episode of each suite with a small random model; results in outputs/libero"
 	@echo "make lab-quick  three small policies from scratch, in closed loop and looked into (docs/lambda.md); results in outputs/lab-quick"
-	@echo "make demo-policy  a policy for the demo, from nothing (docs/training.md): an hour of a core or more; goes on where it was stopped"
+	@echo "make demo-policy  a policy for the demo, from nothing (docs/training.md): about two and a half hours; goes on where it was stopped"
 	@echo "make lock      requirements.lock anew: versions and SHA-256 sums of all that is installed, but torch"
 	@echo "make clean     remove what was built; $(VENV) stays"
 	@echo
@@ -189,8 +189,10 @@ demo-policy: $(INSTALLED)-cpu $(VENV)/.renders
 	$(call trained,handover,training_rtc model.checkpoint=$(DEMO)/policy/model flow.repeat=2 optim.steps=1600 optim.peak_lr=1e-3 \
 	  data.statistics=$(DEMO)/statistics.json \
 	  data.robot=$(DEMO)/starts=0.4$(,)$(DEMO)/grasps=0.8$(,)$(DEMO)/whole=0.8$(,)$(DEMO)/more=2.2)
-	$(BIN)/xr0 eval aloha $(DEMO)/handover/model --suite transfer --execute 10 --mode sync,async --delay-steps 0-3 --dtype float32 \
-	  --out $(DEMO)/results
+	$(BIN)/xr0 eval aloha $(DEMO)/handover/model --suite transfer --execute 10 --mode async --delay-steps 1-3 --dtype float32 --jobs 2 \
+	  --out $(DEMO)/results-async
+	$(BIN)/xr0 eval aloha $(DEMO)/handover/model --suite transfer --execute 10 --mode sync --delay-steps 0 --dtype float32 --jobs 2 \
+	  --out $(DEMO)/results-sync
 
 # LIBERO wants an older MuJoCo than the other simulations, so it has an environment of its own, without torch: the policy is
 # a server in ours. tests/conftest.py looks for torch.

@@ -153,6 +153,26 @@ def test_cameras_are_drawn_by_observe_alone(world: AlohaWorld, monkeypatch: pyte
     assert world.picture().shape == (48, 64, 3)
 
 
+def test_only_what_a_policy_looks_through_is_drawn(world: AlohaWorld) -> None:
+    world.reset(trial())
+    world.show(["left_wrist", "ego"])
+    assert list(world.observe().images) == ["ego", "left_wrist"]
+    # A policy of other views misses them by name.
+    world.show(["base"])
+    assert list(world.observe().images) == list(CAMERAS)
+
+
+def test_the_policy_that_comes_along_hands_the_cube_over() -> None:
+    """It did in these four trials, and does in about half of all (evaluation/results/aloha-demo-async)."""
+    pytest.importorskip("torch")
+    from xr0_engine.drive.policies import TRAINED
+    from xr0_engine.engine import Engine
+    from xr0_engine.evaluation.closed_loop import rates
+
+    engine = Engine.from_pretrained(TRAINED, "cpu", "float32", "reference")
+    assert rates(engine, Aloha(execute=10), "transfer", 4, "async", 3, seed=0)["success"] >= 0.5
+
+
 def test_throughput_counts_pieces_and_the_one_that_is_cut_off(world: AlohaWorld) -> None:
     episode = play(world, trial("throughput"))
     facts = episode.facts
