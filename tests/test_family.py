@@ -181,6 +181,13 @@ def test_another_familys_weights_are_told(folder, tmp_path):
 
 def test_xr1_s_weights_under_xr0_s_configuration_are_told(folder, tmp_path):
     edit(folder, lambda hf: strip({**hf, "model_type": FAMILIES["xr0"].model_type}))
+    # By the statistics, where these are of a robot whose actions only the other family has,
+    with pytest.raises(CheckpointError, match=r"rule: expected none, as config.json describes Xiaomi-Robotics-0"):
+        Engine.from_pretrained(folder, device="cpu")
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    del settings["action_config"]["robodojo"]["rule"]
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    # else by the weights.
     with pytest.raises(
         CheckpointError, match="head of Xiaomi-Robotics-0, they are named as those of Xiaomi-Robotics-1"
     ):

@@ -88,7 +88,7 @@ def test_robodojos_still_columns_pass_unchanged_both_ways(tmp_path):
     [
         ({"active_columns": None}, True, "active_columns: missing; rule robodojo goes by them"),
         ({"rule": "mine"}, True, "rule: expected robodojo or none, got 'mine'"),
-        ({}, False, "rule: expected none for this family's actions"),
+        ({}, False, "rule: expected none, as config.json describes Xiaomi-Robotics-0"),
         ({"rule": None, "quantile_columns": [0]}, True, "quantile_columns: expected with rule robodojo alone"),
         ({"quantile_columns": [0]}, True, "quantile_columns: action_q01 and action_q99 missing"),
         ({"q01": table(0), "q99": table(1)}, True, r"q01 and q99 beside .* put those of states into `state`"),

@@ -231,7 +231,9 @@ def _read(raw: Any, action_dim: int, epsilon: float, dtype: type[np.floating]) -
         refuse_unowned(raw)
     rule, quantiles = raw.get("rule"), None
     if rule is not None and (rule != ROBODOJO_RULE or dtype is not np.float64):
-        expected = f"{ROBODOJO_RULE} or none" if dtype is np.float64 else "none for this family's actions"
+        expected = (
+            f"{ROBODOJO_RULE} or none" if dtype is np.float64 else "none, as config.json describes Xiaomi-Robotics-0"
+        )
         raise ValueError(f"rule: expected {expected}, got {rule!r:.80}")
     if raw.get("quantile_columns") is not None:
         if rule is None:
