@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from xr0_engine.checkpoint import init_checkpoint
 from xr0_engine.cli import app
+from xr0_engine.drive.policies import TRAINED
 from xr0_engine.engine import Engine
 
 STAGES = {"preprocess", "vision", "prefill", "flow", "decode", "total"}
@@ -144,12 +145,15 @@ def test_demo_makes_a_checkpoint_of_the_other_family_and_says_that_it_is_random(
         assert text in result.stdout
 
 
-def test_demo_brings_a_policy_along(tmp_path):
-    """Trained for this robot, through one view; in a second it comes down to the cube."""
-    result = CliRunner().invoke(app, ["demo", "--seconds", "1.5", "--out", str(tmp_path), "--json"])
+def test_demo_brings_a_policy_along(tmp_path, monkeypatch):
+    """In the precision that its rate was measured in; what it can do, tests/evaluation/test_aloha.py holds it to."""
+    asked, load = [], Engine.from_pretrained
+    monkeypatch.setattr(Engine, "from_pretrained", lambda *given: asked.append(given) or load(*given))
+    result = CliRunner().invoke(app, ["demo", "--seconds", "0.1", "--out", str(tmp_path)])
     assert result.exit_code == 0, result.stderr
-    facts = json.loads(result.stdout)
-    assert (facts["checkpoint"], facts["mode"], facts["frames"]) == (None, "async", 45)
+    assert [given[0] for given in asked] == [TRAINED]
+    assert asked[0][2] == "float32"
+    assert "random" not in result.stdout
 
 
 @pytest.mark.parametrize("seconds", ["0", "-1", "61", "nan", "soon"])

@@ -137,7 +137,6 @@ def test_stages_share_one_file_of_weights(exported, checkpoint):
     [
         pytest.param({"precision": "int8"}, "precision: expected fp32, fp16, bf16; got 'int8'", id="precision"),
         pytest.param({"stages": ["decode"]}, "stages: expected some of vision, prefill, flow, step", id="stage"),
-        pytest.param({"stages": ["choice"]}, "got choice .what training alone has", id="choice heads"),
         pytest.param({"tokens": [8]}, "tokens: expected at least", id="too few tokens"),
         pytest.param(
             {"case": ExportCase("towel", "towel_robot", (64, 64))}, "robot_type: expected one of", id="robot type"

@@ -10,7 +10,19 @@ from typing import Any
 import pytest
 
 from xr0_engine.lab.analysis import Estimate, Table, at, estimate, over_delays, sensitivity, window_verdict
-from xr0_engine.lab.arms import ARMS, DECIDING_TASKS, DELAYS, NO_PREFIX, RTC, WINDOW_4, Arm, Condition, Size, conditions
+from xr0_engine.lab.arms import (
+    ARMS,
+    DECIDING_TASKS,
+    DELAYS,
+    EXPERT,
+    NO_PREFIX,
+    RTC,
+    WINDOW_4,
+    Arm,
+    Condition,
+    Size,
+    conditions,
+)
 from xr0_engine.lab.figures import draw_all
 from xr0_engine.lab.plans import PLANS, find_plan
 from xr0_engine.lab.runner import SCHEMA, read_rows
@@ -45,7 +57,7 @@ def row(
         "arm": arm.name,
         "seed": seed,
         "size": {"steps": SIZE.steps, "delays": list(SIZE.delays)},
-        "training": {"loss": 0.1, "l1": 0.5, "baseline_l1": 1.0},
+        "training": {"loss": 0.1, "l1": 0.5, "baseline_l1": 1.0} if arm.recipe else {},
         "conditions": [
             {"mode": condition.mode, "delay_steps": condition.delay_steps, "episodes": 200, "measures": dict(entry)}
             for condition in conditions(arm, SIZE)
@@ -56,8 +68,9 @@ def row(
 
 
 def grid(**of_window: Any) -> Table:
-    """Three seeds of the deciding arms; of_window: what window 4 has else."""
-    rows = [row(task, arm, seed) for task in DECIDING_TASKS for arm in (NO_PREFIX, RTC) for seed in range(3)]
+    """Three seeds of the deciding arms, and the expert; of_window: what window 4 has else."""
+    rows = [row(task, EXPERT, 0) for task in DECIDING_TASKS]
+    rows += [row(task, arm, seed) for task in DECIDING_TASKS for arm in (NO_PREFIX, RTC) for seed in range(3)]
     rows += [row(task, WINDOW_4, seed, **of_window) for task in DECIDING_TASKS for seed in range(3)]
     return Table(rows)
 

@@ -70,10 +70,7 @@ def export_onnx(
         raise ValueError(f"precision: expected {', '.join(PRECISIONS)}; got {precision!r}")
     unknown = [stage for stage in stages if stage not in STAGES]
     if unknown or not stages:
-        raise ValueError(
-            f"stages: expected some of {', '.join(STAGES)}; got {', '.join(unknown) or 'none'} (what training alone "
-            "has, such as a choice of candidates, is no stage of an inference)"
-        )
+        raise ValueError(f"stages: expected some of {', '.join(STAGES)}; got {', '.join(unknown) or 'none'}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not empty; remove it or choose another folder")
     folder = resolve_checkpoint(checkpoint)

@@ -84,7 +84,8 @@ def _over_delay(table: Table, name: str, label: str, scale: float) -> Figure | N
         return None
     figure, places = _panels(len(shown))
     for axes, (task, lines) in zip(places, shown.items(), strict=True):
-        for number, (arm, mode, points) in enumerate(lines):
+        # The expert is no colour's: what it reaches is a bound.
+        for number, ((arm, mode, points), color) in enumerate(zip(lines, (*COLORS, "0.5"), strict=True)):
             known = [(delay, one) for delay, one in zip(delays, points, strict=True) if one is not None]
             if not known:
                 continue
@@ -94,7 +95,7 @@ def _over_delay(table: Table, name: str, label: str, scale: float) -> Figure | N
             high = [scale * ((one.mean if one.high is None else one.high) - one.mean) for _, one in known]
             label_of = mode if arm == "no-prefix" else ARMS[arm].title
             axes.errorbar(
-                x, [scale * one.mean for _, one in known], [low, high], color=COLORS[number], marker="o", ms=3.5,
+                x, [scale * one.mean for _, one in known], [low, high], color=color, marker="o", ms=3.5,
                 capsize=2, label=label_of,
             )  # fmt: skip
         axes.set_title(task)

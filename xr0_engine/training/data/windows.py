@@ -99,7 +99,7 @@ class Windows:
     def _check_strides(self) -> None:
         """Of all episodes; of a function's, which may be made when they are loaded, of the first that can be: the
         others when they are drawn."""
-        if self._history is None or self._history.frames == 1:
+        if self._history is None:
             return
         source = self.source
         if isinstance(source, EpisodeFolder | LeRobotDataset):
@@ -108,16 +108,17 @@ class Windows:
             return
         for number in self.episodes:
             try:
-                load(source, number)
+                self._load(number)
+            except UnfitError:
+                raise
             except DataError:
                 continue
-            self._load(number)
             break
 
     def _load(self, number: int) -> Episode:
         """An episode whose pictures the profile's videos can be made of. Raises DataError, UnfitError."""
         episode = load(self.source, number)
-        if self._history is not None and self._history.frames > 1:
+        if self._history is not None:
             description = self.source.description
             check_stride(description.embodiment, slowest_fps(episode, description), episode.name)
         return episode
@@ -159,7 +160,7 @@ class Windows:
     def _frames(self, episode: Episode, view: str, tick: int) -> np.ndarray:
         """(height, width, 3) uint8, or (frames, height, width, 3) where the profile has a history; each tick's picture
         is read once, in the order of time, in which a file is decoded from one to the next. Raises DataError."""
-        if self._history is None or self._history.frames == 1:
+        if self._history is None:
             return episode.image(view, tick)
         ticks = past_ticks(episode, tick, self._history)
         read = {past: episode.image(view, past) for past in dict.fromkeys(ticks)}
