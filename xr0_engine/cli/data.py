@@ -29,6 +29,9 @@ def record(
     over_table: Annotated[
         float, typer.Option(help="Share of the episodes that begin with the right gripper somewhere over the table.")
     ] = 0.0,
+    midway: Annotated[
+        float, typer.Option(help="Share of the episodes that begin somewhere on the way, the arms a little astray.")
+    ] = 0.0,
     seconds: Annotated[float | None, typer.Option(help="Keep so much of each episode, from its start.")] = None,
     antialias: Annotated[bool, typer.Option(help="Smooth edges; without, a CPU renders twice as fast.")] = True,
     view: Annotated[
@@ -40,7 +43,7 @@ def record(
     from xr0_engine.training.data.record import Settings
     from xr0_engine.training.data.record import record as run
 
-    settings = Settings(width, height, over_table=over_table, seconds=seconds, antialias=antialias)
+    settings = Settings(width, height, over_table=over_table, midway=midway, seconds=seconds, antialias=antialias)
     if view:
         settings = replace(settings, views=tuple(view))
     result = run(out, episodes, first_seed, settings, processes)

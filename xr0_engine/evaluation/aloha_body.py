@@ -13,7 +13,7 @@ from xr0_engine.robot import mobile
 from xr0_engine.robot.decode import ArmPose, BimanualPose
 from xr0_engine.robot.layouts import BIMANUAL, MOBILE, Layout
 from xr0_engine.sim import ROBOT_TYPE, AlohaEnv, columns_to_joints
-from xr0_engine.training.data.expert import ARM_JOINTS, ARMS, GripperPose, Kinematics, Unreachable
+from xr0_engine.training.data.kinematics import ARM_JOINTS, ARMS, GripperPose, Kinematics, Unreachable
 from xr0_engine.types import Observation
 
 

@@ -139,12 +139,12 @@ def test_a_function_s_pictures_are_looked_at_when_a_run_starts(fps, complaint, m
     data = Mixture(("tests.training.points:points",), skip_broken=True, embodiment=profile, validation_fraction=0)
     whole = points.Points.load
     for slow_ones in (range(points.EPISODES), range(1, points.EPISODES)):
-        sources.load.cache_clear()
+        sources.KEPT.clear()
         monkeypatch.setattr(points.Points, "load", slow(whole, slow_ones))
         with pytest.raises(DataError, match=complaint.replace("#0", "#[0-9]+")):
             # Of one process: a run starts where its stream does.
             list(itertools.islice(Stream(data, 8, 0, chunk_length=T), 20 if 0 not in slow_ones else 0))
-    sources.load.cache_clear()
+    sources.KEPT.clear()
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,8 @@ import pytest
 from xr0_engine.sim import CONTROL_RATE_HZ, INSTRUCTION, AlohaEnv, choose_renderer, columns_to_joints
 from xr0_engine.training.data import record as module
 from xr0_engine.training.data.episode import load_episode
-from xr0_engine.training.data.expert import (
-    IK_TOLERANCE,
-    GripperPose,
-    Kinematics,
-    Unreachable,
-    plan_transfer,
-    transferred,
-)
+from xr0_engine.training.data.expert import HELD_M, plan_transfer, transferred
+from xr0_engine.training.data.kinematics import IK_TOLERANCE, GripperPose, Kinematics, Unreachable
 from xr0_engine.training.data.record import OVER_TABLE_M, Settings, record, record_episode, vary_start
 from xr0_engine.whole import only_writer
 
@@ -129,7 +123,31 @@ def test_how_an_episode_from_rest_starts_does_not_depend_on_the_share_of_others(
     np.testing.assert_array_equal(env.joints, expected)
 
 
-@pytest.mark.parametrize("wrong", [{"over_table": 1.5}, {"seconds": 0.0}, {"views": ("top",)}, {"views": ()}])
+def test_an_episode_may_begin_midway_and_astray(env, monkeypatch):
+    """What the expert does next it finds in where everything is, a dropped or missed cube too."""
+    settings, lengths, held, height_m = replace(SETTINGS, midway=1.0), [], [], []
+    whole = len(plan_transfer(env))
+    for seed in range(8):
+        plan = module._rehearsed(env, seed, settings)
+        if plan is None:
+            continue
+        module._start(env, seed, settings)
+        np.testing.assert_array_equal(plan, plan_transfer(env))
+        cube_m = env.physics.named.data.xpos["box"]
+        grasp_m = Kinematics(env).forward("right", env.joints[7:13]).position_m
+        lengths.append(len(plan))
+        held.append(np.linalg.norm(cube_m - grasp_m) < HELD_M)
+        height_m.append(cube_m[2])
+    assert len(lengths) >= 6
+    assert min(lengths) < whole / 2 < max(lengths)
+    assert any(held)
+    assert not all(held)
+    assert max(height_m) > 0.1
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"over_table": 1.5}, {"midway": -0.1}, {"seconds": 0.0}, {"views": ("top",)}, {"views": ()}]
+)
 def test_settings_that_cannot_be_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Settings(**wrong)

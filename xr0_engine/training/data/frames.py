@@ -37,7 +37,8 @@ def to_rgb(frame: av.VideoFrame, reformatter: VideoReformatter) -> np.ndarray:
             f"has high dynamic range ({HDR_TRANSFERS[frame.color_trc]}): encode it for standard dynamic range"
         )
     try:
-        image = reformatter.reformat(frame, format="rgb24").to_ndarray()
+        # Threads of its own are many times dearer to start than a frame is to convert, beside other readers above all.
+        image = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
     except (av.error.FFmpegError, ValueError) as error:
         raise DataError(
             f"has colours ({frame.format.name}, colour space {int(frame.colorspace)}) that cannot be brought to "

@@ -14,16 +14,8 @@ import numpy as np
 from xr0_engine.files import read_json, reading, whole
 from xr0_engine.sim import CAMERAS, CONTROL_RATE_HZ, INSTRUCTION, AlohaEnv, choose_renderer
 from xr0_engine.training.data.episode import PARTS, Episode, part_columns, poses_of, save_episode
-from xr0_engine.training.data.expert import (
-    ARMS,
-    GripperPose,
-    Kinematics,
-    Unreachable,
-    before_meeting,
-    down_to_pick,
-    plan_transfer,
-    transferred,
-)
+from xr0_engine.training.data.expert import before_meeting, down_to_pick, plan_transfer, transferred
+from xr0_engine.training.data.kinematics import ARM_JOINTS, ARMS, GripperPose, Kinematics, Unreachable
 from xr0_engine.training.data.motion import BimanualMotion
 from xr0_engine.training.data.parallel import progress_bar, worker_pool
 from xr0_engine.training.data.samples import DataError
@@ -35,6 +27,9 @@ START_SPREAD_RAD = 0.1
 # Where the right gripper's grasp point is put (start_over_table): the cube's places and some more, above the cube even
 # with the spread.
 OVER_TABLE_M = np.array([[-0.02, 0.24], [0.36, 0.64], [0.1, 0.22]])
+# How far every joint strays before an episode that begins midway, at the most (a standard deviation), and for how long:
+# the gripper is then some centimetres beside the expert's way.
+STRAY_RAD, STRAY_S = 0.06, 0.5
 SETTINGS_FILE = "recording.json"
 VIDEOS = "videos"
 
@@ -45,21 +40,25 @@ class Settings:
 
     width, height: of the frames, in pixels. start_spread_rad: vary_start's. over_table: the share of the episodes that
     begin with the right gripper somewhere over the table (start_over_table): an episode from rest never shows a gripper
-    that has come down beside the cube, or one whose place says nothing about the cube's. seconds: how much of each
-    episode is kept, from its start; None keeps all. views, antialias: as AlohaEnv's. Raises ValueError.
+    that has come down beside the cube, or one whose place says nothing about the cube's. midway: the share that begins
+    where the expert was led astray (start_midway), these among them: a policy is seldom just where the expert would be,
+    and learns from them how to go on. seconds: how much of each episode is kept, from its start; None keeps all. views,
+    antialias: as AlohaEnv's. Raises ValueError.
     """
 
     width: int = 160
     height: int = 120
     start_spread_rad: float = START_SPREAD_RAD
     over_table: float = 0.0
+    midway: float = 0.0
     seconds: float | None = None
     views: tuple[str, ...] = tuple(CAMERAS)
     antialias: bool = True
 
     def __post_init__(self) -> None:
-        if not 0 <= self.over_table <= 1:
-            raise ValueError(f"over_table: expected 0 to 1, got {self.over_table}")
+        for name in ("over_table", "midway"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: expected 0 to 1, got {getattr(self, name)}")
         if self.seconds is not None and self.seconds * CONTROL_RATE_HZ < 1:
             raise ValueError(f"seconds: expected at least one step of {CONTROL_RATE_HZ:g} Hz, got {self.seconds}")
         if not self.views or not set(self.views) <= set(CAMERAS) or len(set(self.views)) < len(self.views):
@@ -186,6 +185,9 @@ def _start(env: AlohaEnv, seed: int, settings: Settings) -> None:
     if rng.random() < settings.over_table:
         start_over_table(env, rng)
     vary_start(env, np.random.default_rng(seed), settings.start_spread_rad)
+    rng = np.random.default_rng((seed, 2))
+    if rng.random() < settings.midway:
+        start_midway(env, rng)
 
 
 _env: AlohaEnv | None = None
@@ -218,6 +220,17 @@ def start_over_table(env: AlohaEnv, rng: np.random.Generator) -> None:
     set_arm(env, "left", joints[:6] + rng.random() * (before - joints[:6]), joints[6])
     set_arm(env, "right", right, rng.random())
     env.physics.forward()
+
+
+def start_midway(env: AlohaEnv, rng: np.random.Generator) -> None:
+    """Let the expert hand the cube over up to any moment, its joints led astray meanwhile. Raises Unreachable."""
+    plan = plan_transfer(env)
+    stray, spread_rad = np.zeros((len(ARMS), ARM_JOINTS)), rng.uniform(0, STRAY_RAD)
+    # An Ornstein-Uhlenbeck process.
+    kept = np.exp(-1 / (STRAY_S * CONTROL_RATE_HZ))
+    for targets in plan[: rng.integers(len(plan))]:
+        stray = kept * stray + np.sqrt(1 - kept**2) * spread_rad * rng.standard_normal(stray.shape)
+        env.step(targets + np.pad(stray, [(0, 0), (0, 1)]).ravel())
 
 
 def set_arm(env: AlohaEnv, arm: str, joints_rad: np.ndarray, gripper: float) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, get_args
 
@@ -28,8 +30,8 @@ log = logging.getLogger("xr0_engine.data")
 # Fields of a profile that say how a robot is looked at and asked, not what its actions are.
 _SEEN = ("name", "robot_types", "views", "replan_every", "prompt", "instruction", "history")
 
-# Episodes that a process keeps in memory, without their frames: about 100 kB each.
-KEPT_EPISODES = 256
+# What a process keeps of episodes in memory, without their frames: of two arms half a kB a tick.
+KEPT_TICKS = 300_000
 
 # Decimals of the numbers that go into a dataset's digest: beyond them machines calculate otherwise.
 DIGEST_DECIMALS = 6
@@ -288,10 +290,40 @@ def episode_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*.json") if path.name[0] != "." and path.name != "recording.json")
 
 
-@lru_cache(maxsize=KEPT_EPISODES)
+class _Kept:
+    """The episodes that were asked for last, up to KEPT_TICKS in all; the last one at any length."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._episodes: OrderedDict[tuple[Source, int], Episode] = OrderedDict()
+        self._ticks = 0
+
+    def get(self, source: Source, number: int) -> Episode:
+        with self._lock:
+            if (source, number) in self._episodes:
+                self._episodes.move_to_end((source, number))
+                return self._episodes[source, number]
+        episode = checked_instructions(source.load(number))
+        with self._lock:
+            if (source, number) not in self._episodes:
+                self._episodes[source, number] = episode
+                self._ticks += len(episode.motion)
+            while self._ticks > KEPT_TICKS and len(self._episodes) > 1:
+                self._ticks -= len(self._episodes.popitem(last=False)[1].motion)
+        return episode
+
+    def clear(self) -> None:
+        with self._lock:
+            self._episodes.clear()
+            self._ticks = 0
+
+
+KEPT = _Kept()
+
+
 def load(source: Source, number: int) -> Episode:
     """source.load for training, which needs words too; the last ones kept. Raises DataError."""
-    return checked_instructions(source.load(number))
+    return KEPT.get(source, number)
 
 
 def checked_instructions(episode: Episode) -> Episode:
