@@ -32,6 +32,9 @@ def record(
     midway: Annotated[
         float, typer.Option(help="Share of the episodes that begin somewhere on the way, the arms a little astray.")
     ] = 0.0,
+    policy: Annotated[
+        str | None, typer.Option(metavar="CHECKPOINT", help="What leads those of --midway astray; chance if not given.")
+    ] = None,
     seconds: Annotated[float | None, typer.Option(help="Keep so much of each episode, from its start.")] = None,
     antialias: Annotated[bool, typer.Option(help="Smooth edges; without, a CPU renders twice as fast.")] = True,
     view: Annotated[
@@ -43,7 +46,9 @@ def record(
     from xr0_engine.training.data.record import Settings
     from xr0_engine.training.data.record import record as run
 
-    settings = Settings(width, height, over_table=over_table, midway=midway, seconds=seconds, antialias=antialias)
+    settings = Settings(
+        width, height, over_table=over_table, midway=midway, policy=policy, seconds=seconds, antialias=antialias
+    )
     if view:
         settings = replace(settings, views=tuple(view))
     result = run(out, episodes, first_seed, settings, processes)

@@ -7,11 +7,12 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from xr0_engine.sim import CONTROL_RATE_HZ, INSTRUCTION, AlohaEnv, choose_renderer, columns_to_joints
+from xr0_engine.sim import CONTROL_RATE_HZ, INSTRUCTION, AlohaEnv, choose_renderer, columns_to_joints, joints_to_columns
 from xr0_engine.training.data import record as module
 from xr0_engine.training.data.episode import load_episode
 from xr0_engine.training.data.expert import HELD_M, plan_transfer, transferred
@@ -145,8 +146,38 @@ def test_an_episode_may_begin_midway_and_astray(env, monkeypatch):
     assert max(height_m) > 0.1
 
 
+def test_a_policy_may_lead_an_episode_to_where_it_begins(env, monkeypatch):
+    """Replanning as a policy does, up to any moment of the time that the expert would take."""
+    seen, moved = [], np.zeros((20, 32), np.float32)
+    # The right arm's first joint.
+    moved[:, joints_to_columns(np.arange(14) == 7) > 0] = np.linspace(0.01, 0.2, 20)[:, None]
+
+    class Turning:
+        def infer(self, observation, seed):
+            seen.append((env._tick, seed))
+            return SimpleNamespace(actions=moved)
+
+    monkeypatch.setattr(module, "_engine", lambda policy: Turning() if policy == "there" else None)
+    monkeypatch.setattr(env, "_render", lambda camera: None)
+    settings = replace(SETTINGS, midway=1.0, policy="there")
+    ticks, turned = [], []
+    for seed in range(6):
+        env.reset(seed)
+        vary_start(env, np.random.default_rng(seed), SETTINGS.start_spread_rad)
+        begin = env.joints[7]
+        module._start(env, seed, settings)
+        ticks.append(env._tick)
+        turned.append(env.joints[7] - begin)
+    assert 0 <= min(ticks) < 60 < max(ticks) <= 200
+    assert np.corrcoef(ticks, turned)[0, 1] > 0.8
+    gaps = np.diff([tick for tick, _ in seen])
+    assert len({seed for _, seed in seen}) == len(seen)
+    assert all(5 <= gap <= 16 for gap in gaps[gaps > 0])
+
+
 @pytest.mark.parametrize(
-    "wrong", [{"over_table": 1.5}, {"midway": -0.1}, {"seconds": 0.0}, {"views": ("top",)}, {"views": ()}]
+    "wrong",
+    [{"over_table": 1.5}, {"midway": -0.1}, {"policy": "here"}, {"seconds": 0.0}, {"views": ("top",)}, {"views": ()}],
 )
 def test_settings_that_cannot_be_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -22,6 +24,9 @@ from xr0_engine.training.data.samples import DataError
 from xr0_engine.training.data.video import Clip, video_writer
 from xr0_engine.whole import PARTIAL, only_writer, publish, write_whole
 
+if TYPE_CHECKING:
+    from xr0_engine.engine import Engine
+
 # Every joint starts this far off its rest pose at most: the policy must not see one start only.
 START_SPREAD_RAD = 0.1
 # Where the right gripper's grasp point is put (start_over_table): the cube's places and some more, above the cube even
@@ -30,6 +35,8 @@ OVER_TABLE_M = np.array([[-0.02, 0.24], [0.36, 0.64], [0.1, 0.22]])
 # How far every joint strays before an episode that begins midway, at the most (a standard deviation), and for how long:
 # the gripper is then some centimetres beside the expert's way.
 STRAY_RAD, STRAY_S = 0.06, 0.5
+# Of a chunk of a policy's, between two looks: from, and below.
+LED_STEPS = (5, 17)
 SETTINGS_FILE = "recording.json"
 VIDEOS = "videos"
 
@@ -42,8 +49,9 @@ class Settings:
     begin with the right gripper somewhere over the table (start_over_table): an episode from rest never shows a gripper
     that has come down beside the cube, or one whose place says nothing about the cube's. midway: the share that begins
     where the expert was led astray (start_midway), these among them: a policy is seldom just where the expert would be,
-    and learns from them how to go on. seconds: how much of each episode is kept, from its start; None keeps all. views,
-    antialias: as AlohaEnv's. Raises ValueError.
+    and learns from them how to go on. policy: a checkpoint's folder; its policy leads these astray, not chance, and
+    what it gets wrong the expert shows it (dataset aggregation, Ross et al. 1011.0686). seconds: how much of each
+    episode is kept, from its start; None keeps all. views, antialias: as AlohaEnv's. Raises ValueError.
     """
 
     width: int = 160
@@ -51,6 +59,7 @@ class Settings:
     start_spread_rad: float = START_SPREAD_RAD
     over_table: float = 0.0
     midway: float = 0.0
+    policy: str | None = None
     seconds: float | None = None
     views: tuple[str, ...] = tuple(CAMERAS)
     antialias: bool = True
@@ -59,6 +68,8 @@ class Settings:
         for name in ("over_table", "midway"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: expected 0 to 1, got {getattr(self, name)}")
+        if self.policy is not None and not self.midway:
+            raise ValueError("policy: it leads episodes astray that begin midway: expected midway above 0, got 0")
         if self.seconds is not None and self.seconds * CONTROL_RATE_HZ < 1:
             raise ValueError(f"seconds: expected at least one step of {CONTROL_RATE_HZ:g} Hz, got {self.seconds}")
         if not self.views or not set(self.views) <= set(CAMERAS) or len(set(self.views)) < len(self.views):
@@ -187,7 +198,10 @@ def _start(env: AlohaEnv, seed: int, settings: Settings) -> None:
     vary_start(env, np.random.default_rng(seed), settings.start_spread_rad)
     rng = np.random.default_rng((seed, 2))
     if rng.random() < settings.midway:
-        start_midway(env, rng)
+        if settings.policy is None:
+            start_midway(env, rng)
+        else:
+            start_where_led(env, rng, settings.policy)
 
 
 _env: AlohaEnv | None = None
@@ -231,6 +245,27 @@ def start_midway(env: AlohaEnv, rng: np.random.Generator) -> None:
     for targets in plan[: rng.integers(len(plan))]:
         stray = kept * stray + np.sqrt(1 - kept**2) * spread_rad * rng.standard_normal(stray.shape)
         env.step(targets + np.pad(stray, [(0, 0), (0, 1)]).ravel())
+
+
+def start_where_led(env: AlohaEnv, rng: np.random.Generator, policy: str) -> None:
+    """Let a policy drive up to any moment of the time that the expert would take. policy: a checkpoint's folder; of its
+    chunks LED_STEPS are executed. Raises Unreachable; CheckpointError and RuntimeError as Engine.from_pretrained;
+    ValueError for views that the simulation is not drawn through here."""
+    engine = _engine(policy)
+    left = int(rng.integers(len(plan_transfer(env))))
+    while left > 0:
+        observation = env.observe()
+        chunk = engine.infer(observation, seed=int(rng.integers(2**31)))
+        for action in chunk.actions[: min(int(rng.integers(*LED_STEPS)), left)]:
+            env.apply(action, observation)
+            left -= 1
+
+
+@cache
+def _engine(policy: str) -> Engine:
+    from xr0_engine.engine import Engine
+
+    return Engine.from_pretrained(policy, "cpu", "float32", "reference")
 
 
 def set_arm(env: AlohaEnv, arm: str, joints_rad: np.ndarray, gripper: float) -> None:
