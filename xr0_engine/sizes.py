@@ -90,6 +90,15 @@ FAMILY_SIZES: Mapping[str, Makers] = {
     "xr1": {"tiny": tiny_xr1_config, "5b": published_xr1_config},
 }
 
+PUBLISHED = "published"
+"""A size's name for whichever the family was published in, 4b or 5b."""
+
+
+def size_of(family: str, size: str) -> str:
+    """The size itself; for PUBLISHED the family's own name of it, its largest."""
+    return list(FAMILY_SIZES[family])[-1] if size == PUBLISHED else size
+
+
 Robots = Mapping[str, tuple[int, Iterable[int]]]
 """Robot type -> chunk length and active columns."""
 

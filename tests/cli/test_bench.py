@@ -65,6 +65,13 @@ def test_latency_writes_its_result_and_prints_a_table(tmp_path):
     assert len(written.series["released"]["total"]) == 2
 
 
+@pytest.mark.parametrize(("case", "size"), [("libero", "4b"), ("robodojo", "5b"), ("robocasa365", "5b")])
+def test_what_is_about_a_chip_on_paper_is_of_the_case_s_published_size(case, size):
+    result = bench("roofline", "--case", case)
+    assert result.exit_code == 0, result.stderr
+    assert f"{case}, {size}, " in result.stdout
+
+
 def test_throughput_takes_batch_sizes():
     result = bench("throughput", *TINY, "--rounds", "1", "--batches", "1, 2")
     assert result.exit_code == 0, result.stderr

@@ -13,6 +13,7 @@ from tests.support import make_config
 from xr0_engine.checkpoint import init_checkpoint
 from xr0_engine.robot.limits import ImageLimits
 from xr0_engine.robot.preprocess import Preprocessor
+from xr0_engine.robot.prompt import PromptTokenizer
 from xr0_engine.robot.tokenized import MAX_TEXT_TOKENS, tokenized_inputs
 from xr0_engine.sizes import published_xr1_config
 from xr0_engine.types import ModelInputs, Observation, TokenizedObservation
@@ -128,6 +129,40 @@ def without_names(tmp_path_factory) -> Preprocessor:
     content["model"]["vocab"] = {token: place for token, place in vocabulary.items() if not token.startswith(turn)}
     path.write_text(json.dumps(content), encoding="utf-8")
     return Preprocessor.load(folder)
+
+
+class Counting:
+    """A tokenizer that counts what it makes text of."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.decoded = tokenizer, 0
+
+    def decode(self, ids, skip_special_tokens):
+        self.decoded += 1
+        return self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+
+
+def test_a_prompt_that_comes_again_is_not_made_text_again(preprocess, inputs, sent, monkeypatch):
+    """A robot sends its prompt at every step, and what a prompt asks for changes with its words alone."""
+    tokenizer = PromptTokenizer(preprocess.tokenizer._tokenizer, CONFIG.tokens)
+    counting = Counting(tokenizer._tokenizer)
+    monkeypatch.setattr(tokenizer, "_tokenizer", counting)
+    tokenizer.check_sent(sent.input_ids)
+    # Neither the integers' width nor how many patches an image has says anything of the words.
+    for ids in (sent.input_ids.copy(), sent.input_ids.astype(np.int32), np.insert(sent.input_ids, 20, [IMAGE] * 3)):
+        tokenizer.check_sent(ids)
+    assert counting.decoded == 1
+    text = counting.tokenizer.decode(sent.input_ids.tolist(), False)
+    for change in (("Go.", "Stop."), ("/no_cot", "/cot")):
+        other = np.array(counting.tokenizer.encode(text.replace(*change)).ids)
+        assert len(other) != len(sent.input_ids)
+        if change[1] == "/cot":
+            for _ in range(2):
+                with pytest.raises(ValueError, match=r"asks for reasoning \(/cot\)"):
+                    tokenizer.check_sent(other)
+        else:
+            tokenizer.check_sent(other)
+    assert counting.decoded == 4
 
 
 def test_tokens_of_training_are_where_qwens_numbering_has_them():

@@ -84,7 +84,7 @@ def loaded(base, *assignments) -> tuple[JointPolicy, Collator]:
     policy = build_policy(config, xr0)
     load_policy(policy, config, xr0, start, CPU)
     assert isinstance(policy, JointPolicy)
-    return policy, Collator(base, xr0, statistics(), with_turn=True)
+    return policy, Collator(base, xr0, statistics(), None, True, config.choice.state_tokens)
 
 
 def train(base, folder, steps: int, *assignments):
@@ -148,6 +148,51 @@ def test_the_turn_is_the_released_text(base):
         behind = filler * (LENGTH - steps)
         assert text == BEFORE_STATE + filler + BEFORE_ACTIONS + filler * (steps + 1) + BEHIND_SCORE + behind
     assert turn.steps.tolist() == [LENGTH, 5]
+
+
+@pytest.fixture(scope="module")
+def base_of_states(tmp_path_factory):
+    """A base that takes four states."""
+    folder = tmp_path_factory.mktemp("states") / "model"
+    config = small()
+    write_checkpoint(folder, replace(config, head=replace(config.head, state_length=4)))
+    return folder
+
+
+@pytest.mark.parametrize(("rule", "shown"), [("last", [3]), ("each", [0, 1, 2, 3])])
+def test_how_many_states_stand_in_the_turn_is_the_run_s(rule, shown, base_of_states):
+    policy, collate = loaded(base_of_states, f"choice.state_tokens={rule}")
+    states = np.random.default_rng(0).uniform(-1, 1, (4, WIDTH)).astype(np.float32)
+    samples = [replace(sample(number), state=states + number) for number in (0, 2)]
+    batch, filler = collate.robot(samples), collate._preprocess.tokenizer.pad_id
+    turn = batch.turn
+    encoded = [len(collate._encode(text)) for text in (BEFORE_STATE, BEFORE_ACTIONS)]
+    assert (turn.states, turn.state, turn.first_action) == (len(shown), encoded[0], sum(encoded) + len(shown))
+    assert turn.ids[0, turn.state : turn.state + turn.states].tolist() == [filler] * len(shown)
+    with torch.no_grad():
+        plain = policy.vlm.model.language_model.embed_tokens(turn.ids)
+        made = policy.proposals.embed(plain, turn, batch.inputs.state)
+        expected = policy.proposals.state_projector_choice(batch.inputs.state[:, shown])
+    assert made.shape == plain.shape
+    torch.testing.assert_close(made[:, turn.state : turn.state + turn.states], expected)
+    torch.testing.assert_close(made[:, turn.first_action], policy.proposals.action_embed.weight[0].expand(2, -1))
+    changed = [token for token in range(turn.ids.shape[1]) if not torch.equal(made[0, token], plain[0, token])]
+    steps = range(turn.first_action, turn.first_action + LENGTH + 1)
+    assert changed == [*range(turn.state, turn.state + turn.states), *steps]
+
+
+def test_an_older_state_reaches_the_proposals_where_each_has_a_token(base_of_states):
+    found = {}
+    for rule in ("last", "each"):
+        policy, collate = loaded(base_of_states, f"choice.state_tokens={rule}")
+        proposed = []
+        for first in (0.0, 0.9):
+            states = np.zeros((4, WIDTH), np.float32)
+            states[0] = first
+            with torch.no_grad():
+                proposed.append(policy.propose(collate.robot([replace(sample(0), state=states)]))[1])
+        found[rule] = torch.equal(*proposed)
+    assert found == {"last": True, "each": False}
 
 
 def test_the_dit_reads_the_same_with_and_without_the_turn(base):
@@ -288,12 +333,19 @@ def test_states_by_quantiles_or_not_must_be_meant(assignment, has, base, tmp_pat
         ("model.train=head", "model.train: expected `all` with objective joint"),
         ("data.chunk_length=61", "data.chunk_length: expected at most 60 with objective joint"),
         ("optim.start_lr=1", "optim.start_lr: expected 0 to peak_lr"),
+        ("choice.state_tokens=all", "choice.state_tokens: expected .*last.*each"),
         ("flow.frequency_excluded=-1", "flow.frequency_excluded: expected columns from 0"),
     ],
 )
 def test_contradictions_are_refused(assignment, complaint, base):
     with pytest.raises(ValueError, match=complaint):
         config_for(base, assignment)
+
+
+def test_state_tokens_are_of_the_turn_alone(base):
+    said = "choice.state_tokens: expected `last` with objective flow, which has no turn"
+    with pytest.raises(ValueError, match=said):
+        config_for(base, "choice.state_tokens=each", recipe="post_train_async")
 
 
 def test_other_numbers_of_candidates_are_refused(base):

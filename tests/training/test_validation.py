@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import weakref
+from collections import namedtuple
 from dataclasses import replace
 
 import numpy as np
@@ -14,10 +16,11 @@ from tests.training.support import ACTIVE, LENGTH, WIDTH, robot_sample, statisti
 from xr0_engine.config import ModelConfig
 from xr0_engine.training.batch import Collator
 from xr0_engine.training.distributed import world
-from xr0_engine.training.validation import plot_run, validate
+from xr0_engine.training.validation import _shares, plot_run, validate
 
 DRAWS = 8
 SAMPLES = 400
+World = namedtuple("World", "size rank")
 # 400 samples of 18 numbers, a sample's being independent: five standard errors of a mean absolute error.
 TOLERANCE = 0.03
 
@@ -55,6 +58,43 @@ def test_the_mean_of_several_chunks_is_compared_with_a_mean(collate):
         key: value for key, value in one.items() if "mean" not in key
     }
     assert one["l1_mean"] == one["l1"]
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 19, 24, 25])
+def test_every_process_has_as_many_batches_of_samples_that_are_dealt_out(count):
+    """A process with one batch more than another would wait for it for ever."""
+    size, batch_size = 3, 4
+    dealt = (
+        [list(_shares(range(count), batch_size, World(size, rank))) for rank in range(size)] if count >= size else []
+    )
+    if not dealt:
+        with pytest.raises(ValueError, match="at least one sample for each of 3 processes, got 1"):
+            list(_shares(range(count), batch_size, World(size, 0)))
+    for rank, batches in enumerate(dealt):
+        assert [len(batch) for batch in batches] == [len(batch) for batch in dealt[0]]
+        assert all(len(batch) == batch_size for batch in batches[:-1])
+        assert [sample for batch in batches for sample in batch] == list(range(rank, count - count % size, size))
+
+
+def test_no_more_samples_are_held_than_two_batches(collate):
+    """Of videos a sample is several megabytes, and those of a run hundreds of them."""
+    alive = weakref.WeakSet()
+    most = 0
+
+    def counted():
+        nonlocal most
+        for number in range(40):
+            sample = robot_sample(number)
+            alive.add(sample)
+            most = max(most, len(alive))
+            yield sample
+            del sample
+
+    with world() as here:
+        told = validate(Blind(), collate, counted(), 4, statistics(), here)
+        assert told == validate(Blind(), collate, [robot_sample(number) for number in range(40)], 4, statistics(), here)
+    # The batch that is read, the one before it, and what is dealt to nobody yet.
+    assert most <= 2 * 4 + 1
 
 
 @pytest.mark.parametrize(

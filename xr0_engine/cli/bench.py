@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 Size = Annotated[
     str,
     typer.Option(
-        help="Random weights: tiny, small or 4b (8.8 GiB, the published sizes); of XR-1 tiny or 5b (9.5 GiB)."
+        help="Random weights: tiny, small or 4b (8.8 GiB, the published sizes); of XR-1 tiny or 5b (9.5 GiB); "
+        "published: 4b or 5b, as the case has it."
     ),
 ]
 Checkpoint = Annotated[str | None, typer.Option(help="Your own checkpoint instead: folder or Hugging Face hub id.")]
@@ -218,7 +219,7 @@ def finetune(setup: Setup, rounds: Rounds = 10) -> Measured:
 
 @_measuring(
     backend=None,
-    size=(Size, "4b"),
+    size=(Size, "published"),
     dtype=(Annotated[str, typer.Option(help="bfloat16, float16, float32, fp8 or int8.")], "bfloat16"),
 )
 def roofline(
@@ -236,7 +237,7 @@ def roofline(
     return (module.measure(setup, chip, _command()), None), show
 
 
-@_measuring(backend=None, size=(Size, "4b"))
+@_measuring(backend=None, size=(Size, "published"))
 def predict(
     setup: Setup,
     chip: Annotated[str, typer.Option(help="a100, rtx3090, rtx4090, l40s, h100, h200, b200 or rtx5090.")] = "rtx4090",
@@ -268,7 +269,7 @@ def predict(
 def compile_(
     arch: Annotated[int, typer.Option(help="Compute capability: 80, 86, 89 (RTX 4090), 90 (H200), 100, 120.")],
     case: CaseName = "bimanual",
-    size: Size = "4b",
+    size: Size = "published",
     checkpoint: Checkpoint = None,
     dtype: Dtype = "bfloat16",
     as_json: AsJson = False,
@@ -288,7 +289,7 @@ def tune(
     cases: Annotated[
         str, typer.Option("--case", help="Cases whose shapes are tuned, with commas.")
     ] = "libero,bimanual",
-    size: Size = "4b",
+    size: Size = "published",
     checkpoint: Checkpoint = None,
     device: Device = "auto",
     dtype: Dtype = "bfloat16",
@@ -372,8 +373,10 @@ def _setup(
     case: str, size: str, checkpoint: str | None, device: str, dtype: str, threads: int | None, backend: str = "auto"
 ) -> Setup:
     from xr0_engine.bench.cases import Setup, find_case
+    from xr0_engine.sizes import size_of
 
-    return Setup(find_case(case), size, checkpoint, device, dtype, threads, backend)
+    found = find_case(case)
+    return Setup(found, size_of(found.family, size), checkpoint, device, dtype, threads, backend)
 
 
 def _command() -> str:

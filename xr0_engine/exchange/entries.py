@@ -8,7 +8,7 @@ from typing import Any
 
 from xr0_engine.config import ModelConfig
 from xr0_engine.exchange.modes import Mode
-from xr0_engine.exchange.recipe import QUANTILES, Recipe
+from xr0_engine.exchange.recipe import QUANTILES, RELEASED_STATE, Recipe
 from xr0_engine.family import FAMILIES
 from xr0_engine.robot.embodiment import embodiment_for
 from xr0_engine.robot.quantiles import ROBODOJO_RULE, refuse_unowned
@@ -33,7 +33,8 @@ def entry_in(mode: Mode, file: Path, name: str, entry: Any) -> Any:
         except ValueError as error:
             raise CheckpointError(f"{where}: {error}") from None
     # What is null is not said, and by plain quantiles nothing goes.
-    made = {key: value for key, value in entry.items() if key not in ("state", *QUANTILES) and value is not None}
+    apart = ("state", RELEASED_STATE, *QUANTILES)
+    made = {key: value for key, value in entry.items() if key not in apart and value is not None}
     if mode.columns:
         _check_layout(where, name, mode)
         # What the code uses whatever the statistics (spec section 3.3); a run with other columns names its own.
@@ -69,15 +70,17 @@ def _check_layout(where: str, name: str, mode: Mode) -> None:
 def _state(where: str, mode: Mode, entry: Mapping[str, Any]) -> Any:
     """How states are normalised: None for not at all."""
     state = entry.get("state")
-    # As released data configurations have them: without a rule, so for the code that has but one.
-    is_released = isinstance(state, Mapping) and state.keys() <= set(QUANTILES)
     if mode.state_rule is None:
-        if state is not None and not is_released:
+        # What a released configuration holds besides is nothing that this code reads.
+        if state is not None:
             raise CheckpointError(
                 f"{where}: `state` normalises its states, the {mode.whose} take them as they are: leave it out, or "
                 "choose another --mode"
             )
         return None
+    state = entry.get(RELEASED_STATE) if state is None else state
+    # As released data configurations have them: without a rule, so for the code that has but one.
+    is_released = isinstance(state, Mapping) and state.keys() <= set(QUANTILES)
     form = "`state`: {rule, q01, q99}, a number for each column"
     if mode.state_rule == ROBODOJO_RULE:
         form += ", and by_mean, mean and std for those that are gaussian in the run's configuration"

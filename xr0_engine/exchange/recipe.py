@@ -21,6 +21,9 @@ RECIPE_FILES = ("config.py", "config.yaml")
 STATISTICS_PLACE = ("data", "params", "train_datasets")
 QUANTILES = ("q01", "q99")
 """Of states, though they stand beside mean and std of actions: XR-1's data configurations have them."""
+RELEASED_STATE = "released_state"
+"""Key of statistics_of: what a released configuration holds for whatever code reads it. An entry's own `state` is asked
+for."""
 MODEL_PLACE = ("model", "params", "model")
 
 
@@ -83,7 +86,7 @@ def read_action_config(file: Path, robot_type: str | None) -> dict[str, Any]:
 
 def statistics_of(file: Path, values: Any) -> dict[str, Any]:
     """{mean, std} of a released configuration, or of a file that holds nothing else; and if QUANTILES are there,
-    `state`, which lacks the rule that they are used by.
+    RELEASED_STATE, which lacks the rule that they are used by.
 
     Raises CheckpointError.
     """
@@ -104,7 +107,7 @@ def statistics_of(file: Path, values: Any) -> dict[str, Any]:
         )
     found = {name: _numbers(place[name]) for name in ("mean", "std")}
     told = {name: _row(_numbers(place[name])) for name in QUANTILES if place.get(name) is not None}
-    return {**found, "state": told} if told else found
+    return {**found, RELEASED_STATE: told} if told else found
 
 
 def _row(table: Any) -> Any:

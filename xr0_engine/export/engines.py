@@ -27,7 +27,9 @@ TIMING_CACHE = "timing.cache"
 MEMINFO = Path("/proc/meminfo")
 MEMORY_BASE = 2**30
 MEMORY_PER_WEIGHT = 1.7
-"""Memory that building takes, pages of files apart: libraries and graph, and for every byte of weights."""
+MEMORY_PER_OPERATOR = 3 * 2**17
+"""Memory that building takes, in bytes, pages of files apart: libraries, for every byte of weights, and for every
+operator of the graph. A flow of five steps has few weights and thousands of operators (docs/export.md)."""
 
 
 def build_engines(
@@ -59,9 +61,9 @@ def build_engines(
     if changed:
         raise ValueError(f"{folder}: missing or changed since they were written: {', '.join(changed)}")
     capability = TARGETS.get(target) or _local_capability()
-    weights = {key: _weight_bytes(folder / name) for key, name in graphs.items()}
-    _check_memory(max(weights.values()))
-    with whole_folder(out, sum(weights.values())) as partial:
+    sizes = {key: graph_size(folder / name) for key, name in graphs.items()}
+    _check_memory(max(expected_memory(*size) for size in sizes.values()))
+    with whole_folder(out, sum(weights for weights, _ in sizes.values())) as partial:
         # TensorRT for RTX times nothing here: it chooses kernels on the GPU, when the engine is first run.
         cache = partial / TIMING_CACHE
         if builder == "tensorrt":
@@ -167,15 +169,21 @@ class _Build:
             self._log.append(message)
 
 
-def _weight_bytes(graph: Path) -> int:
-    """Of the weights that a graph takes from its file."""
-    initializers = onnx.load(graph, load_external_data=False).graph.initializer
-    return sum(int(entry.value) for tensor in initializers for entry in tensor.external_data if entry.key == "length")
+def graph_size(path: Path) -> tuple[int, int]:
+    """Bytes of the weights that a graph takes from its file, and how many operators it has."""
+    graph = onnx.load(path, load_external_data=False).graph
+    lengths = (entry for tensor in graph.initializer for entry in tensor.external_data if entry.key == "length")
+    return sum(int(entry.value) for entry in lengths), len(graph.node)
 
 
-def _check_memory(weights: int) -> None:
-    """Raises RuntimeError if building an engine of so many bytes of weights would run out of memory."""
-    needed, available = MEMORY_BASE + int(MEMORY_PER_WEIGHT * weights), _available_memory()
+def expected_memory(weights: int, operators: int) -> int:
+    """Bytes that building an engine takes, of a graph_size."""
+    return MEMORY_BASE + int(MEMORY_PER_WEIGHT * weights) + MEMORY_PER_OPERATOR * operators
+
+
+def _check_memory(needed: int) -> None:
+    """Raises RuntimeError if a build that takes so many bytes would run out of memory."""
+    available = _available_memory()
     if available is not None and available < needed:
         raise RuntimeError(
             f"building takes about {needed / 2**30:.1f} GiB of memory, {available / 2**30:.1f} GiB are free: build on "

@@ -134,25 +134,28 @@ def golden_turn(case: Mapping[str, Tensor], tokens: Mapping[str, int], vocab_siz
     masks, start, length = case["choice.attention_mask"].bool(), tokens["action_token_start_id"], case["noise"].shape[1]
     if case["choice.input_ids"].min() < 0 or case["choice.input_ids"].max() >= vocab_size:
         raise ValueError(f"choice.input_ids: expected ids from 0 below {vocab_size}")
-    turns = []
+    turns, places = [], set()
     for row, mask, end, count in zip(case["choice.input_ids"], masks, ends, steps, strict=True):
         turn = row[end:].tolist() if bool(mask[end:].all()) else []
         state = turn.index(tokens["state_token_id"]) if tokens["state_token_id"] in turn else 0
+        states = turn.count(tokens["state_token_id"])
         first = turn.index(start) if start in turn else 0
         proposed = [*range(start, start + count), tokens["score_token_id"]]
-        if not 0 < state < first or count > length or turn[first : first + count + 1] != proposed:
+        # The trainer makes turns of the newest state, and of all of them.
+        known = states in (1, case["state"].shape[1]) and turn[state : state + states] == [turn[state]] * states
+        if not known or not 0 < state < first or count > length or turn[first : first + count + 1] != proposed:
             raise ValueError(
-                f"choice.input_ids: expected {count} action tokens and a score behind a state from {end} on"
+                f"choice.input_ids: expected {count} action tokens and a score behind a state, or all, from {end} on"
             )
         turns.append((turn, state, first))
-    places = {(state, first) for _, state, first in turns}
+        places.add((state, states, first))
     if len(places) != 1:
         raise ValueError(
-            f"choice.input_ids: expected state and actions at one place of all turns, got {sorted(places)}"
+            f"choice.input_ids: expected states and actions at one place of all turns, got {sorted(places)}"
         )
-    ((state, first),) = places
+    ((state, states, first),) = places
     total = first + length + max(len(turn) - first - count for (turn, _, _), count in zip(turns, steps, strict=True))
     ids = torch.zeros(len(turns), total, dtype=torch.long)
     for row, (turn, _, _) in enumerate(turns):
         ids[row, : len(turn)] = torch.tensor(turn)
-    return ChoiceTurn(ids, state, first, torch.tensor(steps))
+    return ChoiceTurn(ids, state, first, torch.tensor(steps), states)

@@ -67,14 +67,7 @@ class ArmPose:
     def __post_init__(self) -> None:
         steps = np.shape(self.position_m)[:-1]
         for name, shape in (("position_m", (3,)), ("rotation", (3, 3)), ("joints_rad", (6,)), ("gripper", (1,))):
-            value = np.asarray(getattr(self, name), dtype=np.float64)
-            if len(steps) > 1 or value.shape != steps + shape:
-                raise ValueError(
-                    f"{name}: expected shape {shape} or (T, {shape}), the same T for all, got {value.shape}"
-                )
-            if not np.isfinite(value).all():
-                raise ValueError(f"{name}: expected finite values, got NaN or infinity")
-            object.__setattr__(self, name, value)
+            object.__setattr__(self, name, checked_part(name, getattr(self, name), steps, shape))
         check_rotations(self.rotation)
 
 
@@ -98,7 +91,7 @@ class BimanualPose:
 
         Raises ValueError for a trajectory.
         """
-        _require_single("pose", self)
+        check_single("pose", self.left.position_m)
         state = np.zeros((1, BIMANUAL_COLUMNS), dtype=np.float32)
         for columns, arm in self.arms():
             state[0, columns.gripper] = arm.gripper
@@ -112,11 +105,8 @@ def anchor(targets: BimanualPose, origin: BimanualPose) -> np.ndarray:
     Position `R0^T (p - p0)`, rotation `Log(R0^T R)`, gripper and joints `target - current`.
     Raises ValueError unless targets is a trajectory and origin a single pose.
     """
-    _require_single("origin", origin)
-    steps = targets.left.position_m.shape[:-1]
-    if len(steps) != 1:
-        raise ValueError("targets: expected a trajectory, got a single pose")
-    actions = np.zeros((*steps, BIMANUAL_COLUMNS))
+    check_single("origin", origin.left.position_m)
+    actions = np.zeros((count_targets(targets.left.position_m), BIMANUAL_COLUMNS))
     for (columns, arm), start in zip(targets.arms(), (origin.left, origin.right), strict=True):
         inverse = _transposed(start.rotation)
         # Row vectors: (R0^T d)^T = d^T R0.
@@ -132,12 +122,8 @@ def recover(actions: np.ndarray, origin: BimanualPose) -> BimanualPose:
 
     Raises ValueError for another shape, values that are not finite, or an origin that is not a single pose.
     """
-    _require_single("origin", origin)
-    actions = np.asarray(actions, dtype=np.float64)
-    if actions.ndim != 2 or actions.shape[1] != BIMANUAL_COLUMNS:
-        raise ValueError(f"actions: expected shape (T, {BIMANUAL_COLUMNS}), got {actions.shape}")
-    if not np.isfinite(actions).all():
-        raise ValueError("actions: expected finite values, got NaN or infinity")
+    check_single("origin", origin.left.position_m)
+    actions = checked_actions(actions, BIMANUAL_COLUMNS)
     left, right = (
         ArmPose(
             position_m=start.position_m + actions[:, columns.position] @ _transposed(start.rotation),
@@ -148,6 +134,39 @@ def recover(actions: np.ndarray, origin: BimanualPose) -> BimanualPose:
         for columns, start in origin.arms()
     )
     return BimanualPose(left, right)
+
+
+def checked_actions(actions: np.ndarray, width: int) -> np.ndarray:
+    """A chunk to recover targets from, (T, width) float64. Raises ValueError for another shape, and values that are not
+    finite."""
+    values = np.asarray(actions, dtype=np.float64)
+    if values.ndim != 2 or values.shape[1] != width:
+        raise ValueError(f"actions: expected shape (T, {width}), got {values.shape}")
+    return _finite("actions", values)
+
+
+def checked_part(name: str, value: np.ndarray, steps: tuple[int, ...], shape: tuple[int, ...]) -> np.ndarray:
+    """A part of a pose, or of a trajectory of poses, as float64: (*steps, *shape), steps () or (T,).
+
+    Raises ValueError for another shape, and values that are not finite.
+    """
+    values = np.asarray(value, dtype=np.float64)
+    if len(steps) > 1 or values.shape != steps + shape:
+        raise ValueError(f"{name}: expected shape {shape} or (T, {shape}), the same T for all, got {values.shape}")
+    return _finite(name, values)
+
+
+def check_single(name: str, position_m: np.ndarray) -> None:
+    """position_m: of an arm of the pose. Raises ValueError for a trajectory."""
+    if position_m.ndim != 1:
+        raise ValueError(f"{name}: expected a single pose, got a trajectory of {len(position_m)}")
+
+
+def count_targets(position_m: np.ndarray) -> int:
+    """T. position_m: of an arm of the targets. Raises ValueError for a single pose."""
+    if position_m.ndim != 2:
+        raise ValueError("targets: expected a trajectory, got a single pose")
+    return len(position_m)
 
 
 def check_rotations(rotation: np.ndarray) -> None:
@@ -216,6 +235,7 @@ def _transposed(matrices: np.ndarray) -> np.ndarray:
     return np.swapaxes(matrices, -1, -2)
 
 
-def _require_single(name: str, pose: BimanualPose) -> None:
-    if pose.left.position_m.ndim != 1:
-        raise ValueError(f"{name}: expected a single pose, got a trajectory of {len(pose.left.position_m)}")
+def _finite(name: str, values: np.ndarray) -> np.ndarray:
+    if not np.isfinite(values).all():
+        raise ValueError(f"{name}: expected finite values, got NaN or infinity")
+    return values

@@ -10,7 +10,15 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from xr0_engine.robot.decode import check_rotations, rotation_exp, rotation_log
+from xr0_engine.robot.decode import (
+    check_rotations,
+    check_single,
+    checked_actions,
+    checked_part,
+    count_targets,
+    rotation_exp,
+    rotation_log,
+)
 
 MOBILE_COLUMNS = 60
 STATE_JOINTS = 7
@@ -112,7 +120,7 @@ class MobilePose:
 
         Raises ValueError for a trajectory.
         """
-        _require_single("pose", self)
+        check_single("pose", self.left.position_m)
         state = np.zeros((1, MOBILE_COLUMNS), dtype=np.float32)
         # The same in both layouts.
         for place, arm in ((MOBILE.left, self.left), (MOBILE.right, self.right)):
@@ -127,11 +135,8 @@ def anchor(targets: MobilePose, origin: MobilePose, columns: Columns) -> np.ndar
     Position `R0^T (p - p0)`, rotation `Log(R0^T R)`, grippers and waist as the columns say, the base's velocity as it
     is. Raises ValueError unless targets is a trajectory and origin a single pose.
     """
-    _require_single("origin", origin)
-    steps = targets.left.position_m.shape[:-1]
-    if len(steps) != 1:
-        raise ValueError("targets: expected a trajectory, got a single pose")
-    actions = np.zeros((*steps, MOBILE_COLUMNS))
+    check_single("origin", origin.left.position_m)
+    actions = np.zeros((count_targets(targets.left.position_m), MOBILE_COLUMNS))
     for place, arm, start in _arms(columns, targets, origin):
         # Row vectors: (R0^T d)^T = d^T R0.
         actions[:, place.position] = (arm.position_m - start.position_m) @ start.rotation
@@ -151,12 +156,8 @@ def recover(actions: np.ndarray, origin: MobilePose, columns: Columns) -> Mobile
     A waist or base that the columns do not have stays where it is, or stands. Raises ValueError for another shape,
     values that are not finite, or an origin that is not a single pose.
     """
-    _require_single("origin", origin)
-    actions = np.asarray(actions, dtype=np.float64)
-    if actions.ndim != 2 or actions.shape[1] != MOBILE_COLUMNS:
-        raise ValueError(f"actions: expected shape (T, {MOBILE_COLUMNS}), got {actions.shape}")
-    if not np.isfinite(actions).all():
-        raise ValueError("actions: expected finite values, got NaN or infinity")
+    check_single("origin", origin.left.position_m)
+    actions = checked_actions(actions, MOBILE_COLUMNS)
     left, right = (
         MobileArm(
             position_m=start.position_m + actions[:, place.position] @ np.swapaxes(start.rotation, -1, -2),
@@ -202,17 +203,8 @@ def _checked(name: str, value: np.ndarray, steps: tuple[int, ...], shape: tuple[
     array = np.asarray(value, dtype=np.float64)
     if array.shape == shape and name in _CONSTANT:
         array = np.broadcast_to(array, steps + shape)
-    if len(steps) > 1 or array.shape != steps + shape:
-        raise ValueError(f"{name}: expected shape {shape} or (T, {shape}), the same T for all, got {array.shape}")
-    if not np.isfinite(array).all():
-        raise ValueError(f"{name}: expected finite values, got NaN or infinity")
-    return array
+    return checked_part(name, array, steps, shape)
 
 
 # What may be given once for a whole trajectory.
 _CONSTANT = ("joints_rad", "waist", "base_velocity")
-
-
-def _require_single(name: str, pose: MobilePose) -> None:
-    if pose.left.position_m.ndim != 1:
-        raise ValueError(f"{name}: expected a single pose, got a trajectory of {len(pose.left.position_m)}")

@@ -173,6 +173,7 @@ class PromptTokenizer:
         self.choice = {**choice, **named}
         self._unknown = _unknown_id(tokenizer)
         self._cached_encode = lru_cache(maxsize=_CACHED_PROMPTS)(self._encode)
+        self._cached_check = lru_cache(maxsize=_CACHED_PROMPTS)(self._check_words)
         pad = tokenizer.token_to_id("<|endoftext|>")
         self.pad_id: int = 0 if pad is None else pad
 
@@ -237,9 +238,14 @@ class PromptTokenizer:
         of training's turns, and for a prompt that asks for reasoning (/cot)."""
         self._check_turns("input_ids: expected the prompt alone", input_ids)
         words = input_ids[(input_ids != self._image) & (input_ids != self._video)]
+        # What it asks for its text tells, and a robot sends the same at every step.
+        self._cached_check(words.astype(np.int64).tobytes())
+
+    def _check_words(self, ids: bytes) -> None:
+        """ids: int64, those of text."""
         try:
             with panics():
-                text = self._tokenizer.decode(words.tolist(), skip_special_tokens=False)
+                text = self._tokenizer.decode(np.frombuffer(ids, np.int64).tolist(), skip_special_tokens=False)
         except Panic as error:
             raise ValueError(f"input_ids: the checkpoint's tokenizer fails on them: {error}") from None
         if _WITH_REASONING.search(text):

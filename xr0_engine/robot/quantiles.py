@@ -157,7 +157,8 @@ def read_table(name: str, raw: Any, width: int) -> np.ndarray:
     """(rows, width) float64, finite, of a size that statistics have. Raises ValueError for anything else."""
     numbers = table(raw, name)
     if len(numbers) == 0 or numbers.shape[1] != width:
-        raise ValueError(f"{name}: expected shape (T, {width}), got {numbers.shape}")
+        other = f": the model has {width} columns, these are statistics for another" if len(numbers) else ""
+        raise ValueError(f"{name}: expected shape (T, {width}), got {numbers.shape}{other}")
     if len(numbers) > STEPS[1]:
         raise ValueError(f"{name}: expected at most {STEPS[1]} timesteps, got {len(numbers)}")
     if np.abs(numbers).max() > LARGEST:

@@ -67,8 +67,9 @@ class Collator:
     """Turns samples into batches for one checkpoint folder, with the engine's own preprocessing.
 
     statistics: of the training data, by robot type; embodiment: None chooses the built-in profile by robot type.
-    with_turn: whether robot batches have the choice turn. Raises ValueError for a history that the model's temporal
-    patches do not divide, CheckpointError for a tokenizer or processor file that fits no videos, if there are any.
+    with_turn: whether robot batches have the choice turn; state_tokens: ChoiceConfig's, of it. Raises ValueError for a
+    history that the model's temporal patches do not divide, CheckpointError for a tokenizer or processor file that fits
+    no videos, if there are any.
     """
 
     def __init__(
@@ -78,8 +79,10 @@ class Collator:
         statistics: Mapping[str, ActionStatistics],
         embodiment: Embodiment | None = None,
         with_turn: bool = False,
+        state_tokens: str = "last",
     ) -> None:
         self.config, self.statistics, self.with_turn = config, statistics, with_turn
+        self._turn_states = config.head.state_length if state_tokens == "each" else 1
         tokenizer = PromptTokenizer.load(folder, config.tokens, config.text.vocab_size)
         self._preprocess = Preprocessor(config, tokenizer, statistics, embodiment, base_limits(folder, config.vision))
         if self._preprocess.sees_videos():
@@ -127,7 +130,7 @@ class Collator:
         """mask: (B, T, A). A sample's steps go to the last that is supervised."""
         length = mask.shape[1]
         steps = (mask.amax(2) * torch.arange(1, length + 1)).amax(1).int().tolist()
-        return choice_turn(self._encode, steps, length, self._preprocess.tokenizer.pad_id)
+        return choice_turn(self._encode, steps, length, self._preprocess.tokenizer.pad_id, self._turn_states)
 
     def language(self, samples: Sequence[LanguageSample]) -> LanguageBatch:
         """Conversations in Qwen's chat format; what the assistant says, its end marker included, is to be predicted."""

@@ -123,11 +123,13 @@ class FlowConfig:
 class ChoiceConfig:
     """Choice Policies (spec section 4.2): candidates chunks and scores in one pass of the VLM.
 
-    candidates: as many as the family has, with objective joint. action_weight, score_weight, language_weight: of the
-    closest candidate's distance, of the score regression and of next-token prediction.
+    candidates: as many as the family has, with objective joint. state_tokens: of a model of several states, which stand
+    in the turn of objective joint: `last`, the newest alone, or `each` (spec section 8). action_weight, score_weight,
+    language_weight: of the closest candidate's distance, of the score regression and of next-token prediction.
     """
 
     candidates: int = 5
+    state_tokens: Literal["last", "each"] = "last"
     action_weight: float = 1.0
     score_weight: float = 0.1
     language_weight: float = 1.0
@@ -297,6 +299,11 @@ def _rules(config: TrainConfig) -> Iterator[tuple[bool, str, str]]:
     yield is_choice or config.model.train != "vlm", "model.train", "`all` or `head` with objective flow"
     is_joint = config.objective == "joint"
     yield not is_joint or config.model.train == "all", "model.train", "`all` with objective joint, whose losses need it"
+    yield (
+        is_joint or choice.state_tokens == "last",
+        "choice.state_tokens",
+        f"`last` with objective {config.objective}, which has no turn for others",
+    )
     yield (
         not is_joint or data.chunk_length <= MOST_CHOICE_STEPS,
         "data.chunk_length",

@@ -73,7 +73,8 @@ class Trainer:
         profile, drives = run_profile(config.data), config.run.closed_loop
         self.closed_loop = find_closed_loop(drives) if drives else None
         self.export = Export(self.xr0, self.base, self.statistics, config.run.seed, profile)
-        self.collate = Collator(self.base.folder, self.xr0, self.statistics, profile, config.objective == "joint")
+        is_joint, states = config.objective == "joint", config.choice.state_tokens
+        self.collate = Collator(self.base.folder, self.xr0, self.statistics, profile, is_joint, states)
         if world.device.type == "cpu" and config.run.threads:
             torch.set_num_threads(config.run.threads)
 

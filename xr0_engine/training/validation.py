@@ -8,7 +8,7 @@ the normal distribution; the mean of several chunks is not.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,22 +42,16 @@ def validate(
 ) -> dict[str, Any]:
     """Mean L1 over everything supervised, in robot units, all processes together.
 
-    samples: the same in every process; each takes as many, so that up to a process's number of them are left out.
-    draws: chunks for each sample, from as many noises. Returns l1, of the first of them; l1_mean, of their mean, as the
-    baseline is a mean; baseline_l1; ratio and ratio_mean, the baseline over each; l1_by_step, baseline_by_step (T).
+    samples: the same in every process; each takes as many, so that up to a process's number of them are left out. What
+    is held of them is this process's batch, and the next while it is read. draws: chunks for each sample, from as many
+    noises. Returns l1, of the first of them; l1_mean, of their mean, as the baseline is a mean; baseline_l1; ratio and
+    ratio_mean, the baseline over each; l1_by_step, baseline_by_step (T). Raises ValueError for fewer samples than
+    processes.
     """
-    mine, shares = [], 0
-    for number, sample in enumerate(samples):
-        if number % world.size == world.rank:
-            mine.append(sample)
-        shares = (number + 1) // world.size
-    if not shares:
-        raise ValueError(f"validation: expected at least one sample for each of {world.size} processes")
     policy.eval()
     length, width = next(iter(statistics.values())).mean.shape
     sums = torch.zeros(4, length, dtype=torch.float64)
-    for number, start in enumerate(range(0, shares, batch_size)):
-        chosen = mine[start : min(start + batch_size, shares)]
+    for number, chosen in enumerate(_shares(samples, batch_size, world)):
         batch = collate.robot(chosen)
         generator = micro_batch_generator(NOISE_SEED, number * world.size + world.rank)
         noise = torch.stack([torch.randn(len(chosen), length, width, generator=generator) for _ in range(draws)])
@@ -82,6 +76,24 @@ def validate(
         "l1_by_step": (l1 / per_step).tolist(),
         "baseline_by_step": (baseline / per_step).tolist(),
     }
+
+
+def _shares(samples: Iterable[RobotSample], batch_size: int, world: World) -> Iterator[list[RobotSample]]:
+    """This process's batches: every world.size-th sample, as many in every process, since they predict together."""
+    mine: list[RobotSample] = []
+    number = -1
+    for number, sample in enumerate(samples):
+        if number % world.size == world.rank:
+            mine.append(sample)
+        if (number + 1) % (batch_size * world.size) == 0:
+            yield mine
+            mine = []
+    total = number + 1
+    # What the last ones in turn have and the others have not is left out.
+    if rest := mine[: total % (batch_size * world.size) // world.size]:
+        yield rest
+    if total < world.size:
+        raise ValueError(f"validation: expected at least one sample for each of {world.size} processes, got {total}")
 
 
 def plot_run(folder: Path, out: Path) -> None:

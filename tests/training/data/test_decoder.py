@@ -8,7 +8,7 @@ import pytest
 
 from tests.training.data.fixtures import HEIGHT, WIDTH, encode_video, frame_number, numbered_frame, write_video
 from xr0_engine.training.data import decoder
-from xr0_engine.training.data.decoder import VideoFacts
+from xr0_engine.training.data.decoder import READ_ON_S, Decoder, VideoFacts
 from xr0_engine.training.data.samples import DataError
 from xr0_engine.training.data.video import Clip, probe
 
@@ -67,6 +67,54 @@ def test_every_frame_in_any_order(tmp_path, layout):
     for frame in [*np.random.default_rng(0).permutation(COUNT), *range(COUNT), *range(COUNT - 1, -1, -7)]:
         np.testing.assert_array_equal(clip.read(int(frame)), decoded[frame])
         assert frame_number(decoded[frame]) == frame
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """The frames that are decoded from now on, by number."""
+    numbers, decode = [], Decoder._decode
+
+    def counted(self, key, others):
+        for frame in decode(self, key, others):
+            numbers.append(round(self._time(frame) * 30))
+            yield frame
+
+    monkeypatch.setattr(Decoder, "_decode", counted)
+    return numbers
+
+
+KEYS_AT = 20
+FAR = 17
+"""Frames: more than READ_ON_S of them at 30 Hz, fewer than lie between two key frames."""
+assert READ_ON_S * 30 < FAR < KEYS_AT
+
+
+@pytest.mark.parametrize(
+    ("keys", "order", "expected"),
+    [
+        # Seeking back to the one key frame would decode what is before again, each time more of it.
+        ("one", [0, FAR, 2 * FAR, 3 * FAR], [*range(3 * FAR + 1)]),
+        ("several", [0, 55], [0, *range(40, 56)]),
+        ("several", [0, 20], [0, 20]),
+        ("several", [20, 20 + FAR], [*range(20, 21 + FAR)]),
+        ("several", [21, 21 + FAR], [*range(20, 22 + FAR)]),
+    ],
+    ids=["none on the way", "two on the way", "it is one", "begins at one", "behind one"],
+)
+def test_no_more_is_decoded_than_from_the_nearest_key_frame(keys, order, expected, tmp_path, decoded):
+    every = {"one": 1000, "several": KEYS_AT}[keys]
+    options = {"bf": "0", "g": str(every), "keyint_min": str(every), "sc_threshold": "0"}
+    clip = Clip(encode_video(tmp_path / "v.mp4", frames(), options=options), 0.0, COUNT, 30.0)
+    assert [read(clip, frame) for frame in order] == order
+    assert decoded == expected
+
+
+def test_a_key_frame_that_stands_a_little_late_is_one_on_the_way(tmp_path, decoded):
+    times_s = [number / 30 + (0.01 if number == KEYS_AT else 0) for number in range(COUNT)]
+    options = {"bf": "0", "g": str(KEYS_AT), "keyint_min": str(KEYS_AT), "sc_threshold": "0"}
+    clip = Clip(encode_video(tmp_path / "v.mp4", frames(), options=options, times_s=times_s), 0.0, COUNT, 30.0)
+    assert [read(clip, frame) for frame in (0, KEYS_AT)] == [0, KEYS_AT]
+    assert decoded == [0, KEYS_AT]
 
 
 @pytest.mark.parametrize("options", [{"bf": "0"}, {"bf": "2", "g": "12"}], ids=["plain", "B-frames"])

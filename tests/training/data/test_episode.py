@@ -6,11 +6,13 @@ import json
 
 import numpy as np
 import pytest
+import yaml
 
 from tests.training.data.fixtures import frame_number, write_episode, write_video
 from xr0_engine.training.data.check import check
 from xr0_engine.training.data.episode import DIGITS, arm_parts, load_episode, save_episode
 from xr0_engine.training.data.samples import DataError
+from xr0_engine.training.data.sources import open_source
 
 # Half of the last digit written, and the rounding of a matrix's nine numbers.
 WRITTEN = 0.51 * 10**-DIGITS
@@ -176,3 +178,29 @@ def test_absolute_path_of_a_video(path, tmp_path):
     elsewhere.unlink()
     with pytest.raises(DataError, match=f"path: expected a video at {elsewhere}: there is none"):
         load_episode(path)
+
+
+@pytest.mark.parametrize("layout", ["bimanual", "mobile"])
+@pytest.mark.parametrize("rate_hz", [20, 29.97, 60])
+def test_a_profile_of_another_rate_is_refused(path, layout, rate_hz):
+    """The rows of a file are at 30 Hz, and nothing in it says so: every chunk would be too fast or too slow."""
+    views = [{"key": view, "title": view} for view in ("ego", "left_wrist", "right_wrist")]
+    profile = {"name": "mine", "robot_types": ["mine"], "layout": layout, "replan_every": None, "views": views}
+    described = path.parent / "xr0.yaml"
+    described.write_text(yaml.safe_dump({"robot_type": "mine", "embodiment": "mine.yaml"}))
+
+    def at(hz: float) -> None:
+        (path.parent / "mine.yaml").write_text(yaml.safe_dump({**profile, "control_rate_hz": hz}))
+
+    at(rate_hz)
+    said = (
+        rf"episode_000\.json: control_rate_hz: expected 30, .*got {rate_hz:g} of embodiment 'mine': choose a profile "
+        r"of 30 Hz .*LeRobot dataset"
+    )
+    for skip_broken in (False, True):
+        with pytest.raises(DataError, match=said):
+            open_source(path.parent, skip_broken)
+    with pytest.raises(DataError, match=said):
+        check(path.parent, fast=True, processes=1)
+    at(30)
+    assert open_source(path.parent).lengths == (8,)

@@ -17,7 +17,7 @@ from xr0_engine.robot.layouts import BIMANUAL
 from xr0_engine.robot.views import orient
 from xr0_engine.training.data import plausibility
 from xr0_engine.training.data.description import COLUMNS, Description
-from xr0_engine.training.data.episode import Episode
+from xr0_engine.training.data.episode import Episode, check_rate
 from xr0_engine.training.data.language import LanguageLines
 from xr0_engine.training.data.lerobot import LeRobotDataset
 from xr0_engine.training.data.parallel import in_parallel
@@ -71,7 +71,7 @@ class Checker:
     def check(self, path: Path) -> list[Finding]:
         """One finding an episode (or a line of a .jsonl file), in order, and one of the dataset if that has faults.
 
-        Raises DataError if there is no dataset at all.
+        Raises DataError if there is no dataset at all, and for a profile of another rate than that of episode files.
         """
         if path.suffix == ".jsonl":
             lines = LanguageLines(path)
@@ -85,6 +85,8 @@ class Checker:
             files = episode_files(description.folder)
             if not files:
                 open_source(path)
+            # Of the whole dataset, so not told for each of its files.
+            check_rate(files[0], description.embodiment)
             looks = list(in_parallel(partial(_file, description, self.fast), files, self.processes, "checking"))
         findings = _with_odd_pictures([look.finding for look in looks], [look.glance for look in looks])
         glances = [look.glance for look in looks if look.glance is not None and look.finding.status != "invalid"]

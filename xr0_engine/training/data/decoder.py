@@ -139,7 +139,9 @@ class Decoder:
             ahead_s = time_s - self._time(self._last)
             if abs(ahead_s) <= tolerance_s:
                 return self._last
-            if ahead_s > 0 and (ahead_s <= READ_ON_S or not self._key_after(self._time(self._last), time_s)):
+            # The frame itself may be a key frame, and stand a little late.
+            latest_s = time_s + tolerance_s
+            if ahead_s > 0 and (ahead_s <= READ_ON_S or not self._key_after(self._time(self._last), latest_s)):
                 try:
                     return self._read_on(time_s, tolerance_s, passed=True)
                 except _Fault:

@@ -14,6 +14,7 @@ import numpy as np
 
 from xr0_engine.files import FAULTS, number, one_line, read_json, section, table
 from xr0_engine.robot.decode import BIMANUAL_COLUMNS, LEFT, RIGHT, ArmPose, BimanualPose
+from xr0_engine.robot.embodiment import Embodiment
 from xr0_engine.robot.mobile import Columns
 from xr0_engine.robot.prompt import prompt_task
 from xr0_engine.training.data.mobile_episode import MobileMotion, read_motion, sections
@@ -115,6 +116,20 @@ def load_episode(path: Path, mobile: Columns | None = None) -> Episode:
         raise DataError(f"{path}: {error.args[0]!r:.80} is missing") from None
     except FAULTS as error:
         raise DataError(f"{path}: {one_line(error)}") from None
+
+
+def check_rate(path: Path, embodiment: Embodiment) -> None:
+    """Raises DataError for the profile of a robot whose ticks are not the format's rows.
+
+    path: an episode file, which does not tell its rate: rows at another would be taken for ticks without a word.
+    """
+    if embodiment.control_rate_hz != TIMELINE_HZ:
+        raise DataError(
+            f"{path}: control_rate_hz: expected {TIMELINE_HZ:g}, the rate of an episode file's rows, got "
+            f"{embodiment.control_rate_hz:g} of embodiment {embodiment.name!r}: choose a profile of "
+            f"{TIMELINE_HZ:g} Hz and write the rows at that rate; two arms of any rate fit a LeRobot dataset "
+            "(docs/data.md)"
+        )
 
 
 def save_episode(path: Path, episode: Episode) -> None:

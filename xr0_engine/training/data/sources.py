@@ -19,7 +19,7 @@ from xr0_engine.robot.embodiment import Embodiment
 from xr0_engine.robot.layouts import BIMANUAL
 from xr0_engine.robot.prompt import normalize_instruction
 from xr0_engine.training.data.description import Description, describe
-from xr0_engine.training.data.episode import Episode, Status, load_episode
+from xr0_engine.training.data.episode import Episode, Status, check_rate, load_episode
 from xr0_engine.training.data.lerobot import LeRobotDataset
 from xr0_engine.training.data.lerobot_meta import INFO_FILE
 from xr0_engine.training.data.samples import DataError, UnfitError
@@ -103,7 +103,8 @@ class EpisodeFolder:
     """Episode files of the released format in a folder and those below it, ordered by path.
 
     files: these instead of all. skip_broken: leave out the files that cannot be used, with a warning. Raises DataError
-    for an empty folder, or that lists every file that cannot be used. fps: of each episode, slowest_fps.
+    for an empty folder, for a profile of another rate than the format's TIMELINE_HZ, or that lists every file that
+    cannot be used. fps: of each episode, slowest_fps.
     """
 
     def __init__(
@@ -113,6 +114,7 @@ class EpisodeFolder:
         candidates = episode_files(description.folder) if files is None else files
         if not candidates:
             raise DataError(f"{description.folder} holds no episode file (*.json) and no {INFO_FILE}")
+        check_rate(candidates[0], description.embodiment)
         usable, lengths, statuses, fps, faults = [], [], [], [], []
         for file in candidates:
             try:
