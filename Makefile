@@ -157,42 +157,38 @@ lab-quick: $(INSTALLED)-cpu
 	$(BIN)/xr0 lab figures outputs/lab-quick --out outputs/lab-quick
 
 # The policy of `xr0 demo`, from nothing (docs/training.md): record, let the VLM learn to see, then the whole model to act,
-# then the hand-over, which takes more precision than the rest, then evaluate. Starts, of which all that follows depends on
-# where the cube is, are what teaches it to see.
+# then record what the expert does where that policy goes wrong, learn from it, and evaluate. Starts, of which all that
+# follows depends on where the cube is, are what teaches it to see.
 , := ,
 DEMO := outputs/demo-policy
 POLICY := xr0_engine/drive/aloha_transfer
 DEMO_RECORD := $(BIN)/xr0 data record --width 320 --height 240 --view ego -j 2
-DEMO_DATA := data.embodiment=$(POLICY)/profile.yaml data.chunk_length=20 \
+DEMO_DATA := data.embodiment=$(POLICY)/profile.yaml data.statistics=$(DEMO)/statistics.json data.chunk_length=20 \
   data.validation_fraction=0.05 data.batch_size=32 run.checkpoint_every=100 run.threads=1
-DEMO_STATS := $(BIN)/xr0 data stats --chunk-length 20 --validation-fraction 0.05
+DEMO_EVAL := $(BIN)/xr0 eval aloha $(DEMO)/handover/model --suite transfer --execute 10 --dtype float32 --jobs 2
 # $(call trained,RUN,RECIPE AND SETTINGS): a run that goes on where it was stopped.
 trained = if test -f $(DEMO)/$(1)/config.json; then $(BIN)/xr0 train resume $(DEMO)/$(1); else \
   $(BIN)/xr0 train $(2) --tiny --out $(DEMO)/$(1) $(DEMO_DATA); fi
 demo-policy: export OMP_NUM_THREADS := 1
 demo-policy: $(INSTALLED)-cpu $(VENV)/.renders
-	set -e; for episodes in starts grasps whole more; do \
+	set -e; for episodes in starts midway whole led; do \
 	  mkdir -p $(DEMO)/$$episodes && cp $(POLICY)/profile.yaml $(DEMO)/$$episodes; \
 	  echo "embodiment: profile.yaml" > $(DEMO)/$$episodes/xr0.yaml; done
 	$(DEMO_RECORD) $(DEMO)/starts -n 400 --over-table 0.7 --seconds 0.7 --first-seed 20000
-	$(DEMO_RECORD) $(DEMO)/grasps -n 240 --over-table 0.6 --seconds 2.6
-	$(DEMO_RECORD) $(DEMO)/whole -n 60 --over-table 0.4 --first-seed 5000
-	$(DEMO_RECORD) $(DEMO)/more -n 179 --over-table 0.4 --first-seed 5065
+	$(DEMO_RECORD) $(DEMO)/midway -n 500 --over-table 0.5 --midway 1 --seconds 2 --first-seed 40000
+	$(DEMO_RECORD) $(DEMO)/whole -n 100 --over-table 0.3 --first-seed 50000
 	test -d $(DEMO)/base || $(BIN)/xr0 init --config $(POLICY)/base.json --out $(DEMO)/base
-	test -f $(DEMO)/seen.json || $(DEMO_STATS) $(DEMO)/grasps --out $(DEMO)/seen.json
-	test -f $(DEMO)/statistics.json || $(DEMO_STATS) $(DEMO)/grasps $(DEMO)/whole --out $(DEMO)/statistics.json
+	test -f $(DEMO)/statistics.json || $(BIN)/xr0 data stats --chunk-length 20 --validation-fraction 0.05 \
+	  $(DEMO)/midway $(DEMO)/whole --out $(DEMO)/statistics.json
 	$(call trained,vlm,pretrain_vlm model.checkpoint=$(DEMO)/base model.standardize_vision=true data.language_every=0 \
-	  choice.candidates=1 data.statistics=$(DEMO)/seen.json data.robot=$(DEMO)/starts=3$(,)$(DEMO)/grasps=1 optim.steps=600)
-	$(call trained,policy,training_rtc model.checkpoint=$(DEMO)/vlm/model flow.repeat=2 optim.steps=3000 \
-	  data.statistics=$(DEMO)/statistics.json \
-	  data.robot=$(DEMO)/starts=1$(,)$(DEMO)/grasps=1$(,)$(DEMO)/whole=1.5)
-	$(call trained,handover,training_rtc model.checkpoint=$(DEMO)/policy/model flow.repeat=2 optim.steps=1600 optim.peak_lr=1e-3 \
-	  data.statistics=$(DEMO)/statistics.json \
-	  data.robot=$(DEMO)/starts=0.4$(,)$(DEMO)/grasps=0.8$(,)$(DEMO)/whole=0.8$(,)$(DEMO)/more=2.2)
-	$(BIN)/xr0 eval aloha $(DEMO)/handover/model --suite transfer --execute 10 --mode async --delay-steps 1-3 --dtype float32 --jobs 2 \
-	  --out $(DEMO)/results-async
-	$(BIN)/xr0 eval aloha $(DEMO)/handover/model --suite transfer --execute 10 --mode sync --delay-steps 0 --dtype float32 --jobs 2 \
-	  --out $(DEMO)/results-sync
+	  choice.candidates=1 data.robot=$(DEMO)/starts=3$(,)$(DEMO)/midway=1 optim.steps=600)
+	$(call trained,policy,training_rtc model.checkpoint=$(DEMO)/vlm/model flow.repeat=2 optim.steps=4000 \
+	  data.robot=$(DEMO)/starts=1$(,)$(DEMO)/midway=2.5$(,)$(DEMO)/whole=1)
+	$(DEMO_RECORD) $(DEMO)/led -n 400 --over-table 0.2 --midway 1 --policy $(DEMO)/policy/model --seconds 2 --first-seed 60000
+	$(call trained,handover,training_rtc model.checkpoint=$(DEMO)/policy/model flow.repeat=2 optim.steps=3000 optim.peak_lr=1e-3 \
+	  data.robot=$(DEMO)/starts=0.5$(,)$(DEMO)/midway=2$(,)$(DEMO)/whole=1$(,)$(DEMO)/led=2)
+	$(DEMO_EVAL) --mode async --delay-steps 1-3 --out $(DEMO)/results-async
+	$(DEMO_EVAL) --mode sync --delay-steps 0 --out $(DEMO)/results-sync
 
 # LIBERO wants an older MuJoCo than the other simulations, so it has an environment of its own, without torch: the policy is
 # a server in ours. tests/conftest.py looks for torch.
