@@ -37,7 +37,7 @@ help:
 	@echo "               then as long in quiet, where no deadline may be missed; report in outputs/soak"
 	@echo "make eval-libero  LIBERO in $(LIBERO), then an episode of each suite with a small random model; results in outputs/libero"
 	@echo "make lab-quick  three small policies from scratch, in closed loop and looked into (docs/lambda.md); results in outputs/lab-quick"
-	@echo "make demo-policy  a policy for the demo, from nothing (docs/training.md): about two and a half hours; goes on where it was stopped"
+	@echo "make demo-policy  a policy for the demo, from nothing (docs/training.md): about an hour and a half; goes on where it was stopped"
 	@echo "make lock      requirements.lock anew: versions and SHA-256 sums of all that is installed, but torch"
 	@echo "make clean     remove what was built; $(VENV) stays"
 	@echo
@@ -187,7 +187,7 @@ demo-policy: $(INSTALLED)-cpu $(VENV)/.renders
 	$(DEMO_RECORD) $(DEMO)/led -n 400 --over-table 0.2 --midway 1 --policy $(DEMO)/policy/model --seconds 2 --first-seed 60000
 	$(call trained,handover,training_rtc model.checkpoint=$(DEMO)/policy/model flow.repeat=2 optim.steps=3000 optim.peak_lr=1e-3 \
 	  data.robot=$(DEMO)/starts=0.5$(,)$(DEMO)/midway=2$(,)$(DEMO)/whole=1$(,)$(DEMO)/led=2)
-	$(DEMO_EVAL) --mode async --delay-steps 1-3 --out $(DEMO)/results-async
+	$(DEMO_EVAL) --mode async --delay-steps 0-3 --out $(DEMO)/results-async
 	$(DEMO_EVAL) --mode sync --delay-steps 0 --out $(DEMO)/results-sync
 
 # LIBERO wants an older MuJoCo than the other simulations, so it has an environment of its own, without torch: the policy is

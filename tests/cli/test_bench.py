@@ -15,6 +15,7 @@ from xr0_engine.bench.results import read
 from xr0_engine.cli import app
 from xr0_engine.cli.bench import app as bench_app
 from xr0_engine.engine import Engine
+from xr0_engine.sizes import PUBLISHED
 
 COMMANDS = [command.name or command.callback.__name__ for command in bench_app.registered_commands]
 MEASURING = ("latency", "throughput", "coldstart", "jitter", "kernels", "ablate", "finetune")
@@ -70,6 +71,11 @@ def test_what_is_about_a_chip_on_paper_is_of_the_case_s_published_size(case, siz
     result = bench("roofline", "--case", case)
     assert result.exit_code == 0, result.stderr
     assert f"{case}, {size}, " in result.stdout
+
+
+@pytest.mark.parametrize("name", ["roofline", "predict", "compile", "tune"])
+def test_commands_about_a_chip_on_paper_say_so(name):
+    assert f"[default: {PUBLISHED}]" in re.sub(r"[\s│]+", " ", bench(name, "--help").output)
 
 
 def test_throughput_takes_batch_sizes():

@@ -64,6 +64,13 @@ def test_expert_hands_the_cube_over_with_a_prefix(world: AlohaWorld) -> None:
     assert (episode.error, episode.success, episode.solved, episode.rollouts) == (None, True, 1, 1)
 
 
+def test_expert_goes_on_from_wherever_a_chunk_ends(world: AlohaWorld) -> None:
+    """The end of a second chunk may find the arms just beside where the cube changes hands, where joints are hardest to
+    find."""
+    steps = [play(world, trial(number=number)).steps for number in range(6)]
+    assert max(steps) < SMALL.horizon_steps
+
+
 def test_expert_stands_still_longer_with_a_delay(world: AlohaWorld) -> None:
     at_once, late = (play(world, trial(delay_steps=delay)) for delay in (0, 6))
     assert at_once.success
@@ -163,7 +170,7 @@ def test_only_what_a_policy_looks_through_is_drawn(world: AlohaWorld) -> None:
 
 
 def test_the_policy_that_comes_along_hands_the_cube_over() -> None:
-    """It did in these four trials, and does in about half of all (evaluation/results/aloha-demo-async)."""
+    """It did in three of these four trials, and does in most of all (evaluation/results/aloha-demo-async)."""
     pytest.importorskip("torch")
     from xr0_engine.drive.policies import TRAINED
     from xr0_engine.engine import Engine

@@ -98,7 +98,7 @@ def test_a_cell_goes_on_where_it_was_ended(
     folder = out / cell.name
     row = json.loads((folder / "row.json").read_text(encoding="utf-8"))
     lines = (folder / "conditions.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    assert len(lines) == 3
+    assert len(lines) == 2
     (folder / "row.json").unlink()
     (folder / "conditions.jsonl").write_text(lines[0] + lines[1][:50], encoding="utf-8")
     before = json.loads((folder / "begun.json").read_text(encoding="utf-8"))["cpu_s"]

@@ -14,6 +14,7 @@ import typer
 
 from xr0_engine.cli.machine import machine
 from xr0_engine.cli.telling import check_file, compare, report
+from xr0_engine.sizes import PUBLISHED
 
 if TYPE_CHECKING:
     from xr0_engine.bench.cases import Setup
@@ -219,7 +220,7 @@ def finetune(setup: Setup, rounds: Rounds = 10) -> Measured:
 
 @_measuring(
     backend=None,
-    size=(Size, "published"),
+    size=(Size, PUBLISHED),
     dtype=(Annotated[str, typer.Option(help="bfloat16, float16, float32, fp8 or int8.")], "bfloat16"),
 )
 def roofline(
@@ -237,7 +238,7 @@ def roofline(
     return (module.measure(setup, chip, _command()), None), show
 
 
-@_measuring(backend=None, size=(Size, "published"))
+@_measuring(backend=None, size=(Size, PUBLISHED))
 def predict(
     setup: Setup,
     chip: Annotated[str, typer.Option(help="a100, rtx3090, rtx4090, l40s, h100, h200, b200 or rtx5090.")] = "rtx4090",
@@ -269,7 +270,7 @@ def predict(
 def compile_(
     arch: Annotated[int, typer.Option(help="Compute capability: 80, 86, 89 (RTX 4090), 90 (H200), 100, 120.")],
     case: CaseName = "bimanual",
-    size: Size = "published",
+    size: Size = PUBLISHED,
     checkpoint: Checkpoint = None,
     dtype: Dtype = "bfloat16",
     as_json: AsJson = False,
@@ -289,7 +290,7 @@ def tune(
     cases: Annotated[
         str, typer.Option("--case", help="Cases whose shapes are tuned, with commas.")
     ] = "libero,bimanual",
-    size: Size = "published",
+    size: Size = PUBLISHED,
     checkpoint: Checkpoint = None,
     device: Device = "auto",
     dtype: Dtype = "bfloat16",

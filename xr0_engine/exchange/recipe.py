@@ -76,6 +76,9 @@ def read_action_config(file: Path, robot_type: str | None) -> dict[str, Any]:
     values = read_json(file) if file.suffix == ".json" else _read_values(file)
     named = values.get("action_config") if isinstance(values, Mapping) else None
     if isinstance(named, Mapping) and named:
+        for name, entry in named.items():
+            if isinstance(entry, Mapping) and RELEASED_STATE in entry:
+                raise CheckpointError(f"{file}: action_config: {name}: {RELEASED_STATE} is unknown: is state meant?")
         if robot_type is None:
             return dict(named)
         if robot_type not in named:

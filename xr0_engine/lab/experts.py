@@ -10,7 +10,7 @@ from xr0_engine.robot.decode import BIMANUAL_COLUMNS
 from xr0_engine.robot.layouts import BIMANUAL, PLAIN
 from xr0_engine.types import ActionChunk, Observation, RobotInfo
 
-CLEARANCE = 0.14
+CLEARANCE = 0.18
 """Between robot and obstacle, where an expert passes it."""
 SWERVE = 0.25
 """So far before it must, an expert leaves the straight way: what it takes to get beside the obstacle."""

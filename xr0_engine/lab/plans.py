@@ -15,7 +15,6 @@ from xr0_engine.lab.arms import (
     LONG,
     LONG_WINDOW,
     NO_PREFIX,
-    OFFSET_10,
     RTC,
     WINDOW_4,
     WINDOWS,
@@ -26,9 +25,10 @@ from xr0_engine.lab.arms import (
 )
 from xr0_engine.lab.tasks import TASKS
 
-SEEDS, FEWER_SEEDS = 5, 3
-"""Of the arms that decide; of others."""
-TASKS_TOLD = (*DECIDING_TASKS, "chase-two")
+SEEDS, DEEP_SEEDS = 5, 3
+"""Of the arms that decide; of the deepest, whose window reaches farther than the chunk. Others get one."""
+TOLD = "chase-two"
+"""A task beside those that decide."""
 
 
 def find_plan(name: str) -> Plan:
@@ -44,8 +44,17 @@ def _cells(tasks: Iterable[str], arms: Iterable[Arm], seeds: Iterable[int]) -> l
     return [Cell(task, arm, seed) for seed in seeds for task in tasks for arm in listed]
 
 
-STEPS = {"chase-four": 500, "chase-eight": 800, "chase-anywhere": 1_200, "chase-two": 1_200, "two-ways": 800}
-OTHERS = tuple(arm for arm in (*WINDOWS, OFFSET_10, COLUMNS, DROPOUT_ALONE, LONG, LONG_WINDOW) if arm is not WINDOW_4)
+STEPS = {"chase-four": 500, "chase-eight": 800, "chase-anywhere": 1_200, "chase-two": 1_200, "two-ways": 1_200}
+DEEP = tuple(arm for arm in DEPTHS if arm.depth == 16)
+OTHERS = (
+    WINDOWS[0],
+    WINDOWS[-1],
+    COLUMNS,
+    DROPOUT_ALONE,
+    LONG,
+    LONG_WINDOW,
+    *(arm for arm in DEPTHS if arm.depth == 2),
+)
 TRAINED = tuple(arm for arm in ARMS.values() if arm is not EXPERT)
 
 PLANS = {
@@ -55,10 +64,11 @@ PLANS = {
     ),
     "committed": Plan(
         (
-            *_cells(TASKS_TOLD, (EXPERT,), (0,)),
+            *_cells((*DECIDING_TASKS, TOLD), (EXPERT,), (0,)),
             *_cells(DECIDING_TASKS, DECIDING, range(SEEDS)),
-            *_cells(("chase-two",), DECIDING, range(FEWER_SEEDS)),
-            *_cells(DECIDING_TASKS, (*OTHERS, *DEPTHS), range(FEWER_SEEDS)),
+            *_cells(DECIDING_TASKS, DEEP, range(DEEP_SEEDS)),
+            *_cells(DECIDING_TASKS, OTHERS, (0,)),
+            *_cells((TOLD,), DECIDING, (0,)),
         ),
         Size(steps=STEPS),
     ),

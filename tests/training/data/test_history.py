@@ -14,8 +14,9 @@ from tests.training.data.fixtures import encode_video, frame_number, numbered_fr
 from tests.training.data.test_lerobot_times import KEPT, PROFILE, ROWS, write
 from xr0_engine.robot.embodiment import View, load_embodiment
 from xr0_engine.robot.history import FrameHistory, History
-from xr0_engine.training.data import augment, sources
+from xr0_engine.training.data import augment
 from xr0_engine.training.data.decoder import Decoder
+from xr0_engine.training.data.kept import KEPT as KEPT_EPISODES
 from xr0_engine.training.data.pictures import check_stride, nearest_frame
 from xr0_engine.training.data.samples import DataError, UnfitError
 from xr0_engine.training.data.sources import open_source
@@ -139,12 +140,12 @@ def test_a_function_s_pictures_are_looked_at_when_a_run_starts(fps, complaint, m
     data = Mixture(("tests.training.points:points",), skip_broken=True, embodiment=profile, validation_fraction=0)
     whole = points.Points.load
     for slow_ones in (range(points.EPISODES), range(1, points.EPISODES)):
-        sources.KEPT.clear()
+        KEPT_EPISODES.clear()
         monkeypatch.setattr(points.Points, "load", slow(whole, slow_ones))
         with pytest.raises(DataError, match=complaint.replace("#0", "#[0-9]+")):
             # Of one process: a run starts where its stream does.
             list(itertools.islice(Stream(data, 8, 0, chunk_length=T), 20 if 0 not in slow_ones else 0))
-    sources.KEPT.clear()
+    KEPT_EPISODES.clear()
 
 
 @dataclass(frozen=True)

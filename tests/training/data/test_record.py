@@ -12,12 +12,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from xr0_engine.checkpoint import write_checkpoint
+from xr0_engine.robot.embodiment import load_embodiment
 from xr0_engine.sim import CONTROL_RATE_HZ, INSTRUCTION, AlohaEnv, choose_renderer, columns_to_joints, joints_to_columns
+from xr0_engine.sizes import tiny_config
 from xr0_engine.training.data import record as module
 from xr0_engine.training.data.episode import load_episode
 from xr0_engine.training.data.expert import HELD_M, plan_transfer, transferred
 from xr0_engine.training.data.kinematics import IK_TOLERANCE, GripperPose, Kinematics, Unreachable
 from xr0_engine.training.data.record import OVER_TABLE_M, Settings, record, record_episode, vary_start
+from xr0_engine.types import CheckpointError
 from xr0_engine.whole import only_writer
 
 SETTINGS = Settings(width=32, height=24)
@@ -124,9 +128,10 @@ def test_how_an_episode_from_rest_starts_does_not_depend_on_the_share_of_others(
     np.testing.assert_array_equal(env.joints, expected)
 
 
-def test_an_episode_may_begin_midway_and_astray(env, monkeypatch):
+def test_an_episode_may_begin_midway_and_astray(env):
     """What the expert does next it finds in where everything is, a dropped or missed cube too."""
     settings, lengths, held, height_m = replace(SETTINGS, midway=1.0), [], [], []
+    env.reset(0)
     whole = len(plan_transfer(env))
     for seed in range(8):
         plan = module._rehearsed(env, seed, settings)
@@ -157,7 +162,7 @@ def test_a_policy_may_lead_an_episode_to_where_it_begins(env, monkeypatch):
             seen.append((env._tick, seed))
             return SimpleNamespace(actions=moved)
 
-    monkeypatch.setattr(module, "_engine", lambda policy: Turning() if policy == "there" else None)
+    monkeypatch.setattr(module, "policy_engine", lambda policy: Turning() if policy == "there" else None)
     monkeypatch.setattr(env, "_render", lambda camera: None)
     settings = replace(SETTINGS, midway=1.0, policy="there")
     ticks, turned = [], []
@@ -173,6 +178,28 @@ def test_a_policy_may_lead_an_episode_to_where_it_begins(env, monkeypatch):
     gaps = np.diff([tick for tick, _ in seen])
     assert len({seed for _, seed in seen}) == len(seen)
     assert all(5 <= gap <= 16 for gap in gaps[gaps > 0])
+
+
+def test_a_policy_is_looked_at_before_anything_is_written(tmp_path, tries, monkeypatch):
+    """And is known again by its weights, wherever it lies."""
+    settings = Settings(midway=1.0, policy=str(tmp_path / "policy"))
+    with pytest.raises(CheckpointError, match="there is no checkpoint folder"):
+        record(tmp_path / "out", 1, 0, settings, 1)
+    config, profile = tiny_config(), replace(load_embodiment("bimanual"), control_rate_hz=50.0)
+    write_checkpoint(tmp_path / "fast", config, 0, embodiment=profile)
+    with pytest.raises(ValueError, match="expected layout bimanual at 30 Hz for the simulation, got bimanual at 50 Hz"):
+        record(tmp_path / "out", 1, 0, replace(settings, policy=str(tmp_path / "fast")), 1)
+    write_checkpoint(tmp_path / "policy", config, 0)
+    with pytest.raises(ValueError, match="views: expected left_wrist, right_wrist too"):
+        record(tmp_path / "out", 1, 0, replace(settings, views=("ego",)), 1)
+    assert not (tmp_path / "out").exists()
+    record(tmp_path / "out", 1, 0, settings, 1)
+    (tmp_path / "policy").rename(tmp_path / "moved")
+    moved = replace(settings, policy=str(tmp_path / "moved"))
+    assert record(tmp_path / "out", 2, 0, moved, 1).present == 1
+    write_checkpoint(tmp_path / "another", config, 1)
+    with pytest.raises(ValueError, match="was recorded with"):
+        record(tmp_path / "out", 2, 0, replace(settings, policy=str(tmp_path / "another")), 1)
 
 
 @pytest.mark.parametrize(

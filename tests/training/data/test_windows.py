@@ -14,7 +14,8 @@ from tests.training import points
 from tests.training.data.fixtures import write_dataset
 from xr0_engine.robot.embodiment import View, load_embodiment
 from xr0_engine.robot.preprocess import orient
-from xr0_engine.training.data import augment, sources
+from xr0_engine.training.data import augment
+from xr0_engine.training.data import kept as kept_episodes
 from xr0_engine.training.data.samples import DataError
 from xr0_engine.training.data.sources import open_source
 from xr0_engine.training.data.windows import Windows, prepare
@@ -122,12 +123,20 @@ def test_episodes_are_kept_by_their_length(monkeypatch):
     """Those that were asked for last; one that is longer than all that may be kept, while it is the last."""
     read, loads = [], points.Points.load
     monkeypatch.setattr(points.Points, "load", lambda self, number: read.append(number) or loads(self, number))
-    kept, source = sources._Kept(), points.Points()
-    monkeypatch.setattr(sources, "KEPT_TICKS", 2 * points.TICKS)
+    kept, source = kept_episodes.Kept(), points.Points()
+    monkeypatch.setattr(kept_episodes, "KEPT_TICKS", 2 * points.TICKS)
     for number in (0, 1, 0, 1, 2, 1, 0, 0):
         assert kept.get(source, number).name == source.names[number]
     assert read == [0, 1, 2, 0]
-    monkeypatch.setattr(sources, "KEPT_TICKS", 1)
+    monkeypatch.setattr(kept_episodes, "KEPT_TICKS", 1)
     for number in (3, 3, 0, 3):
         kept.get(source, number)
     assert read == [0, 1, 2, 0, 3, 0, 3]
+    # A function's episodes may hold pictures: of short ones not as many as fit by their ticks.
+    kept.clear()
+    read.clear()
+    monkeypatch.setattr(kept_episodes, "KEPT_TICKS", 1000 * points.TICKS)
+    monkeypatch.setattr(kept_episodes, "KEPT_EPISODES", 2)
+    for number in (0, 1, 0, 2, 0, 1):
+        kept.get(source, number)
+    assert read == [0, 1, 2, 1]

@@ -26,6 +26,7 @@ from xr0_engine.training.data.samples import DataError
 from xr0_engine.training.data.sources import (
     EpisodeFolder,
     Source,
+    check_episode_files,
     checked_instructions,
     description_of,
     episode_files,
@@ -71,7 +72,7 @@ class Checker:
     def check(self, path: Path) -> list[Finding]:
         """One finding an episode (or a line of a .jsonl file), in order, and one of the dataset if that has faults.
 
-        Raises DataError if there is no dataset at all, and for a profile of another rate than that of episode files.
+        Raises DataError if there is no dataset at all, and for a profile that episode files do not fit.
         """
         if path.suffix == ".jsonl":
             lines = LanguageLines(path)
@@ -86,6 +87,7 @@ class Checker:
             if not files:
                 open_source(path)
             # Of the whole dataset, so not told for each of its files.
+            check_episode_files(path, description)
             check_rate(files[0], description.embodiment)
             looks = list(in_parallel(partial(_file, description, self.fast), files, self.processes, "checking"))
         findings = _with_odd_pictures([look.finding for look in looks], [look.glance for look in looks])

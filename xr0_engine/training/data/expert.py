@@ -17,7 +17,7 @@ import numpy as np
 
 from xr0_engine.robot.decode import rotation_exp, rotation_log
 from xr0_engine.sim import CONTROL_RATE_HZ, AlohaEnv
-from xr0_engine.training.data.kinematics import ARM_JOINTS, ARMS, GripperPose, Kinematics
+from xr0_engine.training.data.kinematics import ARM_JOINTS, ARMS, GripperPose, Kinematics, Unreachable
 
 CUBE = "red_box"
 OPEN, CLOSED = 1.0, 0.0
@@ -176,12 +176,19 @@ class TransferPlanner:
         for arm in ARMS:
             pose, gripper = stage.targets[arm]
             joints = of_arm(begin, arm)[:ARM_JOINTS]
-            if arm in ends:
-                path = joints + progress[:, None] * (ends[arm] - joints)
-            else:
-                path = self.kinematics.line(arm, joints, pose, progress)
+            path = None if arm in ends else self._line(arm, joints, pose, progress)
+            if path is None:
+                end = ends[arm] if arm in ends else self.kinematics.inverse(arm, pose, joints)
+                path = joints + progress[:, None] * (end - joints)
             arms.append(np.column_stack([path, np.full(len(progress), gripper)]))
         return np.concatenate(arms, axis=1)
+
+    def _line(self, arm: str, joints: np.ndarray, pose: GripperPose, progress: np.ndarray) -> np.ndarray | None:
+        """(ticks, 6) along a straight line; None where a singular pose is in the way, as near the meeting place."""
+        try:
+            return self.kinematics.line(arm, joints, pose, progress)
+        except Unreachable:
+            return None
 
 
 def plan_transfer(env: AlohaEnv) -> np.ndarray:

@@ -9,12 +9,13 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from xr0_engine.files import read_json, reading, whole
-from xr0_engine.sim import CAMERAS, CONTROL_RATE_HZ, INSTRUCTION, AlohaEnv, choose_renderer
+from xr0_engine.robot.layouts import BIMANUAL
+from xr0_engine.sim import CAMERAS, CONTROL_RATE_HZ, INSTRUCTION, ROBOT_TYPE, AlohaEnv, choose_renderer
 from xr0_engine.training.data.episode import PARTS, Episode, part_columns, poses_of, save_episode
 from xr0_engine.training.data.expert import before_meeting, down_to_pick, plan_transfer, transferred
 from xr0_engine.training.data.kinematics import ARM_JOINTS, ARMS, GripperPose, Kinematics, Unreachable
@@ -91,10 +92,15 @@ def record(folder: Path, episodes: int, first_seed: int, settings: Settings, pro
     Episode n comes from seed n, from first_seed on: the cube's place and the arms' start. A try that fails is left out
     and another seed takes its place, so the first `episodes` seeds that succeed are kept, whatever the number of
     processes. A killed recording goes on with the same call: an episode's JSON appears last, when all of it is there.
-    Raises ValueError if the folder was recorded with other settings or is being recorded, RuntimeError if this machine
-    cannot simulate.
+    Raises ValueError if the folder was recorded with other settings or is being recorded, or the policy does not see
+    through these views; RuntimeError if this machine cannot simulate; what policy_engine raises.
     """
     choose_renderer()
+    if settings.policy is not None:
+        # Before anything is written.
+        missing = set(policy_engine(settings.policy).robot_info(ROBOT_TYPE).views) - set(settings.views)
+        if missing:
+            raise ValueError(f"views: expected {', '.join(sorted(missing))} too, which the policy looks through")
     with only_writer(folder):
         return _record(folder, episodes, first_seed, settings, processes)
 
@@ -248,24 +254,35 @@ def start_midway(env: AlohaEnv, rng: np.random.Generator) -> None:
 
 
 def start_where_led(env: AlohaEnv, rng: np.random.Generator, policy: str) -> None:
-    """Let a policy drive up to any moment of the time that the expert would take. policy: a checkpoint's folder; of its
-    chunks LED_STEPS are executed. Raises Unreachable; CheckpointError and RuntimeError as Engine.from_pretrained;
-    ValueError for views that the simulation is not drawn through here."""
-    engine = _engine(policy)
+    """Let a policy drive up to any moment of the time that the expert would take. policy: as policy_engine's; of its
+    chunks LED_STEPS are executed. Raises Unreachable, for a policy that gives no finite actions too."""
+    engine = policy_engine(policy)
     left = int(rng.integers(len(plan_transfer(env))))
     while left > 0:
         observation = env.observe()
-        chunk = engine.infer(observation, seed=int(rng.integers(2**31)))
+        try:
+            chunk = engine.infer(observation, seed=int(rng.integers(2**31)))
+        except RuntimeError as error:
+            raise Unreachable(f"{policy}: {error}") from error
         for action in chunk.actions[: min(int(rng.integers(*LED_STEPS)), left)]:
             env.apply(action, observation)
             left -= 1
 
 
 @cache
-def _engine(policy: str) -> Engine:
+def policy_engine(policy: str) -> Engine:
+    """policy: a checkpoint's folder. Raises what Engine.from_pretrained does; ValueError if it does not drive this
+    robot as the simulation does."""
     from xr0_engine.engine import Engine
 
-    return Engine.from_pretrained(policy, "cpu", "float32", "reference")
+    engine = Engine.from_pretrained(policy, "cpu", "float32", "reference")
+    robot = engine.robot_info(ROBOT_TYPE)
+    if (robot.layout, robot.control_rate_hz) != (BIMANUAL.name, CONTROL_RATE_HZ):
+        raise ValueError(
+            f"policy: expected layout {BIMANUAL.name} at {CONTROL_RATE_HZ:g} Hz for the simulation, got {robot.layout} "
+            f"at {robot.control_rate_hz:g} Hz"
+        )
+    return engine
 
 
 def set_arm(env: AlohaEnv, arm: str, joints_rad: np.ndarray, gripper: float) -> None:
@@ -302,11 +319,20 @@ def _resume(folder: Path, settings: Settings) -> set[int]:
     with reading(path, DataError):
         failed = {whole({"failed_seeds": seed}, "failed_seeds") for seed in raw.pop("failed_seeds")}
     # Recordings from before a setting existed have its default; JSON has lists for tuples.
-    known, wanted = (json.loads(json.dumps(asdict(it))) for it in (Settings(), settings))
+    known, wanted = (json.loads(json.dumps(_told(it))) for it in (Settings(), settings))
     if known | raw != wanted:
         raise ValueError(f"{folder} was recorded with {known | raw}, not {wanted}: choose another folder")
     return failed
 
 
+def _told(settings: Settings) -> dict[str, Any]:
+    """Settings as they are written down: a policy by what is in its folder, wherever that lies."""
+    if settings.policy is None:
+        return asdict(settings)
+    from xr0_engine.exported.manifest import checkpoint_hash
+
+    return asdict(settings) | {"policy": checkpoint_hash(Path(settings.policy))}
+
+
 def _save(folder: Path, settings: Settings, failed: set[int]) -> None:
-    write_whole(folder / SETTINGS_FILE, json.dumps(asdict(settings) | {"failed_seeds": sorted(failed)}))
+    write_whole(folder / SETTINGS_FILE, json.dumps(_told(settings) | {"failed_seeds": sorted(failed)}))

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
@@ -29,9 +27,6 @@ log = logging.getLogger("xr0_engine.data")
 
 # Fields of a profile that say how a robot is looked at and asked, not what its actions are.
 _SEEN = ("name", "robot_types", "views", "replan_every", "prompt", "instruction", "history")
-
-# What a process keeps of episodes in memory, without their frames: of two arms half a kB a tick.
-KEPT_TICKS = 300_000
 
 # Decimals of the numbers that go into a dataset's digest: beyond them machines calculate otherwise.
 DIGEST_DECIMALS = 6
@@ -165,16 +160,22 @@ def open_source(path: Path, skip_broken: bool = False, embodiment: Embodiment | 
                 "or give a profile of layout plain and map the columns"
             )
         return LeRobotDataset(description)
+    check_episode_files(path, description)
+    return EpisodeFolder(description, skip_broken=skip_broken)
+
+
+def check_episode_files(path: Path, description: Description) -> None:
+    """Raises DataError for a description that episode files do not have. path: the dataset's."""
     if description.views or description.arms or description.state or description.action:
         raise DataError(
             f"{path}: views, arms, state and action are for LeRobot datasets; episode files are self-evident"
         )
+    layout = description.embodiment.action_layout
     if layout is not BIMANUAL and not layout.mobile:
         raise DataError(
             f"{path}: episode files hold two arms: expected an embodiment of layout {BIMANUAL.name!r}, or of one with "
             f"waist and base, got {description.embodiment.name!r} of {description.embodiment.layout!r}"
         )
-    return EpisodeFolder(description, skip_broken=skip_broken)
 
 
 def description_of(path: Path) -> Description:
@@ -290,42 +291,6 @@ def is_lerobot(description: Description) -> bool:
 def episode_files(folder: Path) -> list[Path]:
     """Every JSON file that looks like an episode: neither hidden nor another file of a recording."""
     return sorted(path for path in folder.rglob("*.json") if path.name[0] != "." and path.name != "recording.json")
-
-
-class _Kept:
-    """The episodes that were asked for last, up to KEPT_TICKS in all; the last one at any length."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._episodes: OrderedDict[tuple[Source, int], Episode] = OrderedDict()
-        self._ticks = 0
-
-    def get(self, source: Source, number: int) -> Episode:
-        with self._lock:
-            if (source, number) in self._episodes:
-                self._episodes.move_to_end((source, number))
-                return self._episodes[source, number]
-        episode = checked_instructions(source.load(number))
-        with self._lock:
-            if (source, number) not in self._episodes:
-                self._episodes[source, number] = episode
-                self._ticks += len(episode.motion)
-            while self._ticks > KEPT_TICKS and len(self._episodes) > 1:
-                self._ticks -= len(self._episodes.popitem(last=False)[1].motion)
-        return episode
-
-    def clear(self) -> None:
-        with self._lock:
-            self._episodes.clear()
-            self._ticks = 0
-
-
-KEPT = _Kept()
-
-
-def load(source: Source, number: int) -> Episode:
-    """source.load for training, which needs words too; the last ones kept. Raises DataError."""
-    return KEPT.get(source, number)
 
 
 def checked_instructions(episode: Episode) -> Episode:

@@ -13,10 +13,11 @@ from xr0_engine.robot.images import aspect_fault
 from xr0_engine.robot.views import orient
 from xr0_engine.training.data.augment import augment, recolor_alike
 from xr0_engine.training.data.episode import Episode
+from xr0_engine.training.data.kept import load
 from xr0_engine.training.data.lerobot import LeRobotDataset
 from xr0_engine.training.data.pictures import check_stride
 from xr0_engine.training.data.samples import DataError, RobotSample, UnfitError
-from xr0_engine.training.data.sources import EpisodeFolder, Source, load, slowest_fps
+from xr0_engine.training.data.sources import EpisodeFolder, Source, slowest_fps
 
 
 @dataclass(frozen=True, eq=False)
