@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -12,7 +13,7 @@ from rich.console import Console
 
 from xr0_engine.lab import runner
 from xr0_engine.lab.analysis import Table, at, sensitivity
-from xr0_engine.lab.arms import EXPERT, NO_PREFIX, RTC, WINDOW_4, Arm, Cell, Condition, Plan, Size, conditions
+from xr0_engine.lab.arms import ARMS, EXPERT, NO_PREFIX, RTC, WINDOW_4, Arm, Cell, Condition, Plan, Size, conditions
 from xr0_engine.types import FileError
 
 SMALL = Size({"chase-four": 2}, batch_size=2, repeat=1, episodes=3, twins=2, windows=8, delays=(4,))
@@ -53,6 +54,12 @@ def test_a_cell_becomes_a_row(grid: tuple[Path, list[runner.Failed]]) -> None:
         assert [len(layers) for layers in shares] == [4] * 5
     assert at(Condition("guided", 4), "seam")(rows["no-prefix"]) is not None
     assert Table(list(rows.values())).mean("chase-four", "window-4", at(Condition("async", 4), "distance")) is not None
+
+
+def test_a_cell_s_process_knows_what_its_arm_is_tried_at() -> None:
+    """Arms come there as copies."""
+    for arm in ARMS.values():
+        assert conditions(pickle.loads(pickle.dumps(arm)), SMALL) == conditions(arm, SMALL)
 
 
 def test_a_cell_that_fails_is_told_and_the_others_go_on(grid: tuple[Path, list[runner.Failed]]) -> None:

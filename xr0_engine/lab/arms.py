@@ -131,7 +131,7 @@ def conditions(arm: Arm, size: Size) -> tuple[Condition, ...]:
     elif not arm.has_prefix:
         modes: tuple[Mode, ...] = ("sync", "naive", "guided")
         delayed = [Condition(mode, delay) for mode in modes for delay in size.delays]
-    elif arm is RTC:
+    elif arm == RTC:
         # The same policy without its prefix: what the execution does is then told from what the training does.
         delayed += [Condition("naive", delay) for delay in size.delays]
     return (at_rest, *delayed)
