@@ -158,7 +158,8 @@ lab-quick: $(INSTALLED)-cpu
 
 # The policy of `xr0 demo`, from nothing (docs/training.md): record, let the VLM learn to see, then the whole model to act,
 # then record what the expert does where that policy goes wrong, learn from it, and evaluate. Starts, of which all that
-# follows depends on where the cube is, are what teaches it to see.
+# follows depends on where the cube is, are what teaches it to see. What is there is kept: after a change of this, or of the
+# expert, begin with an empty $(DEMO).
 , := ,
 DEMO := outputs/demo-policy
 POLICY := xr0_engine/drive/aloha_transfer

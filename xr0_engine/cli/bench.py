@@ -14,7 +14,7 @@ import typer
 
 from xr0_engine.cli.machine import machine
 from xr0_engine.cli.telling import check_file, compare, report
-from xr0_engine.sizes import PUBLISHED
+from xr0_engine.sizes import PUBLISHED, size_of
 
 if TYPE_CHECKING:
     from xr0_engine.bench.cases import Setup
@@ -374,7 +374,6 @@ def _setup(
     case: str, size: str, checkpoint: str | None, device: str, dtype: str, threads: int | None, backend: str = "auto"
 ) -> Setup:
     from xr0_engine.bench.cases import Setup, find_case
-    from xr0_engine.sizes import size_of
 
     found = find_case(case)
     return Setup(found, size_of(found.family, size), checkpoint, device, dtype, threads, backend)

@@ -327,11 +327,15 @@ def _resume(folder: Path, settings: Settings) -> set[int]:
 
 def _told(settings: Settings) -> dict[str, Any]:
     """Settings as they are written down: a policy by what is in its folder, wherever that lies."""
-    if settings.policy is None:
-        return asdict(settings)
+    return asdict(settings) | {"policy": None if settings.policy is None else _policy_hash(settings.policy)}
+
+
+@cache
+def _policy_hash(policy: str) -> str:
+    """Read once: what is written down is written anew with every try that fails."""
     from xr0_engine.exported.manifest import checkpoint_hash
 
-    return asdict(settings) | {"policy": checkpoint_hash(Path(settings.policy))}
+    return checkpoint_hash(Path(policy))
 
 
 def _save(folder: Path, settings: Settings, failed: set[int]) -> None:
