@@ -5,6 +5,11 @@ from __future__ import annotations
 import os
 
 import pytest
+from hypothesis import settings
+
+# Whether an example is slow is the machine's affair.
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 
 # Each worker of a parallel run gets one thread: more would only take turns on the same cores. torch reads it on import.
 if "PYTEST_XDIST_WORKER" in os.environ:

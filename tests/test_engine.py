@@ -269,7 +269,7 @@ junk = st.one_of(
 )
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(changes=st.dictionaries(st.sampled_from(["images", "instruction", "state", "robot_type"]), junk, min_size=1))
 def test_malformed_observations_raise_value_error_or_give_a_chunk(engine, changes):
     observation = replace(engine.example("libero_all", (64, 64)), **changes)

@@ -253,7 +253,7 @@ def test_an_error_of_the_robot_stops_it():
     jumps=st.dictionaries(st.integers(1, 100), st.floats(-200, 200), max_size=3),
     age=st.floats(0, 4),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_no_action_is_repeated_or_skipped_without_being_counted(mode, length, trigger, delays, faults, jumps, age):
     clock = VirtualClock(1000.0)
     kinds = {"raise": RuntimeError("down"), "nan": with_actions(lambda a: a * np.nan)}

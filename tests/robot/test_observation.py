@@ -284,7 +284,7 @@ ARBITRARY = {
 }
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(st.builds(Observation, **VALID))
 def test_every_valid_observation_passes(valid):
     inputs = PREPROCESS([valid])
@@ -294,7 +294,7 @@ def test_every_valid_observation_passes(valid):
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(Observation)])
-@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None, max_examples=60)
+@settings(suppress_health_check=[HealthCheck.too_slow], max_examples=60)
 @given(data=st.data())
 def test_an_arbitrary_field_passes_or_is_named_in_a_value_error(name, data):
     arbitrary = data.draw(st.builds(Observation, **VALID | {name: ARBITRARY[name]}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,18 +48,29 @@ class VirtualClock:
         self._now += seconds
 
 
+_collections = threading.Lock()
+_short, _frozen_before = 0, False
+
+
 @contextmanager
 def short_collections() -> Iterator[None]:
-    """Keep Python's garbage collector to what is made from here on.
+    """Keep Python's garbage collector to what is made from here on; of several at once, from the first to the last.
 
     A full collection stops every thread for as long as it takes to look at all there is, which can be longer than a
     tick. What exists now is left alone until the end.
     """
-    frozen_before = gc.get_freeze_count()
-    gc.freeze()
+    global _short, _frozen_before
+    with _collections:
+        if not _short:
+            # Counts one by one: of hundreds of thousands, milliseconds.
+            _frozen_before = gc.get_freeze_count() > 0
+        _short += 1
+        gc.freeze()
     try:
         yield
     finally:
-        # What somebody else froze stays frozen.
-        if not frozen_before:
-            gc.unfreeze()
+        with _collections:
+            _short -= 1
+            # What somebody else froze stays frozen.
+            if not _short and not _frozen_before:
+                gc.unfreeze()

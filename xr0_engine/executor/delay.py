@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections import deque
-
-import numpy as np
 
 WINDOW = 20
 WARM_UP = 1
@@ -23,23 +22,19 @@ class DelayEstimator:
     """
 
     def __init__(self, expected_s: float | None = None) -> None:
-        self._expected_s = expected_s
+        self.seconds = expected_s
+        """None before the first measurement, if nothing was expected either."""
         self._warm_up = WARM_UP
         self._window: deque[float] = deque(maxlen=WINDOW)
 
     def add(self, delay_s: float) -> None:
         if self._warm_up:
             self._warm_up -= 1
-        else:
-            self._window.append(delay_s)
-
-    @property
-    def seconds(self) -> float | None:
-        """None before the first measurement, if nothing was expected either."""
-        if not self._window:
-            return self._expected_s
-        delays = np.array(self._window)
-        return float(delays[delays <= OUTLIER_RATIO * np.median(delays)].max())
+            return
+        self._window.append(delay_s)
+        # Here, not where it is asked for: that is at every tick.
+        most = OUTLIER_RATIO * statistics.median(self._window)
+        self.seconds = max(delay for delay in self._window if delay <= most)
 
     def steps(self, rate_hz: float) -> int | None:
         """The estimate in whole steps, rounded up."""

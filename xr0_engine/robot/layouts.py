@@ -118,7 +118,9 @@ def _mask(name: str, columns: Iterable[int], width: int) -> np.ndarray:
     chosen = list(columns)
     if any(not 0 <= column < width for column in chosen):
         raise ValueError(f"{name}: expected 0 to {width - 1}, got {chosen}")
-    return np.isin(np.arange(width), chosen)
+    mask = np.zeros(width, bool)
+    mask[chosen] = True
+    return mask
 
 
 _AT_ORIGIN = ArmPose(np.zeros(3), np.eye(3), np.zeros(6), np.zeros(1))

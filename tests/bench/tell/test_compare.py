@@ -167,7 +167,7 @@ def test_interval_holds_the_ratio_and_is_repeatable():
     assert gate.compare(runs) == gate.compare(runs)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 2**32 - 1), st.integers(gate.FEWEST_ROUNDS, 60))
 def test_a_run_never_differs_from_itself(seed, rounds):
     result = make_result(seed, rounds)
