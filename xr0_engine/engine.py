@@ -31,7 +31,7 @@ from xr0_engine.fused.tactics import tactics_for
 from xr0_engine.model.attention import Attention, labelled, watched
 from xr0_engine.model.flow import Guidance
 from xr0_engine.model.network import Network, StageClock, block_by_stages
-from xr0_engine.model.weights import load_model, read_index, resolve_checkpoint
+from xr0_engine.model.weights import layers_in_8bit, load_model, read_index, resolve_checkpoint
 from xr0_engine.model.xr0 import XR0Model
 from xr0_engine.robot.calls import Asked, Given, attempt, checked, chunks, given_prefix, start_noise, take
 from xr0_engine.robot.embodiment import Embodiment, load_embodiment
@@ -48,7 +48,7 @@ from xr0_engine.types import (
     TokenizedObservation,
 )
 
-ASKED_FOR = "asked for by name"
+ASKED_FOR, NOT_8BIT = "asked for by name", "the kernels do not run quantised layers yet"
 
 
 class Engine:
@@ -87,13 +87,15 @@ class Engine:
         dtype: str = "bfloat16",
         backend: str = "auto",
         embodiment: str | Path | Embodiment | None = None,
+        quantize: str | None = None,
     ) -> Engine:
         """Load a checkpoint folder, or a Hugging Face hub id.
 
         device: auto (a CUDA GPU if there is one), cpu, cuda, cuda:N. dtype: bfloat16, float16 or float32, whatever the
         checkpoint stores. backend: reference, triton, or auto: on a GPU triton, if its kernels pass a self-check, which
         the first use on a machine makes and keeps, else reference. embodiment: profile name, YAML file or Embodiment
-        for every observation; None picks the built-in profile by the observation's robot type.
+        for every observation; None picks the built-in profile by the observation's robot type. quantize: a recipe of
+        docs/quantization.md, by which a checkpoint in 16 bits is rounded to 8 as it is read; None: as it is stored.
         Raises CheckpointError for a checkpoint that cannot be used, ValueError for a wrong argument,
         NotImplementedError for a backend that this machine lacks. Nothing is loaded before everything is checked.
         """
@@ -103,10 +105,14 @@ class Engine:
             embodiment = load_embodiment(embodiment)
         folder = resolve_checkpoint(path)
         preprocess = Preprocessor.load(folder, embodiment)
+        layers = layers_in_8bit(folder, preprocess.config, quantize)
+        if layers and backend == "triton":
+            raise NotImplementedError(f"backend: expected auto or reference, got triton: {NOT_8BIT}")
         if backend == "auto":
-            choice = choose(chosen_device, dtype, folder)
+            choice = Choice("reference", NOT_8BIT) if layers else choose(chosen_device, dtype, folder)
         table = tactics_for(chosen_device) if choice.backend == "triton" else None
-        plain = load_model(preprocess.config, read_index(folder), chosen_device, chosen_dtype)
+        stored = read_index(folder, quantized=bool(layers))
+        plain = load_model(preprocess.config, stored, chosen_device, chosen_dtype, layers)
         network: Network = plain
         if table is not None:
             network = FusedModel(plain, choice.backend, table, graphs=chosen_device.type == "cuda")

@@ -10,6 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+MOST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+"""The largest magnitude that a row, or a weight's row, is scaled to before it is rounded to 8 bits."""
+LEAST_LARGEST = 2.0**-100
+"""A row whose largest magnitude is below is scaled as if it were this: its reciprocal is finite."""
+EXACT_COLUMNS = 1024
+"""Products of so many pairs of int8 add up in float32 without rounding: 127 * 127 * 1024 < 2**24."""
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm over the last axis: statistics in float32, cast to x's dtype, then times weight (spec section 2.2)."""
@@ -67,3 +74,47 @@ def lambda_weights(q: Tensor, k: Tensor, kv_keys: Tensor, mask: Tensor) -> Tenso
         (over_cache.view(batch, heads, queries, cached), over_own.view(batch, heads, queries, queries)), dim=-1
     )
     return scores.masked_fill_(~mask, float("-inf")).softmax(dim=-1, dtype=torch.float32)
+
+
+def quantize_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Each row, (..., K) floating point, in 8 bits by a scale of its own, symmetric: x is about q * scale.
+
+    dtype: a key of MOST. Returns q of that dtype, to nearest, ties to even, and scale (...) float32. A row that is not
+    finite has a scale that is not.
+    """
+    rows, most = x.float(), MOST[dtype]
+    largest = rows.abs().amax(-1, keepdim=True).clamp(min=LEAST_LARGEST)
+    scaled = rows * (most / largest)
+    q = scaled.round().to(dtype) if dtype == torch.int8 else scaled.clamp(-most, most).to(dtype)
+    return q, (largest / most).squeeze(-1)
+
+
+def product_8bit(q: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
+    """(M, N) float32, rows (M, K) of quantize_rows times a weight (N, K) of the same dtype, both with their scales.
+
+    The sums of int8 are exact, so that every backend's are the same bits; those of float8 are float32's.
+    """
+    sums = integer_product(q, weight) if q.dtype == torch.int8 else q.float() @ weight.float().t()
+    return sums.float() * scale[:, None] * weight_scale
+
+
+def integer_product(q: Tensor, weight: Tensor) -> Tensor:
+    """(M, N) int32 of (M, K) and (N, K) int8, exact."""
+    (rows, columns), outputs = q.shape, weight.shape[0]
+    if q.is_cuda:
+        # What cuBLASLt takes.
+        padded = F.pad(q, (0, -columns % 8, 0, max(0, 17 - rows)))
+        other = F.pad(weight, (0, -columns % 8, 0, -outputs % 8))
+        return torch._int_mm(padded, other.t())[:rows, :outputs]
+    if _multiplies_int8():
+        return torch._int_mm(q, weight.t())
+    sums = torch.zeros(rows, outputs, dtype=torch.int32, device=q.device)
+    for part, other in zip(q.split(EXACT_COLUMNS, 1), weight.split(EXACT_COLUMNS, 1), strict=True):
+        sums += (part.float() @ other.float().t()).int()
+    return sums
+
+
+def _multiplies_int8() -> bool:
+    """Whether this processor has instructions for it; without, torch's product of int8 is many times slower than that
+    of float32."""
+    return torch.cpu._is_vnni_supported()

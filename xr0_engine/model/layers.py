@@ -29,7 +29,7 @@ class PackedLinears(nn.Module):
 
     Each keeps its own parameter under the checkpoint's name. `pack` makes these parameters slices of one tensor, which
     `project` then multiplies at once on a GPU. Packing is a matter of storage alone, and does not survive moving or
-    copying the module: pack on the final device, then load.
+    copying the module: pack on the final device, then load. Layers that were quantised stay apart.
     """
 
     def __init__(self, in_features: int, parts: dict[str, int]) -> None:
@@ -41,6 +41,8 @@ class PackedLinears(nn.Module):
 
     def pack(self) -> None:
         linears = [self.get_submodule(name) for name in self.part_sizes]
+        if not all(isinstance(linear, nn.Linear) for linear in linears):
+            return
         self.packed = torch.cat([linear.get_parameter("weight").data for linear in linears])
         for linear, rows in zip(linears, self.packed.split(list(self.part_sizes.values())), strict=True):
             linear.weight = nn.Parameter(rows, requires_grad=False)

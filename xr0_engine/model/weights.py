@@ -7,7 +7,7 @@ Training checkpoints put `model.` before every name; both are read.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -16,13 +16,22 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from xr0_engine.config import ModelConfig
 from xr0_engine.family import FAMILIES, named_family
 from xr0_engine.files import parse_json, pointer_fault, read_bytes, reading, section, text
 from xr0_engine.model.choice import choice_shapes
 from xr0_engine.model.dit import ActionHead
+from xr0_engine.model.quantization import (
+    SCALE,
+    WEIGHT_DTYPES,
+    Format,
+    quantized_layers,
+    read_quantization,
+    refuse_quantized,
+)
+from xr0_engine.model.quantized import QuantizedLinear, put_quantized
 from xr0_engine.model.vlm import VLM
 from xr0_engine.model.xr0 import XR0Model
 from xr0_engine.part_configs import least_parameters
@@ -33,6 +42,7 @@ TIED_LM_HEAD = "vlm.lm_head.weight"
 TRAINING_PREFIX = "model."
 VLM_PREFIX = "vlm."
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+QUANTIZED_DTYPES = {**DTYPES, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn}
 READ_WINDOW = 256 * 2**20
 """Bytes read through one memory map before it is reopened: a map's pages count as resident until it is closed."""
 MAX_NAMED = 12
@@ -93,11 +103,14 @@ def head_shapes(head: ActionHead) -> dict[str, tuple[int, ...]]:
     return {name: tuple(p.shape) for name, p in head.named_parameters()}
 
 
-def read_index(folder: Path) -> dict[str, StoredTensor]:
+def read_index(folder: Path, quantized: bool = False) -> dict[str, StoredTensor]:
     """Checkpoint name -> place, from the headers of the folder's safetensors files.
 
-    Raises CheckpointError that names every file that is missing, truncated or corrupt.
+    quantized: whether the caller knows what to do with one that is. Raises CheckpointError that names every file that
+    is missing, truncated or corrupt.
     """
+    if not quantized:
+        refuse_quantized(folder)
     index = folder / INDEX_FILE
     if index.is_file():
         data = read_bytes(index)
@@ -116,7 +129,7 @@ def read_index(folder: Path) -> dict[str, StoredTensor]:
         files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise CheckpointError(f"{folder} holds no *.safetensors weights (other formats are not read)")
-    stored, faults = read_headers(files)
+    stored, faults = read_headers(files, QUANTIZED_DTYPES if quantized else DTYPES)
     if not faults:
         for key, file in weight_map.items():
             place = stored.get(_plain(key))
@@ -126,8 +139,10 @@ def read_index(folder: Path) -> dict[str, StoredTensor]:
     return stored
 
 
-def read_headers(files: Iterable[Path]) -> tuple[dict[str, StoredTensor], list[str]]:
-    """The tensors of some safetensors files, and the faults found."""
+def read_headers(
+    files: Iterable[Path], dtypes: Mapping[str, torch.dtype] = DTYPES
+) -> tuple[dict[str, StoredTensor], list[str]]:
+    """The tensors of some safetensors files, and the faults found. dtypes: those that may be there."""
     stored: dict[str, StoredTensor] = {}
     faults: list[str] = []
     for file in files:
@@ -145,10 +160,10 @@ def read_headers(files: Iterable[Path]) -> tuple[dict[str, StoredTensor], list[s
                     name, dtype = _plain(key), part.get_dtype()
                     if name in stored:
                         faults.append(f"{name} is stored twice, in {stored[name].file.name} and {file.name}")
-                    elif dtype not in DTYPES:
-                        faults.append(f"{name} has dtype {dtype}; expected one of {', '.join(DTYPES)}")
+                    elif dtype not in dtypes:
+                        faults.append(f"{name} has dtype {dtype}; expected one of {', '.join(dtypes)}")
                     else:
-                        stored[name] = StoredTensor(file, key, tuple(part.get_shape()), DTYPES[dtype])
+                        stored[name] = StoredTensor(file, key, tuple(part.get_shape()), dtypes[dtype])
         except SafetensorError as error:
             faults.append(f"file {file.name} is truncated or corrupt ({error})")
     return stored, faults
@@ -200,21 +215,88 @@ def check_model(config: ModelConfig, stored: Mapping[str, StoredTensor], complet
 
 
 def load_model(
-    config: ModelConfig, stored: Mapping[str, StoredTensor], device: torch.device, dtype: torch.dtype
+    config: ModelConfig,
+    stored: Mapping[str, StoredTensor],
+    device: torch.device,
+    dtype: torch.dtype,
+    layers: Mapping[str, Format] = MappingProxyType({}),
 ) -> XR0Model:
-    """A model with every parameter read from the checkpoint. Checks all names and shapes before reading any tensor."""
-    check_model(config, stored)
-    with torch.device("meta"):
-        model = XR0Model(config)
+    """A model with every parameter read from the checkpoint. Checks all names and shapes before reading any tensor.
+
+    layers: of a quantised checkpoint, those that are, and their formats; of one in 16 bits, those to quantise now.
+    """
+    if any(name.endswith(f".{SCALE}") for name in stored):
+        check_quantized(config, stored, layers)
+    else:
+        check_model(config, stored)
+    model, _ = _unfilled(config, layers)
     model.allocate(device, dtype)
     fill_parameters(model, stored)
     model.finish_loading()
     return model
 
 
+def _unfilled(config: ModelConfig, layers: Mapping[str, Format]) -> tuple[XR0Model, dict[str, tuple[int, ...]]]:
+    """A model without memory, and the shapes of its tensors by their names in a checkpoint. Raises CheckpointError."""
+    with torch.device("meta"):
+        model = XR0Model(config)
+        try:
+            put_quantized(model, layers)
+        except AttributeError as fault:
+            raise CheckpointError(f"layers: not of the model that config.json describes: {fault}") from None
+    return model, {n.removeprefix("head."): tuple(p.shape) for n, p in model.named_parameters()}
+
+
+def inference_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the tensors that inference reads, all that a quantised checkpoint holds (in 16 bits)."""
+    return _unfilled(config, {})[1]
+
+
+def layers_in_8bit(folder: Path, config: ModelConfig, recipe: str | None = None) -> Mapping[str, Format]:
+    """The layers of a checkpoint that are quantised, or shall be by a recipe. Raises CheckpointError; ValueError for a
+    recipe that is unknown, or of a checkpoint that is quantised already."""
+    stored = read_quantization(folder)
+    if recipe is None:
+        return {} if stored is None else stored.layers
+    layers = quantized_layers(recipe, inference_shapes(config))
+    if stored is not None:
+        raise ValueError(f"quantize: {folder} is quantised already (recipe {stored.recipe}): leave the argument out")
+    return layers
+
+
+def check_quantized(
+    config: ModelConfig, stored: Mapping[str, StoredTensor], layers: Mapping[str, Format]
+) -> dict[str, tuple[int, ...]]:
+    """As check_model, of a checkpoint whose `layers` are quantised; it lacks what inference does not read. Returns the
+    tensors' shapes."""
+    _, shapes = _unfilled(config, layers)
+    check_tensors(stored, shapes)
+    eight, faults = {torch.int8, torch.float8_e4m3fn}, []
+    for name in shapes:
+        layer, _, kind = name.rpartition(".")
+        found, format = stored[name].dtype, layers.get(layer)
+        if kind == "weight" and format is not None:
+            if found != WEIGHT_DTYPES[format]:
+                faults.append(f"{name} has dtype {found}, expected {WEIGHT_DTYPES[format]} for format {format}")
+        elif kind == SCALE and found != torch.float32:
+            faults.append(f"{name} has dtype {found}, expected torch.float32")
+        elif found in eight:
+            faults.append(f"{name} has dtype {found}; its layer is not among the quantised ones")
+    _raise_if(faults, "the weights do not fit quantization.json")
+    return shapes
+
+
 def fill_parameters(model: nn.Module, stored: Mapping[str, StoredTensor]) -> None:
-    """Copy every parameter of model from its file, one file after the other, through short-lived memory maps."""
-    targets = {name.removeprefix("head."): parameter for name, parameter in model.named_parameters()}
+    """Copy every parameter of model from its file, one file after the other, through short-lived memory maps.
+
+    Weights of quantised layers that are stored in more than 8 bits are quantised as they come.
+    """
+    targets = {name.removeprefix("head."): _filling(parameter) for name, parameter in model.named_parameters()}
+    for path, module in model.named_modules():
+        layer = path.removeprefix("head.")
+        if isinstance(module, QuantizedLinear) and f"{layer}.{SCALE}" not in stored:
+            targets[f"{layer}.weight"] = module.take
+            del targets[f"{layer}.{SCALE}"]
     order = sorted(targets, key=lambda name: (stored[name].file, stored[name].key))
     total = sum(stored[name].num_bytes for name in order)
     console = Console(stderr=True)
@@ -225,10 +307,14 @@ def fill_parameters(model: nn.Module, stored: Mapping[str, StoredTensor]) -> Non
             try:
                 with safe_open(file, framework="pt") as handle:
                     for name in names:
-                        targets[name].data.copy_(handle.get_tensor(stored[name].key))
+                        targets[name](handle.get_tensor(stored[name].key))
                         progress.advance(task, stored[name].num_bytes)
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{file} cannot be read: {error}") from None
+
+
+def _filling(parameter: nn.Parameter) -> Callable[[Tensor], object]:
+    return parameter.data.copy_
 
 
 def _windows(order: list[str], stored: Mapping[str, StoredTensor]) -> Iterable[tuple[Path, list[str]]]:

@@ -1,0 +1,122 @@
+"""What of a checkpoint is in 8 bits, and how: recipes, and the file by which a folder tells it.
+
+Weights are symmetric, with a scale for each output. A layer of format int8 or fp8 multiplies 8-bit rows by 8-bit
+weights; each row of its input is scaled by its own largest magnitude when it is there, so that nothing is calibrated.
+One of format int8-weights is stored so and multiplied in 16 bits: what reads few rows, the flow's layers above all, is
+bound by reading its weight, and gains nothing from more.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, cast, get_args
+
+import torch
+
+from xr0_engine.files import read_json, reading, section, text, whole
+from xr0_engine.types import CheckpointError
+
+Format = Literal["int8", "fp8", "int8-weights"]
+FORMATS: tuple[str, ...] = get_args(Format)
+WEIGHT_DTYPES: Mapping[str, torch.dtype] = {
+    "int8": torch.int8,
+    "fp8": torch.float8_e4m3fn,
+    "int8-weights": torch.int8,
+}
+QUANTIZATION_FILE = "quantization.json"
+VERSION = 1
+SCALE = "weight_scale"
+"""Behind a layer's name: its weight's scales, (N,) float32."""
+
+VLM_LAYER = re.compile(
+    r"vlm\.model\.(visual\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.linear_fc[12])"
+    r"|visual\.(merger|deepstack_merger_list\.\d+)\.linear_fc[12]"
+    r"|language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj))"
+)
+HEAD_LAYER = re.compile(r"dit\.layers\.\d+\.(attn\.(qkv_proj|o_proj)|mlp\.(gate|up|down)_proj)")
+"""Layers that recipes quantise, by their names in a checkpoint. Embeddings, the projectors of state, actions and time,
+and the output layer stay as they are: they are small, and what they get wrong reaches the robot unaveraged."""
+
+RECIPES: Mapping[str, tuple[Format, Format]] = {
+    "int8": ("int8", "int8-weights"),
+    "fp8": ("fp8", "int8-weights"),
+    "int8-weights": ("int8-weights", "int8-weights"),
+}
+"""Recipe -> formats of the VLM's layers and of the action head's."""
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """layers: name in the checkpoint -> format; layers that are not in it stay in 16 bits. source_sha256: of the
+    checkpoint that it was made of (exported/manifest.py: checkpoint_hash); source: that one's name."""
+
+    recipe: str
+    layers: Mapping[str, Format]
+    source: str = ""
+    source_sha256: str = ""
+
+    def write(self, folder: Path) -> None:
+        told = {
+            "version": VERSION,
+            "recipe": self.recipe,
+            "source": self.source,
+            "source_sha256": self.source_sha256,
+            "layers": dict(self.layers),
+        }
+        (folder / QUANTIZATION_FILE).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+
+
+def find_recipe(name: str) -> tuple[Format, Format]:
+    """Raises ValueError that lists the known ones."""
+    if name not in RECIPES:
+        raise ValueError(f"quantize: expected one of {', '.join(RECIPES)}, got {name!r}")
+    return RECIPES[name]
+
+
+def quantized_layers(recipe: str, names: Mapping[str, tuple[int, ...]]) -> dict[str, Format]:
+    """Layer -> format, of a model whose tensors have these names. Raises ValueError for an unknown recipe."""
+    vlm, head = find_recipe(recipe)
+    layers: dict[str, Format] = {}
+    for name in names:
+        layer, _, kind = name.rpartition(".")
+        if kind == "weight" and VLM_LAYER.fullmatch(layer):
+            layers[layer] = vlm
+        elif kind == "weight" and HEAD_LAYER.fullmatch(layer):
+            layers[layer] = head
+    return layers
+
+
+def read_quantization(folder: Path) -> Quantization | None:
+    """What a checkpoint's folder tells; None of one that is not quantised. Raises CheckpointError."""
+    path = folder / QUANTIZATION_FILE
+    if not path.is_file():
+        return None
+    told = read_json(path)
+    with reading(path):
+        if not isinstance(told, dict):
+            raise TypeError("expected an object")
+        if (version := whole(told, "version")) != VERSION:
+            raise ValueError(f"version: expected {VERSION}, got {version}: make the folder anew with `xr0 quantize`")
+        given = section(told, "layers")
+        layers = {layer: text(given, layer) for layer in given}
+        for layer, found in layers.items():
+            if found not in FORMATS:
+                raise ValueError(f"layers, {layer}: expected one of {', '.join(FORMATS)}, got {found!r}")
+            if not (VLM_LAYER.fullmatch(layer) or HEAD_LAYER.fullmatch(layer)):
+                raise ValueError(f"layers: expected names of layers that can be quantised, got {layer!r:.120}")
+        formats = cast(dict[str, Format], layers)
+        return Quantization(text(told, "recipe"), formats, text(told, "source"), text(told, "source_sha256"))
+
+
+def refuse_quantized(folder: Path) -> None:
+    """For those who need the weights themselves. Raises CheckpointError."""
+    quantization = read_quantization(folder)
+    if quantization is not None:
+        raise CheckpointError(
+            f"{folder} is quantised (recipe {quantization.recipe}): its weights are rounded to 8 bits; take the "
+            f"checkpoint that it was made of, {quantization.source or 'in 16 bits'}"
+        )
