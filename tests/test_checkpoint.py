@@ -15,12 +15,14 @@ import transformers
 from tokenizers import Tokenizer
 from typer.testing import CliRunner
 
+import xr0_engine
 from tests.support import load
-from xr0_engine import Engine, Observation, checkpoint
-from xr0_engine.checkpoint import init_checkpoint, read_plan
+from xr0_engine import Engine, Observation
+from xr0_engine.checkpoint import EXAMPLE_TASKS, init_checkpoint, read_plan
 from xr0_engine.cli import app
 from xr0_engine.config import ModelConfig
 from xr0_engine.family import VARIANT
+from xr0_engine.model import writing
 from xr0_engine.model.weights import checkpoint_shapes, read_index
 from xr0_engine.robot.embodiment import builtin_embodiments, load_embodiment
 from xr0_engine.robot.limits import load_limits
@@ -69,7 +71,7 @@ def test_tokenizer_reads_a_prompt_as_qwens_does_in_length(tiny):
     config = ModelConfig.load(tiny)
     tokenizer = PromptTokenizer.load(tiny, config.tokens)
     views = [view.title for view in load_embodiment("libero").views]
-    ids = tokenizer.encode(views, [64, 64], checkpoint.EXAMPLE_TASKS[0])
+    ids = tokenizer.encode(views, [64, 64], EXAMPLE_TASKS[0])
     # 194 tokens with Qwen's vocabulary for a LIBERO task of ordinary length.
     assert 185 <= len(ids) <= 200
     assert (ids == config.tokens.image).sum() == 128
@@ -124,7 +126,7 @@ def test_inspect_tells_how_the_task_text_enters_the_prompt(tiny, tmp_path):
 
 
 def test_shards_are_split_and_indexed(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 2**20)
+    monkeypatch.setattr(writing, "SHARD_BYTES", 2**20)
     init_checkpoint(tmp_path / "many")
     shards = sorted((tmp_path / "many").glob("*.safetensors"))
     assert len(shards) > 3
@@ -157,7 +159,7 @@ def test_disk_that_fills_up_leaves_nothing(tmp_path, monkeypatch):
     def full(*arguments, **options):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(writing, "save_file", full)
     result = CliRunner().invoke(app, ["init", "--out", str(tmp_path / "x")])
     assert result.exit_code == 2
     assert "No space left on device" in result.stderr
@@ -293,7 +295,7 @@ def test_states_of_a_random_checkpoint_are_normalised_as_its_robots_are(tmp_path
 
 
 def test_the_base_of_make_demo_policy_has_a_short_prompt_for_the_simulators_task(tmp_path):
-    told = Path(checkpoint.__file__).parent / "drive" / "aloha_transfer" / "base.json"
+    told = Path(xr0_engine.__file__).parent / "drive" / "aloha_transfer" / "base.json"
     init_checkpoint(tmp_path / "base", config=told)
     config, engine = ModelConfig.load(tmp_path / "base"), Engine.from_pretrained(tmp_path / "base", backend="reference")
     (view,) = engine.embodiment(ROBOT_TYPE).views

@@ -9,21 +9,20 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import track
-from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from xr0_engine.config import ModelConfig, TokenIds
 from xr0_engine.family import VARIANT
 from xr0_engine.files import read_json, reading, section, text, whole
-from xr0_engine.model.weights import INDEX_FILE, checkpoint_shapes
+from xr0_engine.model.weights import checkpoint_shapes
+from xr0_engine.model.writing import stored_sizes, write_weights
 from xr0_engine.robot.embodiment import (
     CHECKPOINT_KEY,
     Embodiment,
@@ -50,7 +49,6 @@ from xr0_engine.sizes import (
 from xr0_engine.types import CheckpointError
 from xr0_engine.whole import whole_folder
 
-SHARD_BYTES = 2 * 2**30
 DTYPE = torch.bfloat16
 LIMIT_KEYS = ("min_pixels", "max_pixels")
 TASK_KEY = "task"
@@ -153,8 +151,8 @@ def write_checkpoint(
     task: see Plan; only with an embodiment.
     """
     shapes = checkpoint_shapes(config)
-    num_bytes = sum(torch.Size(shape).numel() for shape in shapes.values()) * DTYPE.itemsize
-    with whole_folder(folder, num_bytes) as target:
+    sizes = stored_sizes(shapes, DTYPE)
+    with whole_folder(folder, sum(sizes.values())) as target:
         told = {} if embodiment is None else {CHECKPOINT_KEY: asdict(embodiment)}
         (target / "config.json").write_text(json.dumps(config.to_hf() | told, indent=2), encoding="utf-8")
         statistics = _random_statistics(config, seed, embodiment)
@@ -164,8 +162,7 @@ def write_checkpoint(
         numbered = {name: index for index, name in enumerate(shapes)}
         write_weights(
             target,
-            shapes,
-            DTYPE,
+            sizes,
             lambda names: {name: _random_weight(name, shapes[name], seed, numbered[name]) for name in names},
         )
 
@@ -259,32 +256,6 @@ def _own_embodiment(path: Path, told: Any) -> Embodiment | None:
     if not embodiment.robot_types:
         raise ValueError(f"{CHECKPOINT_KEY}: {embodiment.name!r} lists no robot_types: whose statistics shall it have?")
     return embodiment
-
-
-def write_weights(
-    folder: Path,
-    shapes: Mapping[str, tuple[int, ...]],
-    dtype: torch.dtype,
-    tensors: Callable[[list[str]], dict[str, torch.Tensor]],
-) -> None:
-    """Safetensors shards of at most SHARD_BYTES, and their index. tensors: those of one shard, in dtype."""
-    shards: list[list[str]] = [[]]
-    room = SHARD_BYTES
-    for name, shape in shapes.items():
-        size = torch.Size(shape).numel() * dtype.itemsize
-        if shards[-1] and size > room:
-            shards.append([])
-            room = SHARD_BYTES
-        shards[-1].append(name)
-        room -= size
-    weight_map = {}
-    for number, names in enumerate(track(shards, "writing weights", disable=len(shards) == 1), start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(tensors(names), folder / file, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(names, file))
-    total = sum(torch.Size(shape).numel() for shape in shapes.values()) * dtype.itemsize
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
 def _random_weight(name: str, shape: tuple[int, ...], seed: int, number: int) -> torch.Tensor:

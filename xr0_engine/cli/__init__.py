@@ -41,6 +41,7 @@ COMMANDS = (
     "replay",
     "train",
     "export",
+    "quantize",
     "convert",
 )
 

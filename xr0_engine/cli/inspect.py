@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -78,12 +79,19 @@ def inspect(
     from xr0_engine.bench.step.memory import memory_need
     from xr0_engine.bench.step.workload import Workload, image_grid
     from xr0_engine.family import FAMILIES
-    from xr0_engine.model.weights import check_model, read_index, resolve_checkpoint
+    from xr0_engine.model.quantization import SCALE, read_quantization
+    from xr0_engine.model.weights import check_model, check_quantized, read_index, resolve_checkpoint
 
     folder = resolve_checkpoint(checkpoint)
     config, statistics, limits, own = told or _read(folder)
-    stored = read_index(folder)
-    check_model(config, stored)
+    quantization = read_quantization(folder)
+    stored = read_index(folder, quantized=quantization is not None)
+    if quantization is None:
+        check_model(config, stored)
+        in_8bit = 0
+    else:
+        check_quantized(config, stored, quantization.layers)
+        in_8bit = sum(stored[f"{layer}.weight"].num_elements for layer in quantization.layers)
     profiles = [load_embodiment(name) for name in builtin_embodiments()]
     windowed = config.head.local_window is not None
     # Three views of 640x480, as long a prompt as they make, 30 actions.
@@ -95,8 +103,18 @@ def inspect(
         "family": FAMILIES[config.family].title,
         "tensors": len(stored),
         "stored_bytes": sum(place.num_bytes for place in stored.values()),
-        "parameters": _parameters(stored),
-        "memory_bytes": {dtype: memory_need(config, typical, dtype).peak for dtype in ("bfloat16", "float32")},
+        "parameters": _parameters({n: place for n, place in stored.items() if not n.endswith(f".{SCALE}")}),
+        "memory_bytes": {
+            dtype: memory_need(config, typical, dtype).peak - (size - 1) * in_8bit
+            for dtype, size in (("bfloat16", 2), ("float32", 4))
+        },
+        "quantization": None
+        if quantization is None
+        else {
+            "recipe": quantization.recipe,
+            "source": quantization.source,
+            "formats": dict(Counter(quantization.layers.values())),
+        },
         "mask": f"windowed, {config.head.local_window} actions back" if windowed else "full_causal",
         "image_pixels": [limits.min_pixels, limits.max_pixels],
         "position_offset": config.head.position_offset,
@@ -242,6 +260,9 @@ def _print_tables(report: dict[str, Any]) -> None:
     console.print("images: {:,} to {:,} pixels".format(*report["image_pixels"]))
     text = "with a capital and a full stop" if report["normalize_instruction"] else "as given"
     console.print(f"task text in the prompt: {text}")
+    if (eight := report["quantization"]) is not None:
+        formats = ", ".join(f"{count} layers {name}" for name, count in eight["formats"].items())
+        console.print(f"quantised from {eight['source']} by recipe {eight['recipe']}: {formats}", markup=False)
     memory = ", ".join(f"{_size(count)} in {dtype}" for dtype, count in report["memory_bytes"].items())
     console.print(f"{report['tensors']} tensors, {_size(report['stored_bytes'])} on disk")
     console.print(f"memory of one inference, weights included (three 640x480 views, 30 actions): {memory}")

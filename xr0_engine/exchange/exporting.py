@@ -21,7 +21,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from xr0_engine.checkpoint import EXAMPLE_TASKS, write_weights
+from xr0_engine.checkpoint import EXAMPLE_TASKS
 from xr0_engine.config import HEAD_SIZES, ModelConfig, read_hf_config
 from xr0_engine.exchange.importing import EMBEDDINGS, read_settings, refuse_occupied
 from xr0_engine.exchange.modes import MODES
@@ -36,6 +36,7 @@ from xr0_engine.model.weights import (
     read_index,
     resolve_checkpoint,
 )
+from xr0_engine.model.writing import stored_sizes, write_weights
 from xr0_engine.robot.limits import load_limits
 from xr0_engine.robot.normalize import ACTIVE_STD, STATISTICS_FILE, load_statistics
 from xr0_engine.robot.prompt import PromptTokenizer
@@ -78,15 +79,15 @@ def to_released(checkpoint: str | Path, out: Path, like: Path) -> list[str]:
     check_tensors(places, shapes)
     ours = config.to_hf()
     described = {**released, **{key: ours[key] for key in (*HEAD_SIZES, *KEPT_KEYS)}}
-    num_bytes = sum(torch.Size(shape).numel() for shape in shapes.values()) * DTYPE.itemsize
-    with whole_folder(out, num_bytes) as target:
+    sizes = stored_sizes(shapes, DTYPE)
+    with whole_folder(out, sum(sizes.values())) as target:
         for file in sorted(like.iterdir()):
             if file.is_file() and file.suffix in COMPANIONS and not REPLACED.fullmatch(file.name):
                 shutil.copy(file, target / file.name)
         _unnest(target / PROCESSOR_FILE)
         (target / "config.json").write_text(json.dumps(described, indent=2), encoding="utf-8")
         (target / STATISTICS_FILE).write_text(json.dumps(settings), encoding="utf-8")
-        write_weights(target, shapes, DTYPE, lambda names: {name: _tensor(places[name]) for name in names})
+        write_weights(target, sizes, lambda names: {name: _tensor(places[name]) for name in names})
     return list(_told(config, like))
 
 

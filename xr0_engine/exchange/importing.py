@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xr0_engine.checkpoint import write_weights
 from xr0_engine.config import TRAINED_PREFIX, ModelConfig, describes_vlm, read_hf_config
 from xr0_engine.exchange.entries import entry_in, state_length
 from xr0_engine.exchange.foundation import base_config, other_sizes, weights_family
@@ -28,6 +27,7 @@ from xr0_engine.family import FAMILIES
 from xr0_engine.files import find_settings
 from xr0_engine.model.choice import choice_shapes
 from xr0_engine.model.weights import TIED_LM_HEAD, StoredTensor, check_tensors, checkpoint_shapes, resolve_checkpoint
+from xr0_engine.model.writing import stored_sizes, write_weights
 from xr0_engine.robot.limits import RELEASED_LIMITS, VIDEO_FILE, ImageLimits, find_video_settings, load_limits
 from xr0_engine.robot.normalize import STATISTICS_FILE, check_states, load_statistics
 from xr0_engine.types import CheckpointError
@@ -88,15 +88,15 @@ def import_released(source: Path, out: Path, like: str | Path, options: ImportOp
     others = {name: value for name, value in settings.items() if name != "do_resize"}
     preprocessor = {**others, **limits.to_hf(), "action_config": action_config}
     dtype = IMPORT_DTYPES[options.dtype]
-    num_bytes = sum(torch.Size(shape).numel() for shape in shapes.values()) * dtype.itemsize
-    with whole_folder(out, num_bytes) as target:
+    sizes = stored_sizes(shapes, dtype)
+    with whole_folder(out, sum(sizes.values())) as target:
         (target / "config.json").write_text(json.dumps(config.to_hf(), indent=2), encoding="utf-8")
         (target / STATISTICS_FILE).write_text(json.dumps(preprocessor), encoding="utf-8")
         _check_statistics(target, config, told_by)
         copy_tokenizer(folder, target)
         if mode.videos:
             _write_video_settings(folder, target, config, is_vlm)
-        write_weights(target, shapes, dtype, lambda names: _converted(names, weights, dtype))
+        write_weights(target, sizes, lambda names: _converted(names, weights, dtype))
     told = [*_told(weights, config, limits, options.dtype), f"statistics: {', '.join(action_config)}, from {told_by}"]
     if mode.untold_prefix is not None and _told_prefix(recipe, options) is None:
         told.append(

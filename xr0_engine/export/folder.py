@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from xr0_engine.config import ModelConfig, read_hf_config
+from xr0_engine.config import ModelConfig
 from xr0_engine.export.graph import OPSET, WEIGHTS_FILE, Graph, WeightFile
 from xr0_engine.export.inputs import INSTRUCTION, observations
 from xr0_engine.export.stages import Plan, add_flow, add_prefill, add_step, add_vision
@@ -27,8 +26,6 @@ from xr0_engine.exported.manifest import (
     stage_key,
 )
 from xr0_engine.exported.model import view_counts
-from xr0_engine.family import completed, stored_shapes
-from xr0_engine.files import find_settings
 from xr0_engine.model.dit import ActionHead
 from xr0_engine.model.vision import VisionTower
 from xr0_engine.model.weights import (
@@ -39,11 +36,10 @@ from xr0_engine.model.weights import (
     read_index,
     resolve_checkpoint,
 )
+from xr0_engine.model.writing import copy_description
 from xr0_engine.robot.embodiment import load_embodiment
-from xr0_engine.robot.limits import VIDEO_FILE, find_video_settings
-from xr0_engine.robot.normalize import STATISTICS_FILE, ActionStatistics
+from xr0_engine.robot.normalize import ActionStatistics
 from xr0_engine.robot.preprocess import Preprocessor
-from xr0_engine.robot.prompt import TOKENIZER_FILE
 from xr0_engine.whole import whole_folder
 
 STAGES = {"vision": add_vision, "prefill": add_prefill, "flow": add_flow, "step": add_step}
@@ -90,11 +86,7 @@ def export_onnx(
     }
     with whole_folder(out, _needed_bytes(config, stages, PRECISIONS[precision])) as partial:
         written = write_graphs(config, stored, shapes, precision, partial, stages, metadata)
-        # A released config.json leaves the family and widths to the weights' names, which an export has not.
-        told = completed(read_hf_config(folder), stored_shapes(folder))
-        (partial / "config.json").write_text(json.dumps(told, indent=2), encoding="utf-8")
-        shutil.copyfile(folder / TOKENIZER_FILE, partial / TOKENIZER_FILE)
-        _copy_settings(folder, partial)
+        copy_description(folder, partial)
         manifest = Manifest(
             precision=precision,
             opset=OPSET,
@@ -109,21 +101,6 @@ def export_onnx(
         manifest.write(partial)
     remember(manifest.located(out))
     return manifest
-
-
-def _copy_settings(folder: Path, target: Path) -> None:
-    """What the checkpoint says of images, actions and videos: the files as they are, or written from what stands in
-    their place."""
-    # Of two files the statistics may stand in either; of images both say the same (robot.limits).
-    settings_of = sorted(find_settings(folder).items(), key=lambda each: "action_config" not in each[1])
-    told = {STATISTICS_FILE: settings_of[0]}
-    if (videos := find_video_settings(folder)) is not None:
-        told[VIDEO_FILE] = videos
-    for name, (path, settings) in told.items():
-        if path.name == name:
-            shutil.copyfile(path, target / name)
-        else:
-            (target / name).write_text(json.dumps(settings), encoding="utf-8")
 
 
 def static_shapes(preprocess: Preprocessor, case: ExportCase, tokens: Sequence[int]) -> StaticShapes:

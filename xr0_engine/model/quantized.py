@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xr0_engine.kernels import reference
+from xr0_engine.model.layers import PackedLinears
 from xr0_engine.model.quantization import WEIGHT_DTYPES, Format
+from xr0_engine.model.xr0 import XR0Model
 
 
 class QuantizedLinear(nn.Module):
@@ -78,3 +81,26 @@ def put_quantized(model: nn.Module, layers: Mapping[str, Format]) -> dict[str, Q
         placed[layer] = QuantizedLinear(linear, format)
         model.set_submodule(module_path(layer), placed[layer])
     return placed
+
+
+@contextmanager
+def quantized(model: XR0Model, layers: Mapping[str, Format]) -> Iterator[None]:
+    """Within, these layers of a loaded model are in 8 bits; its own weights stay, and are back afterwards."""
+    linears = {layer: model.get_submodule(module_path(layer)) for layer in layers}
+    packed = {module: module.packed for module in model.modules() if isinstance(module, PackedLinears)}
+    try:
+        for layer, linear in linears.items():
+            assert isinstance(linear, nn.Linear), layer
+            stands_in = QuantizedLinear(linear, layers[layer])
+            stands_in.take(linear.weight)
+            model.set_submodule(module_path(layer), stands_in)
+        for module in packed:
+            module.packed = None
+        model.forget_preambles()
+        yield
+    finally:
+        for layer, linear in linears.items():
+            model.set_submodule(module_path(layer), linear)
+        for module, whole in packed.items():
+            module.packed = whole
+        model.forget_preambles()

@@ -130,6 +130,10 @@ class XR0Model(nn.Module):
         ids = inputs.input_ids[0, pad : pad + inputs.preamble_length]
         return self._preambles.get(tuple(ids.tolist()), lambda: self._make_preamble(ids))
 
+    def forget_preambles(self) -> None:
+        """For whoever changes weights: what was computed with others is computed anew."""
+        self._preambles = Kept(MAX_KEPT_PREAMBLES)
+
     @own_arithmetic
     def _make_preamble(self, ids: Tensor) -> Preamble:
         language = self.vlm.model.language_model

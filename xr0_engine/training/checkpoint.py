@@ -26,10 +26,10 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from torch.distributed.tensor import DTensor
 
-from xr0_engine.checkpoint import write_weights
 from xr0_engine.config import ModelConfig
 from xr0_engine.files import read_json, reading, whole
 from xr0_engine.model.weights import checkpoint_shapes
+from xr0_engine.model.writing import stored_sizes, write_weights
 from xr0_engine.robot.embodiment import CHECKPOINT_KEY, Embodiment
 from xr0_engine.robot.limits import VIDEO_FILE
 from xr0_engine.robot.normalize import STATISTICS_FILE, ActionStatistics
@@ -244,8 +244,8 @@ class Export:
 
         preprocessor = base.preprocessor()
         preprocessor["action_config"] = {name: item.to_json() for name, item in self.statistics.items()}
-        num_bytes = sum(torch.Size(shape).numel() for shape in shapes.values()) * EXPORT_DTYPE.itemsize
-        with whole_folder(out, num_bytes) as target:
+        sizes = stored_sizes(shapes, EXPORT_DTYPE)
+        with whole_folder(out, sum(sizes.values())) as target:
             told = {} if self.embodiment is None else {CHECKPOINT_KEY: asdict(self.embodiment)}
             (target / "config.json").write_text(json.dumps(config.to_hf() | told, indent=2), encoding="utf-8")
             (target / STATISTICS_FILE).write_text(json.dumps(preprocessor), encoding="utf-8")
@@ -254,7 +254,7 @@ class Export:
             for file in base.folder.glob("*.json"):
                 if file.name.startswith(("tokenizer", "special_tokens", "added_tokens", "vocab")):
                     shutil.copy(file, target / file.name)
-            write_weights(target, shapes, EXPORT_DTYPE, tensors)
+            write_weights(target, sizes, tensors)
 
 
 def trained_weights(policy: nn.Module, world: World) -> dict[str, Tensor]:

@@ -1,0 +1,65 @@
+"""A checkpoint's folder -> one whose layers have 8 bits, one shard in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from xr0_engine.config import ModelConfig
+from xr0_engine.exported.manifest import checkpoint_hash
+from xr0_engine.kernels import reference
+from xr0_engine.model.quantization import SCALE, WEIGHT_DTYPES, Format, Quantization
+from xr0_engine.model.weights import StoredTensor, check_model, inference_shapes, read_index
+from xr0_engine.model.writing import copy_description, write_weights
+from xr0_engine.types import CheckpointError
+
+
+def write_quantized(folder: Path, target: Path, recipe: str, layers: Mapping[str, Format]) -> Quantization:
+    """Fill a folder that exists: what inference reads of the checkpoint in `folder`, the weights of `layers` in 8 bits,
+    the others as they are stored. Raises CheckpointError, also for a weight that is not finite."""
+    config, stored = ModelConfig.load(folder), read_index(folder)
+    check_model(config, stored)
+    sizes = quantized_sizes(config, stored, layers)
+
+    def tensors(names: list[str]) -> dict[str, Tensor]:
+        made: dict[str, Tensor] = {}
+        for name in names:
+            layer, _, kind = name.rpartition(".")
+            if layer not in layers or kind not in ("weight", SCALE):
+                made[name] = _read(stored[name])
+                continue
+            q, scale = reference.quantize_rows(_read(stored[f"{layer}.weight"]), WEIGHT_DTYPES[layers[layer]])
+            if not bool(scale.isfinite().all()):
+                raise CheckpointError(f"{stored[f'{layer}.weight'].file}: {layer}.weight: expected finite values")
+            made[name] = q if kind == "weight" else scale
+        return made
+
+    copy_description(folder, target)
+    write_weights(target, sizes, tensors)
+    quantization = Quantization(recipe, layers, folder.name, checkpoint_hash(folder))
+    quantization.write(target)
+    return quantization
+
+
+def quantized_sizes(
+    config: ModelConfig, stored: Mapping[str, StoredTensor], layers: Mapping[str, Format]
+) -> dict[str, int]:
+    """Name -> bytes of a quantised checkpoint's tensors."""
+    sizes = {}
+    for name in inference_shapes(config):
+        layer, _, kind = name.rpartition(".")
+        sizes[name] = stored[name].num_bytes
+        if layer in layers and kind == "weight":
+            sizes[name] = stored[name].num_elements
+            sizes[f"{layer}.{SCALE}"] = stored[name].shape[0] * torch.float32.itemsize
+    return sizes
+
+
+def _read(place: StoredTensor) -> Tensor:
+    # One short-lived map for each tensor: a map's pages count as resident until it is closed.
+    with safe_open(place.file, framework="pt") as handle:
+        return handle.get_tensor(place.key)
