@@ -18,11 +18,12 @@ from xr0_engine.engine import Engine
 from xr0_engine.model.quantization import QUANTIZATION_FILE, Format, quantized_layers, read_quantization
 from xr0_engine.model.quantized import QuantizedLinear, quantized
 from xr0_engine.model.weights import inference_shapes
-from xr0_engine.quantize.fidelity import Fidelity, Spread, compare, layer_errors
+from xr0_engine.quantize.fidelity import Fidelity, Spread, compare, layers_alone
 from xr0_engine.quantize.gate import Gate
 from xr0_engine.quantize.make import make
 from xr0_engine.quantize.samples import PREFIX, Moment
 from xr0_engine.quantize.search import search
+from xr0_engine.training.base import read_base
 from xr0_engine.types import CheckpointError, FileError
 
 POLICY = Path(xr0_engine.__file__).parent / "drive" / "aloha_transfer" / "policy"
@@ -106,7 +107,9 @@ def test_the_comparison_finds_what_was_changed(engine, layers, moments):
 
 
 def test_each_layer_is_judged_by_itself(engine, layers, moments):
-    errors = layer_errors(engine, layers, moments[:1])
+    alone = layers_alone(engine, layers, moments[:1])
+    errors = alone.errors
+    assert alone.largest.keys() == layers.keys()
     # The last language layer's keys and values alone are computed.
     assert errors.keys() == layers.keys()
     assert all(0 < spread.mean < 0.03 for spread in errors.values())
@@ -246,11 +249,10 @@ def test_weights_that_are_not_finite_are_not_quantised(tmp_path):
     assert [each.name for each in tmp_path.iterdir()] == ["source"]
 
 
-def test_who_trains_or_exports_is_sent_to_the_source(folder, tmp_path):
-    for words in (
-        ["export", "onnx", str(folder), "--out", str(tmp_path / "onnx")],
-        ["convert", str(folder), "--to", "released-pt", "--out", str(tmp_path / "x.pt")],
-    ):
-        result = CliRunner().invoke(app, words)
-        assert result.exit_code == 2
-        assert "is quantised (recipe int8)" in result.output.replace("\n", " ")
+def test_who_trains_or_converts_is_sent_to_the_source(folder, tmp_path):
+    with pytest.raises(CheckpointError, match=r"is quantised \(recipe int8\).*policy"):
+        read_base(folder)
+    words = ["convert", str(folder), "--to", "released-pt", "--out", str(tmp_path / "x.pt")]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 2, result.output
+    assert "is quantised (recipe int8)" in result.output.replace("\n", " ")

@@ -9,12 +9,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from xr0_engine.comparison import FLOAT32_EXPORT_MAX_ERROR, Comparison, compare
+from xr0_engine.comparison import FLOAT32_EXPORT_MAX_ERROR, Comparison, compare, compare_rounded
 from xr0_engine.config import ModelConfig
 from xr0_engine.export.inputs import INSTRUCTION, observations
 from xr0_engine.exported.manifest import changed_files, checkpoint_hash, stage_key
 from xr0_engine.exported.model import ExportedModel, prompt, refuse_other_model
 from xr0_engine.model.network import Network
+from xr0_engine.model.quantization import read_quantization
+from xr0_engine.model.quantized import round_by
 from xr0_engine.model.weights import load_model, read_index, resolve_checkpoint
 from xr0_engine.robot.embodiment import load_embodiment
 from xr0_engine.robot.preprocess import Preprocessor
@@ -50,33 +52,41 @@ def compare_export(
     yield Comparison("files", what, len(changed), 0, "files of another hash")
     instructions = [SHORT_INSTRUCTION if row % 2 else INSTRUCTION for row in range(case.batch)]
     inputs = preprocess(observations(preprocess, case, instructions))
-    reference = load_model(preprocess.config, read_index(source), model.device, model.dtype)
-    yield from compare_stages(model, reference, inputs)
+    quantization = read_quantization(source)
+    stored = read_index(source, quantized=quantization is not None)
+    layers = {} if quantization is None else quantization.layers
+    reference = load_model(preprocess.config, stored, model.device, model.dtype, layers)
+    if quantization is not None:
+        round_by(reference, quantization.largest)
+    rounds = "int8" in layers.values()
+    yield from compare_stages(model, reference, inputs, rounds)
 
 
-def compare_stages(model: ExportedModel, reference: Network, inputs: ModelInputs) -> Iterator[Comparison]:
-    """Every stage that the export has, for every prompt length."""
+def compare_stages(
+    model: ExportedModel, reference: Network, inputs: ModelInputs, rounds: bool = False
+) -> Iterator[Comparison]:
+    """Every stage that the export has, for every prompt length. rounds: both round rows to int8."""
     shapes, stages = model.manifest.shapes, set(model.manifest.stages)
     vision = reference.encode_images(inputs)
     kv = reference.prefill(inputs, vision)
     if "vision" in stages:
-        yield from _compare_vision(model, model.encode_images(inputs), vision)
+        yield from _compare_vision(model, model.encode_images(inputs), vision, rounds)
     for tokens in shapes.tokens:
         keys = {stage: stage_key(stage, tokens) for stage in ("prefill", "flow", "step")}
         padded, padded_kv = pad_inputs(inputs, tokens), pad_kv(kv, tokens)
         if keys["prefill"] in stages:
-            yield from _compare_kv(model, keys["prefill"], model.prefill(padded, vision), padded_kv)
+            yield from _compare_kv(model, keys["prefill"], model.prefill(padded, vision), padded_kv, rounds)
         for length in PREFIX_LENGTHS:
             flow = _flow_inputs(inputs, min(length, shapes.chunk_length))
             expected = reference.sample(kv, *flow)
             quantity = f"actions, prefix {length}"
             if keys["flow"] in stages:
-                yield _compare(model, keys["flow"], quantity, model.sample(padded_kv, *flow), expected)
+                yield _compare(model, keys["flow"], quantity, model.sample(padded_kv, *flow), expected, False)
             if keys["step"] in stages:
-                yield _compare(model, keys["step"], quantity, model.step(padded, *flow[1:]), expected)
+                yield _compare(model, keys["step"], quantity, model.step(padded, *flow[1:]), expected, rounds)
             if {"vision", keys["prefill"], keys["flow"]} <= stages:
                 chained = model.sample(model.prefill(padded, model.encode_images(inputs)), *flow)
-                yield _compare(model, f"end to end.{tokens}", quantity, chained, expected)
+                yield _compare(model, f"end to end.{tokens}", quantity, chained, expected, rounds)
 
 
 def pad_inputs(inputs: ModelInputs, tokens: int) -> ModelInputs:
@@ -106,19 +116,28 @@ def _flow_inputs(inputs: ModelInputs, prefix_length: int) -> tuple[Tensor, Tenso
     return inputs.state, noise, prefix, lengths
 
 
-def _compare_vision(model: ExportedModel, actual: VisionTokens, expected: VisionTokens) -> Iterator[Comparison]:
-    yield _compare(model, "vision", "vision_tokens", actual.tokens, expected.tokens)
+def _compare_vision(
+    model: ExportedModel, actual: VisionTokens, expected: VisionTokens, rounds: bool
+) -> Iterator[Comparison]:
+    yield _compare(model, "vision", "vision_tokens", actual.tokens, expected.tokens, rounds)
     for index, (ours, theirs) in enumerate(zip(actual.deepstack, expected.deepstack, strict=True)):
-        yield _compare(model, "vision", f"deepstack.{index}", ours, theirs)
+        yield _compare(model, "vision", f"deepstack.{index}", ours, theirs, rounds)
 
 
-def _compare_kv(model: ExportedModel, key: str, actual: KVBlock, expected: KVBlock) -> Iterator[Comparison]:
+def _compare_kv(
+    model: ExportedModel, key: str, actual: KVBlock, expected: KVBlock, rounds: bool
+) -> Iterator[Comparison]:
     is_token = expected.mask[:, None, :, None]
-    yield _compare(model, key, "keys", actual.keys * is_token, expected.keys * is_token)
-    yield _compare(model, key, "values", actual.values * is_token, expected.values * is_token)
+    yield _compare(model, key, "keys", actual.keys * is_token, expected.keys * is_token, rounds)
+    yield _compare(model, key, "values", actual.values * is_token, expected.values * is_token, rounds)
     wrong = int((actual.next_position != expected.next_position).sum())
     yield Comparison(key, "next_position", wrong, 0, "positions that differ")
 
 
-def _compare(model: ExportedModel, case: str, quantity: str, actual: Tensor, expected: Tensor) -> Comparison:
-    return compare(case, quantity, actual, expected.float().cpu(), model.dtype, FLOAT32_EXPORT_MAX_ERROR)
+def _compare(
+    model: ExportedModel, case: str, quantity: str, actual: Tensor, expected: Tensor, rounds: bool
+) -> Comparison:
+    expected = expected.float().cpu()
+    if rounds:
+        return compare_rounded(case, quantity, actual, expected)
+    return compare(case, quantity, actual, expected, model.dtype, FLOAT32_EXPORT_MAX_ERROR)

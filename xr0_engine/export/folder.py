@@ -27,10 +27,13 @@ from xr0_engine.exported.manifest import (
 )
 from xr0_engine.exported.model import view_counts
 from xr0_engine.model.dit import ActionHead
+from xr0_engine.model.quantization import Format, Quantization, read_quantization
+from xr0_engine.model.quantized import put_quantized
 from xr0_engine.model.vision import VisionTower
 from xr0_engine.model.weights import (
     StoredTensor,
     check_model,
+    check_quantized,
     checkpoint_shapes,
     fill_parameters,
     read_index,
@@ -40,6 +43,7 @@ from xr0_engine.model.writing import copy_description
 from xr0_engine.robot.embodiment import load_embodiment
 from xr0_engine.robot.normalize import ActionStatistics
 from xr0_engine.robot.preprocess import Preprocessor
+from xr0_engine.types import CheckpointError
 from xr0_engine.whole import whole_folder
 
 STAGES = {"vision": add_vision, "prefill": add_prefill, "flow": add_flow, "step": add_step}
@@ -71,8 +75,12 @@ def export_onnx(
         raise ValueError(f"{out} exists and is not empty; remove it or choose another folder")
     folder = resolve_checkpoint(checkpoint)
     preprocess = Preprocessor.load(folder, None if case.profile is None else load_embodiment(case.profile))
-    config, stored = preprocess.config, read_index(folder)
-    check_model(config, stored)
+    config, quantization = preprocess.config, _quantization(folder)
+    stored = read_index(folder, quantized=quantization is not None)
+    if quantization is None:
+        check_model(config, stored)
+    else:
+        check_quantized(config, stored, quantization.layers)
     shapes = static_shapes(preprocess, case, tokens)
     statistics = preprocess.statistics[case.robot_type]
     robot_types = _robot_types(preprocess, case)
@@ -85,7 +93,7 @@ def export_onnx(
         "precision": precision,
     }
     with whole_folder(out, _needed_bytes(config, stages, PRECISIONS[precision])) as partial:
-        written = write_graphs(config, stored, shapes, precision, partial, stages, metadata)
+        written = write_graphs(config, stored, shapes, precision, partial, stages, metadata, quantization)
         copy_description(folder, partial)
         manifest = Manifest(
             precision=precision,
@@ -101,6 +109,23 @@ def export_onnx(
         manifest.write(partial)
     remember(manifest.located(out))
     return manifest
+
+
+def _quantization(folder: Path) -> Quantization | None:
+    """Raises CheckpointError for one that an export cannot express."""
+    quantization = read_quantization(folder)
+    if quantization is None:
+        return None
+    if "fp8" in quantization.layers.values():
+        raise CheckpointError(f"{folder}: recipe {quantization.recipe}: rows in float8 are not exported: take int8")
+    missing = [layer for layer, format in quantization.layers.items() if format == "int8"]
+    missing = [layer for layer in missing if layer not in quantization.largest]
+    if missing:
+        raise CheckpointError(
+            f"{folder}: {len(missing)} layers, {missing[0]} the first, have no largest input, by which it rounds: "
+            "make it with `xr0 quantize --calibrate EPISODES`"
+        )
+    return quantization
 
 
 def static_shapes(preprocess: Preprocessor, case: ExportCase, tokens: Sequence[int]) -> StaticShapes:
@@ -124,19 +149,21 @@ def write_graphs(
     folder: Path,
     stages: Sequence[str],
     metadata: Mapping[str, str],
+    quantization: Quantization | None = None,
 ) -> dict[str, str]:
     """Graphs and weights into a folder that exists; each graph passes ONNX's checker and shape inference.
 
-    Returns stage_key -> file name.
+    quantization: of a checkpoint in 8 bits. Returns stage_key -> file name.
     """
     dtype = PRECISIONS[precision]
-    network = _network(config, stored, shapes, dtype)
+    layers = {} if quantization is None else quantization.layers
+    network = _network(config, stored, shapes, dtype, layers)
     written = {}
     with WeightFile(folder / WEIGHTS_FILE, lambda name: _read(stored[name])) as weights:
         for stage in [stage for stage in STAGES if stage in stages]:
             for tokens in shapes.tokens if stage != "vision" else shapes.tokens[:1]:
                 key = stage_key(stage, tokens)
-                graph = Graph(weights, dtype)
+                graph = Graph(weights, dtype, quantization)
                 arguments = (graph, network) if stage == "vision" else (graph, network, tokens)
                 STAGES[stage](*arguments)  # type: ignore[operator]
                 written[key] = f"{key}.onnx"
@@ -151,10 +178,17 @@ def _save(model: onnx.ModelProto, path: Path) -> None:
     onnx.save(onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True), path)
 
 
-def _network(config: ModelConfig, stored: Mapping[str, StoredTensor], shapes: StaticShapes, dtype: torch.dtype) -> Plan:
+def _network(
+    config: ModelConfig,
+    stored: Mapping[str, StoredTensor],
+    shapes: StaticShapes,
+    dtype: torch.dtype,
+    layers: Mapping[str, Format],
+) -> Plan:
     """What is computed from weights: by the model's own modules, in the precision in which the engine would."""
     with torch.device("meta"):
         head, tower = ActionHead(config), VisionTower(config.vision, config.head.compat_bf16_time)
+        put_quantized(head, {name: each for name, each in layers.items() if not name.startswith("vlm.")}, str)
     head.to(dtype).to_empty(device="cpu")
     head.requires_grad_(False)
     fill_parameters(head, stored)

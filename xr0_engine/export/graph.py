@@ -18,6 +18,7 @@ from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 from torch import Tensor
 
 from xr0_engine import __version__
+from xr0_engine.model.quantization import MOST_INT8, SCALE, Quantization
 
 OPSET = 23
 """The first in which attention and RMSNorm are operators, which ONNX Runtime and TensorRT then run as such."""
@@ -34,6 +35,7 @@ ONNX_TYPES = {
     torch.bfloat16: TensorProto.BFLOAT16,
     torch.int64: TensorProto.INT64,
     torch.bool: TensorProto.BOOL,
+    torch.int8: TensorProto.INT8,
 }
 
 
@@ -82,10 +84,13 @@ class Graph:
     """A graph under construction. Values are their names; dtype is that of weights and activations.
 
     `scope` enters a module of the checkpoint: weights are named relative to it, and operators carry its name.
+    quantization: of a checkpoint whose layers have 8 bits; those whose rows have too round them by a constant.
     """
 
-    def __init__(self, weights: WeightFile, dtype: torch.dtype) -> None:
+    def __init__(self, weights: WeightFile, dtype: torch.dtype, quantization: Quantization | None = None) -> None:
         self.dtype = dtype
+        self._quantization = quantization
+        self._rounded: dict[tuple[str, float], str] = {}
         self.label = ""
         self._weights = weights
         self._scope: list[str] = []
@@ -166,8 +171,26 @@ class Graph:
     def linear(self, x: str, module: str, bias: bool = False) -> str:
         """x: (rows, in_features) -> (rows, out_features); the weight keeps the checkpoint's layout."""
         with self.scope(module):
-            parts = [self.weight("weight"), *([self.weight("bias")] if bias else [])]
-            return self.op("Gemm", x, *parts, transB=1)
+            layer, eight = ".".join(self._scope), self._quantization
+            format = None if eight is None else eight.layers.get(layer)
+            if eight is not None and format == "int8":
+                x = self._round(x, eight.largest[layer])
+            weight = self.weight("weight") if format is None else self._eight_bit_weight()
+            return self.op("Gemm", x, weight, *([self.weight("bias")] if bias else []), transB=1)
+
+    def _eight_bit_weight(self) -> str:
+        name = ".".join((*self._scope, "weight"))
+        weight = self._use(self._weights.checkpoint(name, torch.int8))
+        return self.op("DequantizeLinear", weight, self.weight(SCALE), axis=0)
+
+    def _round(self, x: str, largest: float) -> str:
+        """To 8 bits and back; layers that share an input share this."""
+        if (x, largest) not in self._rounded:
+            scale = self.constant(torch.tensor(largest / MOST_INT8, dtype=self.dtype))
+            zero = self.constant(torch.tensor(0, dtype=torch.int8))
+            q = self.op("QuantizeLinear", x, scale, zero)
+            self._rounded[x, largest] = self.op("DequantizeLinear", q, scale, zero)
+        return self._rounded[x, largest]
 
     def rms_norm(self, x: str, module: str, eps: float, dtype: torch.dtype | None = None) -> str:
         """dtype: of x and the result; None is the graph's."""

@@ -89,6 +89,12 @@ def quantize_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return q, (largest / most).squeeze(-1)
 
 
+def quantize_by(x: Tensor, scale: Tensor) -> Tensor:
+    """(..., K) in int8, by one scale for all, () in x's dtype, as ONNX's QuantizeLinear has it: to nearest, ties to
+    even, what is beyond cut off."""
+    return (x / scale).round().clamp(-128, 127).to(torch.int8)
+
+
 def product_8bit(q: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
     """(M, N) float32, rows (M, K) of quantize_rows times a weight (N, K) of the same dtype, both with their scales.
 

@@ -11,13 +11,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, cast, get_args
 
 import torch
 
-from xr0_engine.files import read_json, reading, section, text, whole
+from xr0_engine.files import number, read_json, reading, section, text, whole
 from xr0_engine.types import CheckpointError
 
 Format = Literal["int8", "fp8", "int8-weights"]
@@ -29,6 +29,8 @@ WEIGHT_DTYPES: Mapping[str, torch.dtype] = {
 }
 QUANTIZATION_FILE = "quantization.json"
 VERSION = 1
+MOST_INT8 = 127.0
+"""What a row's largest magnitude becomes in int8; in an export the constant that stands in its place."""
 SCALE = "weight_scale"
 """Behind a layer's name: its weight's scales, (N,) float32."""
 
@@ -52,12 +54,15 @@ RECIPES: Mapping[str, tuple[Format, Format]] = {
 @dataclass(frozen=True)
 class Quantization:
     """layers: name in the checkpoint -> format; layers that are not in it stay in 16 bits. source_sha256: of the
-    checkpoint that it was made of (exported/manifest.py: checkpoint_hash); source: that one's name."""
+    checkpoint that it was made of (exported/manifest.py: checkpoint_hash); source: that one's name. largest: layer ->
+    the largest magnitude of its input that was seen when it was compared: what an export, whose scales are constants,
+    rounds by; empty if nothing was compared."""
 
     recipe: str
     layers: Mapping[str, Format]
     source: str = ""
     source_sha256: str = ""
+    largest: Mapping[str, float] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
         told = {
@@ -66,6 +71,7 @@ class Quantization:
             "source": self.source,
             "source_sha256": self.source_sha256,
             "layers": dict(self.layers),
+            "largest": dict(self.largest),
         }
         (folder / QUANTIZATION_FILE).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
 
@@ -108,8 +114,13 @@ def read_quantization(folder: Path) -> Quantization | None:
                 raise ValueError(f"layers, {layer}: expected one of {', '.join(FORMATS)}, got {found!r}")
             if not (VLM_LAYER.fullmatch(layer) or HEAD_LAYER.fullmatch(layer)):
                 raise ValueError(f"layers: expected names of layers that can be quantised, got {layer!r:.120}")
+        inputs = section(told, "largest")
+        largest = {layer: number(inputs, layer) for layer in inputs}
+        for layer, value in largest.items():
+            if layer not in layers or not value > 0:
+                raise ValueError(f"largest, {layer}: expected a magnitude above 0 of a quantised layer, got {value}")
         formats = cast(dict[str, Format], layers)
-        return Quantization(text(told, "recipe"), formats, text(told, "source"), text(told, "source_sha256"))
+        return Quantization(text(told, "recipe"), formats, text(told, "source"), text(told, "source_sha256"), largest)
 
 
 def refuse_quantized(folder: Path) -> None:

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from xr0_engine.kernels import reference
 from xr0_engine.model.layers import PackedLinears
-from xr0_engine.model.quantization import WEIGHT_DTYPES, Format
+from xr0_engine.model.quantization import MOST_INT8, WEIGHT_DTYPES, Format
 from xr0_engine.model.xr0 import XR0Model
 
 
 class QuantizedLinear(nn.Module):
-    """weight: (N, K) in 8 bits; weight_scale: (N,) float32; bias: (N,) or None, in the model's dtype.
+    """weight: (N, K) in 8 bits; weight_scale: (N,) float32; bias: (N,) or None, in the model's dtype. largest: None, or
+    of the layer's input: its rows are then rounded by that, not each by its own, as an export has it; int8 alone.
 
     Allocated without values: `take` a weight, or fill the parameters from a quantised checkpoint.
     """
@@ -24,6 +25,7 @@ class QuantizedLinear(nn.Module):
     def __init__(self, linear: nn.Linear, format: Format) -> None:
         super().__init__()
         self.format: Format = format
+        self.largest: float | None = None
         place = linear.weight.device
         weight = torch.empty(linear.weight.shape, dtype=WEIGHT_DTYPES[format], device=place)
         scale = torch.empty(len(weight), dtype=torch.float32, device=place)
@@ -44,7 +46,7 @@ class QuantizedLinear(nn.Module):
 
     def take(self, weight: Tensor) -> None:
         """Quantise the weight of the layer in whose place this one stands, (N, K) floating point."""
-        q, scale = reference.quantize_rows(weight.to(self.weight.device), self.weight.dtype)
+        q, scale = rounded(weight.to(self.weight.device), self.format)
         self.weight.data.copy_(q)
         self.weight_scale.data.copy_(scale)
 
@@ -53,7 +55,12 @@ class QuantizedLinear(nn.Module):
         if self.format == "int8-weights":
             y = F.linear(_wide(x), self.weight.to(_wide(x).dtype)).float() * self.weight_scale
         else:
-            q, scale = reference.quantize_rows(x.flatten(0, -2), self.weight.dtype)
+            rows = x.flatten(0, -2)
+            if self.largest is None:
+                q, scale = reference.quantize_rows(rows, self.weight.dtype)
+            else:
+                whole = torch.tensor(self.largest / MOST_INT8, dtype=x.dtype, device=x.device)
+                q, scale = reference.quantize_by(rows, whole), whole.float().expand(len(rows))
             y = reference.product_8bit(q, scale, self.weight, self.weight_scale).unflatten(0, x.shape[:-1])
         return (y if self.bias is None else y + self.bias.float()).to(x.dtype)
 
@@ -66,21 +73,31 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.is_cuda else x.float()
 
 
+def rounded(weight: Tensor, format: Format) -> tuple[Tensor, Tensor]:
+    """A weight (N, K) in 8 bits, and its scales (N,) float32."""
+    return reference.quantize_rows(weight, WEIGHT_DTYPES[format])
+
+
 def module_path(layer: str) -> str:
     """A layer's name in a checkpoint -> its place in the model."""
     return layer if layer.startswith("vlm.") else f"head.{layer}"
 
 
-def put_quantized(model: nn.Module, layers: Mapping[str, Format]) -> dict[str, QuantizedLinear]:
-    """Replace linear layers of a model that has no memory yet. Returns layer -> what stands there now. Raises
-    AttributeError for a layer that the model has not."""
-    placed = {}
+def put_quantized(model: nn.Module, layers: Mapping[str, Format], path: Callable[[str], str] = module_path) -> None:
+    """Replace linear layers of a model that has no memory yet. path: where a layer is. Raises AttributeError for one
+    that the model has not."""
     for layer, format in layers.items():
-        linear = model.get_submodule(module_path(layer))
+        linear = model.get_submodule(path(layer))
         assert isinstance(linear, nn.Linear), layer
-        placed[layer] = QuantizedLinear(linear, format)
-        model.set_submodule(module_path(layer), placed[layer])
-    return placed
+        model.set_submodule(path(layer), QuantizedLinear(linear, format))
+
+
+def round_by(model: XR0Model, largest: Mapping[str, float]) -> None:
+    """Let a quantised model's layers of format int8 round their input as an export of it does."""
+    for layer, value in largest.items():
+        module = model.get_submodule(module_path(layer))
+        if isinstance(module, QuantizedLinear) and module.format == "int8":
+            module.largest = value
 
 
 @contextmanager

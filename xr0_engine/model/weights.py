@@ -229,27 +229,30 @@ def load_model(
         check_quantized(config, stored, layers)
     else:
         check_model(config, stored)
-    model, _ = _unfilled(config, layers)
+    model = _unfilled(config, layers)
     model.allocate(device, dtype)
     fill_parameters(model, stored)
     model.finish_loading()
     return model
 
 
-def _unfilled(config: ModelConfig, layers: Mapping[str, Format]) -> tuple[XR0Model, dict[str, tuple[int, ...]]]:
-    """A model without memory, and the shapes of its tensors by their names in a checkpoint. Raises CheckpointError."""
+def _unfilled(config: ModelConfig, layers: Mapping[str, Format]) -> XR0Model:
+    """A model without memory. Raises CheckpointError for layers that it has not."""
     with torch.device("meta"):
         model = XR0Model(config)
         try:
             put_quantized(model, layers)
         except AttributeError as fault:
             raise CheckpointError(f"layers: not of the model that config.json describes: {fault}") from None
-    return model, {n.removeprefix("head."): tuple(p.shape) for n, p in model.named_parameters()}
+    return model
 
 
-def inference_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of the tensors that inference reads, all that a quantised checkpoint holds (in 16 bits)."""
-    return _unfilled(config, {})[1]
+def inference_shapes(
+    config: ModelConfig, layers: Mapping[str, Format] = MappingProxyType({})
+) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the tensors that inference reads, all that a checkpoint whose `layers` are quantised holds.
+    Raises CheckpointError for layers that the model has not."""
+    return {n.removeprefix("head."): tuple(p.shape) for n, p in _unfilled(config, layers).named_parameters()}
 
 
 def layers_in_8bit(folder: Path, config: ModelConfig, recipe: str | None = None) -> Mapping[str, Format]:
@@ -269,7 +272,7 @@ def check_quantized(
 ) -> dict[str, tuple[int, ...]]:
     """As check_model, of a checkpoint whose `layers` are quantised; it lacks what inference does not read. Returns the
     tensors' shapes."""
-    _, shapes = _unfilled(config, layers)
+    shapes = inference_shapes(config, layers)
     check_tensors(stored, shapes)
     eight, faults = {torch.int8, torch.float8_e4m3fn}, []
     for name in shapes:

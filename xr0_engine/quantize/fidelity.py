@@ -122,17 +122,27 @@ def compare(
     )
 
 
-def layer_errors(engine: Engine, layers: Mapping[str, Format], moments: Sequence[Moment]) -> dict[str, Spread]:
-    """Of each layer by itself: relative error of its output, in the format that it shall have, for the input that it
-    has while all are in 16 bits. One layer in 8 bits is in memory at a time."""
+@dataclass(frozen=True)
+class Alone:
+    """Layers by themselves: layer -> relative error of its output, in the format that it shall have, for the input that
+    it has while all are in 16 bits; and the largest magnitude of that input."""
+
+    errors: dict[str, Spread]
+    largest: dict[str, float]
+
+
+def layers_alone(engine: Engine, layers: Mapping[str, Format], moments: Sequence[Moment]) -> Alone:
+    """One layer in 8 bits is in memory at a time."""
     model = reference_of(engine.model, "fidelity")
     errors: dict[str, list[float]] = {layer: [] for layer in layers}
+    largest = dict.fromkeys(layers, 0.0)
 
     def note(layer: str, linear: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> None:
         assert isinstance(linear, nn.Linear), layer
         stands_in = QuantizedLinear(linear, layers[layer])
         stands_in.take(linear.weight)
         errors[layer].append(relative_error(stands_in(given[0]), out))
+        largest[layer] = max(largest[layer], float(given[0].abs().max()))
 
     # Where layers that share an input are one product, none is called by itself.
     with quantized(model, {}):
@@ -145,7 +155,10 @@ def layer_errors(engine: Engine, layers: Mapping[str, Format], moments: Sequence
         finally:
             for handle in handles:
                 handle.remove()
-    return {layer: Spread.of(values) for layer, values in errors.items() if values}
+    return Alone(
+        {layer: Spread.of(values) for layer, values in errors.items() if values},
+        {layer: value for layer, value in largest.items() if value > 0},
+    )
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

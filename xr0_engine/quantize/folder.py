@@ -11,16 +11,19 @@ from torch import Tensor
 
 from xr0_engine.config import ModelConfig
 from xr0_engine.exported.manifest import checkpoint_hash
-from xr0_engine.kernels import reference
-from xr0_engine.model.quantization import SCALE, WEIGHT_DTYPES, Format, Quantization
+from xr0_engine.model.quantization import SCALE, Format, Quantization
+from xr0_engine.model.quantized import rounded
 from xr0_engine.model.weights import StoredTensor, check_model, inference_shapes, read_index
 from xr0_engine.model.writing import copy_description, write_weights
 from xr0_engine.types import CheckpointError
 
 
-def write_quantized(folder: Path, target: Path, recipe: str, layers: Mapping[str, Format]) -> Quantization:
+def write_quantized(
+    folder: Path, target: Path, recipe: str, layers: Mapping[str, Format], largest: Mapping[str, float]
+) -> Quantization:
     """Fill a folder that exists: what inference reads of the checkpoint in `folder`, the weights of `layers` in 8 bits,
-    the others as they are stored. Raises CheckpointError, also for a weight that is not finite."""
+    the others as they are stored. largest: as Quantization has it. Raises CheckpointError, also for a weight that is
+    not finite."""
     config, stored = ModelConfig.load(folder), read_index(folder)
     check_model(config, stored)
     sizes = quantized_sizes(config, stored, layers)
@@ -32,7 +35,7 @@ def write_quantized(folder: Path, target: Path, recipe: str, layers: Mapping[str
             if layer not in layers or kind not in ("weight", SCALE):
                 made[name] = _read(stored[name])
                 continue
-            q, scale = reference.quantize_rows(_read(stored[f"{layer}.weight"]), WEIGHT_DTYPES[layers[layer]])
+            q, scale = rounded(_read(stored[f"{layer}.weight"]), layers[layer])
             if not bool(scale.isfinite().all()):
                 raise CheckpointError(f"{stored[f'{layer}.weight'].file}: {layer}.weight: expected finite values")
             made[name] = q if kind == "weight" else scale
@@ -40,7 +43,7 @@ def write_quantized(folder: Path, target: Path, recipe: str, layers: Mapping[str
 
     copy_description(folder, target)
     write_weights(target, sizes, tensors)
-    quantization = Quantization(recipe, layers, folder.name, checkpoint_hash(folder))
+    quantization = Quantization(recipe, layers, folder.name, checkpoint_hash(folder), largest)
     quantization.write(target)
     return quantization
 

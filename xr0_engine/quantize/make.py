@@ -14,7 +14,7 @@ from xr0_engine.config import ModelConfig
 from xr0_engine.engine import Engine
 from xr0_engine.model.quantization import quantized_layers
 from xr0_engine.model.weights import check_model, inference_shapes, read_index, resolve_checkpoint
-from xr0_engine.quantize.fidelity import PASSES, compare, layer_errors
+from xr0_engine.quantize.fidelity import PASSES, compare, layers_alone
 from xr0_engine.quantize.folder import quantized_sizes, write_quantized
 from xr0_engine.quantize.gate import Gate
 from xr0_engine.quantize.report import Report
@@ -51,7 +51,7 @@ def make(
     check_model(config, stored)
     shapes = inference_shapes(config)
     layers = quantized_layers(AUTO_BEGINS if recipe == AUTO else recipe, shapes)
-    report = None
+    report, largest = None, dict[str, float]()
     if datasets:
         engine = Engine.from_pretrained(folder, device, dtype, "reference")
         moments = read_moments(engine, checkpoint_embodiment(folder), datasets, count)
@@ -62,7 +62,8 @@ def make(
                 layers, fidelity, left = found.layers, found.fidelity, found.left
             else:
                 fidelity = compare(engine, layers, moments, done)
-        fidelity = replace(fidelity, layers=layer_errors(engine, layers, moments))
+        alone = layers_alone(engine, layers, moments)
+        fidelity, largest = replace(fidelity, layers=alone.errors), alone.largest
         sizes = quantized_sizes(config, stored, layers)
         asked = budgets or (Gate() if recipe == AUTO else None)
         before = sum(stored[name].num_bytes for name in shapes)
@@ -74,7 +75,7 @@ def make(
             return report
         del engine
     with whole_folder(out, sum(quantized_sizes(config, stored, layers).values())) as partial:
-        write_quantized(folder, partial, recipe, layers)
+        write_quantized(folder, partial, recipe, layers, largest)
         if report is not None:
             report.write(partial)
     return report

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from xr0_engine.engine import Engine
 from xr0_engine.model.quantization import Format
-from xr0_engine.quantize.fidelity import Fidelity, Spread, compare, layer_errors
+from xr0_engine.quantize.fidelity import Fidelity, Spread, compare, layers_alone
 from xr0_engine.quantize.gate import Gate
 from xr0_engine.quantize.samples import Moment
 
@@ -77,9 +77,9 @@ def _order(engine: Engine, layers: Mapping[str, Format], moments: Sequence[Momen
     def worst_first(errors: Mapping[str, Spread]) -> list[str]:
         return sorted(errors, key=lambda layer: -errors[layer].mean)
 
-    first = layer_errors(engine, layers, moments)
+    first = layers_alone(engine, layers, moments).errors
     weights: dict[str, Format] = dict.fromkeys(layers, "int8-weights")
-    second = layer_errors(engine, weights, moments)
+    second = layers_alone(engine, weights, moments).errors
     steps: list[_Step] = [
         (layer, "int8-weights", first[layer]) for layer in worst_first(first) if layers[layer] != "int8-weights"
     ]
