@@ -232,6 +232,9 @@ def test_layers_are_read_from_the_builders_log():
     assert layers[0] == Layer("a", "gemm", ("Half",), "t", ("up", "gate"))
     assert summarise(layers) == {
         "count": 1,
+        "products": 0,
+        "eight_bit": 0,
+        "eight_bit_rows": 0,
         "fused": 1,
         "operators": 2,
         "types": {"gemm": 1},

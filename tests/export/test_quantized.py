@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -13,6 +15,7 @@ from xr0_engine.bench.cases import CASES
 from xr0_engine.checkpoint import init_checkpoint
 from xr0_engine.engine import Engine
 from xr0_engine.export.agreement import compare_export, compare_stages
+from xr0_engine.export.engines import build_engines
 from xr0_engine.export.folder import export_onnx
 from xr0_engine.export.inputs import INSTRUCTION, observations
 from xr0_engine.exported.manifest import ExportCase
@@ -27,6 +30,9 @@ from xr0_engine.quantize.samples import Moment
 from xr0_engine.robot.preprocess import Preprocessor
 from xr0_engine.types import CheckpointError
 
+needs_builder = pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx-cu13 is not installed"
+)
 SAME_SUMS = 1e-6
 """Of the largest: equal integers, and two scales that are multiplied in another order."""
 LIBERO = CASES["libero"]
@@ -124,6 +130,17 @@ def test_layers_that_share_an_input_round_it_once(export):
     assert len(weights) == sum(node.op_type == "Gemm" for node in graph.node) > len(rounded)
     types = {initializer.name: initializer.data_type for initializer in graph.initializer}
     assert {types[node.input[0]] for node in weights} == {TensorProto.INT8}
+
+
+@needs_builder
+def test_an_engine_multiplies_in_8_bits_where_rows_have_them(folder):
+    graphs = folder.parent / "fp16"
+    export_onnx(folder, CASE, "fp16", graphs, stages=("vision", "flow"))
+    facts = build_engines(graphs, "rtx4090", "tensorrt-rtx", ("vision", "flow")).facts
+    vision, flow = facts["vision"]["layers"], next(each["layers"] for key, each in facts.items() if "flow" in key)
+    # All but the embedding of patches.
+    assert vision["eight_bit_rows"] == vision["eight_bit"] == vision["products"] - 1
+    assert flow["products"] > 0
 
 
 def test_what_an_export_cannot_express_is_refused(plain, tmp_path):

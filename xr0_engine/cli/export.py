@@ -86,11 +86,19 @@ def tensorrt(
 
     engines = build_engines(folder, target, builder, stage or STAGES)
     title = f"{folder / target}: {engines.builder} {engines.builder_version}, SM {engines.compute_capability}"
-    table = Table("stage", "engine MiB", "built in s", "peak MiB", "layers", "of which fused", title=title)
+    table = Table(
+        "stage", "engine MiB", "built in s", "peak MiB", "layers", "of which fused", "products, in 8 bits", title=title
+    )
     for key, facts in engines.facts.items():
         layers = facts["layers"]
         sizes = (facts["engine_bytes"] / 2**20, facts["build_s"], facts["peak_memory_bytes"] / 2**20)
-        table.add_row(key, *(f"{value:.0f}" for value in sizes), str(layers["count"]), str(layers["fused"]))
+        table.add_row(
+            key,
+            *(f"{value:.0f}" for value in sizes),
+            str(layers["count"]),
+            str(layers["fused"]),
+            f"{layers.get('products', '')}, {layers.get('eight_bit', '')}",
+        )
     Console().print(table)
 
 

@@ -159,7 +159,8 @@ def write_graphs(
     layers = {} if quantization is None else quantization.layers
     network = _network(config, stored, shapes, dtype, layers)
     written = {}
-    with WeightFile(folder / WEIGHTS_FILE, lambda name: _read(stored[name])) as weights:
+    read, rows = (lambda name: _read(stored[name])), (lambda name: stored[name].shape[0])
+    with WeightFile(folder / WEIGHTS_FILE, read, rows) as weights:
         for stage in [stage for stage in STAGES if stage in stages]:
             for tokens in shapes.tokens if stage != "vision" else shapes.tokens[:1]:
                 key = stage_key(stage, tokens)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -40,10 +40,11 @@ ONNX_TYPES = {
 
 
 class WeightFile:
-    """Writes initializers, each once. read: checkpoint name -> tensor, asked for the first time a name is used."""
+    """Writes initializers, each once. read: checkpoint name -> tensor, asked for the first time a name is used. rows:
+    checkpoint name -> its first axis."""
 
-    def __init__(self, path: Path, read: Callable[[str], Tensor]) -> None:
-        self._path, self._read = path, read
+    def __init__(self, path: Path, read: Callable[[str], Tensor], rows: Callable[[str], int]) -> None:
+        self._path, self._read, self.rows = path, read, rows
         self._file = path.open("wb")
         self._known: dict[str, TensorProto] = {}
 
@@ -58,6 +59,12 @@ class WeightFile:
     def checkpoint(self, name: str, dtype: torch.dtype) -> TensorProto:
         if name not in self._known:
             self.add(name, self._read(name).to(dtype))
+        return self._known[name]
+
+    def joined(self, name: str, parts: Sequence[str], dtype: torch.dtype) -> TensorProto:
+        """Tensors of the checkpoint, one behind the other by their first axis."""
+        if name not in self._known:
+            self.add(name, torch.cat([self._read(part).to(dtype) for part in parts]))
         return self._known[name]
 
     def add(self, name: str, tensor: Tensor) -> TensorProto:
@@ -178,10 +185,27 @@ class Graph:
             weight = self.weight("weight") if format is None else self._eight_bit_weight()
             return self.op("Gemm", x, weight, *([self.weight("bias")] if bias else []), transB=1)
 
+    def linears(self, x: str, *modules: str) -> list[str]:
+        """Layers without biases that read the same x. By 8-bit weights alone they are one product: TensorRT-RTX 1.7
+        breaks down where it joins them itself."""
+        eight, layers = self._quantization, [".".join((*self._scope, module)) for module in modules]
+        if eight is None or any(eight.layers.get(layer) != "int8-weights" for layer in layers):
+            return [self.linear(x, module) for module in modules]
+        both = "+".join(modules)
+        with self.scope(both):
+            name = ".".join((*self._scope, "weight"))
+            weight = self._weights.joined(name, [f"{layer}.weight" for layer in layers], torch.int8)
+            scale = self._weights.joined(f"{name}_scale", [f"{layer}.{SCALE}" for layer in layers], self.dtype)
+            y = self.op("Gemm", x, self._wide(weight, self._use(scale)), transB=1)
+        sizes = [self._weights.rows(f"{layer}.weight") for layer in layers]
+        return self.split(y, *sizes, axis=1)
+
     def _eight_bit_weight(self) -> str:
-        name = ".".join((*self._scope, "weight"))
-        weight = self._use(self._weights.checkpoint(name, torch.int8))
-        return self.op("DequantizeLinear", weight, self.weight(SCALE), axis=0)
+        weight = self._weights.checkpoint(".".join((*self._scope, "weight")), torch.int8)
+        return self._wide(weight, self.weight(SCALE))
+
+    def _wide(self, weight: TensorProto, scale: str) -> str:
+        return self.op("DequantizeLinear", self._use(weight), scale, axis=0)
 
     def _round(self, x: str, largest: float) -> str:
         """To 8 bits and back; layers that share an input share this."""

@@ -45,15 +45,28 @@ def parse_layers(log: Sequence[str]) -> list[Layer]:
 
 
 def summarise(layers: Sequence[Layer]) -> dict[str, Any]:
-    """count: kernels, synchronisation apart; fused: those of several operators; how many of which type, precision."""
+    """count: kernels, synchronisation apart; fused: those of several operators; how many of which type, precision.
+
+    products: how many layers' products there are in them; eight_bit: of these, those by 8-bit weights; eight_bit_rows:
+    of those, those whose rows have 8 bits too: kernels that both conversions back were fused into.
+    """
     kernels = [layer for layer in layers if layer.type not in SYNCHRONISATION]
+    products = [_back(layer) for layer in kernels if any(".Gemm." in name for name in layer.operators)]
     return {
         "count": len(kernels),
+        "products": len(products),
+        "eight_bit": sum(back > 0 for back in products),
+        "eight_bit_rows": sum(back > 1 for back in products),
         "fused": sum(len(layer.operators) > 1 for layer in kernels),
         "operators": len({operator for layer in kernels for operator in layer.operators}),
         "types": dict(Counter(layer.type for layer in kernels).most_common()),
         "precisions": dict(Counter("+".join(layer.precision) for layer in kernels).most_common()),
     }
+
+
+def _back(layer: Layer) -> int:
+    """Conversions from 8 bits within a kernel."""
+    return sum(".DequantizeLinear." in name for name in layer.operators)
 
 
 def _layer(match: re.Match[str]) -> Layer:

@@ -136,8 +136,8 @@ def _mrope(g: Graph, positions: str, frequencies: Tensor, section: tuple[int, in
 
 def _gated_mlp(g: Graph, x: str) -> str:
     with g.scope("mlp"):
-        hidden = g.op("Mul", g.silu(g.linear(x, "gate_proj")), g.linear(x, "up_proj"))
-        return g.linear(hidden, "down_proj")
+        gate, up = g.linears(x, "gate_proj", "up_proj")
+        return g.linear(g.op("Mul", g.silu(gate), up), "down_proj")
 
 
 def _projector(g: Graph, x: str, module: str) -> str:
