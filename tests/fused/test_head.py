@@ -95,7 +95,7 @@ def test_loops_compute_the_flow(flow, tactic, attention, programs, variant):
     expected = head.run(FusedOps("reference", DEVICE), inputs, head.buffers(batch, 6))
     ops, buffers = FusedOps("triton", DEVICE, programs=programs), head.buffers(batch, 6)
     loop = dict.fromkeys((LOOP + stage for stage in LOOP_STAGES), tactic) | {LOOP + "attention": attention}
-    ops.default = lambda kind, shape: loop.get(kind, SPLIT)
+    ops.default = lambda kind, shape, *_: loop.get(kind, SPLIT)
     # What a stage leaves unwritten shows.
     for name in ("middle", "middle_sums", "end", "end_sums", "q", "k", "v", "raw", "mixed", "hidden", "embedded", "z"):
         getattr(buffers, name).fill_(torch.nan)
@@ -113,7 +113,7 @@ def test_attention_may_finish_the_heads():
     inputs, ops, buffers = make_inputs(head, 2), FusedOps("triton", DEVICE), head.buffers(2, 6)
     expected = head.run(FusedOps("reference", DEVICE), inputs, head.buffers(2, 6))
     whole = Tactic(block_m=16, block_n=16, block_k=64, schedule="whole")
-    ops.default = lambda kind, shape: whole if shape[-1] == 64 else SPLIT
+    ops.default = lambda kind, shape, *_: whole if shape[-1] == 64 else SPLIT
     ops.tactics[tactic_key("lambda_attention", (*buffers.q.shape[:3], *inputs.keys.shape[2:]), torch.float32)] = whole
     for name in ("middle", "middle_sums", "end", "end_sums", "raw", "mixed", "hidden", "embedded"):
         getattr(buffers, name).fill_(torch.nan)
@@ -168,7 +168,7 @@ def test_the_reference_has_no_such_kernel():
 )
 def test_tactics_that_a_loop_cannot_have_are_refused(change, error, complaint):
     head, ops = make_head(columns=128), FusedOps("triton", DEVICE)
-    ops.default = lambda kind, shape: change.get(kind.removeprefix(LOOP), SPLIT)
+    ops.default = lambda kind, shape, *_: change.get(kind.removeprefix(LOOP), SPLIT)
     with pytest.raises(error, match=complaint):
         head.finish(ops, make_inputs(head, 1), head.buffers(1, 6), 0, flow="layered")
 

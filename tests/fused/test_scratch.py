@@ -121,7 +121,7 @@ def plain(tmp_path_factory):
 def fused_by_kernels(plain, monkeypatch, tactic: Tactic, table: TacticTable):
     """On a CPU, with graphs, and this tactic where there is a choice."""
     taken = {"attention": OWN, "lambda_attention": OWN}
-    monkeypatch.setattr(FusedOps, "default", lambda self, kind, shape: taken.get(kind, tactic))
+    monkeypatch.setattr(FusedOps, "default", lambda self, kind, shape, *_: taken.get(kind, tactic))
     fused, model = fused_of(plain)
     fused.backend, fused.graphs, fused.table = "triton", True, table
     return fused, model

@@ -26,6 +26,8 @@ TABLE = TacticTable(
 
 def test_key_names_kind_shape_and_precision():
     assert tactic_key("linear", (315, 2560, 4096), torch.bfloat16) == "linear 315x2560x4096 bfloat16"
+    rows = {"x_scale": torch.empty(1, 315)}
+    assert tactic_key("linear", (315, 2560, 4096), torch.int8, rows) == "linear 315x2560x4096 int8 rows"
 
 
 def test_round_trip(tmp_path):

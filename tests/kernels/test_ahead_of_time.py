@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+import tempfile
 from dataclasses import asdict, replace
 
 import pytest
 import torch
+import triton
 
 from tests.kernels.products import EPS, META_WORKSPACE, meta, meta_float, meta_sums
 from tests.kernels.support import ARCHS
@@ -44,14 +47,22 @@ from xr0_engine.kernels.launch import (
     recording,
     variants,
 )
+from xr0_engine.kernels.launch import (
+    DTYPES as LAUNCH_DTYPES,
+)
 from xr0_engine.kernels.linear import PROCESSORS, default_tactic, linear, swiglu
 from xr0_engine.kernels.qkv import qkv
+from xr0_engine.kernels.quantize import quantize
 from xr0_engine.sizes import published_config, published_xr1_config
 
 MAX_REGISTERS = 255
 ZEROS_FOR_TMA = {("_bulk_product", 120): 8}
 """Bytes of its stack that ptxas 12.9, Triton 3.6's, clears before each tensor copy and never reads: no spills."""
 
+EIGHT_BIT_PRODUCTS = {arch: {"i8": "IMMA", "fp8e4nv": "QMMA"} for arch in ARCHS} | {
+    90: {"i8": "IGMMA", "fp8e4nv": "QGMMA"}
+}
+"""Compute capability -> dtype of both factors -> instruction."""
 
 MEMORY = ("ld.", "st.", "atom.", "red.", "cp.async.", "ldmatrix.", "stmatrix.")
 """How instructions begin that read or write memory."""
@@ -75,6 +86,12 @@ def test_every_variant_fits_the_chip(compiled):
         or entry["registers"] > MAX_REGISTERS
     ]
     assert too_big == []
+
+
+def test_products_of_8_bits_are_the_tensor_cores_own(compiled):
+    """Not of factors that were converted: by their names in the machine's code."""
+    found = {(entry["arch"], entry["rows"]): set(entry["products"]) for entry in compiled if "products" in entry}
+    assert found == {(arch, dtype): {name} for arch in ARCHS for dtype, name in EIGHT_BIT_PRODUCTS[arch].items()}
 
 
 def test_who_waits_for_the_grid_reads_and_does_nothing_else(compiled):
@@ -118,6 +135,7 @@ def main() -> None:
     for arch in ARCHS:
         with recording() as launches:
             record_eight_bits(arch)
+            record_eight_bit_rows(arch)
             record_library_epilogues()
             record_twelve_queries(arch)
             for config in (published_config(), published_xr1_config()):
@@ -129,8 +147,43 @@ def main() -> None:
             if call.name == "_flow_loop":
                 # A second time from Triton's cache.
                 entry["ptx"] = compile_call(call, Signature(call, arch >= DEPENDENT_LAUNCH_FROM), arch).asm["ptx"]
+            product = call.arguments.get("product")
+            if product is not None and product.x_scale is not None:
+                cubin = compile_call(call, Signature(call, arch >= DEPENDENT_LAUNCH_FROM), arch).asm["cubin"]
+                entry |= {"rows": LAUNCH_DTYPES[product.x.dtype], "products": products_of(cubin)}
             compiled.append(entry)
     print(json.dumps(compiled, default=str))
+
+
+def products_of(cubin: bytes) -> list[str]:
+    """Names of the instructions that multiply matrices, read by the nvdisasm that comes with Triton."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = triton.knobs.nvidia.nvdisasm.path
+        text = subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True).stdout
+    return sorted(set(re.findall(r"\b[A-Z]+MMA\b", text)))
+
+
+def record_eight_bit_rows(arch: int) -> None:
+    """A prefill's gated layer in int8, a vision block's last product in float8, and what comes before each."""
+    run = {"workspace": META_WORKSPACE}
+    x, scale = meta(1, 194, 2560, dtype=torch.int8), meta_float(1, 194)
+    quantize(meta(1, 194, 2560), x, scale, norm=InputNorm(meta_sums(194, 2560), EPS), col_scale=meta(2560))
+    swiglu(
+        x, Weight(meta(19456, 2560, dtype=torch.int8), meta_float(19456)), meta(1, 194, 9728), x_scale=scale,
+        tactic=default_tactic("swiglu", 194, 19456, 2560, arch, factor_bytes=1), **run,
+    )  # fmt: skip
+    x, scale = meta(1, 512, 4096, dtype=torch.float8_e4m3fn), meta_float(1, 512)
+    quantize(
+        meta(1, 512, 4096), x, scale, norm=InputNorm(meta_sums(512, 4096), EPS, "layer"), col_scale=meta(4096),
+        bias=meta(4096),
+    )  # fmt: skip
+    linear(
+        x, Weight(meta(1024, 4096, dtype=torch.float8_e4m3fn), meta_float(1024)), meta(1, 512, 1024), x_scale=scale,
+        bias=meta(1024), residual=Residual(meta(1, 512, 1024)), stats=StatsOut(meta_sums(512, 1024), centred=True),
+        tactic=default_tactic("linear", 512, 1024, 4096, arch, factor_bytes=1), **run,
+    )  # fmt: skip
 
 
 def record_eight_bits(arch: int) -> None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from tests.kernels.products import EPS, LIBRARY, SPLIT, STREAM, TACTICS, Product, statistics, workspace
 from tests.kernels.support import ARCHS, DEVICE, DTYPES, Frame, assert_close, randn
 from xr0_engine.kernels import fused_reference
-from xr0_engine.kernels.arguments import STATS_COLUMNS, InputNorm, Residual, StatsOut, Tactic, Weight
+from xr0_engine.kernels.arguments import SHARED_LIMIT, STATS_COLUMNS, InputNorm, Residual, StatsOut, Tactic, Weight
 from xr0_engine.kernels.linear import PROCESSORS, default_tactic, linear, swiglu
 from xr0_engine.kernels.product import MOST_WASTE, row_pieces
 
@@ -346,6 +346,23 @@ def test_default_tactic_of_many_rows(kind, n, k, rows, arch):
     assert groups * sum(pieces) - rows <= MOST_WASTE * groups * sum(pieces) or rows == 65
     programs, processors = tiles if tactic.split_k == 1 else tactic.split_k, PROCESSORS[arch]
     assert programs / (-(-programs // processors) * processors) >= LEAST_BUSY
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("rows", [12, 64, 194, 512])
+@pytest.mark.parametrize(
+    ("kind", "n", "k"),
+    [("linear", 2560, 4096), ("linear", 2560, 9728), ("swiglu", 19456, 2560), ("qkv", 6144, 2560), ("linear", 32, 72)],
+)
+def test_default_tactic_of_8_bit_factors(kind, n, k, rows, arch):
+    tactic = default_tactic(kind, rows, n, k, arch, factor_bytes=1)
+    assert tactic.schedule == ("tiled" if rows <= 64 else "stream")
+    height = tactic.block_m if rows <= 64 else sum(row_pieces(rows, tactic.block_m))
+    width = {"swiglu": 2 * tactic.block_n}.get(kind, tactic.block_n)
+    # One stage of factors that products of warps read is in registers.
+    held = tactic.stages - (rows > 64 and arch != 90)
+    assert held * (height + width) * tactic.block_k <= SHARED_LIMIT[arch]
+    assert tactic.block_k >= 32
 
 
 def test_default_tactic_of_an_unknown_chip():

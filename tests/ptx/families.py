@@ -17,13 +17,15 @@ from tests.fused.test_head import SPLIT, make_head, make_inputs
 from tests.kernels.products import EPS, Product, statistics
 from xr0_engine.env import emulated_arch
 from xr0_engine.fused.ops import FusedOps
-from xr0_engine.kernels.arguments import Residual, StatsOut, Tactic, Workspace
+from xr0_engine.kernels import reference
+from xr0_engine.kernels.arguments import InputNorm, Residual, StatsOut, Tactic, Weight, Workspace
 from xr0_engine.kernels.attention import attention
 from xr0_engine.kernels.embed import embed, layer_norm, rope_tables
 from xr0_engine.kernels.flow import dit_rope_tables, euler_step, start_flow
 from xr0_engine.kernels.lambda_attention import lambda_attention
 from xr0_engine.kernels.linear import linear, swiglu
 from xr0_engine.kernels.qkv import qkv
+from xr0_engine.kernels.quantize import quantize
 
 CPU = torch.device("cpu")
 DTYPE = torch.bfloat16
@@ -91,6 +93,28 @@ def _linear(tactic: Tactic, rows: int = 80, inputs: int = 320) -> tuple[Tensor, 
         workspace=workspace,
     )  # fmt: skip
     return out, sums, workspace.counters(COUNTERS)
+
+
+def _linear_of_8_bits() -> tuple[Tensor, ...]:
+    torch.manual_seed(0)
+    x, data = torch.randn(1, 40, 192), torch.randn(128, 192)
+    rows, out, workspace = _quantized(x), _outputs(1, 40, 128, dtype=torch.float32), _workspace()
+    weight = Weight(*reference.quantize_rows(data, torch.int8))
+    linear(rows[0], weight, out, x_scale=rows[1], tactic=SKINNY, workspace=workspace)
+    return out, workspace.counters(COUNTERS)
+
+
+def _seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def _quantized(x: Tensor) -> tuple[Tensor, ...]:
+    """By the kernel, whose input is written by one ahead."""
+    (rows, ahead), columns = _writer(x.to(DTYPE)), x.shape[-1]
+    out, scale = torch.zeros(x.shape, dtype=torch.int8), _outputs(*x.shape[:2], dtype=torch.float32)
+    ahead()
+    quantize(rows, out, scale, norm=InputNorm(statistics(x), EPS), col_scale=torch.linspace(0.5, 1.5, columns))
+    return out, scale
 
 
 def _swiglu() -> tuple[Tensor, ...]:
@@ -218,7 +242,7 @@ def _flow_loop() -> tuple[Tensor, ...]:
     torch.manual_seed(0)
     inputs, buffers = make_inputs(head, 1), head.buffers(1, 6)
     ops = FusedOps("triton", CPU)
-    ops.default = lambda kind, shape: SPLIT  # type: ignore[method-assign]
+    ops.default = lambda kind, shape, *_: SPLIT  # type: ignore[method-assign]
     chunk = head.run(ops, inputs, buffers, flow="persistent")
     return chunk, ops.workspace.counters(ops.workspace.size[1])
 
@@ -228,6 +252,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "linear": Family("_linear", lambda: _linear(SKINNY)),
         "linear, 64 rows": Family("_linear", lambda: _linear(WHOLE_WARPGROUP)),
         "linear, stream": Family("_wide", lambda: _linear(STREAM)),
+        "linear, 8 bits": Family("_linear", _linear_of_8_bits),
         "linear, whole": Family("_whole_linear", lambda: _linear(WHOLE, 12, 512)),
         **({} if emulated_arch() == 89 else {"linear, tma": Family("_bulk_product", lambda: _linear(BULK, 72, 640))}),
         "swiglu": Family("_swiglu", _swiglu),
@@ -241,6 +266,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "rope_tables": Family("_rope_tables", _rope_tables),
         "dit_rope_tables": Family("_dit_rope_tables", _dit_rope_tables),
         "layer_norm": Family("_layer_norm", _layer_norm),
+        "quantize": Family("_quantize", lambda: _quantized(torch.randn(1, 5, 200, generator=_seeded()))),
         "flow_loop": Family("_flow_loop", _flow_loop),
     }
 )

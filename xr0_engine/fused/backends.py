@@ -61,7 +61,7 @@ def kernels_of(backend: str) -> SimpleNamespace:
     if backend == "reference":
         from xr0_engine.kernels import fused_reference
 
-        return SimpleNamespace(**vars(fused_reference), default_tactic=lambda kind, shape, arch: Tactic())
+        return SimpleNamespace(**vars(fused_reference), default_tactic=lambda *_: Tactic())
     from xr0_engine.kernels.attention import attention
     from xr0_engine.kernels.embed import embed, layer_norm, rope_tables
     from xr0_engine.kernels.flow import dit_rope_tables, euler_step, start_flow
@@ -69,9 +69,10 @@ def kernels_of(backend: str) -> SimpleNamespace:
     from xr0_engine.kernels.linear import linear, swiglu
     from xr0_engine.kernels.persistent import flow_loop
     from xr0_engine.kernels.qkv import qkv
+    from xr0_engine.kernels.quantize import quantize
 
     ops: list[Callable[..., None]] = [linear, swiglu, qkv, attention, lambda_attention, start_flow, euler_step]
-    ops += [flow_loop, dit_rope_tables, rope_tables, embed, layer_norm]
+    ops += [flow_loop, dit_rope_tables, rope_tables, embed, layer_norm, quantize]
     return SimpleNamespace(**{op.__name__: op for op in ops}, default_tactic=_default_of_ours)
 
 
@@ -79,7 +80,7 @@ FEW_PROGRAMS = Tactic(block_m=64, block_n=128, block_k=128, split_k=2)
 """For the interpreter, which runs one program after the other."""
 
 
-def _default_of_ours(kind: str, shape: Shape, arch: int) -> Tactic:
+def _default_of_ours(kind: str, shape: Shape, arch: int, factor_bytes: int) -> Tactic:
     if interpreted():
         return FEW_PROGRAMS
     from xr0_engine.kernels.attention import attention_tactic
@@ -95,7 +96,9 @@ def _default_of_ours(kind: str, shape: Shape, arch: int) -> Tactic:
     if kind == "lambda_attention":
         return loop_tactic(kind, shape, split_lambda_tactic(shape, arch)) if stage else lambda_tactic(shape, arch)
     rows, n, k = shape[:3]
-    tiled = default_tactic(kind, rows, n, k, arch)
+    tiled = default_tactic(kind, rows, n, k, arch, factor_bytes)
+    if factor_bytes == 1:
+        return tiled
     if stage:
         return wide_tactic(tiled) if is_wide else loop_tactic(kind, shape, tiled)
     return whole_tactic(kind, rows, n, k, arch) or tiled

@@ -90,6 +90,7 @@ class FusedOps:
         weight: Weight,
         out: Tensor,
         *,
+        x_scale: Tensor | None = None,
         bias: Tensor | None = None,
         col_scale: Tensor | None = None,
         norm: InputNorm | None = None,
@@ -98,8 +99,8 @@ class FusedOps:
         stats: StatsOut | None = None,
     ) -> None:
         """(B, M, K) -> (B, M, N), with what comes before and after it. As kernels/linear.py: linear."""
-        options = {"bias": bias, "col_scale": col_scale, "norm": norm, "activation": activation, "residual": residual}
-        self._run_product("linear", x, weight, (out,), options | {"stats": stats})
+        options = {"x_scale": x_scale, "bias": bias, "col_scale": col_scale, "norm": norm, "activation": activation}
+        self._run_product("linear", x, weight, (out,), options | {"residual": residual, "stats": stats})
 
     def swiglu(
         self,
@@ -107,12 +108,14 @@ class FusedOps:
         weight: Weight,
         out: Tensor,
         *,
+        x_scale: Tensor | None = None,
         bias: Tensor | None = None,
         col_scale: Tensor | None = None,
         norm: InputNorm | None = None,
     ) -> None:
         """(B, M, K) -> (B, M, F), silu(gate) * up. As kernels/linear.py: swiglu."""
-        self._run_product("swiglu", x, weight, (out,), {"bias": bias, "col_scale": col_scale, "norm": norm})
+        options = {"x_scale": x_scale, "bias": bias, "col_scale": col_scale, "norm": norm}
+        self._run_product("swiglu", x, weight, (out,), options)
 
     def qkv(
         self,
@@ -122,6 +125,7 @@ class FusedOps:
         k: Tensor,
         v: Tensor,
         *,
+        x_scale: Tensor | None = None,
         bias: Tensor | None = None,
         col_scale: Tensor | None = None,
         norm: InputNorm | None = None,
@@ -132,8 +136,9 @@ class FusedOps:
         sin: Tensor,
     ) -> None:
         """(B, M, K) -> heads, normalised and rotated. As kernels/qkv.py: qkv."""
-        options = {"bias": bias, "col_scale": col_scale, "norm": norm, "q_weight": q_weight, "k_weight": k_weight}
-        self._run_product("qkv", x, weight, (q, k, v), options | {"eps": eps, "cos": cos, "sin": sin}, k.shape[-1])
+        options = {"x_scale": x_scale, "bias": bias, "col_scale": col_scale, "norm": norm, "eps": eps}
+        options |= {"q_weight": q_weight, "k_weight": k_weight, "cos": cos, "sin": sin}
+        self._run_product("qkv", x, weight, (q, k, v), options, k.shape[-1])
 
     def _run_product(
         self, kind: str, x: Tensor, weight: Weight, outs: tuple[Tensor | None, ...], options: dict[str, Any], *dim: int
@@ -276,6 +281,19 @@ class FusedOps:
         """As kernels/embed.py: layer_norm."""
         self._kernels.layer_norm(x, weight, bias, eps, out)
 
+    def quantize(
+        self,
+        x: Tensor,
+        out: Tensor,
+        scale: Tensor,
+        *,
+        norm: InputNorm | None = None,
+        col_scale: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> None:
+        """As kernels/quantize.py: quantize."""
+        self._kernels.quantize(x, out, scale, norm=norm, col_scale=col_scale, bias=bias)
+
     def call(self, kind: str, arguments: tuple[Any, ...], options: Mapping[str, Any], tactic: Tactic) -> None:
         """Run the op `kind` with a tactic of the caller's: how tuning tries candidates. Of a loop's stage: the loop."""
         if kind.startswith(LOOP):
@@ -293,16 +311,17 @@ class FusedOps:
             return str(error).strip().partition("\n")[0] or type(error).__name__
         return None
 
-    def default(self, kind: str, shape: tuple[int, ...]) -> Tactic:
+    def default(self, kind: str, shape: tuple[int, ...], options: Mapping[str, Any] | None = None) -> Tactic:
         """What runs where the table has no entry: a stated rule, never a guess at run time."""
-        return self._kernels.default_tactic(kind, shape, self.arch)
+        factor_bytes = 1 if has_8bit_rows(options) else 2
+        return self._kernels.default_tactic(kind, shape, self.arch, factor_bytes)
 
-    def tactic(self, kind: str, shape: Shape, dtype: torch.dtype) -> Tactic:
+    def tactic(self, kind: str, shape: Shape, dtype: torch.dtype, options: Mapping[str, Any] | None = None) -> Tactic:
         """That of the table for its key, else the default."""
-        found = self.tactics.get(tactic_key(kind, shape, dtype))
+        found = self.tactics.get(tactic_key(kind, shape, dtype, options))
         if found is not None:
             return found
-        default = self.default(kind, shape)
+        default = self.default(kind, shape, options)
         # In float32 keys and values are more than one program of the schedule "whole" holds.
         return replace(default, schedule="tiled") if (kind, dtype) == ("lambda_attention", torch.float32) else default
 
@@ -310,12 +329,19 @@ class FusedOps:
         self, kind: str, shape: Shape, dtype: torch.dtype, arguments: tuple[Any, ...], options: Mapping[str, Any]
     ) -> None:
         """Where every op that has tactics comes through."""
-        self.call(kind, arguments, options, self.tactic(kind, shape, dtype))
+        self.call(kind, arguments, options, self.tactic(kind, shape, dtype, options))
 
 
-def tactic_key(kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> str:
-    """`linear 315x2560x4096 bfloat16`: rows, outputs, inputs (qkv: head_dim too); attention: B, H, M, G, N, D."""
-    return f"{kind} {'x'.join(map(str, shape))} {str(dtype).removeprefix('torch.')}"
+def tactic_key(kind: str, shape: tuple[int, ...], dtype: torch.dtype, options: Mapping[str, Any] | None = None) -> str:
+    """`linear 315x2560x4096 bfloat16`: rows, outputs, inputs (qkv: head_dim too); attention: B, H, M, G, N, D. `int8
+    rows`: not only the weight, but its input too has 8 bits. options: of the call."""
+    rows = " rows" if has_8bit_rows(options) else ""
+    return f"{kind} {'x'.join(map(str, shape))} {str(dtype).removeprefix('torch.')}{rows}"
+
+
+def has_8bit_rows(options: Mapping[str, Any] | None) -> bool:
+    """Of a call with these options."""
+    return options is not None and options.get("x_scale") is not None
 
 
 def compile_kernels(work: Callable[[], None], arch: int, done: Callable[[int, int], None]) -> list[Compiled]:

@@ -5,27 +5,32 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 import triton
 from torch import Tensor
 
-from xr0_engine.kernels.arguments import STATS_COLUMNS, InputNorm, Tactic, Weight, Workspace, slot_columns
+from xr0_engine.kernels.arguments import STATS_COLUMNS, InputNorm, Schedule, Tactic, Weight, Workspace, slot_columns
 from xr0_engine.kernels.launch import launch
 from xr0_engine.kernels.library import library_product
 from xr0_engine.kernels.product import MIN_DOT, STREAM_ROW_TILES, How, Product
 from xr0_engine.kernels.shapes import expect, strided
+
+EIGHT_BIT_SCHEDULES: tuple[Schedule, ...] = ("tiled", "stream")
+"""Those of products both of whose factors have 8 bits."""
 
 
 @dataclass(frozen=True)
 class ProductCall:
     """A product with all that surrounds it.
 
-    x: (B, M, K); weight, bias, col_scale, norm: as linear has them. column_tiles: of tile_weights weight rows each.
-    distance: those are tile_weights / 2 pairs (n, n + distance); None: they follow each other. finish_tile: the
+    x: (B, M, K); weight, x_scale, bias, col_scale, norm: as linear has them. column_tiles: of tile_weights weight rows
+    each. distance: those are tile_weights / 2 pairs (n, n + distance); None: they follow each other. finish_tile: the
     epilogue's function, as finish_linear; epilogue: its arguments.
     """
 
     x: Tensor
     weight: Weight
+    x_scale: Tensor | None
     bias: Tensor | None
     col_scale: Tensor | None
     norm: InputNorm | None
@@ -53,6 +58,7 @@ class ProductCall:
         return Product(
             **strided("x", self.x, "bm"),
             **strided("w", self.weight.data, "n"),
+            **strided("x_scale", self.x_scale, "b"),
             scale=self.weight.scale,
             bias=self.bias,
             col_scale=self.col_scale,
@@ -97,12 +103,14 @@ class ProductCall:
 def check_product(
     x: Tensor,
     weight: Weight,
+    x_scale: Tensor | None,
     bias: Tensor | None,
     col_scale: Tensor | None,
     norm: InputNorm | None,
     tactic: Tactic,
 ) -> None:
-    """Raises ValueError for shapes that do not belong together and for tiles that cannot be."""
+    """Raises ValueError for shapes that do not belong together and for tiles that cannot be, NotImplementedError for
+    tactics that 8-bit factors do not have."""
     batch, rows, inputs = x.shape
     outputs = weight.data.shape[0]
     expect("x", x, (batch, rows, inputs))
@@ -124,10 +132,14 @@ def check_product(
             raise ValueError(f"norm.column_sums: expected for kind 'layer' alone, got kind {norm.kind!r}")
     if weight.data.element_size() == 1 and weight.scale is None:
         raise ValueError(f"weight.scale: expected for {weight.data.dtype}, got None")
+    eight_bits = x.element_size() == 1
+    _check_eight_bits(x, weight, x_scale, col_scale, norm)
     for name in ("block_m", "block_n", "block_k"):
         size, least = getattr(tactic, name), MIN_DOT
         if name == "block_n" and tactic.schedule == "whole":
             least = MIN_DOT // 2
+        if name == "block_k" and eight_bits:
+            least = 2 * MIN_DOT
         if size < least or size & (size - 1):
             raise ValueError(f"tactic.{name}: expected a power of two of at least {least}, got {size}")
     if tactic.split_k < 1:
@@ -136,6 +148,31 @@ def check_product(
         raise ValueError(f"tactic.schedule: expected 'tiled' with library, got {tactic.schedule!r}")
     if tactic.library and weight.data.element_size() == 1:
         raise NotImplementedError(f"library: {weight.data.dtype} weights; a tactic without library takes them")
+    if eight_bits and tactic.schedule not in EIGHT_BIT_SCHEDULES:
+        raise NotImplementedError(
+            f"tactic.schedule {tactic.schedule!r}: x in {x.dtype}; {' and '.join(EIGHT_BIT_SCHEDULES)} take it"
+        )
+
+
+def _check_eight_bits(
+    x: Tensor, weight: Weight, x_scale: Tensor | None, col_scale: Tensor | None, norm: InputNorm | None
+) -> None:
+    """Raises ValueError unless rows of 8 bits come with what they need, and others without."""
+    eight_bits = x.dtype in (torch.int8, torch.float8_e4m3fn)
+    if x_scale is None:
+        if x.element_size() == 1:
+            raise ValueError(f"x_scale: expected for {x.dtype}, got None")
+        return
+    if not eight_bits:
+        raise ValueError(f"x: expected int8 or float8_e4m3fn with x_scale, got {x.dtype}")
+    expect("x_scale", x_scale, (x.shape[0], x.shape[1]))
+    if x_scale.dtype != torch.float32:
+        raise ValueError(f"x_scale: expected float32, got {x_scale.dtype}")
+    if weight.data.dtype != x.dtype:
+        raise ValueError(f"weight.data: expected x's {x.dtype}, got {weight.data.dtype}")
+    for name, given in (("norm", norm), ("col_scale", col_scale)):
+        if given is not None:
+            raise ValueError(f"{name}: expected None with x_scale, which quantize has applied; got one")
 
 
 def launch_tiles(kernel: Any, call: ProductCall, more: dict[str, Any] | None = None) -> None:

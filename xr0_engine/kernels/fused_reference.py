@@ -181,6 +181,29 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor)
     out.copy_(F.layer_norm(x.float(), x.shape[-1:], weight.float(), bias.float(), eps))
 
 
+def quantize(
+    x: Tensor,
+    out: Tensor,
+    scale: Tensor,
+    *,
+    norm: InputNorm | None = None,
+    col_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> None:
+    """As kernels/quantize.py: quantize."""
+    rows = x.float()
+    if norm is not None:
+        row_scale, mean = row_norm(norm, x.shape[-1])
+        rows = (rows - mean) * row_scale
+    if col_scale is not None:
+        rows = rows * col_scale.float()
+    if bias is not None:
+        rows = rows + bias.float()
+    quantized, row_scales = reference.quantize_rows(rows, out.dtype)
+    out.copy_(quantized)
+    scale.copy_(row_scales)
+
+
 def compute_dtype(x: Tensor, weight: Weight) -> torch.dtype:
     """What a product's factors are rounded to: the weight's dtype, for 8-bit weights the input's, at most 16 bits."""
     if weight.data.element_size() > 1:
@@ -188,12 +211,24 @@ def compute_dtype(x: Tensor, weight: Weight) -> torch.dtype:
     return torch.bfloat16 if x.dtype == torch.float32 else x.dtype
 
 
-def product(x: Tensor, weight: Weight, bias: Tensor | None, col_scale: Tensor | None, norm: InputNorm | None) -> Tensor:
+def product(
+    x: Tensor,
+    weight: Weight,
+    x_scale: Tensor | None,
+    bias: Tensor | None,
+    col_scale: Tensor | None,
+    norm: InputNorm | None,
+) -> Tensor:
     """norm(x * col_scale) @ weight^T + bias, (B, M, N) float32: what every product of the model starts with.
 
     Factors are rounded to compute_dtype, and the norm is applied to the rows of the result or, where float16 would
     overflow without it, of the input (InputNorm).
     """
+    if x_scale is not None:
+        assert weight.scale is not None, "8-bit weights have a scale"
+        y = reference.product_8bit(x.flatten(0, 1), x_scale.flatten(), weight.data, weight.scale)
+        y = y.unflatten(0, x.shape[:2])
+        return y if bias is None else y + bias.float()
     compute = compute_dtype(x, weight)
     comes_first = compute == torch.float16 and (col_scale is not None or x.dtype != torch.float16)
     scale, mean = (1.0, 0.0) if norm is None else row_norm(norm, x.shape[-1])
@@ -231,6 +266,7 @@ def linear(
     weight: Weight,
     out: Tensor,
     *,
+    x_scale: Tensor | None = None,
     bias: Tensor | None = None,
     col_scale: Tensor | None = None,
     norm: InputNorm | None = None,
@@ -241,7 +277,7 @@ def linear(
     workspace: Workspace,
 ) -> None:
     """As kernels/linear.py: linear."""
-    y = product(x, weight, bias, col_scale, norm)
+    y = product(x, weight, x_scale, bias, col_scale, norm)
     if activation is not None:
         y = F.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
     if residual is not None:
@@ -265,6 +301,7 @@ def swiglu(
     weight: Weight,
     out: Tensor,
     *,
+    x_scale: Tensor | None = None,
     bias: Tensor | None = None,
     col_scale: Tensor | None = None,
     norm: InputNorm | None = None,
@@ -272,7 +309,7 @@ def swiglu(
     workspace: Workspace,
 ) -> None:
     """As kernels/linear.py: swiglu."""
-    gate, up = product(x, weight, bias, col_scale, norm).chunk(2, dim=-1)
+    gate, up = product(x, weight, x_scale, bias, col_scale, norm).chunk(2, dim=-1)
     out.copy_(F.silu(gate) * up)
 
 
@@ -283,6 +320,7 @@ def qkv(
     k: Tensor,
     v: Tensor,
     *,
+    x_scale: Tensor | None = None,
     bias: Tensor | None = None,
     col_scale: Tensor | None = None,
     norm: InputNorm | None = None,
@@ -297,7 +335,7 @@ def qkv(
     """As kernels/qkv.py: qkv."""
     groups, dim = k.shape[1], k.shape[-1]
     heads = 0 if q is None else q.shape[1]
-    y = product(x, weight, bias, col_scale, norm).unflatten(-1, (-1, dim)).transpose(1, 2)
+    y = product(x, weight, x_scale, bias, col_scale, norm).unflatten(-1, (-1, dim)).transpose(1, 2)
     parts = y.split((heads, groups, groups), dim=1)
     cos, sin = (table.repeat(1, 1, 2)[:, None] for table in (cos, sin))
     for part, head_weight, target in ((parts[0], q_weight, q), (parts[1], k_weight, k)):

@@ -45,7 +45,7 @@ MOST_SUMS, MOST_SUMS_OF_WARPS = 208 * 128, 160 * 128
 """Of a program of 8 warps: more leave its epilogue too few registers, or the factors of products of warps."""
 
 
-def default_tactic(kind: str, rows: int, n: int, k: int, arch: int) -> Tactic:
+def default_tactic(kind: str, rows: int, n: int, k: int, arch: int, factor_bytes: int = 2) -> Tactic:
     """How a product of rows (of all batches) by a weight (n, k) runs on a chip for which nothing was measured.
 
     Up to SKINNY_ROWS rows the weight decides: one row tile, narrow column tiles, K split as long as there is a
@@ -53,7 +53,8 @@ def default_tactic(kind: str, rows: int, n: int, k: int, arch: int) -> Tactic:
     Beyond, pieces of mixed heights (schedule "stream"): those rows of a program, columns, and programs for which the
     longest takes the least time, padding included: its products, its reads, and the sums of parts. As many programs as
     tiles, a multiple that leaves no processor two, or one for each processor.
-    n counts weight rows; a head is taken to have HEAD_COLUMNS. For 16-bit factors. Raises ValueError for a chip that
+    n counts weight rows; a head is taken to have HEAD_COLUMNS. factor_bytes: 2, or 1 where both factors have 8 bits,
+    of which a block of K has twice as many and products and reads take half as long. Raises ValueError for a chip that
     is not known.
     """
     if arch not in PROCESSORS:
@@ -61,7 +62,9 @@ def default_tactic(kind: str, rows: int, n: int, k: int, arch: int) -> Tactic:
     processors, roomy = PROCESSORS[arch], SHARED_LIMIT[arch] >= 160 * 1024
     if rows <= SKINNY_ROWS:
         block_m = max(MIN_DOT, triton.next_power_of_2(rows))
-        width, block_k = (HEAD_COLUMNS, 64) if kind == "qkv" else (64, 128 if k % 128 == 0 else 64)
+        width = HEAD_COLUMNS if kind == "qkv" else 64
+        most = (64 if kind == "qkv" else 128) * 2 // factor_bytes
+        block_k = most if k % most == 0 else 64
         tiles, blocks = triton.cdiv(n, width), triton.cdiv(k, block_k)
         split_k = max((split for split in _divisors(blocks) if tiles * split <= processors), default=1)
         return Tactic(
@@ -69,7 +72,7 @@ def default_tactic(kind: str, rows: int, n: int, k: int, arch: int) -> Tactic:
         )
 
     # Of stages, products of warps hold one less in shared memory.
-    block_k, stages = (64, 4) if roomy else (32, 5)
+    block_k, stages = (128 // factor_bytes, 4) if roomy else (64 // factor_bytes, 5)
     blocks, warpgroups = triton.cdiv(k, block_k), arch in WARPGROUPS
 
     def time(tile: tuple[int, int, int]) -> float:
@@ -84,9 +87,10 @@ def default_tactic(kind: str, rows: int, n: int, k: int, arch: int) -> Tactic:
         if programs == 1:
             return triton.cdiv(tiles, processors) * blocks * step
         # Every program writes what it began or ended of tiles, the last of a tile reads all of it: float32 is two
-        # factors.
+        # factors of 16 bits.
         parts = 1 + programs // tiles if programs % tiles == 0 else 2 + 1 + triton.cdiv(programs, tiles)
-        return triton.cdiv(tiles * blocks, programs) * step + parts * 2 * READ_COST[arch] * height * width
+        part = 4 // factor_bytes * READ_COST[arch] * height * width
+        return triton.cdiv(tiles * blocks, programs) * step + parts * part
 
     def tiles_of(block_m: int, width: int) -> int:
         return triton.cdiv(rows, sum(row_pieces(rows, block_m))) * triton.cdiv(n, width)
@@ -131,6 +135,7 @@ def linear(
     weight: Weight,
     out: Tensor,
     *,
+    x_scale: Tensor | None = None,
     bias: Tensor | None = None,
     col_scale: Tensor | None = None,
     norm: InputNorm | None = None,
@@ -147,11 +152,13 @@ def linear(
     that is float32), everything else is float32. "gelu" is the exact one. stats.sums must not be sums that are read.
     With a library tactic the product is rounded too, and block_m, block_n are the tile of what follows it. No float16
     is infinite that is not in PyTorch's order of norm, product, activation and sum.
+    x_scale: (B, M) float32, of x and a weight both in int8 or both in float8_e4m3fn, as quantize leaves x; it has
+    applied norm and col_scale, which are None then. Sums of int8 are exact.
 
     Raises ValueError for shapes that do not belong together and for impossible tiles, NotImplementedError for 8-bit
-    weights with a library tactic.
+    weights with a library tactic, and for 8-bit x with the schedules "whole" and "tma".
     """
-    check_product(x, weight, bias, col_scale, norm, tactic)
+    check_product(x, weight, x_scale, bias, col_scale, norm, tactic)
     batch, rows = x.shape[:2]
     outputs = weight.data.shape[0]
     expect("out", out, (batch, rows, outputs))
@@ -167,6 +174,7 @@ def linear(
         ProductCall(
             x=x,
             weight=weight,
+            x_scale=x_scale,
             bias=bias,
             col_scale=col_scale,
             norm=norm,
@@ -254,6 +262,7 @@ def swiglu(
     weight: Weight,
     out: Tensor,
     *,
+    x_scale: Tensor | None = None,
     bias: Tensor | None = None,
     col_scale: Tensor | None = None,
     norm: InputNorm | None = None,
@@ -265,7 +274,7 @@ def swiglu(
     x: (B, M, K); weight: (2 F, K), the gate's rows, then up's; out: (B, M, F); bias: (2 F,). tactic.block_n counts
     columns of out: a tile holds that many of gate and of up. Otherwise as linear.
     """
-    check_product(x, weight, bias, col_scale, norm, tactic)
+    check_product(x, weight, x_scale, bias, col_scale, norm, tactic)
     batch, rows = x.shape[:2]
     columns = out.shape[-1]
     expect("out", out, (batch, rows, columns))
@@ -276,6 +285,7 @@ def swiglu(
         ProductCall(
             x=x,
             weight=weight,
+            x_scale=x_scale,
             bias=bias,
             col_scale=col_scale,
             norm=norm,

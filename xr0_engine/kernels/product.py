@@ -7,6 +7,8 @@ epilogue: replays are bit-identical.
 
 What does not depend on earlier kernels, the weight, is on its way to the L2 cache before a dependent launch waits.
 8-bit weights are converted in registers; their scale, like the norm of the input's rows, is applied to the result.
+Where the input's rows have 8 bits too, these are multiplied as they are, and both scales are applied to the result: the
+sums of int8 are int32's, whose bits lie in the workspace as float32.
 Where the input's rows are still to be rounded to float16, which ends at 65504, they are normalised before.
 
 Where a tactic names the library, torch computes the product, and the same kernel reads it and does the epilogue.
@@ -30,6 +32,8 @@ STREAM_ROW_TILES = 2
 """Up to so many row tiles, which run side by side, read a weight block: it need not stay in the cache."""
 MIN_DOT = 16
 """Smallest side of a tile that tl.dot takes."""
+LEAST_EXACT = 128
+"""So many products of float8 a warpgroup adds up by itself, with 14 bits, as other libraries do: fewer cost more."""
 MOST_WASTE = 0.08
 """Of the rows that pieces of mixed heights hold, at most so many are none, where multiples of MIN_DOT allow it."""
 
@@ -37,9 +41,9 @@ MOST_WASTE = 0.08
 class Product(NamedTuple):
     """What a product's kernel reads, as one argument: tensors, each with the strides of its dimensions, and sizes.
 
-    x: (B, M, K); w: (N, K); scale, bias, column_sums: (N,); col_scale: (K,); sums: (slots, B, M, 2). norm_eps, slots:
-    of sums. partials, counters: None where K is whole. rows: of all batches, in row_tiles tiles; batch_rows: M;
-    inputs: K.
+    x: (B, M, K); w: (N, K); x_scale: (B, M); scale, bias, column_sums: (N,); col_scale: (K,); sums: (slots, B, M, 2).
+    norm_eps, slots: of sums. partials, counters: None where K is whole. rows: of all batches, in row_tiles tiles;
+    batch_rows: M; inputs: K.
     """
 
     x: Tensor
@@ -47,6 +51,8 @@ class Product(NamedTuple):
     x_m: int
     w: Tensor
     w_n: int
+    x_scale: Tensor | None
+    x_scale_b: int
     scale: Tensor | None
     bias: Tensor | None
     col_scale: Tensor | None
@@ -105,6 +111,18 @@ def compute_type(x, w):
     if w.primitive_bitwidth > 8:
         return w
     return tl.bfloat16 if x == tl.float32 else x
+
+
+@triton.constexpr_function
+def sum_type(x):
+    """What products of such rows are added up in."""
+    return tl.int32 if x == tl.int8 else tl.float32
+
+
+@triton.constexpr_function
+def added_at_most(x, depth):
+    """After how many products a warpgroup's sums are added to those in float32. 0: they are float32, or int32."""
+    return min(LEAST_EXACT, depth) if x.is_fp8() else 0
 
 
 @triton.constexpr_function
@@ -187,25 +205,33 @@ def load_weights(product, place, start, HOW: tl.constexpr):
 
 
 @triton.jit
+def add_product(a, b, total):
+    """total + a @ b, of factors as they are and sums in sum_type."""
+    MOST: tl.constexpr = added_at_most(a.dtype, a.shape[1])
+    return tl.dot(a, b, total, input_precision="ieee", max_num_imprecise_acc=MOST, out_dtype=total.dtype)
+
+
+@triton.jit
 def _multiply(product, tile, n, HOW: tl.constexpr):
-    """(BLOCK_M, BLOCK_N) float32: a tile's rows times weight rows n, over one split's part of K."""
+    """(BLOCK_M, BLOCK_N), in sum_type: a tile's rows times weight rows n, over one split's part of K."""
     step, inputs, split = tl.arange(0, HOW.BLOCK_K), product.inputs, tile.split
     row_scale, mean = first_norm(product, tile, HOW)
     x_tile = product.x + (tile.batch * product.x_b + tile.row * product.x_m)[:, None] + step[None, :]
     w_tile = product.w + n[None, :].to(tl.int64) * product.w_n + step[:, None]
     part = tl.cdiv(tl.cdiv(inputs, HOW.BLOCK_K), HOW.SPLIT_K) * HOW.BLOCK_K
+    SUM: tl.constexpr = sum_type(product.x.dtype.element_ty)
     # Not tl.zeros, which in Triton 3.6 takes no numbers of a named tuple.
-    total = tl.full((HOW.BLOCK_M, HOW.BLOCK_N), 0.0, tl.float32)
+    total = tl.full((HOW.BLOCK_M, HOW.BLOCK_N), 0, SUM)
     for start in range(split * part, tl.minimum(split * part + part, inputs), HOW.BLOCK_K):
         a = load_rows(product, x_tile, start, row_scale, mean, HOW)
         b = load_weights(product, w_tile, start, HOW)
-        total = tl.dot(a, b, total, input_precision="ieee")
+        total = add_product(a, b, total)
     return total
 
 
 @triton.jit
 def multiply(product, tile, n, HOW: tl.constexpr, PDL: tl.constexpr):
-    """(BLOCK_M, BLOCK_N) float32, a tile's rows times weight rows n, and whether this program is to finish it.
+    """(BLOCK_M, BLOCK_N) in sum_type, a tile's rows times weight rows n, and whether this program is to finish it.
 
     Where K is split these are one split's; the last of a tile's programs to come by finishes it.
     """
@@ -229,7 +255,7 @@ def deposit(total, product, tile, HOW: tl.constexpr):
     index = tile.column_tile * product.row_tiles + tile.row_tile
     place = tl.arange(0, HOW.BLOCK_M)[:, None] * HOW.BLOCK_N + tl.arange(0, HOW.BLOCK_N)[None, :]
     part = (index * HOW.SPLIT_K + tile.split).to(tl.int64) * (HOW.BLOCK_M * HOW.BLOCK_N)
-    tl.store(product.partials + part + place, total)
+    tl.store(product.partials + part + place, total.to(tl.float32, bitcast=True))
     # The counter is touched by one thread: every thread's part must be there before.
     tl.debug_barrier()
     return tl.atomic_add(product.counters + index, 1, sem="acq_rel", scope="gpu")
@@ -241,9 +267,10 @@ def _collect(product, tile, HOW: tl.constexpr):
     index = tile.column_tile * product.row_tiles + tile.row_tile
     place = tl.arange(0, HOW.BLOCK_M)[:, None] * HOW.BLOCK_N + tl.arange(0, HOW.BLOCK_N)[None, :]
     part = product.partials + index.to(tl.int64) * (HOW.SPLIT_K * HOW.BLOCK_M * HOW.BLOCK_N) + place
-    total = tl.full((HOW.BLOCK_M, HOW.BLOCK_N), 0.0, tl.float32)
+    SUM: tl.constexpr = sum_type(product.x.dtype.element_ty)
+    total = tl.full((HOW.BLOCK_M, HOW.BLOCK_N), 0, SUM)
     for _ in range(HOW.SPLIT_K):
-        total += tl.load(part, cache_modifier=".cg")
+        total += tl.load(part, cache_modifier=".cg").to(SUM, bitcast=True)
         part += HOW.BLOCK_M * HOW.BLOCK_N
     tl.store(product.counters + index, 0)
     return total
@@ -251,9 +278,15 @@ def _collect(product, tile, HOW: tl.constexpr):
 
 @triton.jit
 def finish(y, product, tile, n, HOW: tl.constexpr):
-    """What follows multiply: all splits' sum, the weight's scale, the norm of the input's rows, the bias."""
+    """What follows multiply: all splits' sum, the rows' and the weight's scale, the norm of the input's rows, the bias.
+
+    Returns float32.
+    """
     if HOW.SPLIT_K > 1:
         y = _collect(product, tile, HOW)
+    if product.x_scale is not None:
+        row_place = tile.batch * product.x_scale_b + tile.row
+        y = y.to(tl.float32) * tl.load(product.x_scale + row_place)[:, None]
     if product.scale is not None:
         y *= tl.load(product.scale + n)[None, :]
     NORM_FIRST: tl.constexpr = norm_comes_first(

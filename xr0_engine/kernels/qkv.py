@@ -106,6 +106,7 @@ def qkv(
     k: Tensor,
     v: Tensor,
     *,
+    x_scale: Tensor | None = None,
     bias: Tensor | None = None,
     col_scale: Tensor | None = None,
     norm: InputNorm | None = None,
@@ -124,7 +125,7 @@ def qkv(
     eps, or None for none; cos, sin: (B, M, D / 2) float32, halves convention. tactic.block_n is not read: a tile is
     one head. Otherwise as linear.
     """
-    check_product(x, weight, bias, col_scale, norm, tactic)
+    check_product(x, weight, x_scale, bias, col_scale, norm, tactic)
     batch, rows = x.shape[:2]
     groups, dim = k.shape[1], k.shape[-1]
     heads = 0 if q is None else q.shape[1]
@@ -145,6 +146,7 @@ def qkv(
         ProductCall(
             x=x,
             weight=weight,
+            x_scale=x_scale,
             bias=bias,
             col_scale=col_scale,
             norm=norm,

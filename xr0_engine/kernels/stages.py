@@ -129,7 +129,8 @@ def qkv_stage(
     """x: a stream of COLUMNS; q, k, v: (B, HEADS, M, DIM) each. A launch may begin with it."""
     tokens, rows = shared.tokens, shared.batch * shared.tokens
     product = Product(
-        x=x, x_b=tokens * COLUMNS, x_m=COLUMNS, w=w, w_n=COLUMNS, scale=None, bias=bias, col_scale=col_scale,
+        x=x, x_b=tokens * COLUMNS, x_m=COLUMNS, w=w, w_n=COLUMNS, x_scale=None, x_scale_b=0,
+        scale=None, bias=bias, col_scale=col_scale,
         sums=sums, sums_s=2 * rows, sums_b=2 * tokens, sums_m=2, column_sums=None, norm_eps=shared.eps,
         partials=shared.partials, counters=shared.counters, rows=rows, batch_rows=tokens, inputs=COLUMNS,
         slots=SLOTS, row_tiles=tl.cdiv(rows, TILE.BLOCK_M),
@@ -161,7 +162,8 @@ def raw_stage(
     """x: a stream of COLUMNS; out: (B, M, OUTPUTS), as the product leaves it. A launch may begin with it."""
     tokens, rows = shared.tokens, shared.batch * shared.tokens
     product = Product(
-        x=x, x_b=tokens * COLUMNS, x_m=COLUMNS, w=w, w_n=COLUMNS, scale=None, bias=bias, col_scale=col_scale,
+        x=x, x_b=tokens * COLUMNS, x_m=COLUMNS, w=w, w_n=COLUMNS, x_scale=None, x_scale_b=0,
+        scale=None, bias=bias, col_scale=col_scale,
         sums=sums, sums_s=2 * rows, sums_b=2 * tokens, sums_m=2, column_sums=None, norm_eps=shared.eps,
         partials=shared.partials, counters=shared.counters, rows=rows, batch_rows=tokens, inputs=COLUMNS,
         slots=SLOTS, row_tiles=tl.cdiv(rows, TILE.BLOCK_M),
@@ -224,7 +226,8 @@ def linear_stage(
     """
     rows = shared.batch * x_rows
     product = Product(
-        x=x, x_b=x_rows * INPUTS, x_m=INPUTS, w=w, w_n=INPUTS, scale=None, bias=None, col_scale=None, sums=None,
+        x=x, x_b=x_rows * INPUTS, x_m=INPUTS, w=w, w_n=INPUTS, x_scale=None, x_scale_b=0,
+        scale=None, bias=None, col_scale=None, sums=None,
         sums_s=0, sums_b=0, sums_m=0, column_sums=None, norm_eps=0.0, partials=shared.partials,
         counters=shared.counters, rows=rows, batch_rows=x_rows, inputs=INPUTS, slots=0,
         row_tiles=tl.cdiv(rows, TILE.BLOCK_M),
@@ -268,7 +271,8 @@ def swiglu_stage(
     """x: a stream of COLUMNS; out: (B, M, INNER)."""
     tokens, rows = shared.tokens, shared.batch * shared.tokens
     product = Product(
-        x=x, x_b=tokens * COLUMNS, x_m=COLUMNS, w=w, w_n=COLUMNS, scale=None, bias=bias, col_scale=col_scale,
+        x=x, x_b=tokens * COLUMNS, x_m=COLUMNS, w=w, w_n=COLUMNS, x_scale=None, x_scale_b=0,
+        scale=None, bias=bias, col_scale=col_scale,
         sums=sums, sums_s=2 * rows, sums_b=2 * tokens, sums_m=2, column_sums=None, norm_eps=shared.eps,
         partials=shared.partials, counters=shared.counters, rows=rows, batch_rows=tokens, inputs=COLUMNS,
         slots=SLOTS, row_tiles=tl.cdiv(rows, TILE.BLOCK_M),
@@ -306,7 +310,8 @@ def wide_stage(
     COLUMNS, where sums are given their norm; out: (B, x_rows, OUTPUTS)."""
     rows = shared.batch * x_rows
     product = Product(
-        x=x, x_b=shared.tokens * COLUMNS, x_m=COLUMNS, w=w, w_n=COLUMNS, scale=None, bias=None, col_scale=None,
+        x=x, x_b=shared.tokens * COLUMNS, x_m=COLUMNS, w=w, w_n=COLUMNS, x_scale=None, x_scale_b=0,
+        scale=None, bias=None, col_scale=None,
         sums=sums, sums_s=2 * shared.batch * shared.tokens, sums_b=2 * shared.tokens, sums_m=2, column_sums=None,
         norm_eps=shared.eps, partials=shared.partials, counters=shared.counters, rows=rows, batch_rows=x_rows,
         inputs=COLUMNS, slots=SLOTS, row_tiles=tl.cdiv(rows, TILE.BLOCK_M),

@@ -22,6 +22,7 @@ from xr0_engine.kernels.device import gdc_begin, paired, rows_from, with_last
 from xr0_engine.kernels.launch import launch
 from xr0_engine.kernels.product import (
     Tile,
+    add_product,
     finish,
     first_norm,
     load_rows,
@@ -29,6 +30,7 @@ from xr0_engine.kernels.product import (
     of_rows,
     prefetch_weight,
     row_pieces,
+    sum_type,
 )
 
 UPRIGHT = tl.constexpr(64)
@@ -72,18 +74,15 @@ def _tile(product, group, column_tile, row, HOW: tl.constexpr):
 
 
 @triton.jit
-def _zeros(ROWS: tl.constexpr, HOW: tl.constexpr):
-    """Of a piece's sums: (its rows, BLOCK_N), or transposed where UPRIGHT says so."""
-    if ROWS < UPRIGHT:
-        zeros = tl.full((HOW.BLOCK_N, ROWS), 0.0, tl.float32)
-    else:
-        zeros = tl.full((ROWS, HOW.BLOCK_N), 0.0, tl.float32)
-    return zeros
+def _zeros(product, ROWS: tl.constexpr, HOW: tl.constexpr):
+    """Of a piece's sums, in sum_type: (its rows, BLOCK_N), or transposed where UPRIGHT says so."""
+    SUM: tl.constexpr = sum_type(product.x.dtype.element_ty)
+    return tl.full((HOW.BLOCK_N, ROWS), 0, SUM) if ROWS < UPRIGHT else tl.full((ROWS, HOW.BLOCK_N), 0, SUM)
 
 
 @triton.jit
 def _multiply(product, group, column_tile, n, begin, end, HEIGHTS: tl.constexpr, HOW: tl.constexpr):
-    """Each piece of a group's rows times weight rows n, blocks begin to end of K; float32, shaped as _zeros has it."""
+    """Each piece of a group's rows times weight rows n, blocks begin to end of K; sums as _zeros has them."""
     BLOCK_K: tl.constexpr = HOW.BLOCK_K
     step = tl.arange(0, BLOCK_K)
     w_tile = product.w + n[None, :].to(tl.int64) * product.w_n + step[:, None]
@@ -95,7 +94,7 @@ def _multiply(product, group, column_tile, n, begin, end, HEIGHTS: tl.constexpr,
         x_tiles = with_last(x_tiles, product.x + x_place + step[None, :])
         row_scale, mean = first_norm(product, tile, of_rows(HOW, HEIGHTS[i]))
         scales, means = with_last(scales, row_scale), with_last(means, mean)
-        totals = with_last(totals, _zeros(HEIGHTS[i], HOW))
+        totals = with_last(totals, _zeros(product, HEIGHTS[i], HOW))
         row += HEIGHTS[i]
     for start in range(begin * BLOCK_K, end * BLOCK_K, BLOCK_K):
         b = load_weights(product, w_tile, start, HOW)
@@ -103,9 +102,9 @@ def _multiply(product, group, column_tile, n, begin, end, HEIGHTS: tl.constexpr,
         for i in tl.static_range(len(HEIGHTS)):
             a = load_rows(product, x_tiles[i], start, scales[i], means[i], of_rows(HOW, HEIGHTS[i]))
             if HEIGHTS[i] < UPRIGHT:
-                added = with_last(added, tl.dot(b.T, a.T, totals[i], input_precision="ieee"))
+                added = with_last(added, add_product(b.T, a.T, totals[i]))
             else:
-                added = with_last(added, tl.dot(a, b, totals[i], input_precision="ieee"))
+                added = with_last(added, add_product(a, b, totals[i]))
         totals = added
     return totals
 
@@ -124,7 +123,8 @@ def _deposit(totals, product, part, counter, HEIGHTS: tl.constexpr, HOW: tl.cons
     """Leave a part of a tile in memory. Returns how many of the tile's parts were there before."""
     rows_before = 0
     for i in tl.static_range(len(HEIGHTS)):
-        tl.store(_part(product, part, rows_before, of_rows(HOW, HEIGHTS[i])), totals[i])
+        place = _part(product, part, rows_before, of_rows(HOW, HEIGHTS[i]))
+        tl.store(place, totals[i].to(tl.float32, bitcast=True))
         rows_before += HEIGHTS[i]
     # The counter is touched by one thread: every thread's part must be there before.
     tl.debug_barrier()
@@ -134,15 +134,17 @@ def _deposit(totals, product, part, counter, HEIGHTS: tl.constexpr, HOW: tl.cons
 @triton.jit
 def _collect(product, part, parts, HEIGHTS: tl.constexpr, HOW: tl.constexpr):
     """Of each piece of a tile: its parts, added up in the order of K."""
+    SUM: tl.constexpr = sum_type(product.x.dtype.element_ty)
     totals = ()
     for i in tl.static_range(len(HEIGHTS)):
-        totals = with_last(totals, _zeros(HEIGHTS[i], HOW))
+        totals = with_last(totals, _zeros(product, HEIGHTS[i], HOW))
     for index in range(parts):
         added = ()
         rows_before = 0
         for i in tl.static_range(len(HEIGHTS)):
             place = _part(product, part + index, rows_before, of_rows(HOW, HEIGHTS[i]))
-            added = with_last(added, totals[i] + tl.load(place, cache_modifier=".cg"))
+            more = tl.load(place, cache_modifier=".cg").to(SUM, bitcast=True)
+            added = with_last(added, totals[i] + more)
             rows_before += HEIGHTS[i]
         totals = added
     return totals

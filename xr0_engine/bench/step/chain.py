@@ -65,7 +65,7 @@ class Chain:
             key = self.key if self.key in each else next(iter(each))
             call = each[key]
             if key != self.key:
-                taken: Tactic | None = self.tactics.get(key) or ops.default(call.kind, call.shape)
+                taken: Tactic | None = self.tactics.get(key) or ops.default(call.kind, call.shape, call.options)
             else:
                 taken = tactic
             if taken is not None:

@@ -106,7 +106,7 @@ def race(
     ops: FusedOps, call: Call, chain: Chain, processors: int, timer: Timer, gate: float, threads: int, effort: Effort
 ) -> Outcome:
     """Find the fastest tactic of a key. call: its first; chain: where it is timed; threads: that compile."""
-    default = ops.default(call.kind, call.shape)
+    default = ops.default(call.kind, call.shape, call.options)
     outcome, trial = Outcome(default, default, call.count), Trial(ops, call, default, gate)
 
     def take(entrants: Sequence[Tactic]) -> None:

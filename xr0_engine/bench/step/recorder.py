@@ -108,7 +108,7 @@ class RecordingOps(FusedOps):
     def run(
         self, kind: str, shape: Shape, dtype: torch.dtype, arguments: tuple[Any, ...], options: Mapping[str, Any]
     ) -> None:
-        self._keep({tactic_key(kind, shape, dtype): Call(kind, shape, arguments, options)})
+        self._keep({tactic_key(kind, shape, dtype, options): Call(kind, shape, arguments, options)})
         super().run(kind, shape, dtype, arguments, options)
 
     def flow_loop(self, weights: FlowWeights, inputs: FlowInputs, buffers: FlowBuffers, **options: Any) -> None:
@@ -173,7 +173,7 @@ class PaperOps(StagedOps):
 
     def _nothing(self, *arguments: Any, **options: Any) -> None: ...
 
-    embed = rope_tables = dit_rope_tables = layer_norm = _nothing
+    embed = rope_tables = dit_rope_tables = layer_norm = quantize = _nothing
 
     def _product(self, name: str, x: Tensor, weight: Tensor) -> None:
         """x: (B, M, any columns) of rows that are multiplied with weight (N, K)."""

@@ -130,7 +130,7 @@ def _restored(recording: RecordingOps, known: TacticTable) -> dict[str, Outcome]
     """The outcomes that a table tells of, but for keys whose candidates are others today."""
     outcomes = {}
     for key, call in recording.calls.items():
-        default = recording.default(call.kind, call.shape)
+        default = recording.default(call.kind, call.shape, call.options)
         tactics = candidates.named(call.kind, call.shape, default, _processors(recording.workspace.device))
         times = known.measured.get(key, {})
         if candidates.name(default) in times and times.keys() <= tactics.keys():
@@ -176,7 +176,7 @@ def _race_all(
 
     def share(key: str) -> float:
         call = recording.calls[key]
-        default = recording.default(call.kind, call.shape)
+        default = recording.default(call.kind, call.shape, call.options)
         return call.count * chain(key).microseconds(timer, [default], effort.quick)[default]
 
     total = len(recording.calls)
