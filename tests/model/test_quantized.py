@@ -81,6 +81,16 @@ def test_a_layer_in_8_bits_is_near_the_one_in_32(format):
     assert 0 < apart < {"int8": 0.015, "fp8": 0.05, "int8-weights": 0.01}[format]
 
 
+def test_nothing_overflows_that_did_not_in_16_bits():
+    """Integers times what they are multiplied with are larger than the product; float16 ends at 65504."""
+    linear, x = nn.Linear(2560, 32, bias=False), torch.full((1, 2560), 8.0)
+    linear.weight.data.fill_(1e-3)
+    layer = QuantizedLinear(linear, "int8-weights")
+    layer.take(linear.weight.detach())
+    assert layer(x.half()).isfinite().all()
+    assert layer(x.half())[0, 0] == pytest.approx(20.48, rel=0.01)
+
+
 def test_a_loaded_layer_is_not_cast():
     layer = QuantizedLinear(nn.Linear(8, 4), "fp8")
     with pytest.raises(TypeError, match="load it anew"):

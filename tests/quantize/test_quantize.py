@@ -16,11 +16,13 @@ import xr0_engine
 from xr0_engine.cli import app
 from xr0_engine.engine import Engine
 from xr0_engine.model.quantization import QUANTIZATION_FILE, Format, quantized_layers, read_quantization
-from xr0_engine.model.quantized import QuantizedLinear, quantized
+from xr0_engine.model.quantized import QuantizedLinear, quantized, rounded
 from xr0_engine.model.weights import inference_shapes
 from xr0_engine.quantize.fidelity import Fidelity, Spread, compare, layers_alone
+from xr0_engine.quantize.folder import write_quantized
 from xr0_engine.quantize.gate import Gate
 from xr0_engine.quantize.make import make
+from xr0_engine.quantize.report import JSON_FILE, PAGE_FILE
 from xr0_engine.quantize.samples import PREFIX, Moment
 from xr0_engine.quantize.search import search
 from xr0_engine.training.base import read_base
@@ -179,6 +181,70 @@ def test_auto_gives_back_no_more_than_it_has_to(engine, layers, moments):
         search(engine, layers, moments, Gate(error=0.0))
 
 
+@pytest.fixture(scope="module")
+def episodes(tmp_path_factory):
+    """A second of one recorded episode, through the policy's own view."""
+    pytest.importorskip("gym_aloha")
+    from xr0_engine.training.data.record import Settings, record
+
+    out = tmp_path_factory.mktemp("recorded") / "episodes"
+    record(out, 1, 90_000, Settings(width=320, height=240, views=("ego",), seconds=1.0), 1)
+    return out
+
+
+def test_the_command_compares_writes_and_tells(tmp_path, episodes):
+    out = tmp_path / "eight"
+    words = ["quantize", str(POLICY), "--calibrate", str(episodes), "--moments", "3", "--dtype", "float32"]
+    result = CliRunner().invoke(app, [*words, "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    assert "cosine of the chunks" in result.output
+    told = json.loads((out / JSON_FILE).read_text())
+    assert told["moments"] == 3
+    assert told["bytes_after"] < 0.62 * told["bytes_before"]
+    assert told["missed"] == []
+    # One in two moments has a prefix, the first has none.
+    assert set(told["seam"]) == {"16 bit", "8 bit", "recorded"}
+    page = (out / PAGE_FILE).read_text()
+    assert "largest difference, mm" in page
+    assert "vlm.model.language_model.layers.0.mlp.down_proj" in page
+    quantization = read_quantization(out)
+    assert quantization is not None
+    assert quantization.largest.keys() == quantization.layers.keys()
+    assert min(quantization.largest.values()) > 0
+
+
+def test_a_gate_that_is_missed_leaves_nothing(tmp_path, episodes):
+    gate = tmp_path / "gate.json"
+    gate.write_text('{"error": 0.0}')
+    words = ["quantize", str(POLICY), "--calibrate", str(episodes), "--moments", "2", "--dtype", "float32"]
+    result = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "eight"), "--gate", str(gate)])
+    assert result.exit_code == 1, result.output
+    assert "missed: error" in result.output
+    assert [each.name for each in tmp_path.iterdir()] == ["gate.json"]
+
+
+def test_what_was_compared_in_16_bits_is_what_is_written(tmp_path):
+    """A checkpoint in 32 bits, whose weights the comparison had rounded to 16."""
+
+    def widen(tensors):
+        for name, tensor in tensors.items():
+            tensors[name] = tensor.float() * (1 + 2**-10)
+
+    source = changed(POLICY, tmp_path / "source", widen)
+    layers: dict[str, Format] = {"dit.layers.0.attn.o_proj": "int8"}
+    for name, dtype in (("compared", torch.bfloat16), ("stored", None)):
+        (tmp_path / name).mkdir()
+        write_quantized(source, tmp_path / name, "int8", layers, dtype=dtype)
+    weight = load_file(next(source.glob("*.safetensors")))["dit.layers.0.attn.o_proj.weight"]
+    expected, _ = rounded(weight.bfloat16(), "int8")
+    compared, stored = (
+        load_file(next((tmp_path / name).glob("*.safetensors")))["dit.layers.0.attn.o_proj.weight"]
+        for name in ("compared", "stored")
+    )
+    assert torch.equal(compared, expected)
+    assert not torch.equal(stored, expected)
+
+
 def test_wrong_input_is_refused_before_anything_is_written(tmp_path, folder):
     run, out = CliRunner().invoke, str(tmp_path / "out")
     for words, told in (
@@ -237,6 +303,10 @@ def test_damaged_folders_are_refused(tmp_path, folder):
     assert "not of the model that config.json describes" in load(other)
     (other / QUANTIZATION_FILE).unlink()
     assert "has dtype I8" in load(other)
+    with pytest.raises(CheckpointError, match="has dtype I8"):
+        Engine.from_pretrained(other, "cpu", "float32", "reference", quantize="int8")
+    shutil.copy(folder / QUANTIZATION_FILE, shutil.copytree(POLICY, tmp_path / "e"))
+    assert "missing vlm.model.visual.blocks.0.attn.qkv.weight_scale" in load(tmp_path / "e")
 
 
 def test_weights_that_are_not_finite_are_not_quantised(tmp_path):

@@ -87,7 +87,16 @@ def tensorrt(
     engines = build_engines(folder, target, builder, stage or STAGES)
     title = f"{folder / target}: {engines.builder} {engines.builder_version}, SM {engines.compute_capability}"
     table = Table(
-        "stage", "engine MiB", "built in s", "peak MiB", "layers", "of which fused", "products, in 8 bits", title=title
+        "stage",
+        "engine MiB",
+        "built in s",
+        "peak MiB",
+        "layers",
+        "of which fused",
+        "products",
+        "8-bit weights",
+        "rows too",
+        title=title,
     )
     for key, facts in engines.facts.items():
         layers = facts["layers"]
@@ -97,7 +106,7 @@ def tensorrt(
             *(f"{value:.0f}" for value in sizes),
             str(layers["count"]),
             str(layers["fused"]),
-            f"{layers.get('products', '')}, {layers.get('eight_bit', '')}",
+            *(str(layers.get(name, "")) for name in ("products", "eight_bit", "eight_bit_rows")),
         )
     Console().print(table)
 

@@ -54,7 +54,8 @@ _short, _frozen_before = 0, False
 
 @contextmanager
 def short_collections() -> Iterator[None]:
-    """Keep Python's garbage collector to what is made from here on; of several at once, from the first to the last.
+    """Keep Python's garbage collector to what is made from here on; of several at once, from the first's begin to the
+    last's end.
 
     A full collection stops every thread for as long as it takes to look at all there is, which can be longer than a
     tick. What exists now is left alone until the end.
@@ -64,8 +65,8 @@ def short_collections() -> Iterator[None]:
         if not _short:
             # Counts one by one: of hundreds of thousands, milliseconds.
             _frozen_before = gc.get_freeze_count() > 0
+            gc.freeze()
         _short += 1
-        gc.freeze()
     try:
         yield
     finally:

@@ -55,7 +55,7 @@ def compare_export(
     quantization = read_quantization(source)
     stored = read_index(source, quantized=quantization is not None)
     layers = {} if quantization is None else quantization.layers
-    reference = load_model(preprocess.config, stored, model.device, model.dtype, layers)
+    reference = load_model(preprocess.config, stored, model.device, model.dtype, layers, quantization is not None)
     if quantization is not None:
         round_by(reference, quantization.largest)
     rounds = "int8" in layers.values()

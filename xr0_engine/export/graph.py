@@ -19,6 +19,7 @@ from torch import Tensor
 
 from xr0_engine import __version__
 from xr0_engine.model.quantization import MOST_INT8, SCALE, Quantization
+from xr0_engine.types import CheckpointError
 
 OPSET = 23
 """The first in which attention and RMSNorm are operators, which ONNX Runtime and TensorRT then run as such."""
@@ -26,6 +27,8 @@ IR_VERSION = 11
 WEIGHTS_FILE = "weights.data"
 INLINE_BYTES = 1024
 """Initializers up to this size stay in the graph."""
+MOST_OF_SCALE = 0.01
+"""By so much of itself a scale may be off in a graph's dtype: more than rounding to 16 bits makes of any normal one."""
 ALIGNMENT = 4096
 """Offsets in the weights file are multiples of a page, so that readers can map it."""
 
@@ -62,9 +65,16 @@ class WeightFile:
         return self._known[name]
 
     def joined(self, name: str, parts: Sequence[str], dtype: torch.dtype) -> TensorProto:
-        """Tensors of the checkpoint, one behind the other by their first axis."""
+        """Tensors of the checkpoint, one behind the other by their first axis. Raises CheckpointError for scales that
+        this dtype has not."""
         if name not in self._known:
-            self.add(name, torch.cat([self._read(part).to(dtype) for part in parts]))
+            whole = torch.cat([self._read(part) for part in parts])
+            if name.endswith(SCALE) and bool(((whole.to(dtype).float() / whole - 1).abs() > MOST_OF_SCALE).any()):
+                raise CheckpointError(
+                    f"{parts[0]}: a scale of {float(whole.min()):.3g} is none in {dtype}: the weights of an output are "
+                    "that small, or all zero; export in fp32 or bf16"
+                )
+            self.add(name, whole.to(dtype))
         return self._known[name]
 
     def add(self, name: str, tensor: Tensor) -> TensorProto:
@@ -182,7 +192,7 @@ class Graph:
             format = None if eight is None else eight.layers.get(layer)
             if eight is not None and format == "int8":
                 x = self._round(x, eight.largest[layer])
-            weight = self.weight("weight") if format is None else self._eight_bit_weight()
+            weight = self.weight("weight") if format is None else self._eight_bit_weight(layer)
             return self.op("Gemm", x, weight, *([self.weight("bias")] if bias else []), transB=1)
 
     def linears(self, x: str, *modules: str) -> list[str]:
@@ -193,19 +203,18 @@ class Graph:
             return [self.linear(x, module) for module in modules]
         both = "+".join(modules)
         with self.scope(both):
-            name = ".".join((*self._scope, "weight"))
-            weight = self._weights.joined(name, [f"{layer}.weight" for layer in layers], torch.int8)
-            scale = self._weights.joined(f"{name}_scale", [f"{layer}.{SCALE}" for layer in layers], self.dtype)
-            y = self.op("Gemm", x, self._wide(weight, self._use(scale)), transB=1)
+            y = self.op("Gemm", x, self._eight_bit_weight(*layers), transB=1)
         sizes = [self._weights.rows(f"{layer}.weight") for layer in layers]
         return self.split(y, *sizes, axis=1)
 
-    def _eight_bit_weight(self) -> str:
-        weight = self._weights.checkpoint(".".join((*self._scope, "weight")), torch.int8)
-        return self._wide(weight, self.weight(SCALE))
-
-    def _wide(self, weight: TensorProto, scale: str) -> str:
-        return self.op("DequantizeLinear", self._use(weight), scale, axis=0)
+    def _eight_bit_weight(self, *layers: str) -> str:
+        """Of layers one behind the other, in this scope. Raises CheckpointError for scales that are none in the graph's
+        dtype."""
+        weight, scale = (
+            self._weights.joined(".".join((*self._scope, kind)), [f"{layer}.{kind}" for layer in layers], dtype)
+            for kind, dtype in (("weight", torch.int8), (SCALE, self.dtype))
+        )
+        return self.op("DequantizeLinear", self._use(weight), self._use(scale), axis=0)
 
     def _round(self, x: str, largest: float) -> str:
         """To 8 bits and back; layers that share an input share this."""

@@ -47,16 +47,16 @@ def parse_layers(log: Sequence[str]) -> list[Layer]:
 def summarise(layers: Sequence[Layer]) -> dict[str, Any]:
     """count: kernels, synchronisation apart; fused: those of several operators; how many of which type, precision.
 
-    products: how many layers' products there are in them; eight_bit: of these, those by 8-bit weights; eight_bit_rows:
-    of those, those whose rows have 8 bits too: kernels that both conversions back were fused into.
+    products: kernels with a layer's product; eight_bit: of these, those by 8-bit weights, whose conversion back was
+    fused into them; eight_bit_rows: of those, those whose rows' was too.
     """
     kernels = [layer for layer in layers if layer.type not in SYNCHRONISATION]
-    products = [_back(layer) for layer in kernels if any(".Gemm." in name for name in layer.operators)]
+    products = [counts for counts in map(_products, kernels) if counts[0]]
     return {
         "count": len(kernels),
         "products": len(products),
-        "eight_bit": sum(back > 0 for back in products),
-        "eight_bit_rows": sum(back > 1 for back in products),
+        "eight_bit": sum(back > 0 for _, back in products),
+        "eight_bit_rows": sum(back > count for count, back in products),
         "fused": sum(len(layer.operators) > 1 for layer in kernels),
         "operators": len({operator for layer in kernels for operator in layer.operators}),
         "types": dict(Counter(layer.type for layer in kernels).most_common()),
@@ -64,9 +64,9 @@ def summarise(layers: Sequence[Layer]) -> dict[str, Any]:
     }
 
 
-def _back(layer: Layer) -> int:
-    """Conversions from 8 bits within a kernel."""
-    return sum(".DequantizeLinear." in name for name in layer.operators)
+def _products(layer: Layer) -> tuple[int, int]:
+    """Products within a kernel, and conversions from 8 bits."""
+    return tuple(sum(kind in name for name in layer.operators) for kind in (".Gemm.", ".DequantizeLinear."))  # type: ignore[return-value]
 
 
 def _layer(match: re.Match[str]) -> Layer:

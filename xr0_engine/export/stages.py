@@ -224,16 +224,17 @@ def _prefill(g: Graph, plan: Plan, prompt: _Prompt, vision: str, taps: list[str]
             with g.scope(f"layers.{layer}"):
                 h = g.rms_norm(x, "input_layernorm", text.rms_eps)
                 with g.scope("self_attn"):
-                    k, v = (_heads(g, g.linear(h, f"{name}_proj"), batch, tokens, text.head_dim) for name in "kv")
+                    is_last = layer == text.num_layers - 1
+                    names = [f"{name}_proj" for name in ("kv" if is_last else "qkv")]
+                    *q, k, v = (_heads(g, part, batch, tokens, text.head_dim) for part in g.linears(h, *names))
                     k = _rotate(g, g.rms_norm(k, "k_norm", text.rms_eps), cos, sin)
                     if layer >= plan.config.first_read_layer:
                         keys.append(k)
                         values.append(v)
-                    if layer == text.num_layers - 1:
+                    if is_last:
                         break
-                    q = _heads(g, g.linear(h, "q_proj"), batch, tokens, text.head_dim)
-                    q = _rotate(g, g.rms_norm(q, "q_norm", text.rms_eps), cos, sin)
-                    mixed = g.transpose(g.attention(q, k, v, allowed), 0, 2, 1, 3)
+                    query = _rotate(g, g.rms_norm(q[0], "q_norm", text.rms_eps), cos, sin)
+                    mixed = g.transpose(g.attention(query, k, v, allowed), 0, 2, 1, 3)
                     mixed = g.reshape(mixed, rows, text.num_heads * text.head_dim)
                     x = g.op("Add", x, g.linear(mixed, "o_proj"))
                 x = g.op("Add", x, _gated_mlp(g, g.rms_norm(x, "post_attention_layernorm", text.rms_eps)))

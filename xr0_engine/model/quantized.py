@@ -51,9 +51,13 @@ class QuantizedLinear(nn.Module):
         self.weight_scale.data.copy_(scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (..., K). Returns (..., N) in x's dtype: sums, scales and bias in float32, rounded once."""
-        if self.format == "int8-weights":
-            y = F.linear(_wide(x), self.weight.to(_wide(x).dtype)).float() * self.weight_scale
+        """x: (..., K). Returns (..., N) in x's dtype: sums, scales and bias in float32, rounded once; of 8-bit weights
+        alone on a GPU, the weight is rounded to x's dtype first."""
+        if self.format == "int8-weights" and x.is_cuda:
+            # Scaled before the product, which in float16 would overflow without.
+            y = F.linear(x, (self.weight.float() * self.weight_scale[:, None]).to(x.dtype)).float()
+        elif self.format == "int8-weights":
+            y = F.linear(x.float(), self.weight.float()) * self.weight_scale
         else:
             rows = x.flatten(0, -2)
             if self.largest is None:
@@ -66,11 +70,6 @@ class QuantizedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]}, {self.weight.shape[0]}, {self.format}"
-
-
-def _wide(x: Tensor) -> Tensor:
-    """What weights of 8 bits are multiplied with in 16: on a processor, whose sums are converted anyway, in float32."""
-    return x if x.is_cuda else x.float()
 
 
 def rounded(weight: Tensor, format: Format) -> tuple[Tensor, Tensor]:

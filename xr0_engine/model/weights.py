@@ -220,12 +220,14 @@ def load_model(
     device: torch.device,
     dtype: torch.dtype,
     layers: Mapping[str, Format] = MappingProxyType({}),
+    quantized: bool = False,
 ) -> XR0Model:
     """A model with every parameter read from the checkpoint. Checks all names and shapes before reading any tensor.
 
-    layers: of a quantised checkpoint, those that are, and their formats; of one in 16 bits, those to quantise now.
+    quantized: whether the checkpoint is. layers: those of it that are, and their formats; of one in 16 bits, those to
+    quantise now.
     """
-    if any(name.endswith(f".{SCALE}") for name in stored):
+    if quantized:
         check_quantized(config, stored, layers)
     else:
         check_model(config, stored)

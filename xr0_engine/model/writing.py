@@ -61,9 +61,11 @@ def write_weights(
     weight_map = {}
     for number, names in enumerate(track(shards, "writing weights", disable=len(shards) == 1), start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(tensors(names), folder / file, metadata={"format": "pt"})
         # safetensors makes files that only their owner reads.
-        (folder / file).chmod(0o644)
+        (folder / file).touch()
+        mode = (folder / file).stat().st_mode
+        save_file(tensors(names), folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(mode)
         weight_map.update(dict.fromkeys(names, file))
     index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
     (folder / INDEX_FILE).write_text(json.dumps(index, indent=2), encoding="utf-8")

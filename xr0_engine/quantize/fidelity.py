@@ -36,7 +36,8 @@ class Spread:
     worst: float
 
     @classmethod
-    def of(cls, values: Sequence[float], worst: Callable[[Sequence[float]], float] = max) -> Spread:
+    def of(cls, values: Sequence[float], worst: Callable[[Sequence[float]], np.floating] = np.max) -> Spread:
+        """What is no number stays so: NumPy's extremes, not Python's."""
         return cls(float(np.mean(values)), float(worst(values)))
 
 
@@ -113,7 +114,7 @@ def compare(
 
     return Fidelity(
         moments=len(moments),
-        cosine=Spread.of(found["cosine"], min),
+        cosine=Spread.of(found["cosine"], np.min),
         error=Spread.of(found["error"]),
         units=spreads("unit "),
         recorded=spreads("recorded "),
@@ -176,8 +177,8 @@ def _read(engine: Engine, moment: Moment) -> _Reading:
     kv, chunk = engine.prefill(moment.observation), _infer(engine, moment)
     stages = {"chunk": torch.from_numpy(_own(chunk))}
     for layer, (keys, values) in enumerate(zip(kv.keys, kv.values, strict=True)):
-        stages[f"keys for layer {layer} of the head"] = keys.float().cpu()
-        stages[f"values for layer {layer} of the head"] = values.float().cpu()
+        stages[f"keys for layer {layer} of the head"] = keys.cpu()
+        stages[f"values for layer {layer} of the head"] = values.cpu()
     return _Reading(chunk, stages)
 
 

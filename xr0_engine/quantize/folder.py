@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from safetensors import safe_open
@@ -19,11 +20,18 @@ from xr0_engine.types import CheckpointError
 
 
 def write_quantized(
-    folder: Path, target: Path, recipe: str, layers: Mapping[str, Format], largest: Mapping[str, float]
+    folder: Path,
+    target: Path,
+    recipe: str,
+    layers: Mapping[str, Format],
+    largest: Mapping[str, float] = MappingProxyType({}),
+    source: str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Quantization:
     """Fill a folder that exists: what inference reads of the checkpoint in `folder`, the weights of `layers` in 8 bits,
-    the others as they are stored. largest: as Quantization has it. Raises CheckpointError, also for a weight that is
-    not finite."""
+    the others as they are stored. largest, source: as Quantization has them; None is the folder's name. dtype: what the
+    weights were in when they were compared: rounded to that first, they are the same. Raises CheckpointError, also for
+    a weight that is not finite."""
     config, stored = ModelConfig.load(folder), read_index(folder)
     check_model(config, stored)
     sizes = quantized_sizes(config, stored, layers)
@@ -35,7 +43,8 @@ def write_quantized(
             if layer not in layers or kind not in ("weight", SCALE):
                 made[name] = _read(stored[name])
                 continue
-            q, scale = rounded(_read(stored[f"{layer}.weight"]), layers[layer])
+            weight = _read(stored[f"{layer}.weight"])
+            q, scale = rounded(weight if dtype is None else weight.to(dtype), layers[layer])
             if not bool(scale.isfinite().all()):
                 raise CheckpointError(f"{stored[f'{layer}.weight'].file}: {layer}.weight: expected finite values")
             made[name] = q if kind == "weight" else scale
@@ -43,7 +52,7 @@ def write_quantized(
 
     copy_description(folder, target)
     write_weights(target, sizes, tensors)
-    quantization = Quantization(recipe, layers, folder.name, checkpoint_hash(folder), largest)
+    quantization = Quantization(recipe, layers, source or folder.name, checkpoint_hash(folder), largest)
     quantization.write(target)
     return quantization
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from xr0_engine.backend import resolve_dtype
 from xr0_engine.config import ModelConfig
 from xr0_engine.engine import Engine
 from xr0_engine.model.quantization import quantized_layers
@@ -47,6 +48,8 @@ def make(
         raise ValueError(f"{out} exists and is not empty; remove it or choose another folder")
     budgets = None if gate is None else Gate.load(gate)
     folder = resolve_checkpoint(checkpoint)
+    # A hub's folder is named as its commit.
+    source = folder.resolve().name if Path(checkpoint).expanduser().is_dir() else str(checkpoint)
     config, stored = ModelConfig.load(folder), read_index(folder)
     check_model(config, stored)
     shapes = inference_shapes(config)
@@ -68,14 +71,15 @@ def make(
         asked = budgets or (Gate() if recipe == AUTO else None)
         before = sum(stored[name].num_bytes for name in shapes)
         report = Report(
-            recipe, folder.name, dtype, layers, before, sum(sizes.values()), [path.name for path in datasets],
+            recipe, source, dtype, layers, before, sum(sizes.values()), [path.name for path in datasets],
             fidelity, asked, left,
         )  # fmt: skip
         if report.missed:
             return report
         del engine
     with whole_folder(out, sum(quantized_sizes(config, stored, layers).values())) as partial:
-        write_quantized(folder, partial, recipe, layers, largest)
+        compared = resolve_dtype(dtype) if datasets else None
+        write_quantized(folder, partial, recipe, layers, largest, source, compared)
         if report is not None:
             report.write(partial)
     return report
