@@ -98,23 +98,35 @@ def _linear(tactic: Tactic, rows: int = 80, inputs: int = 320) -> tuple[Tensor, 
 def _linear_of_8_bits() -> tuple[Tensor, ...]:
     torch.manual_seed(0)
     x, data = torch.randn(1, 40, 192), torch.randn(128, 192)
-    rows, out, workspace = _quantized(x), _outputs(1, 40, 128, dtype=torch.float32), _workspace()
-    weight = Weight(*reference.quantize_rows(data, torch.int8))
+    weight, out, workspace = (
+        Weight(*reference.quantize_rows(data, torch.int8)),
+        _outputs(1, 40, 128, dtype=torch.float32),
+        _workspace(),
+    )
+    rows, round_rows = _rounding(x)
+    round_rows()
     linear(rows[0], weight, out, x_scale=rows[1], tactic=SKINNY, workspace=workspace)
     return out, workspace.counters(COUNTERS)
 
 
-def _seeded() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
+def _quantize() -> tuple[Tensor, ...]:
+    rows, round_rows = _rounding(torch.randn(1, 5, 200, generator=torch.Generator().manual_seed(0)))
+    round_rows()
+    return rows
 
 
-def _quantized(x: Tensor) -> tuple[Tensor, ...]:
-    """By the kernel, whose input is written by one ahead."""
-    (rows, ahead), columns = _writer(x.to(DTYPE)), x.shape[-1]
+def _rounding(x: Tensor) -> tuple[tuple[Tensor, Tensor], Callable[[], None]]:
+    """Rows in 8 bits with their scales, and what makes them of what a kernel ahead writes. What the host computes comes
+    before: it would wait for that kernel."""
+    (given, ahead), columns = _writer(x.to(DTYPE)), x.shape[-1]
     out, scale = torch.zeros(x.shape, dtype=torch.int8), _outputs(*x.shape[:2], dtype=torch.float32)
-    ahead()
-    quantize(rows, out, scale, norm=InputNorm(statistics(x), EPS), col_scale=torch.linspace(0.5, 1.5, columns))
-    return out, scale
+    norm, col_scale = InputNorm(statistics(x), EPS), torch.linspace(0.5, 1.5, columns)
+
+    def round_rows() -> None:
+        ahead()
+        quantize(given, out, scale, norm=norm, col_scale=col_scale)
+
+    return (out, scale), round_rows
 
 
 def _swiglu() -> tuple[Tensor, ...]:
@@ -266,7 +278,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "rope_tables": Family("_rope_tables", _rope_tables),
         "dit_rope_tables": Family("_dit_rope_tables", _dit_rope_tables),
         "layer_norm": Family("_layer_norm", _layer_norm),
-        "quantize": Family("_quantize", lambda: _quantized(torch.randn(1, 5, 200, generator=_seeded()))),
+        "quantize": Family("_quantize", _quantize),
         "flow_loop": Family("_flow_loop", _flow_loop),
     }
 )
