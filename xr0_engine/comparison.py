@@ -71,6 +71,8 @@ def compare_rounded(case: str, quantity: str, actual: Tensor, expected: Tensor) 
 
 
 def relative_rms(actual: Tensor, expected: Tensor) -> float:
+    """Root mean square of the difference over that of what is expected."""
+    actual, expected = actual.double(), expected.double()
     return float((actual - expected).square().mean().sqrt() / expected.square().mean().sqrt())
 
 

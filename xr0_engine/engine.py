@@ -112,8 +112,7 @@ class Engine:
             choice = Choice("reference", NOT_8BIT) if layers else choose(chosen_device, dtype, folder)
         table = tactics_for(chosen_device) if choice.backend == "triton" else None
         is_8bit = bool(layers) and quantize is None
-        stored = read_index(folder, is_8bit)
-        plain = load_model(preprocess.config, stored, chosen_device, chosen_dtype, layers, is_8bit)
+        plain = load_model(preprocess.config, read_index(folder, is_8bit), chosen_device, chosen_dtype, layers, is_8bit)
         network: Network = plain
         if table is not None:
             network = FusedModel(plain, choice.backend, table, graphs=chosen_device.type == "cuda")

@@ -54,7 +54,7 @@ def folder(plain):
     layers = quantized_layers("int8", inference_shapes(engine.config))
     observation = engine.example(CASE.robot_type, CASE.image_size)
     recorded = engine.infer(observation, seed=0).actions
-    alone = layers_alone(engine, layers, [Moment(observation, 0, None, recorded, len(recorded), "made")])
+    alone = layers_alone(engine, layers, [Moment(observation, 0, None, recorded, len(recorded))])
     out = plain.parent / "eight"
     out.mkdir()
     write_quantized(plain, out, "int8", layers, alone.largest)

@@ -47,10 +47,10 @@ def moments(engine):
     rng = np.random.default_rng(0)
     observation = engine.example()
     recorded = engine.infer(observation, seed=9).actions
-    first = Moment(observation, 0, None, recorded, len(recorded), "made:0")
+    first = Moment(observation, 0, None, recorded, len(recorded))
     state = observation.state + rng.normal(0, 0.01, observation.state.shape).astype(np.float32)
     other = type(observation)(observation.images, observation.instruction, state, observation.robot_type)
-    return [first, Moment(other, 1, recorded[:PREFIX], recorded, 12, "made:1")]
+    return [first, Moment(other, 1, recorded[:PREFIX], recorded, 12)]
 
 
 @pytest.fixture(scope="module")

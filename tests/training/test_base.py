@@ -25,9 +25,9 @@ from tests.training.support import (
 )
 from xr0_engine import Engine
 from xr0_engine.config import read_hf_config
-from xr0_engine.model.weights import checkpoint_shapes
+from xr0_engine.model.weights import checkpoint_shapes, read_tensor
 from xr0_engine.sizes import published_config, tiny_xr1_config
-from xr0_engine.training.base import fresh_head, read_base, read_tensor
+from xr0_engine.training.base import fresh_head, read_base
 from xr0_engine.training.batch import Collator
 from xr0_engine.types import CheckpointError
 

@@ -12,8 +12,8 @@ from tests.support import CPU, GOLDEN, load, make_config, random_inputs
 from tests.training.support import SIZES, config_for, language_sample, robot_sample, statistics
 from xr0_engine.checkpoint import write_checkpoint
 from xr0_engine.golden.cases import golden_config, golden_inputs
-from xr0_engine.model.weights import read_headers
-from xr0_engine.training.base import read_base, read_tensor
+from xr0_engine.model.weights import read_headers, read_tensor
+from xr0_engine.training.base import read_base
 from xr0_engine.training.batch import Collator, RobotBatch
 from xr0_engine.training.config import FlowConfig
 from xr0_engine.training.draws import FlowDraw, draw_flow, micro_batch_generator

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import onnx
 import torch
-from safetensors import safe_open
-from torch import Tensor, nn
+from torch import nn
 
 from xr0_engine.config import ModelConfig
 from xr0_engine.export.graph import OPSET, WEIGHTS_FILE, Graph, WeightFile
@@ -37,6 +36,7 @@ from xr0_engine.model.weights import (
     checkpoint_shapes,
     fill_parameters,
     read_index,
+    read_tensor,
     resolve_checkpoint,
 )
 from xr0_engine.model.writing import copy_description
@@ -159,7 +159,7 @@ def write_graphs(
     layers = {} if quantization is None else quantization.layers
     network = _network(config, stored, shapes, dtype, layers)
     written = {}
-    read, rows = (lambda name: _read(stored[name])), (lambda name: stored[name].shape[0])
+    read, rows = (lambda name: read_tensor(stored[name])), (lambda name: stored[name].shape[0])
     with WeightFile(folder / WEIGHTS_FILE, read, rows) as weights:
         for stage in [stage for stage in STAGES if stage in stages]:
             for tokens in shapes.tokens if stage != "vision" else shapes.tokens[:1]:
@@ -193,15 +193,9 @@ def _network(
     head.to(dtype).to_empty(device="cpu")
     head.requires_grad_(False)
     fill_parameters(head, stored)
-    embedding = _read(stored["vlm.model.visual.pos_embed.weight"]).to(dtype)
+    embedding = read_tensor(stored["vlm.model.visual.pos_embed.weight"]).to(dtype)
     tower.pos_embed.weight = nn.Parameter(embedding, requires_grad=False)
     return Plan(config, shapes, head.modulation_table(), *tower.tables(shapes.grids))
-
-
-def _read(place: StoredTensor) -> Tensor:
-    # One short-lived map for each tensor: a map's pages count as resident until it is closed.
-    with safe_open(place.file, framework="pt") as handle:
-        return handle.get_tensor(place.key)
 
 
 def _needed_bytes(config: ModelConfig, stages: Sequence[str], dtype: torch.dtype) -> int:

@@ -81,7 +81,7 @@ def verify_joint_training(
 ) -> Iterator[Comparison]:
     """XR-1's four losses and their sum, through the trainer's own step. stored: place of the weights."""
     # Only here is transformers needed.
-    from xr0_engine.training.base import read_tensor
+    from xr0_engine.model.weights import read_tensor
     from xr0_engine.training.batch import RobotBatch
     from xr0_engine.training.model import JointPolicy, checkpoint_name
 

@@ -169,6 +169,13 @@ def read_headers(
     return stored, faults
 
 
+def read_tensor(place: StoredTensor) -> Tensor:
+    """One tensor of a checkpoint, as stored, through a short-lived map: a map's pages count as resident until it is
+    closed."""
+    with safe_open(place.file, framework="pt") as handle:
+        return handle.get_tensor(place.key)
+
+
 def check_tensors(
     stored: Mapping[str, StoredTensor],
     expected: Mapping[str, tuple[int, ...]],

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from xr0_engine.comparison import relative_rms
 from xr0_engine.engine import Engine
 from xr0_engine.fused.model import reference_of
 from xr0_engine.model.quantization import Format
@@ -98,14 +99,14 @@ def compare(
             for name, value in _apart(engine, moment, before.chunk, eight.chunk).items():
                 found.setdefault(name, []).append(value)
             for name, expected in before.stages.items():
-                stages.setdefault(name, []).append(relative_error(eight.stages[name], expected))
+                stages.setdefault(name, []).append(relative_rms(eight.stages[name], expected))
             done()
     for part, is_there in (("VLM", True), ("head", False)):
         some = {name: each for name, each in layers.items() if name.startswith("vlm.") is is_there}
         with quantized(model, some):
             for moment, before in zip(moments, plain, strict=True):
                 pair = (_own(chunk) for chunk in (_infer(engine, moment), before.chunk))
-                error = relative_error(*(torch.from_numpy(rows) for rows in pair))
+                error = relative_rms(*(torch.from_numpy(rows) for rows in pair))
                 stages.setdefault(f"chunk, {part} alone in 8 bit", []).append(error)
                 done()
 
@@ -142,7 +143,7 @@ def layers_alone(engine: Engine, layers: Mapping[str, Format], moments: Sequence
         assert isinstance(linear, nn.Linear), layer
         stands_in = QuantizedLinear(linear, layers[layer])
         stands_in.take(linear.weight)
-        errors[layer].append(relative_error(stands_in(given[0]), out))
+        errors[layer].append(relative_rms(stands_in(given[0]), out))
         largest[layer] = max(largest[layer], float(given[0].abs().max()))
 
     # Where layers that share an input are one product, none is called by itself.
@@ -160,13 +161,6 @@ def layers_alone(engine: Engine, layers: Mapping[str, Format], moments: Sequence
         {layer: Spread.of(values) for layer, values in errors.items() if values},
         {layer: value for layer, value in largest.items() if value > 0},
     )
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Root mean square of the difference over that of what is expected."""
-    wanted = expected.double()
-    size = float(wanted.square().mean().sqrt())
-    return float((actual.double() - wanted).square().mean().sqrt()) / max(size, 1e-30)
 
 
 def _infer(engine: Engine, moment: Moment) -> ActionChunk:

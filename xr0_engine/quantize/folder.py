@@ -7,14 +7,13 @@ from pathlib import Path
 from types import MappingProxyType
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from xr0_engine.config import ModelConfig
 from xr0_engine.exported.manifest import checkpoint_hash
 from xr0_engine.model.quantization import SCALE, Format, Quantization
 from xr0_engine.model.quantized import rounded
-from xr0_engine.model.weights import StoredTensor, check_model, inference_shapes, read_index
+from xr0_engine.model.weights import StoredTensor, check_model, inference_shapes, read_index, read_tensor
 from xr0_engine.model.writing import copy_description, write_weights
 from xr0_engine.types import CheckpointError
 
@@ -36,22 +35,23 @@ def write_quantized(
     check_model(config, stored)
     sizes = quantized_sizes(config, stored, layers)
 
-    def tensors(names: list[str]) -> dict[str, Tensor]:
-        made: dict[str, Tensor] = {}
-        for name in names:
-            layer, _, kind = name.rpartition(".")
-            if layer not in layers or kind not in ("weight", SCALE):
-                made[name] = _read(stored[name])
-                continue
-            weight = _read(stored[f"{layer}.weight"])
-            q, scale = rounded(weight if dtype is None else weight.to(dtype), layers[layer])
-            if not bool(scale.isfinite().all()):
-                raise CheckpointError(f"{stored[f'{layer}.weight'].file}: {layer}.weight: expected finite values")
-            made[name] = q if kind == "weight" else scale
-        return made
+    # A weight's scales come behind it, maybe in the next shard.
+    scales: dict[str, Tensor] = {}
+
+    def tensor(name: str) -> Tensor:
+        layer, _, kind = name.rpartition(".")
+        if kind == SCALE:
+            return scales.pop(layer)
+        value = read_tensor(stored[name])
+        if layer not in layers or kind != "weight":
+            return value
+        q, scales[layer] = rounded(value if dtype is None else value.to(dtype), layers[layer])
+        if not bool(scales[layer].isfinite().all()):
+            raise CheckpointError(f"{stored[name].file}: {name}: expected finite values")
+        return q
 
     copy_description(folder, target)
-    write_weights(target, sizes, tensors)
+    write_weights(target, sizes, lambda names: {name: tensor(name) for name in names})
     quantization = Quantization(recipe, layers, source or folder.name, checkpoint_hash(folder), largest)
     quantization.write(target)
     return quantization
@@ -69,9 +69,3 @@ def quantized_sizes(
             sizes[name] = stored[name].num_elements
             sizes[f"{layer}.{SCALE}"] = stored[name].shape[0] * torch.float32.itemsize
     return sizes
-
-
-def _read(place: StoredTensor) -> Tensor:
-    # One short-lived map for each tensor: a map's pages count as resident until it is closed.
-    with safe_open(place.file, framework="pt") as handle:
-        return handle.get_tensor(place.key)

@@ -24,7 +24,7 @@ class Moment:
     """An observation, the noise of its chunk, and the actions that were recorded behind it.
 
     prefix: (P, A) float32, their first ones, given; None without. recorded: (T, A) float32, robot units; steps: how
-    many of them there are before the episode's end. place: where it was, `file:tick`.
+    many of them there are before the episode's end.
     """
 
     observation: Observation
@@ -32,7 +32,6 @@ class Moment:
     prefix: np.ndarray | None
     recorded: np.ndarray
     steps: int
-    place: str
 
 
 def read_moments(engine: Engine, profile: Embodiment | None, datasets: Sequence[Path], count: int) -> list[Moment]:
@@ -60,5 +59,5 @@ def read_moments(engine: Engine, profile: Embodiment | None, datasets: Sequence[
             observation = Observation(sample.images, sample.instruction, sample.state, sample.robot_type, prepared=True)
             number, steps = len(moments), int(sample.mask.any(1).sum())
             prefix = sample.actions[:given] if number % 2 and 0 < given < steps else None
-            moments.append(Moment(observation, number, prefix, sample.actions, steps, sample.source))
+            moments.append(Moment(observation, number, prefix, sample.actions, steps))
     return moments

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import Qwen3VLConfig
 
@@ -27,6 +26,7 @@ from xr0_engine.model.weights import (
     StoredTensor,
     check_model,
     read_index,
+    read_tensor,
     resolve_checkpoint,
 )
 from xr0_engine.robot.limits import (
@@ -100,12 +100,6 @@ def base_limits(folder: Path, vision: VisionConfig) -> ImageLimits:
 def base_video_limits(folder: Path, vision: VisionConfig) -> ImageLimits:
     """The same of videos. Raises CheckpointError as load_video_limits does."""
     return RELEASED_LIMITS if describes_vlm(read_hf_config(folder)) else load_video_limits(folder, vision)
-
-
-def read_tensor(place: StoredTensor) -> Tensor:
-    """One tensor of a checkpoint, as stored."""
-    with safe_open(place.file, framework="pt") as handle:
-        return handle.get_tensor(place.key)
 
 
 def fresh_head(config: ModelConfig, seed: int) -> dict[str, Tensor]:

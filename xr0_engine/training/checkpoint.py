@@ -28,12 +28,12 @@ from torch.distributed.tensor import DTensor
 
 from xr0_engine.config import ModelConfig
 from xr0_engine.files import read_json, reading, whole
-from xr0_engine.model.weights import checkpoint_shapes
+from xr0_engine.model.weights import checkpoint_shapes, read_tensor
 from xr0_engine.model.writing import stored_sizes, write_weights
 from xr0_engine.robot.embodiment import CHECKPOINT_KEY, Embodiment
 from xr0_engine.robot.limits import VIDEO_FILE
 from xr0_engine.robot.normalize import STATISTICS_FILE, ActionStatistics
-from xr0_engine.training.base import Base, fresh_head, read_tensor
+from xr0_engine.training.base import Base, fresh_head
 from xr0_engine.training.distributed import World
 from xr0_engine.training.model import checkpoint_name
 from xr0_engine.types import CheckpointError

@@ -19,7 +19,8 @@ from xr0_engine.family import FAMILIES
 from xr0_engine.model import choice as choice_model
 from xr0_engine.model.dit import ActionHead, Projector, dit_geometry
 from xr0_engine.model.flow import prefix_positions, training_pair
-from xr0_engine.training.base import Base, fresh_head, read_tensor
+from xr0_engine.model.weights import read_tensor
+from xr0_engine.training.base import Base, fresh_head
 from xr0_engine.training.batch import IGNORED, LanguageBatch, RobotBatch
 from xr0_engine.training.choice_turn import TurnHeads, fresh_turn_heads
 from xr0_engine.training.config import ChoiceConfig, FlowConfig, TrainConfig

@@ -15,8 +15,9 @@ from torch import nn
 
 from xr0_engine.backend import resolve_dtype
 from xr0_engine.model.vision import VisionTower
+from xr0_engine.model.weights import read_tensor
 from xr0_engine.robot.normalize import ActionStatistics
-from xr0_engine.training.base import read_base, read_tensor
+from xr0_engine.training.base import read_base
 from xr0_engine.training.batch import Collator, LanguageBatch, RobotBatch
 from xr0_engine.training.checkpoint import Checkpointer, Export, checkpoints, trained_weights
 from xr0_engine.training.closed_loop import FOLDER, ClosedLoop, drive, find_closed_loop
