@@ -23,7 +23,7 @@ from torch import Tensor
 from xr0_engine.backend import resolve_backend, resolve_device, resolve_dtype
 from xr0_engine.config import ModelConfig
 from xr0_engine.exported.model import ExportedModel
-from xr0_engine.fused.choice import Choice, choose
+from xr0_engine.fused.choice import choose, chosen
 from xr0_engine.fused.graph import wait_for_stream
 from xr0_engine.fused.lookahead import Launched
 from xr0_engine.fused.model import FusedModel, reference_of
@@ -47,8 +47,6 @@ from xr0_engine.types import (
     RobotInfo,
     TokenizedObservation,
 )
-
-ASKED_FOR, NOT_8BIT = "asked for by name", "the kernels do not run quantised layers yet"
 
 
 class Engine:
@@ -100,16 +98,16 @@ class Engine:
         NotImplementedError for a backend that this machine lacks. Nothing is loaded before everything is checked.
         """
         chosen_dtype, chosen_device = resolve_dtype(dtype), resolve_device(device)
-        choice = Choice(resolve_backend(backend, chosen_device), ASKED_FOR)
+        by_name = resolve_backend(backend, chosen_device)
         if isinstance(embodiment, str | Path):
             embodiment = load_embodiment(embodiment)
         folder = resolve_checkpoint(path)
         preprocess = Preprocessor.load(folder, embodiment)
         layers = layers_in_8bit(folder, preprocess.config, quantize)
-        if layers and backend == "triton":
-            raise NotImplementedError(f"backend: expected auto or reference, got triton: {NOT_8BIT}")
         if backend == "auto":
-            choice = Choice("reference", NOT_8BIT) if layers else choose(chosen_device, dtype, folder)
+            choice = choose(chosen_device, dtype, folder, layers, quantize)
+        else:
+            choice = chosen(by_name, chosen_device, preprocess.config, layers)
         table = tactics_for(chosen_device) if choice.backend == "triton" else None
         is_8bit = bool(layers) and quantize is None
         plain = load_model(preprocess.config, read_index(folder, is_8bit), chosen_device, chosen_dtype, layers, is_8bit)

@@ -15,7 +15,7 @@ from tests.support import CPU, make_config
 from xr0_engine.checkpoint import init_checkpoint, write_checkpoint
 from xr0_engine.comparison import Comparison
 from xr0_engine.config import ModelConfig
-from xr0_engine.engine import ASKED_FOR, Engine
+from xr0_engine.engine import Engine
 from xr0_engine.fused import choice, verdict
 from xr0_engine.fused.choice import Choice, choose, run_check
 from xr0_engine.fused.model import FusedModel
@@ -274,7 +274,7 @@ def test_broken_kernels_make_auto_run_the_reference_and_say_so_once(gpu, folder,
     # By name nobody asks, and nobody falls back.
     by_name = Engine.from_pretrained(folder, device="cpu", dtype="float32", backend="triton")
     assert isinstance(by_name.model, FusedModel)
-    assert (by_name.backend, by_name.backend_reason) == ("triton", ASKED_FOR)
+    assert (by_name.backend, by_name.backend_reason) == ("triton", "asked for by name")
     assert broken_kernels.read_text() == "start\n"
 
 

@@ -117,8 +117,6 @@ def test_an_engine_quantises_as_it_loads(folder, recipe):
 def test_wrong_arguments(folder):
     with pytest.raises(ValueError, match="expected one of int8, fp8, int8-weights, got 'int4'"):
         Engine.from_pretrained(folder, "cpu", quantize="int4")
-    with pytest.raises(NotImplementedError, match="triton"):
-        Engine.from_pretrained(folder, "cpu", backend="triton", quantize="int8")
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,10 +25,13 @@ from xr0_engine.backend import auto_checks, triton_fault
 from xr0_engine.comparison import Comparison
 from xr0_engine.config import ModelConfig
 from xr0_engine.env import emulated_arch
+from xr0_engine.fused.backends import capability
+from xr0_engine.fused.products import refusal_of
 from xr0_engine.fused.selfcheck import MARK, NOT_FINITE
 from xr0_engine.fused.tactics import TacticTable, tactics_for
 from xr0_engine.fused.verdict import Verdict, identity_of, keep, recall, verdict_path
-from xr0_engine.model.weights import check_model, read_index
+from xr0_engine.model.quantization import Format, recipe_like
+from xr0_engine.model.weights import check_stored, read_index
 
 TIME_LIMIT_S = 300
 """Most of a first check is the compilation of some sixty kernels. Longer is a hang."""
@@ -48,21 +52,39 @@ class Choice:
     reason: str
 
 
-def choose(device: torch.device, dtype: str, folder: Path) -> Choice:
+def chosen(backend: str, device: torch.device, config: ModelConfig, layers: Mapping[str, Format]) -> Choice:
+    """A backend that was asked for by name. Raises NotImplementedError if it is the kernels, and they do not run a
+    model with these layers in 8 bits there."""
+    refusal = refusal_of(layers, config.text.num_layers, capability(device)) if backend == "triton" else None
+    if refusal is not None:
+        raise NotImplementedError(f"backend: expected auto or reference, got triton: {refusal}")
+    return Choice(backend, "asked for by name")
+
+
+def choose(
+    device: torch.device,
+    dtype: str,
+    folder: Path,
+    layers: Mapping[str, Format] = MappingProxyType({}),
+    recipe: str | None = None,
+) -> Choice:
     """What `auto` runs on a device for a checkpoint, both of which were found to be usable.
 
     On a GPU the first call checks the kernels, in processes of their own, and keeps the verdict; a later one reads it.
-    Raises CheckpointError for tensors that do not fit config.json.
+    layers: those in 8 bits; recipe: by which they are quantised as they are read, None if they are stored so. Raises
+    CheckpointError for tensors that do not fit config.json.
     """
     if not auto_checks(device):
         return Choice("reference", "the device is no GPU")
     if fault := triton_fault():
         return Choice("reference", fault)
     table, config, created = tactics_for(device), ModelConfig.load(folder), ""
+    if refusal := refusal_of(layers, config.text.num_layers, capability(device)):
+        return Choice("reference", refusal)
     for checkpoint in (None, folder):
-        verdict = recall(identity_of(device, dtype, table, None if checkpoint is None else config))
+        verdict = recall(identity_of(device, dtype, table, None if checkpoint is None else config, layers))
         if verdict is None:
-            verdict = check_now(device, dtype, table, checkpoint)
+            verdict = check_now(device, dtype, table, checkpoint, layers, recipe)
         if verdict.outcome == "refused":
             return Choice("reference", verdict.reason)
         if verdict.outcome == "failed":
@@ -72,21 +94,32 @@ def choose(device: torch.device, dtype: str, folder: Path) -> Choice:
     return Choice("triton", f"its kernels passed their self-check on {created}")
 
 
-def check_now(device: torch.device, dtype: str, table: TacticTable, checkpoint: Path | None) -> Verdict:
+def check_now(
+    device: torch.device,
+    dtype: str,
+    table: TacticTable,
+    checkpoint: Path | None,
+    layers: Mapping[str, Format] = MappingProxyType({}),
+    recipe: str | None = None,
+) -> Verdict:
     """Check the seeded model (None) or a checkpoint's first layers in a new process, whatever the cache holds, and keep
-    the verdict. Raises CheckpointError for tensors that do not fit config.json."""
+    the verdict. layers, recipe: as choose has them. Raises CheckpointError for tensors that do not fit config.json."""
     config = None
     if checkpoint is not None:
         config = ModelConfig.load(checkpoint)
-        check_model(config, read_index(checkpoint))
+        check_stored(config, read_index(checkpoint, bool(layers) and recipe is None), layers, recipe is None)
     subject = "a seeded model" if checkpoint is None else "the checkpoint's first layers"
     told = f"checking the GPU kernels on {subject} (once for this GPU and driver; most of it is compiling) ..."
     Console(stderr=True, highlight=False, soft_wrap=True).print(told)
     words = ["--device", str(device), "--dtype", dtype]
     words += [] if checkpoint is None else ["--checkpoint", str(checkpoint)]
+    if layers and checkpoint is None:
+        words += ["--quantize", recipe_like(layers)]
+    elif recipe is not None:
+        words += ["--quantize", recipe]
     limit_s = TIME_LIMIT_S if emulated_arch() is None else EMULATED_TIME_LIMIT_S
     command = [sys.executable, "-m", "xr0_engine.fused.selfcheck", *words]
-    verdict = run_check(command, identity_of(device, dtype, table, config), limit_s)
+    verdict = run_check(command, identity_of(device, dtype, table, config, layers), limit_s)
     keep(verdict)
     return verdict
 

@@ -10,6 +10,9 @@ heads, D head_dim, L layers.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -26,7 +29,8 @@ from xr0_engine.fused.ops import (
     StatsOut,
     Weight,
 )
-from xr0_engine.fused.vlm import new_sums, packed
+from xr0_engine.fused.products import Product, scratch_for
+from xr0_engine.fused.vlm import new_sums
 from xr0_engine.model.dit import DIT_RMS_EPS, ActionHead, DiTLayer, Projector
 from xr0_engine.model.flow import Trace, flow_times
 from xr0_engine.model.layers import inverse_frequencies, mrope_axes, parts_of
@@ -35,8 +39,39 @@ SLOT_COLUMNS = 16
 """Of a slot of the streams' sums: as many as the narrowest tiles that write them have."""
 
 
+@dataclass(frozen=True)
+class _Layer:
+    """A layer and its products."""
+
+    module: DiTLayer
+    qkv: Product
+    out: Product
+    gate_up: Product
+    down: Product
+
+    @staticmethod
+    def of(layer: DiTLayer) -> _Layer:
+        attn, mlp, dtype = layer.attn, layer.mlp, layer.adaln_table.dtype
+        return _Layer(layer, *(Product.of(part, dtype) for part in (attn.qkv_proj, attn.o_proj, mlp, mlp.down_proj)))
+
+    @property
+    def products(self) -> tuple[Product, ...]:
+        return self.qkv, self.out, self.gate_up, self.down
+
+
+class _Shifts(NamedTuple):
+    """What adaLN adds to the columns of attention's input and of the MLP's, (S, L, C) float32: of rows in 8 bits it is
+    rounded with them, of others it is in the product's bias."""
+
+    attention: Tensor
+    mlp: Tensor
+
+
 class FusedHead:
-    """Shares the head's matrices, which it leaves as they are."""
+    """Shares the head's matrices, which it leaves as they are.
+
+    has_loop: whether the flow may run as one kernel, which multiplies in 16 bits alone.
+    """
 
     def __init__(self, head: ActionHead) -> None:
         self.head, self.config = head, head.config
@@ -46,9 +81,10 @@ class FusedHead:
             self.config.head_dim, head.rope_theta, weight.device, self.config.compat_bf16_time
         )
         self.axes = mrope_axes(len(self.frequencies), head.mrope_section, weight.device).int()
-        self._layers = parts_of(head.dit.layers, DiTLayer)
+        self._layers = [_Layer.of(layer) for layer in parts_of(head.dit.layers, DiTLayer)]
         self._state_weights = _weights(head.state_projector)
-        self._weights = _flow_weights(head, self._layers)
+        self._weights, self._shifts = _flow_weights(head, self._layers)
+        self.has_loop = all(product.weight.scale is None for layer in self._layers for product in layer.products)
 
     @property
     def steps(self) -> int:
@@ -99,6 +135,11 @@ class FusedHead:
             sin=table(),
             z=empty(2, *z_shape, dtype=torch.float32),
             wide=empty(batch, chunk_length, config.output_hidden_size) if self._is_wide else None,
+            scratch=scratch_for(
+                ((product, batch * tokens) for layer in self._layers for product in layer.products),
+                sink.dtype,
+                sink.device,
+            ),
         )
 
     def run(
@@ -126,8 +167,11 @@ class FusedHead:
         trace: Trace = None,
         flow: Flow = "chained",
     ) -> Tensor:
-        """The steps from `first` on. As run."""
+        """The steps from `first` on. As run. Raises NotImplementedError for another flow than a chain without
+        has_loop."""
         assert flow == "chained" or trace is None
+        if flow != "chained" and not self.has_loop:
+            raise NotImplementedError(f"flow {flow}: the loop multiplies in 16 bits alone; take chained")
         if flow != "chained":
             layers = self.config.num_layers
             end, width = self.steps * layers, 1 if flow == "layered" else self.steps * layers
@@ -163,7 +207,8 @@ class FusedHead:
 
     def layer(self, ops: FusedOps, inputs: FlowInputs, b: FlowBuffers, step: int, index: int) -> None:
         """The first layer of a step reads b.start, the others b.end; all write b.end."""
-        layer, weights = self._layers[index], self._weights
+        assert b.scratch is not None, "buffers of another head"
+        layer, weights, shifts = self._layers[index], self._weights, self._shifts
         attention, mlp = weights.attention.at(step, index), weights.mlp.at(step, index)
         middle_norm, final_norm = _at(weights.middle_norms, index), _at(weights.final_norms, index)
         if index == 0:
@@ -171,33 +216,33 @@ class FusedHead:
         else:
             norm = _norm(b.end_sums, final_norm)
             residual = _residual(b.end, attention.gate, b.end_sums, _at(weights.final_norms, index - 1))
-        attn, window = layer.attn, self.config.local_window
-        kv_block = inputs.keys[index], inputs.values[index], inputs.begin, inputs.end
+        qkv, out, gate_up, down = layer.products
+        kv_block, window = (
+            (inputs.keys[index], inputs.values[index], inputs.begin, inputs.end),
+            self.config.local_window,
+        )
         heads = Heads(weights.q_norms[index], weights.k_norms[index], DIT_RMS_EPS, b.cos, b.sin)
+        x, options = qkv.take(ops, residual.x, b.scratch, norm, attention.scale, shifts.attention[step, index])
+        options["bias"] = attention.bias
         if ops.finishes_heads((*b.q.shape[:3], *inputs.keys.shape[2:]), inputs.keys.dtype):
-            ops.linear(
-                residual.x, Weight(attn.qkv_proj.weight), b.raw, bias=attention.bias, col_scale=attention.scale,
-                norm=norm,
-            )  # fmt: skip
+            ops.linear(x, qkv.weight, b.raw, **options)
             q, k, v = b.raw.unflatten(-1, (3, *b.q.shape[1::2])).permute(2, 0, 3, 1, 4)
             ops.lambda_attention(q, k, v, *kv_block, b.mixed, window=window, context=self.context, heads=heads)
         else:
             ops.qkv(
-                residual.x, Weight(attn.qkv_proj.weight), b.q, b.k, b.v, bias=attention.bias,
-                col_scale=attention.scale, norm=norm, q_weight=heads.q_weight, k_weight=heads.k_weight,
-                eps=heads.eps, cos=heads.cos, sin=heads.sin,
+                x, qkv.weight, b.q, b.k, b.v, q_weight=heads.q_weight, k_weight=heads.k_weight, eps=heads.eps,
+                cos=heads.cos, sin=heads.sin, **options,
             )  # fmt: skip
             ops.lambda_attention(b.q, b.k, b.v, *kv_block, b.mixed, window=window, context=self.context)
+        x, options = out.take(ops, b.mixed, b.scratch)
+        ops.linear(x, out.weight, b.middle, residual=residual, stats=StatsOut(b.middle_sums, middle_norm), **options)
+        norm = _norm(b.middle_sums, middle_norm)
+        x, options = gate_up.take(ops, b.middle, b.scratch, norm, mlp.scale, shifts.mlp[step, index])
+        ops.swiglu(x, gate_up.weight, b.hidden, bias=mlp.bias, **options)
+        x, options = down.take(ops, b.hidden, b.scratch)
         ops.linear(
-            b.mixed, Weight(attn.o_proj.weight), b.middle, residual=residual, stats=StatsOut(b.middle_sums, middle_norm)
-        )
-        ops.swiglu(
-            b.middle, Weight(packed(layer.mlp)), b.hidden, bias=mlp.bias, col_scale=mlp.scale,
-            norm=_norm(b.middle_sums, middle_norm),
-        )  # fmt: skip
-        ops.linear(
-            b.hidden, Weight(layer.mlp.down_proj.weight), b.end, stats=StatsOut(b.end_sums, final_norm),
-            residual=_residual(b.middle, mlp.gate, b.middle_sums, middle_norm),
+            x, down.weight, b.end, stats=StatsOut(b.end_sums, final_norm),
+            residual=_residual(b.middle, mlp.gate, b.middle_sums, middle_norm), **options,
         )  # fmt: skip
 
     def end_step(self, ops: FusedOps, inputs: FlowInputs, b: FlowBuffers, step: int) -> None:
@@ -242,35 +287,34 @@ def _weights(projector: Projector) -> tuple[Tensor, Tensor]:
     return first.weight, second.weight
 
 
-def _flow_weights(head: ActionHead, layers: list[DiTLayer]) -> FlowWeights:
-    attention, mlp = _half_blocks(head, layers)
+def _flow_weights(head: ActionHead, layers: list[_Layer]) -> tuple[FlowWeights, _Shifts]:
+    attention, mlp, shifts = _half_blocks(head, layers)
+    modules = [layer.module for layer in layers]
     first, second = _weights(head.action_output_layer)
     middle_norms, final_norms = None, None
     if head.config.stream_norms:
-        middle_norms = torch.stack([layer.middle_layernorm.weight.float() for layer in layers])
-        final_norms = torch.stack([layer.final_layernorm.weight.float() for layer in layers])
+        middle_norms = torch.stack([layer.middle_layernorm.weight.float() for layer in modules])
+        final_norms = torch.stack([layer.final_layernorm.weight.float() for layer in modules])
         first = (first.float() * final_norms[-1]).to(first.dtype)
-    matrices = [
-        (layer.attn.qkv_proj.weight, layer.attn.o_proj.weight, packed(layer.mlp), layer.mlp.down_proj.weight)
-        for layer in layers
-    ]
-    assert all(matrix.is_contiguous() and matrix.dtype == first.dtype for layer in matrices for matrix in layer)
+    matrices = [[product.weight.data for product in layer.products] for layer in layers]
+    assert all(matrix.is_contiguous() for layer in matrices for matrix in layer)
     addresses = [[matrix.data_ptr() for matrix in layer] for layer in matrices]
-    return FlowWeights(
+    weights = FlowWeights(
         addresses=torch.tensor(addresses, dtype=torch.int64, device=first.device),
         matrices=tuple(matrix for layer in matrices for matrix in layer),
         attention=attention,
         mlp=mlp,
         middle_norms=middle_norms,
         final_norms=final_norms,
-        q_norms=torch.stack([layer.attn.q_norm.weight.float() for layer in layers]),
-        k_norms=torch.stack([layer.attn.k_norm.weight.float() for layer in layers]),
+        q_norms=torch.stack([layer.attn.q_norm.weight.float() for layer in modules]),
+        k_norms=torch.stack([layer.attn.k_norm.weight.float() for layer in modules]),
         in_weights=_weights(head.action_projector),
         out_weights=(first, second),
     )
+    return weights, shifts
 
 
-def _half_blocks(head: ActionHead, layers: list[DiTLayer]) -> tuple[HalfBlock, HalfBlock]:
+def _half_blocks(head: ActionHead, layers: list[_Layer]) -> tuple[HalfBlock, HalfBlock, _Shifts]:
     """Attention and MLP."""
     # (L, steps, 6, C): shift, 1 + scale, gate of attention, then of the MLP.
     modulations = head.modulations(flow_times(head.config.flow_steps).to(head.sink.weight.device)).squeeze(3).float()
@@ -279,16 +323,25 @@ def _half_blocks(head: ActionHead, layers: list[DiTLayer]) -> tuple[HalfBlock, H
     mlp: list[tuple[Tensor, ...]] = []
     for layer, parts in zip(layers, modulations.transpose(1, 2), strict=True):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = parts
-        qkv, gate_up = layer.attn.qkv_proj, packed(layer.mlp).float()
-        into_attention = outer * layer.input_layernorm.weight.float()
-        into_mlp = layer.post_layernorm.weight.float()
-        if layer.stream_norms:
-            into_mlp = layer.middle_layernorm.weight.float() * into_mlp
-            outer = layer.final_layernorm.weight.float()
-        attention.append((into_attention * scale_a, shift_a @ qkv.weight.float().T + qkv.bias.float(), gate_a))
-        mlp.append((into_mlp * scale_m, shift_m @ gate_up.T, gate_m))
+        module = layer.module
+        into_attention = outer * module.input_layernorm.weight.float()
+        into_mlp = module.post_layernorm.weight.float()
+        if module.stream_norms:
+            into_mlp = module.middle_layernorm.weight.float() * into_mlp
+            outer = module.final_layernorm.weight.float()
+        attention.append((into_attention * scale_a, _bias(layer.qkv, shift_a), gate_a))
+        mlp.append((into_mlp * scale_m, _bias(layer.gate_up, shift_m), gate_m))
 
     def stacked(half: list[tuple[Tensor, ...]]) -> HalfBlock:
         return HalfBlock(*(torch.stack(of_layers, dim=1) for of_layers in zip(*half, strict=True)))
 
-    return stacked(attention), stacked(mlp)
+    by_step = modulations.transpose(0, 1)
+    return stacked(attention), stacked(mlp), _Shifts(by_step[:, :, 0], by_step[:, :, 3])
+
+
+def _bias(product: Product, shift: Tensor) -> Tensor:
+    """(S, N) float32 of a product whose input is shifted by (S, C): of rows in 8 bits, which are shifted themselves,
+    its own."""
+    outputs = product.weight.data.shape[0]
+    own = shift.new_zeros(outputs) if product.bias is None else product.bias.float()
+    return own.expand(len(shift), -1) if product.rows is not None else shift @ product.wide().T + own

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from xr0_engine.fused.head import FusedHead
@@ -19,11 +21,12 @@ class FusedParts:
 
     def __init__(self, model: XR0Model, backend: str, table: TacticTable, graphs: bool) -> None:
         self.reference, self.config = model, model.config
-        self.table, self.backend, self.graphs = table, backend, graphs
+        self.backend, self.graphs = backend, graphs
         towers = model.vlm.model
         with torch.inference_mode():
             self.vision, self.text = FusedVision(towers.visual), FusedText(towers.language_model)
             self.head = FusedHead(model.head)
+        self.table = table if self.head.has_loop else replace(table, flow="chained")
 
     @property
     def device(self) -> torch.device:

@@ -30,7 +30,8 @@ from xr0_engine.fused.model import FusedModel
 from xr0_engine.fused.prompts import left_padded, session_key
 from xr0_engine.fused.session import Session
 from xr0_engine.fused.tactics import TacticTable, tactics_for
-from xr0_engine.model.weights import read_index
+from xr0_engine.model.quantization import quantized_layers, read_quantization
+from xr0_engine.model.weights import allocated, fillings, inference_shapes, read_index
 from xr0_engine.model.xr0 import XR0Model
 from xr0_engine.robot.preprocess import position_ids
 from xr0_engine.types import ModelInputs, VisionTokens
@@ -144,17 +145,21 @@ def seeded_config() -> ModelConfig:
     )  # fmt: skip
 
 
-def seeded_model(config: ModelConfig, device: torch.device, dtype: torch.dtype, seed: int = 0) -> XR0Model:
-    """Weights that keep activations at their size, and norms far from one: a fold that is forgotten shows."""
-    model = _allocated(config, device, dtype)
+def seeded_model(
+    config: ModelConfig, device: torch.device, dtype: torch.dtype, seed: int = 0, recipe: str | None = None
+) -> XR0Model:
+    """Weights that keep activations at their size, and norms far from one: a fold that is forgotten shows. recipe: by
+    which they are in 8 bits."""
+    shapes = inference_shapes(config)
+    model = allocated(config, device, dtype, quantized_layers(recipe, shapes) if recipe else {})
     generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        value = torch.randn(parameter.shape, generator=generator)
+    for name, fill in fillings(model).items():
+        value = torch.randn(shapes[name], generator=generator)
         if value.ndim > 1:
             value /= value[0].numel() ** 0.5
         else:
             value = 0.3 * value + float("norm" in name and name.endswith("weight"))
-        parameter.data.copy_(value)
+        fill(value)
     model.finish_loading()
     return model
 
@@ -172,14 +177,18 @@ def first_layers(config: ModelConfig) -> ModelConfig:
     )
 
 
-def checkpoint_model(folder: Path, device: torch.device, dtype: torch.dtype) -> XR0Model:
-    """first_layers of a checkpoint whose tensors were checked."""
-    model = _allocated(first_layers(ModelConfig.load(folder)), device, dtype)
-    stored = read_index(folder)
-    for name, parameter in model.named_parameters():
-        place = stored[name.removeprefix("head.")]
-        with safe_open(place.file, framework="pt") as handle:
-            parameter.data.copy_(handle.get_slice(place.key)[: len(parameter)])
+def checkpoint_model(folder: Path, device: torch.device, dtype: torch.dtype, recipe: str | None = None) -> XR0Model:
+    """first_layers of a checkpoint whose tensors were checked. recipe: by which one in 16 bits is quantised."""
+    config, quantization = first_layers(ModelConfig.load(folder)), read_quantization(folder)
+    shapes = inference_shapes(config)
+    layers = quantized_layers(recipe, shapes) if recipe else {}
+    if quantization is not None:
+        layers = {layer: f for layer, f in quantization.layers.items() if f"{layer}.weight" in shapes}
+    model, stored = allocated(config, device, dtype, layers), read_index(folder, quantization is not None)
+    for name, fill in fillings(model, stored).items():
+        rows = shapes.get(name, shapes[name.removesuffix("_scale")])[0]
+        with safe_open(stored[name].file, framework="pt") as handle:
+            fill(handle.get_slice(stored[name].key)[:rows])
     model.finish_loading()
     return model
 
@@ -276,6 +285,7 @@ def main() -> None:
     parser.add_argument("--device", required=True)
     parser.add_argument("--dtype", required=True)
     parser.add_argument("--checkpoint", type=Path)
+    parser.add_argument("--quantize")
     given = parser.parse_args()
     device, dtype = torch.device(given.device), resolve_dtype(given.dtype)
 
@@ -284,10 +294,10 @@ def main() -> None:
 
     tell(stage="loading")
     if given.checkpoint is None:
-        model = seeded_model(seeded_config(), device, dtype)
+        model = seeded_model(seeded_config(), device, dtype, recipe=given.quantize)
         sessions = seeded_sessions(model.config)
     else:
-        model = checkpoint_model(given.checkpoint, device, dtype)
+        model = checkpoint_model(given.checkpoint, device, dtype, given.quantize)
         sessions = checkpoint_sessions(model.config)
     try:
         for comparison in check(model, sessions, "triton", tactics_for(device), lambda stage: tell(stage=stage)):
@@ -298,18 +308,13 @@ def main() -> None:
         tell(done=True)
 
 
-def _allocated(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> XR0Model:
-    with torch.device("meta"):
-        model = XR0Model(config)
-    model.allocate(device, dtype)
-    return model
-
-
 def _exact(model: XR0Model) -> XR0Model:
-    """The same weights in float32 on the CPU, whose arithmetic owes nothing to the GPU."""
-    exact = _allocated(model.config, torch.device("cpu"), torch.float32)
-    for target, source in zip(exact.parameters(), model.parameters(), strict=True):
-        target.data.copy_(source)
+    """The same weights in float32 on the CPU, whose arithmetic owes nothing to the GPU; rows are not rounded: a value
+    between two of 8 bits falls to either side by its last bit."""
+    exact, given = allocated(model.config, torch.device("cpu"), torch.float32), dict(model.named_parameters())
+    for name, target in exact.named_parameters():
+        value, scale = given[name].cpu().float(), given.get(f"{name}_scale")
+        target.data.copy_(value if scale is None else value * scale.cpu()[:, None])
     exact.finish_loading()
     return exact
 

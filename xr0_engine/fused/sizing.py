@@ -33,7 +33,7 @@ class PaperTwin(FusedOps):
 
     def _nothing(self, *arguments: Any, **options: Any) -> None: ...
 
-    start_flow = euler_step = dit_rope_tables = rope_tables = embed = layer_norm = _nothing
+    start_flow = euler_step = dit_rope_tables = rope_tables = embed = layer_norm = quantize = _nothing
 
 
 def reserve(ops: FusedOps, *works: Callable[[FusedOps], None]) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 import torch
@@ -59,7 +60,8 @@ class Verdict:
     def subject(self) -> str:
         """`seeded model, bfloat16`."""
         model = self.identity["model"]
-        return f"{'seeded model' if model['sizes'] is None else 'checkpoint'}, {model['dtype']}"
+        eight = ", 8 bits" if model.get("eight_bits") else ""
+        return f"{'seeded model' if model['sizes'] is None else 'checkpoint'}, {model['dtype']}{eight}"
 
     def told(self) -> str:
         """In one line."""
@@ -73,15 +75,23 @@ class Verdict:
 
 
 def identity_of(
-    device: torch.device, dtype: str, table: TacticTable, config: ModelConfig | None = None
+    device: torch.device,
+    dtype: str,
+    table: TacticTable,
+    config: ModelConfig | None = None,
+    layers: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """What a verdict holds for. config: of the checkpoint whose first layers are checked; None is the seeded model.
+    layers: those in 8 bits, and their formats.
 
-    Checkpoints of the same sizes share a verdict.
+    Checkpoints of the same sizes, with the same layers in 8 bits, share a verdict; of the seeded model those with the
+    same formats do.
     """
     sizes = None if config is None else {part: asdict(getattr(config, part)) for part in ("text", "vision", "head")}
     tactics = hashlib.sha256(json.dumps(asdict(table), sort_keys=True).encode()).hexdigest()[:16]
-    model = {"dtype": dtype, "tactics": tactics, "sizes": sizes}
+    told = sorted(set(layers.values())) if config is None else sorted(layers.items())
+    eight = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16] if layers else None
+    model = {"dtype": dtype, "tactics": tactics, "sizes": sizes, "eight_bits": eight}
     # Tuples become the lists that a file gives back.
     return json.loads(json.dumps({"machine": machine_of(device), "model": model}))
 

@@ -12,10 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from xr0_engine.fused.ops import STATS_COLUMNS, FusedOps, InputNorm, Residual, Segments, StatsOut, Weight
-from xr0_engine.model.layers import PackedLinears, RMSNorm, mrope_axes, parts_of
+from xr0_engine.fused.ops import STATS_COLUMNS, FusedOps, InputNorm, Residual, RowScratch, Segments, StatsOut, Weight
+from xr0_engine.fused.products import Product, scratch_for
+from xr0_engine.model.layers import mrope_axes, parts_of
 from xr0_engine.model.vision import LAYER_NORM_EPS, PatchMerger, VisionBlock, VisionTower
 from xr0_engine.model.vlm import LanguageModel, TextLayer
 
@@ -23,22 +24,6 @@ from xr0_engine.model.vlm import LanguageModel, TextLayer
 def new_sums(rows: tuple[int, int], columns: int, device: torch.device, width: int = STATS_COLUMNS) -> Tensor:
     """(slots, B, M, 2) float32, for the statistics of (B, M, columns). width: of a slot, as StatsOut has it."""
     return torch.zeros(-(-columns // width), *rows, 2, device=device)
-
-
-def fold_rms_norm(norm: RMSNorm, weights: list[Tensor]) -> None:
-    """Move the norm's weight into what multiplies its output, in place: the two together stay what they are."""
-    for weight in weights:
-        weight.copy_(weight.float() * norm.weight.float())
-    norm.weight.fill_(1)
-
-
-def fold_layer_norm(norm: nn.LayerNorm, linear: nn.Linear) -> None:
-    """The same for a LayerNorm, whose bias goes into the linear layer's."""
-    weight = linear.weight.float()
-    linear.bias.copy_(linear.bias.float() + weight @ norm.bias.float())
-    linear.weight.copy_(weight * norm.weight.float())
-    norm.weight.fill_(1)
-    norm.bias.zero_()
 
 
 def fold_frames(kernel: Tensor) -> Tensor:
@@ -81,10 +66,31 @@ class VisionBuffers:
     merged: Tensor
     tokens: Tensor
     deepstack: tuple[Tensor, ...]
+    scratch: RowScratch
+
+
+@dataclass(frozen=True)
+class _Block:
+    """The products of a block of the vision tower."""
+
+    qkv: Product
+    proj: Product
+    fc1: Product
+    fc2: Product
+
+
+@dataclass(frozen=True)
+class _Merger:
+    """A merger's products; norm_within: whether the first one's input is normed by it, not before it."""
+
+    module: PatchMerger
+    fc1: Product
+    fc2: Product
+    norm_within: bool
 
 
 class FusedVision:
-    """Shares the tower's weights, and folds its norms into them in place.
+    """Shares the tower's weights, and folds its norms into those in 16 bits in place.
 
     frame_weight: (C, frame_dim), what multiplies a patch of one frame, the same picture in all of its temporal patch.
     """
@@ -92,20 +98,21 @@ class FusedVision:
     def __init__(self, tower: VisionTower) -> None:
         self.tower, self.config = tower, tower.config
         self.frame_weight = fold_frames(tower.patch_embed.proj.weight)
-        self._blocks = parts_of(tower.blocks, VisionBlock)
-        self._mergers = parts_of(tower.deepstack_merger_list, PatchMerger)
-        self._column_sums: list[tuple[Tensor, Tensor]] = []
-        for block in self._blocks:
-            fold_layer_norm(block.norm1, block.attn.qkv)
-            fold_layer_norm(block.norm2, block.mlp.linear_fc1)
-            qkv, fc1 = (linear.weight.float().sum(1) for linear in (block.attn.qkv, block.mlp.linear_fc1))
-            self._column_sums.append((qkv, fc1))
+        dtype = tower.patch_embed.proj.weight.dtype
+        self._blocks = [
+            _Block(
+                qkv=Product.after_layer_norm(block.norm1, block.attn.qkv),
+                proj=Product.of(block.attn.proj, dtype),
+                fc1=Product.after_layer_norm(block.norm2, block.mlp.linear_fc1),
+                fc2=Product.of(block.mlp.linear_fc2, dtype),
+            )
+            for block in parts_of(tower.blocks, VisionBlock)
+        ]
         # Slots of statistics that are full add up to those of merged rows.
-        self._merger_sums: list[Tensor | None] = [None] * len(self._mergers)
-        if self.config.hidden_size % STATS_COLUMNS == 0:
-            for tap, merger in enumerate(self._mergers):
-                fold_layer_norm(merger.norm, merger.linear_fc1)
-                self._merger_sums[tap] = merger.linear_fc1.weight.float().sum(1)
+        within = self.config.hidden_size % STATS_COLUMNS == 0
+        self._taps = [_merger(merger, within) for merger in parts_of(tower.deepstack_merger_list, PatchMerger)]
+        # Normalised before it is merged: a row of its product has a mean and a scale for each of its patches.
+        self._merger = _merger(tower.merger, within=False)
 
     def buffers(self, grids: tuple[tuple[int, int], ...]) -> VisionBuffers:
         config = self.config
@@ -121,6 +128,9 @@ class FusedVision:
         tokens = patches // merge
         # A row's slots lie beside each other, so that neighbouring rows' are those of the rows merged.
         slots = torch.zeros(1, patches, -(-width // STATS_COLUMNS), 2, device=device)
+        in_blocks = [product for block in self._blocks for product in (block.qkv, block.proj, block.fc1, block.fc2)]
+        in_mergers = [product for merger in (*self._taps, self._merger) for product in (merger.fc1, merger.fc2)]
+        products = [*((product, patches) for product in in_blocks), *((product, tokens) for product in in_mergers)]
         return VisionBuffers(
             segments=Segments.of([height * columns for height, columns in grids], device),
             positions=positions[None],
@@ -138,6 +148,7 @@ class FusedVision:
             merged=empty(1, tokens, width * merge),
             tokens=empty(1, tokens, config.out_hidden_size),
             deepstack=tuple(empty(1, tokens, config.out_hidden_size) for _ in config.deepstack_layers),
+            scratch=scratch_for(products, dtype, device),
         )
 
     def run(self, ops: FusedOps, patches: Tensor, b: VisionBuffers) -> None:
@@ -149,42 +160,44 @@ class FusedVision:
         weight = Weight(embed.weight.flatten(1) if whole else self.frame_weight)
         stats = StatsOut(b.sums, centred=True)
         ops.linear(patches[None], weight, b.x, bias=embed.bias, residual=Residual(b.positions), stats=stats)
+        norm = InputNorm(b.sums, LAYER_NORM_EPS, "layer")
         for index, block in enumerate(self._blocks):
-            qkv_sums, fc1_sums = self._column_sums[index]
-            attn, mlp = block.attn, block.mlp
-            ops.qkv(
-                b.x, Weight(attn.qkv.weight), b.q, b.k, b.v, bias=attn.qkv.bias, cos=b.cos, sin=b.sin,
-                norm=InputNorm(b.sums, LAYER_NORM_EPS, "layer", qkv_sums),
-            )  # fmt: skip
+            x, options = block.qkv.take(ops, b.x, b.scratch, norm)
+            ops.qkv(x, block.qkv.weight, b.q, b.k, b.v, bias=block.qkv.bias, cos=b.cos, sin=b.sin, **options)
             ops.attention(b.q, b.k, b.v, b.mixed, causal=False, segments=b.segments)
-            ops.linear(b.mixed, Weight(attn.proj.weight), b.x, bias=attn.proj.bias, residual=Residual(b.x), stats=stats)
+            x, options = block.proj.take(ops, b.mixed, b.scratch)
             ops.linear(
-                b.x, Weight(mlp.linear_fc1.weight), b.hidden, bias=mlp.linear_fc1.bias, activation="gelu_tanh",
-                norm=InputNorm(b.sums, LAYER_NORM_EPS, "layer", fc1_sums),
+                x, block.proj.weight, b.x, bias=block.proj.bias, residual=Residual(b.x), stats=stats, **options
             )  # fmt: skip
-            ops.linear(
-                b.hidden, Weight(mlp.linear_fc2.weight), b.x, bias=mlp.linear_fc2.bias, residual=Residual(b.x),
-                stats=stats,
-            )  # fmt: skip
+            x, options = block.fc1.take(ops, b.x, b.scratch, norm)
+            ops.linear(x, block.fc1.weight, b.hidden, bias=block.fc1.bias, activation="gelu_tanh", **options)
+            x, options = block.fc2.take(ops, b.hidden, b.scratch)
+            ops.linear(x, block.fc2.weight, b.x, bias=block.fc2.bias, residual=Residual(b.x), stats=stats, **options)
             if index in config.deepstack_layers:
                 tap = config.deepstack_layers.index(index)
-                self._merge(ops, self._mergers[tap], b, b.deepstack[tap], self._merger_sums[tap])
-        # Normalised before it is merged: a row of its product has a mean and a scale for each of its patches.
-        self._merge(ops, tower.merger, b, b.tokens, None)
+                self._merge(ops, self._taps[tap], b, b.deepstack[tap])
+        self._merge(ops, self._merger, b, b.tokens)
 
-    def _merge(
-        self, ops: FusedOps, merger: PatchMerger, b: VisionBuffers, out: Tensor, column_sums: Tensor | None
-    ) -> None:
-        """column_sums: of the first product's weight, into which the norm was folded; None where it stands apart."""
-        first, second, merged = merger.linear_fc1, merger.linear_fc2, b.merged.shape
-        if column_sums is None:
-            shape, affine = merged if merger.norm_after_merge else b.x.shape, (merger.norm.weight, merger.norm.bias)
-            ops.layer_norm(b.x.view(shape), *affine, LAYER_NORM_EPS, b.normed.view(shape))
-            rows, norm = b.normed.view(merged), None
+    def _merge(self, ops: FusedOps, merger: _Merger, b: VisionBuffers, out: Tensor) -> None:
+        first, second, merged = merger.fc1, merger.fc2, b.merged.shape
+        if merger.norm_within:
+            norm = InputNorm(b.merged_sums, LAYER_NORM_EPS, "layer")
+            rows, options = first.take(ops, b.x.view(merged), b.scratch, norm)
         else:
-            rows, norm = b.x.view(merged), InputNorm(b.merged_sums, LAYER_NORM_EPS, "layer", column_sums)
-        ops.linear(rows, Weight(first.weight), b.merged, bias=first.bias, activation="gelu", norm=norm)
-        ops.linear(b.merged, Weight(second.weight), out, bias=second.bias)
+            module = merger.module
+            shape = merged if module.norm_after_merge else b.x.shape
+            normed = b.normed.view(shape)
+            ops.layer_norm(b.x.view(shape), module.norm.weight, module.norm.bias, LAYER_NORM_EPS, normed)
+            rows, options = first.take(ops, b.normed.view(merged), b.scratch)
+        ops.linear(rows, first.weight, b.merged, bias=first.bias, activation="gelu", **options)
+        rows, options = second.take(ops, b.merged, b.scratch)
+        ops.linear(rows, second.weight, out, bias=second.bias, **options)
+
+
+def _merger(module: PatchMerger, within: bool) -> _Merger:
+    norm, first, dtype = module.norm, module.linear_fc1, module.norm.weight.dtype
+    fc1 = Product.after_layer_norm(norm, first) if within else Product.of(first, dtype)
+    return _Merger(module, fc1, Product.of(module.linear_fc2, dtype), within)
 
 
 @dataclass(frozen=True)
@@ -204,18 +217,37 @@ class TextBuffers:
     sin: Tensor
     keys: Tensor
     values: Tensor
+    scratch: RowScratch
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer of the language model and its products: of one that gives keys and values alone, the first."""
+
+    module: TextLayer
+    qkv: Product
+    others: tuple[Product, Product, Product] | None
+    """Of attention's output, of gate and up, of down."""
+
+    @staticmethod
+    def of(layer: TextLayer) -> _Layer:
+        qkv = Product.after_rms_norm(layer.input_layernorm, layer.self_attn)
+        if layer.kv_only:
+            return _Layer(layer, qkv, None)
+        gate_up, dtype = (
+            Product.after_rms_norm(layer.post_attention_layernorm, layer.mlp),
+            layer.input_layernorm.weight.dtype,
+        )
+        out, down = (Product.of(part, dtype) for part in (layer.self_attn.o_proj, layer.mlp.down_proj))
+        return _Layer(layer, qkv, (out, gate_up, down))
 
 
 class FusedText:
-    """Shares the language model's weights, and folds its norms into them in place."""
+    """Shares the language model's weights, and folds its norms into those in 16 bits in place."""
 
     def __init__(self, language: LanguageModel) -> None:
         self.language, self.config = language, language.config
-        self._layers = parts_of(language.layers, TextLayer)
-        for layer in self._layers:
-            fold_rms_norm(layer.input_layernorm, [packed(layer.self_attn)])
-            if not layer.kv_only:
-                fold_rms_norm(layer.post_attention_layernorm, [packed(layer.mlp)])
+        self._layers = [_Layer.of(layer) for layer in parts_of(language.layers, TextLayer)]
         device = language.embed_tokens.weight.device
         self.frequencies = language.frequencies(device)
         self.axes = mrope_axes(len(self.frequencies), self.config.mrope_section, device).int()
@@ -232,6 +264,7 @@ class FusedText:
             return torch.zeros(batch, own, config.head_dim // 2, device=weight.device)
 
         cache = (config.num_layers, batch, config.num_kv_heads, tokens, config.head_dim)
+        products = [product for layer in self._layers for product in (layer.qkv, *(layer.others or ()))]
         return TextBuffers(
             x=empty(batch, own, config.hidden_size),
             sums=new_sums((batch, own), config.hidden_size, weight.device),
@@ -242,6 +275,7 @@ class FusedText:
             sin=table(),
             keys=empty(*cache),
             values=empty(*cache),
+            scratch=scratch_for(((product, batch * own) for product in products), weight.dtype, weight.device),
         )
 
     def run(
@@ -263,30 +297,29 @@ class FusedText:
         stats = StatsOut(b.sums)
         ops.rope_tables(positions, self.frequencies, self.axes, b.cos, b.sin)
         ops.embed(ids, self.language.embed_tokens.weight, image_index, tokens, b.x, stats)
+        norm = InputNorm(b.sums, self.config.rms_eps)
         for index, layer in enumerate(self._layers):
-            self._keys_and_values(ops, layer, b, index)
+            self._keys_and_values(ops, layer, norm, b, index)
             layer_done(index)
-            if layer.kv_only:
+            if layer.others is None:
                 return
+            out, gate_up, down = layer.others
             ops.attention(b.q, b.keys[index], b.values[index], b.mixed, causal=True)
-            ops.linear(b.mixed, Weight(layer.self_attn.o_proj.weight), b.x, residual=Residual(b.x), stats=stats)
-            norm = InputNorm(b.sums, self.config.rms_eps)
-            ops.swiglu(b.x, Weight(packed(layer.mlp)), b.hidden, norm=norm)
+            x, options = out.take(ops, b.mixed, b.scratch)
+            ops.linear(x, out.weight, b.x, residual=Residual(b.x), stats=stats, **options)
+            x, options = gate_up.take(ops, b.x, b.scratch, norm)
+            ops.swiglu(x, gate_up.weight, b.hidden, **options)
             residual = Residual(b.x)
             if index < len(deepstack):
                 residual = Residual(b.x, extra=deepstack[index], extra_index=image_index)
-            ops.linear(b.hidden, Weight(layer.mlp.down_proj.weight), b.x, residual=residual, stats=stats)
+            x, options = down.take(ops, b.hidden, b.scratch)
+            ops.linear(x, down.weight, b.x, residual=residual, stats=stats, **options)
 
-    def _keys_and_values(self, ops: FusedOps, layer: TextLayer, b: TextBuffers, index: int) -> None:
-        attn, preamble = layer.self_attn, b.keys.shape[3] - b.x.shape[1]
+    def _keys_and_values(self, ops: FusedOps, layer: _Layer, norm: InputNorm, b: TextBuffers, index: int) -> None:
+        attn, preamble = layer.module.self_attn, b.keys.shape[3] - b.x.shape[1]
+        x, options = layer.qkv.take(ops, b.x, b.scratch, norm)
         ops.qkv(
-            b.x, Weight(packed(attn)), None if layer.kv_only else b.q, b.keys[index, :, :, preamble:],
-            b.values[index, :, :, preamble:], norm=InputNorm(b.sums, self.config.rms_eps),
-            q_weight=None if layer.kv_only else attn.q_norm.weight, k_weight=attn.k_norm.weight,
-            eps=self.config.rms_eps, cos=b.cos, sin=b.sin,
+            x, layer.qkv.weight, None if layer.others is None else b.q, b.keys[index, :, :, preamble:],
+            b.values[index, :, :, preamble:], q_weight=None if layer.others is None else attn.q_norm.weight,
+            k_weight=attn.k_norm.weight, eps=self.config.rms_eps, cos=b.cos, sin=b.sin, **options,
         )  # fmt: skip
-
-
-def packed(linears: PackedLinears) -> Tensor:
-    assert linears.packed is not None, "the model was not packed"
-    return linears.packed

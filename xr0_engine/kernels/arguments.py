@@ -24,10 +24,14 @@ SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 10
 
 @dataclass(frozen=True)
 class Weight:
-    """A linear layer's weight. data: (N, K), K contiguous; 8-bit data come with scale, (N,) float32 per output."""
+    """A linear layer's weight. data: (N, K), K contiguous; 8-bit data come with scale, (N,) float32 per output.
+
+    factor: the model's dtype, to which float32 rows of 8-bit data are rounded; other weights' are rounded to theirs.
+    """
 
     data: Tensor
     scale: Tensor | None = None
+    factor: torch.dtype = torch.bfloat16
 
 
 @dataclass(frozen=True)
@@ -223,13 +227,24 @@ class FlowInputs:
     action_mask: Tensor
 
 
+class RowScratch(NamedTuple):
+    """Where rows lie between two ops, for one product at a time.
+
+    eight: (bytes,) int8, of rows in 8 bits; scale: (rows,) float32, theirs; normed: (elements,) in the model's dtype.
+    """
+
+    eight: Tensor
+    scale: Tensor
+    normed: Tensor
+
+
 class FlowBuffers(NamedTuple):
     """One batch size and chunk length, Q = context + T tokens. Streams are (B, Q, C) float32, each with its sums.
 
     start: the step's input; middle: after a layer's attention; end: after its MLP. q, k, v: (B, H, Q, D); raw: (B, Q,
     3 H D) float32, the three before norms and RoPE; mixed: (B, Q, C); hidden: (B, Q, 4 C); embedded: (B, T, C);
     state_hidden: (B, state_length, C); cos, sin: (B, Q, D / 2); z: (2, B, T, A) float32, whose halves take turns; wide:
-    (B, T, wide), between the products of a wide output layer, None of another.
+    (B, T, wide), between the products of a wide output layer, None of another; scratch: of heads in 8 bits.
     """
 
     start: Tensor
@@ -250,6 +265,7 @@ class FlowBuffers(NamedTuple):
     z: Tensor
     raw: Tensor
     wide: Tensor | None = None
+    scratch: RowScratch | None = None
 
 
 class Workspace:

@@ -86,6 +86,7 @@ class ProductCall:
             BLOCK_K=self.tactic.block_k,
             EVEN_K=self.weight.data.shape[1] % self.tactic.block_k == 0,
             STREAM=row_tiles <= STREAM_ROW_TILES,
+            FACTOR=str(self.weight.factor).removeprefix("torch."),
         )
 
     @property

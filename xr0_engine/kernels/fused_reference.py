@@ -205,10 +205,10 @@ def quantize(
 
 
 def compute_dtype(x: Tensor, weight: Weight) -> torch.dtype:
-    """What a product's factors are rounded to: the weight's dtype, for 8-bit weights the input's, at most 16 bits."""
+    """What a product's factors are rounded to: the weight's dtype, for 8-bit weights the input's, or what that is."""
     if weight.data.element_size() > 1:
         return weight.data.dtype
-    return torch.bfloat16 if x.dtype == torch.float32 else x.dtype
+    return weight.factor if x.dtype == torch.float32 else x.dtype
 
 
 def product(

@@ -148,8 +148,8 @@ def linear(
     """out = residual(activation(norm(x * col_scale) @ weight^T + bias)), and the statistics of its rows.
 
     x: (B, M, K) floating point; out: (B, M, N), may be residual.x; bias: (N,), col_scale: (K,), float32 or the
-    weight's dtype. The factors of the product are rounded to the weight's dtype (8-bit weights: to x's, bfloat16 if
-    that is float32), everything else is float32. "gelu" is the exact one. stats.sums must not be sums that are read.
+    weight's dtype. The factors of the product are rounded to the weight's dtype (8-bit weights: to x's, weight.factor
+    if that is float32), everything else is float32. "gelu" is the exact one. stats.sums must not be sums that are read.
     With a library tactic the product is rounded too, and block_m, block_n are the tile of what follows it. No float16
     is infinite that is not in PyTorch's order of norm, product, activation and sum.
     x_scale: (B, M) float32, of x and a weight both in int8 or both in float8_e4m3fn, as quantize leaves x; it has

@@ -34,6 +34,7 @@ MIN_DOT = 16
 """Smallest side of a tile that tl.dot takes."""
 LEAST_EXACT = 128
 """So many products of float8 a warpgroup adds up by itself, with 14 bits, as other libraries do: fewer cost more."""
+FACTORS = {"bfloat16": tl.bfloat16, "float16": tl.float16, "float32": tl.float32}
 MOST_WASTE = 0.08
 """Of the rows that pieces of mixed heights hold, at most so many are none, where multiples of MIN_DOT allow it."""
 
@@ -74,7 +75,8 @@ class Product(NamedTuple):
 class How(NamedTuple):
     """What a product's kernel is compiled for, as one argument.
 
-    SLOTS: a power of two. EVEN_K: K is a multiple of BLOCK_K. STREAM: weight blocks need not stay in the cache.
+    SLOTS: a power of two. EVEN_K: K is a multiple of BLOCK_K. STREAM: weight blocks need not stay in the cache. FACTOR:
+    of FACTORS, to which float32 rows of an 8-bit weight are rounded.
     """
 
     NORM: str | None
@@ -86,6 +88,7 @@ class How(NamedTuple):
     BLOCK_K: int
     EVEN_K: bool
     STREAM: bool
+    FACTOR: str
 
 
 @triton.constexpr_function
@@ -106,11 +109,11 @@ class Tile(NamedTuple):
 
 
 @triton.constexpr_function
-def compute_type(x, w):
-    """What factors are rounded to: the weight's dtype, for 8-bit weights the input's, at most 16 bits."""
+def compute_type(x, w, how):
+    """What factors are rounded to: the weight's dtype, for 8-bit weights the input's, or what that is rounded to."""
     if w.primitive_bitwidth > 8:
         return w
-    return tl.bfloat16 if x == tl.float32 else x
+    return FACTORS[how.FACTOR] if x == tl.float32 else x
 
 
 @triton.constexpr_function
@@ -126,9 +129,9 @@ def added_at_most(x, depth):
 
 
 @triton.constexpr_function
-def norm_comes_first(norm, x, w, scaled):
+def norm_comes_first(x, w, scaled, how):
     """Whether the norm is applied to factors of a product, which are rounded to float16 and were not before."""
-    return norm is not None and compute_type(x, w) == tl.float16 and (scaled or x != tl.float16)
+    return how.NORM is not None and compute_type(x, w, how) == tl.float16 and (scaled or x != tl.float16)
 
 
 @triton.jit
@@ -168,7 +171,7 @@ def norm_of(product, tile, HOW: tl.constexpr):
 def first_norm(product, tile, HOW: tl.constexpr):
     """norm_of where it comes before the product, else two numbers that nobody reads."""
     NORM_FIRST: tl.constexpr = norm_comes_first(
-        HOW.NORM, product.x.dtype.element_ty, product.w.dtype.element_ty, product.col_scale is not None
+        product.x.dtype.element_ty, product.w.dtype.element_ty, product.col_scale is not None, HOW
     )
     row_scale, mean = 0.0, 0.0
     if NORM_FIRST:
@@ -180,7 +183,7 @@ def first_norm(product, tile, HOW: tl.constexpr):
 def load_rows(product, place, start, row_scale, mean, HOW: tl.constexpr):
     """(BLOCK_M, BLOCK_K) of the input's rows from column start on, as a factor. place: of their first columns."""
     NORM_FIRST: tl.constexpr = norm_comes_first(
-        HOW.NORM, product.x.dtype.element_ty, product.w.dtype.element_ty, product.col_scale is not None
+        product.x.dtype.element_ty, product.w.dtype.element_ty, product.col_scale is not None, HOW
     )
     k = start + tl.arange(0, HOW.BLOCK_K)
     a = tl.load(place + start) if HOW.EVEN_K else tl.load(place + start, (k < product.inputs)[None, :], 0.0)
@@ -189,7 +192,7 @@ def load_rows(product, place, start, row_scale, mean, HOW: tl.constexpr):
     if product.col_scale is not None:
         scale = tl.load(product.col_scale + k, k < product.inputs, 0.0)
         a = a.to(tl.float32) * scale.to(tl.float32)[None, :]
-    return a.to(compute_type(product.x.dtype.element_ty, product.w.dtype.element_ty))
+    return a.to(compute_type(product.x.dtype.element_ty, product.w.dtype.element_ty, HOW))
 
 
 @triton.jit
@@ -201,7 +204,7 @@ def load_weights(product, place, start, HOW: tl.constexpr):
     else:
         inside = start + tl.arange(0, HOW.BLOCK_K) < product.inputs
         b = tl.load(place + start, inside[:, None], 0.0, eviction_policy=policy)
-    return b.to(compute_type(product.x.dtype.element_ty, product.w.dtype.element_ty))
+    return b.to(compute_type(product.x.dtype.element_ty, product.w.dtype.element_ty, HOW))
 
 
 @triton.jit
@@ -290,7 +293,7 @@ def finish(y, product, tile, n, HOW: tl.constexpr):
     if product.scale is not None:
         y *= tl.load(product.scale + n)[None, :]
     NORM_FIRST: tl.constexpr = norm_comes_first(
-        HOW.NORM, product.x.dtype.element_ty, product.w.dtype.element_ty, product.col_scale is not None
+        product.x.dtype.element_ty, product.w.dtype.element_ty, product.col_scale is not None, HOW
     )
     if HOW.NORM is not None and not NORM_FIRST:
         row_scale, mean = norm_of(product, tile, HOW)

@@ -99,6 +99,7 @@ def _how(norm, inputs, slots, stream, tile):
     return How(
         NORM=norm, SLOTS=triton.next_power_of_2(slots), LIBRARY=False, SPLIT_K=tile.SPLIT_K, BLOCK_M=tile.BLOCK_M,
         BLOCK_N=tile.BLOCK_N, BLOCK_K=tile.BLOCK_K, EVEN_K=inputs % tile.BLOCK_K == 0, STREAM=stream,
+        FACTOR="bfloat16",
     )  # fmt: skip
 
 

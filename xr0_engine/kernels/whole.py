@@ -126,8 +126,8 @@ def multiply_whole(product, tile, n, ahead, rows, norm, HOW: tl.constexpr, WHOLE
     ahead: of product_ahead; rows: of rows_ahead; norm: of norm_of, if there is one.
     """
     X: tl.constexpr = product.x.dtype.element_ty
-    compute: tl.constexpr = compute_type(X, product.w.dtype.element_ty)
-    NORM_FIRST: tl.constexpr = norm_comes_first(HOW.NORM, X, product.w.dtype.element_ty, product.col_scale is not None)
+    compute: tl.constexpr = compute_type(X, product.w.dtype.element_ty, HOW)
+    NORM_FIRST: tl.constexpr = norm_comes_first(X, product.w.dtype.element_ty, product.col_scale is not None, HOW)
     STEPS: tl.constexpr = WHOLE.STEPS
     HELD: tl.constexpr = WHOLE.HELD
     AHEAD: tl.constexpr = WHOLE.AHEAD
@@ -178,7 +178,7 @@ def finish_whole(y, product, tile, ahead, norm, HOW: tl.constexpr):
     if product.scale is not None:
         y *= ahead[2][None, :]
     NORM_FIRST: tl.constexpr = norm_comes_first(
-        HOW.NORM, product.x.dtype.element_ty, product.w.dtype.element_ty, product.col_scale is not None
+        product.x.dtype.element_ty, product.w.dtype.element_ty, product.col_scale is not None, HOW
     )
     if HOW.NORM is not None and not NORM_FIRST:
         if HOW.NORM == "layer":

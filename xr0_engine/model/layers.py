@@ -29,27 +29,39 @@ class PackedLinears(nn.Module):
 
     Each keeps its own parameter under the checkpoint's name. `pack` makes these parameters slices of one tensor, which
     `project` then multiplies at once on a GPU. Packing is a matter of storage alone, and does not survive moving or
-    copying the module: pack on the final device, then load. Layers that were quantised stay apart.
+    copying the module: pack on the final device, then load. Quantised layers are packed if all have one format, for
+    kernels; here each multiplies for itself.
     """
 
     def __init__(self, in_features: int, parts: dict[str, int]) -> None:
         super().__init__()
         self.part_sizes = parts
         self.packed: Tensor | None = None
+        self.packed_scale: Tensor | None = None
         for name, out_features in parts.items():
             self.add_module(name, nn.Linear(in_features, out_features, bias=False))
 
     def pack(self) -> None:
         linears = [self.get_submodule(name) for name in self.part_sizes]
-        if not all(isinstance(linear, nn.Linear) for linear in linears):
+        formats = {getattr(linear, "format", None) for linear in linears}
+        if len(formats) > 1:
             return
-        self.packed = torch.cat([linear.get_parameter("weight").data for linear in linears])
-        for linear, rows in zip(linears, self.packed.split(list(self.part_sizes.values())), strict=True):
-            linear.weight = nn.Parameter(rows, requires_grad=False)
+        self.packed = self._joined(linears, "weight")
+        self.packed_scale = None if formats == {None} else self._joined(linears, "weight_scale")
+
+    def _joined(self, linears: list[nn.Module], name: str) -> Tensor:
+        """That parameter of all, which become its slices."""
+        parts = [linear.get_parameter(name).data for linear in linears]
+        # Not every device joins float8.
+        plain = [part.view(torch.int8) for part in parts] if parts[0].element_size() == 1 else parts
+        whole = torch.cat(plain).view(parts[0].dtype)
+        for linear, rows in zip(linears, whole.split(list(self.part_sizes.values())), strict=True):
+            setattr(linear, name, nn.Parameter(rows, requires_grad=False))
+        return whole
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
         # On a CPU one product is slower than several: what follows would read halves of its rows.
-        if self.packed is not None and x.is_cuda:
+        if self.packed is not None and self.packed_scale is None and x.is_cuda:
             return F.linear(x, self.packed).split(list(self.part_sizes.values()), dim=-1)
         return tuple(self.get_submodule(name)(x) for name in self.part_sizes)
 

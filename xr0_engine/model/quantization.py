@@ -43,6 +43,11 @@ HEAD_LAYER = re.compile(r"dit\.layers\.\d+\.(attn\.(qkv_proj|o_proj)|mlp\.(gate|
 """Layers that recipes quantise, by their names in a checkpoint. Embeddings, the projectors of state, actions and time,
 and the output layer stay as they are: they are small, and what they get wrong reaches the robot unaveraged."""
 
+PARTS = (VLM_LAYER, HEAD_LAYER)
+SHARED_INPUT = re.compile(r"(.+\.(?:self_attn|mlp)\.)(?:q|k|v|gate|up)_proj")
+SHARING = {"self_attn": ("q_proj", "k_proj", "v_proj"), "mlp": ("gate_proj", "up_proj")}
+"""Layers that read one input, which kernels multiply at once."""
+
 RECIPES: Mapping[str, tuple[Format, Format]] = {
     "int8": ("int8", "int8-weights"),
     "fp8": ("fp8", "int8-weights"),
@@ -94,6 +99,27 @@ def quantized_layers(recipe: str, names: Mapping[str, tuple[int, ...]]) -> dict[
         elif kind == "weight" and HEAD_LAYER.fullmatch(layer):
             layers[layer] = head
     return layers
+
+
+def recipe_like(layers: Mapping[str, Format]) -> str:
+    """The first recipe whose formats these layers have, as far as they have any: what runs them runs it."""
+    of_vlm, of_head = ({f for layer, f in layers.items() if pattern.fullmatch(layer)} for pattern in PARTS)
+    for recipe, (vlm, head) in RECIPES.items():
+        if (not of_vlm or vlm in of_vlm) and (not of_head or head in of_head):
+            return recipe
+    return "int8-weights"
+
+
+def mixed_layers(layers: Mapping[str, Format], text_layers: int) -> list[str]:
+    """Of a model with so many text layers, the first that read one input and have several formats; empty if none do."""
+    last = f".{text_layers - 1}.self_attn."
+    for prefix in dict.fromkeys(match[1] for layer in layers if (match := SHARED_INPUT.fullmatch(layer))):
+        names = SHARING["mlp" if prefix.endswith("mlp.") else "self_attn"]
+        # Of the last layer keys and values alone are computed.
+        whole = [prefix + name for name in names if not (name == "q_proj" and prefix.endswith(last))]
+        if len({layers.get(layer) for layer in whole}) > 1:
+            return whole
+    return []
 
 
 def read_quantization(folder: Path) -> Quantization | None:

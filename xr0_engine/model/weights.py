@@ -7,7 +7,7 @@ Training checkpoints put `model.` before every name; both are read.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -234,14 +234,32 @@ def load_model(
     quantized: whether the checkpoint is. layers: those of it that are, and their formats; of one in 16 bits, those to
     quantise now.
     """
-    if quantized:
+    check_stored(config, stored, layers, quantized)
+    model = allocated(config, device, dtype, layers)
+    fill_parameters(model, stored)
+    model.finish_loading()
+    return model
+
+
+def check_stored(
+    config: ModelConfig, stored: Mapping[str, StoredTensor], layers: Mapping[str, Format], quantized: bool
+) -> None:
+    """check_model, or of a checkpoint that is quantised check_quantized. As load_model has its arguments."""
+    if quantized and layers:
         check_quantized(config, stored, layers)
     else:
         check_model(config, stored)
+
+
+def allocated(
+    config: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    layers: Mapping[str, Format] = MappingProxyType({}),
+) -> XR0Model:
+    """A model without values, to be filled. layers: of those that it has, the ones in 8 bits."""
     model = _unfilled(config, layers)
     model.allocate(device, dtype)
-    fill_parameters(model, stored)
-    model.finish_loading()
     return model
 
 
@@ -303,12 +321,7 @@ def fill_parameters(model: nn.Module, stored: Mapping[str, StoredTensor]) -> Non
 
     Weights of quantised layers that are stored in more than 8 bits are quantised as they come.
     """
-    targets = {name.removeprefix("head."): _filling(parameter) for name, parameter in model.named_parameters()}
-    for path, module in model.named_modules():
-        layer = path.removeprefix("head.")
-        if isinstance(module, QuantizedLinear) and f"{layer}.{SCALE}" not in stored:
-            targets[f"{layer}.weight"] = module.take
-            del targets[f"{layer}.{SCALE}"]
+    targets = fillings(model, stored)
     order = sorted(targets, key=lambda name: (stored[name].file, stored[name].key))
     total = sum(stored[name].num_bytes for name in order)
     console = Console(stderr=True)
@@ -323,6 +336,18 @@ def fill_parameters(model: nn.Module, stored: Mapping[str, StoredTensor]) -> Non
                         progress.advance(task, stored[name].num_bytes)
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{file} cannot be read: {error}") from None
+
+
+def fillings(model: nn.Module, stored: Container[str] = ()) -> dict[str, Callable[[Tensor], object]]:
+    """Name in a checkpoint, in the model's order -> what takes that tensor. Weights of quantised layers whose scales
+    are not stored are quantised as they come."""
+    targets = {name.removeprefix("head."): _filling(parameter) for name, parameter in model.named_parameters()}
+    for path, module in model.named_modules():
+        layer = path.removeprefix("head.")
+        if isinstance(module, QuantizedLinear) and f"{layer}.{SCALE}" not in stored:
+            targets[f"{layer}.weight"] = module.take
+            del targets[f"{layer}.{SCALE}"]
+    return targets
 
 
 def _filling(parameter: nn.Parameter) -> Callable[[Tensor], object]:
