@@ -235,11 +235,33 @@ def test_layers_are_read_from_the_builders_log():
         "products": 0,
         "eight_bit": 0,
         "eight_bit_rows": 0,
+        "in_16": [],
         "fused": 1,
         "operators": 2,
         "types": {"gemm": 1},
         "precisions": {"Half": 1},
     }
+
+
+def kernel(*operators):
+    return Layer("k", "gemm", ("BFloat16",), "t", operators)
+
+
+def test_a_product_that_two_kernels_list_is_one():
+    """Float8 by weights with scales for each output: these are multiplied with afterwards."""
+    rows, weight, product = "a.DequantizeLinear.1", "a.DequantizeLinear.2", "a.Gemm.1"
+    found = summarise(
+        [
+            kernel(product, rows, weight),
+            kernel(product, rows, weight, "Sigmoid.1"),
+            # By 8-bit weights alone, by a weight that another kernel widened, and two products in one.
+            kernel("b.Gemm.1", "b.DequantizeLinear.1"),
+            kernel("step0.c.Gemm.1"),
+            kernel("d.Gemm.1", "e.Gemm.1", "d.DequantizeLinear.1", "d.DequantizeLinear.2", "e.DequantizeLinear.1"),
+        ]
+    )
+    assert (found["products"], found["eight_bit"], found["eight_bit_rows"]) == (4, 3, 2)
+    assert found["in_16"] == ["b", "c"]
 
 
 @pytest.mark.parametrize("log", [[], ["Layers:\nLayer(gemm): a"]], ids=["none", "another form"])

@@ -20,8 +20,8 @@ from xr0_engine.types import CheckpointError
 
 RELATIVE_STEP = {torch.int8: 0.5 / 127, torch.float8_e4m3fn: 2.0**-4}
 """Of the largest of a row, and of each value: half of what lies between neighbours."""
-COSINE = {"int8": 0.9999, "fp8": 0.999, "int8-weights": 0.9999}
-"""Of the chunks of the random tiny model in 32 and in 8 bits: measured 0.99996, 0.99956, 0.99997."""
+COSINE = {"int8": 0.9999, "fp8": 0.999, "int8-weights": 0.9999, "int8-all": 0.9999, "fp8-all": 0.999}
+"""Of the chunks of the random tiny model in 32 and in 8 bits: measured 0.99996, 0.99956, 0.99997, 0.99995, 0.99928."""
 
 
 @pytest.fixture(scope="module")
@@ -115,23 +115,27 @@ def test_an_engine_quantises_as_it_loads(folder, recipe):
 
 
 def test_wrong_arguments(folder):
-    with pytest.raises(ValueError, match="expected one of int8, fp8, int8-weights, got 'int4'"):
+    with pytest.raises(ValueError, match="expected one of int8, fp8, int8-weights, int8-all, fp8-all, got 'int4'"):
         Engine.from_pretrained(folder, "cpu", quantize="int4")
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"version": 2}, "version: expected 1, got 2"),
+        ({"version": 1}, "version: expected 2, got 1: make the folder anew"),
         ({"layers": {"dit.layers.0.attn.o_proj": "int4"}}, "expected one of int8, fp8, int8-weights, got 'int4'"),
         ({"layers": {"sink": "int8"}}, "names of layers that can be quantised, got 'sink'"),
         ({"layers": []}, "layers"),
+        ({"largest": {"sink": [1.0]}}, "largest: expected quantised layers, got 'sink'"),
+        ({"layers": {"dit.layers.0.attn.o_proj": "int8"}, "largest": {"dit.layers.0.attn.o_proj": 1.0}}, "a list of"),
+        ({"layers": {"dit.layers.0.attn.o_proj": "int8"}, "largest": {"dit.layers.0.attn.o_proj": []}}, "a list of"),
+        ({"layers": {"dit.layers.0.attn.o_proj": "fp8"}, "largest": {"dit.layers.0.attn.o_proj": [1, 0]}}, "above 0"),
         ({"recipe": 3}, "recipe"),
     ],
     ids=str,
 )
 def test_a_file_of_another_kind_is_refused(tmp_path, change, reason):
-    told = {"version": 1, "recipe": "int8", "source": "x", "source_sha256": "0", "layers": {}} | change
+    told = {"version": 2, "recipe": "int8", "source": "x", "source_sha256": "0", "layers": {}} | change
     (tmp_path / QUANTIZATION_FILE).write_text(json.dumps(told))
     with pytest.raises(CheckpointError, match=reason) as refused:
         read_quantization(tmp_path)
@@ -139,7 +143,7 @@ def test_a_file_of_another_kind_is_refused(tmp_path, change, reason):
 
 
 def test_who_needs_the_weights_themselves_is_told_so(tmp_path):
-    told = {"version": 1, "recipe": "int8", "source": "mine", "source_sha256": "0", "layers": {}}
+    told = {"version": 2, "recipe": "int8", "source": "mine", "source_sha256": "0", "layers": {}}
     (tmp_path / QUANTIZATION_FILE).write_text(json.dumps(told))
     with pytest.raises(CheckpointError, match=r"is quantised \(recipe int8\).*mine"):
         read_index(tmp_path)

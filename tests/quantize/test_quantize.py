@@ -18,7 +18,7 @@ from xr0_engine.engine import Engine
 from xr0_engine.model.quantization import QUANTIZATION_FILE, Format, quantized_layers, read_quantization
 from xr0_engine.model.quantized import QuantizedLinear, quantized, rounded
 from xr0_engine.model.weights import inference_shapes
-from xr0_engine.quantize.fidelity import Fidelity, Spread, compare, layers_alone
+from xr0_engine.quantize.fidelity import Fidelity, Spread, as_exported, compare, layers_alone
 from xr0_engine.quantize.folder import write_quantized
 from xr0_engine.quantize.gate import Gate
 from xr0_engine.quantize.make import make
@@ -112,9 +112,28 @@ def test_each_layer_is_judged_by_itself(engine, layers, moments):
     alone = layers_alone(engine, layers, moments[:1])
     errors = alone.errors
     assert alone.largest.keys() == layers.keys()
+    # One for each flow step in the action head, whose ranges differ.
+    for layer, values in alone.largest.items():
+        assert len(values) == (1 if layer.startswith("vlm.") else engine.config.head.flow_steps)
+    assert len(set(alone.largest["dit.layers.0.attn.qkv_proj"])) == engine.config.head.flow_steps
     # The last language layer's keys and values alone are computed.
     assert errors.keys() == layers.keys()
     assert all(0 < spread.mean < 0.03 for spread in errors.values())
+    assert not any(isinstance(module, QuantizedLinear) for module in engine.model.modules())
+
+
+def test_what_an_export_rounds_by_is_judged_too(engine, layers, moments):
+    largest = layers_alone(engine, layers, moments).largest
+    told = as_exported(engine, layers, largest, moments)
+    assert told is not None
+    assert 0.99 < told.worst <= told.mean < 1
+    # Constants a tenth as large cut nearly everything off.
+    cut = {layer: tuple(value / 10 for value in values) for layer, values in largest.items()}
+    worse = as_exported(engine, layers, cut, moments)
+    assert worse is not None
+    assert worse.mean < told.worst
+    weights: dict[str, Format] = dict.fromkeys(layers, "int8-weights")
+    assert as_exported(engine, weights, largest, moments) is None
     assert not any(isinstance(module, QuantizedLinear) for module in engine.model.modules())
 
 
@@ -210,7 +229,8 @@ def test_the_command_compares_writes_and_tells(tmp_path, episodes):
     quantization = read_quantization(out)
     assert quantization is not None
     assert quantization.largest.keys() == quantization.layers.keys()
-    assert min(quantization.largest.values()) > 0
+    assert min(map(min, quantization.largest.values())) > 0
+    assert 0.99 < told["exported"]["worst"] <= told["exported"]["mean"] < 1
 
 
 def test_a_gate_that_is_missed_leaves_nothing(tmp_path, episodes):

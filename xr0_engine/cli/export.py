@@ -108,7 +108,11 @@ def tensorrt(
             str(layers["fused"]),
             *(str(layers.get(name, "")) for name in ("products", "eight_bit", "eight_bit_rows")),
         )
-    Console().print(table)
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(table)
+    for key, facts in engines.facts.items():
+        if others := facts["layers"].get("in_16"):
+            console.print(f"{key}: in 16 bits: {', '.join(others)}", markup=False)
 
 
 @app.command()

@@ -14,8 +14,8 @@ def quantize(
     recipe: Annotated[
         str,
         typer.Option(
-            help="int8, fp8, int8-weights; or auto: int8, and of it what keeps to the gate. docs/quantization.md says "
-            "which for which GPU."
+            help="int8, fp8, int8-weights, int8-all, fp8-all; or auto: int8, and of it what keeps to the gate. "
+            "docs/quantization.md says which for which GPU."
         ),
     ] = "int8",
     calibrate: Annotated[

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from xr0_engine.comparison import FLOAT32_EXPORT_MAX_ERROR, Comparison, compare, compare_rounded
+from xr0_engine.comparison import FLOAT32_EXPORT_MAX_ERROR, ROUNDED_ERROR, Comparison, compare, compare_rounded
 from xr0_engine.config import ModelConfig
 from xr0_engine.export.inputs import INSTRUCTION, observations
 from xr0_engine.exported.manifest import changed_files, checkpoint_hash, stage_key
 from xr0_engine.exported.model import ExportedModel, prompt, refuse_other_model
 from xr0_engine.model.network import Network
-from xr0_engine.model.quantization import read_quantization
+from xr0_engine.model.quantization import Format, read_quantization
 from xr0_engine.model.quantized import round_by
 from xr0_engine.model.weights import load_model, read_index, resolve_checkpoint
 from xr0_engine.robot.embodiment import load_embodiment
@@ -54,39 +54,59 @@ def compare_export(
     inputs = preprocess(observations(preprocess, case, instructions))
     quantization = read_quantization(source)
     stored = read_index(source, quantized=quantization is not None)
-    layers = {} if quantization is None else quantization.layers
+    layers: Mapping[str, Format] = {} if quantization is None else quantization.layers
     reference = load_model(preprocess.config, stored, model.device, model.dtype, layers, quantization is not None)
     if quantization is not None:
         round_by(reference, quantization.largest)
-    rounds = "int8" in layers.values()
-    yield from compare_stages(model, reference, inputs, rounds)
+    yield from compare_stages(model, reference, inputs, rounding_of(layers))
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """By how much rounding rows by constants lets both sides differ, relative RMS, in the VLM and in the action head;
+    None of what rounds none."""
+
+    vlm: float | None = None
+    head: float | None = None
+
+    @property
+    def either(self) -> float | None:
+        return max((each for each in (self.vlm, self.head) if each is not None), default=None)
+
+
+def rounding_of(layers: Mapping[str, Format]) -> Rounding:
+    def most(is_vlm: bool) -> float | None:
+        formats = {format for layer, format in layers.items() if layer.startswith("vlm.") is is_vlm}
+        return max((ROUNDED_ERROR[format] for format in formats & ROUNDED_ERROR.keys()), default=None)
+
+    return Rounding(most(True), most(False))
 
 
 def compare_stages(
-    model: ExportedModel, reference: Network, inputs: ModelInputs, rounds: bool = False
+    model: ExportedModel, reference: Network, inputs: ModelInputs, rounding: Rounding = Rounding()
 ) -> Iterator[Comparison]:
-    """Every stage that the export has, for every prompt length. rounds: both round rows to int8."""
+    """Every stage that the export has, for every prompt length. rounding: of both."""
     shapes, stages = model.manifest.shapes, set(model.manifest.stages)
     vision = reference.encode_images(inputs)
     kv = reference.prefill(inputs, vision)
     if "vision" in stages:
-        yield from _compare_vision(model, model.encode_images(inputs), vision, rounds)
+        yield from _compare_vision(model, model.encode_images(inputs), vision, rounding.vlm)
     for tokens in shapes.tokens:
         keys = {stage: stage_key(stage, tokens) for stage in ("prefill", "flow", "step")}
         padded, padded_kv = pad_inputs(inputs, tokens), pad_kv(kv, tokens)
         if keys["prefill"] in stages:
-            yield from _compare_kv(model, keys["prefill"], model.prefill(padded, vision), padded_kv, rounds)
+            yield from _compare_kv(model, keys["prefill"], model.prefill(padded, vision), padded_kv, rounding.vlm)
         for length in PREFIX_LENGTHS:
             flow = _flow_inputs(inputs, min(length, shapes.chunk_length))
             expected = reference.sample(kv, *flow)
             quantity = f"actions, prefix {length}"
             if keys["flow"] in stages:
-                yield _compare(model, keys["flow"], quantity, model.sample(padded_kv, *flow), expected, False)
+                yield _compare(model, keys["flow"], quantity, model.sample(padded_kv, *flow), expected, rounding.head)
             if keys["step"] in stages:
-                yield _compare(model, keys["step"], quantity, model.step(padded, *flow[1:]), expected, rounds)
+                yield _compare(model, keys["step"], quantity, model.step(padded, *flow[1:]), expected, rounding.either)
             if {"vision", keys["prefill"], keys["flow"]} <= stages:
                 chained = model.sample(model.prefill(padded, model.encode_images(inputs)), *flow)
-                yield _compare(model, f"end to end.{tokens}", quantity, chained, expected, rounds)
+                yield _compare(model, f"end to end.{tokens}", quantity, chained, expected, rounding.either)
 
 
 def pad_inputs(inputs: ModelInputs, tokens: int) -> ModelInputs:
@@ -117,27 +137,27 @@ def _flow_inputs(inputs: ModelInputs, prefix_length: int) -> tuple[Tensor, Tenso
 
 
 def _compare_vision(
-    model: ExportedModel, actual: VisionTokens, expected: VisionTokens, rounds: bool
+    model: ExportedModel, actual: VisionTokens, expected: VisionTokens, rounding: float | None
 ) -> Iterator[Comparison]:
-    yield _compare(model, "vision", "vision_tokens", actual.tokens, expected.tokens, rounds)
+    yield _compare(model, "vision", "vision_tokens", actual.tokens, expected.tokens, rounding)
     for index, (ours, theirs) in enumerate(zip(actual.deepstack, expected.deepstack, strict=True)):
-        yield _compare(model, "vision", f"deepstack.{index}", ours, theirs, rounds)
+        yield _compare(model, "vision", f"deepstack.{index}", ours, theirs, rounding)
 
 
 def _compare_kv(
-    model: ExportedModel, key: str, actual: KVBlock, expected: KVBlock, rounds: bool
+    model: ExportedModel, key: str, actual: KVBlock, expected: KVBlock, rounding: float | None
 ) -> Iterator[Comparison]:
     is_token = expected.mask[:, None, :, None]
-    yield _compare(model, key, "keys", actual.keys * is_token, expected.keys * is_token, rounds)
-    yield _compare(model, key, "values", actual.values * is_token, expected.values * is_token, rounds)
+    yield _compare(model, key, "keys", actual.keys * is_token, expected.keys * is_token, rounding)
+    yield _compare(model, key, "values", actual.values * is_token, expected.values * is_token, rounding)
     wrong = int((actual.next_position != expected.next_position).sum())
     yield Comparison(key, "next_position", wrong, 0, "positions that differ")
 
 
 def _compare(
-    model: ExportedModel, case: str, quantity: str, actual: Tensor, expected: Tensor, rounds: bool
+    model: ExportedModel, case: str, quantity: str, actual: Tensor, expected: Tensor, rounding: float | None
 ) -> Comparison:
     expected = expected.float().cpu()
-    if rounds:
-        return compare_rounded(case, quantity, actual, expected)
+    if rounding is not None:
+        return compare_rounded(case, quantity, actual, expected, rounding)
     return compare(case, quantity, actual, expected, model.dtype, FLOAT32_EXPORT_MAX_ERROR)

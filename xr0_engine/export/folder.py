@@ -75,7 +75,7 @@ def export_onnx(
         raise ValueError(f"{out} exists and is not empty; remove it or choose another folder")
     folder = resolve_checkpoint(checkpoint)
     preprocess = Preprocessor.load(folder, None if case.profile is None else load_embodiment(case.profile))
-    config, quantization = preprocess.config, _quantization(folder)
+    config, quantization = preprocess.config, _quantization(folder, preprocess.config.head.flow_steps)
     stored = read_index(folder, quantized=quantization is not None)
     if quantization is None:
         check_model(config, stored)
@@ -111,20 +111,14 @@ def export_onnx(
     return manifest
 
 
-def _quantization(folder: Path) -> Quantization | None:
+def _quantization(folder: Path, flow_steps: int) -> Quantization | None:
     """Raises CheckpointError for one that an export cannot express."""
     quantization = read_quantization(folder)
     if quantization is None:
         return None
     if "fp8" in quantization.layers.values():
         raise CheckpointError(f"{folder}: recipe {quantization.recipe}: rows in float8 are not exported: take int8")
-    missing = [layer for layer, format in quantization.layers.items() if format == "int8"]
-    missing = [layer for layer in missing if layer not in quantization.largest]
-    if missing:
-        raise CheckpointError(
-            f"{folder}: {len(missing)} layers, {missing[0]} the first, have no largest input, by which it rounds: "
-            "make it with `xr0 quantize --calibrate EPISODES`"
-        )
+    quantization.check_largest(folder, flow_steps)
     return quantization
 
 

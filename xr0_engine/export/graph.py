@@ -18,7 +18,7 @@ from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 from torch import Tensor
 
 from xr0_engine import __version__
-from xr0_engine.model.quantization import MOST_INT8, SCALE, Quantization
+from xr0_engine.model.quantization import MOST, ROW_FORMATS, SCALE, WEIGHT_DTYPES, Format, Quantization
 from xr0_engine.types import CheckpointError
 
 OPSET = 23
@@ -39,6 +39,7 @@ ONNX_TYPES = {
     torch.int64: TensorProto.INT64,
     torch.bool: TensorProto.BOOL,
     torch.int8: TensorProto.INT8,
+    torch.float8_e4m3fn: TensorProto.FLOAT8E4M3FN,
 }
 
 
@@ -100,15 +101,16 @@ class WeightFile:
 class Graph:
     """A graph under construction. Values are their names; dtype is that of weights and activations.
 
-    `scope` enters a module of the checkpoint: weights are named relative to it, and operators carry its name.
-    quantization: of a checkpoint whose layers have 8 bits; those whose rows have too round them by a constant.
+    `scope` enters a module of the checkpoint: weights are named relative to it, and operators carry its name. step: of
+    the flow, None outside. quantization: of a checkpoint whose layers have 8 bits; those whose rows have too round them
+    by a constant, of the flow by the step's own.
     """
 
     def __init__(self, weights: WeightFile, dtype: torch.dtype, quantization: Quantization | None = None) -> None:
         self.dtype = dtype
         self._quantization = quantization
-        self._rounded: dict[tuple[str, float], str] = {}
-        self.label = ""
+        self._rounded: dict[tuple[str, float, Format], str] = {}
+        self.step: int | None = None
         self._weights = weights
         self._scope: list[str] = []
         self._nodes: list[NodeProto] = []
@@ -149,7 +151,8 @@ class Graph:
         return self.ops(kind, 1, *inputs, **attributes)[0]
 
     def ops(self, kind: str, outputs: int, *inputs: str, **attributes: int | float | str | list[int]) -> list[str]:
-        path = self.label + ".".join((*self._scope, kind))
+        step = "" if self.step is None else f"step{self.step}."
+        path = step + ".".join((*self._scope, kind))
         self._count[path] += 1
         name = f"{path}.{self._count[path]}"
         values = [name] if outputs == 1 else [f"{name}.{index}" for index in range(outputs)]
@@ -190,9 +193,9 @@ class Graph:
         with self.scope(module):
             layer, eight = ".".join(self._scope), self._quantization
             format = None if eight is None else eight.layers.get(layer)
-            if eight is not None and format == "int8":
-                x = self._round(x, eight.largest[layer])
-            weight = self.weight("weight") if format is None else self._eight_bit_weight(layer)
+            if eight is not None and format in ROW_FORMATS:
+                x = self._round(x, eight.largest[layer][self.step or 0], format)
+            weight = self.weight("weight") if format is None else self._eight_bit_weight(format, layer)
             return self.op("Gemm", x, weight, *([self.weight("bias")] if bias else []), transB=1)
 
     def linears(self, x: str, *modules: str) -> list[str]:
@@ -203,27 +206,28 @@ class Graph:
             return [self.linear(x, module) for module in modules]
         both = "+".join(modules)
         with self.scope(both):
-            y = self.op("Gemm", x, self._eight_bit_weight(*layers), transB=1)
+            y = self.op("Gemm", x, self._eight_bit_weight("int8-weights", *layers), transB=1)
         sizes = [self._weights.rows(f"{layer}.weight") for layer in layers]
         return self.split(y, *sizes, axis=1)
 
-    def _eight_bit_weight(self, *layers: str) -> str:
+    def _eight_bit_weight(self, format: Format, *layers: str) -> str:
         """Of layers one behind the other, in this scope. Raises CheckpointError for scales that are none in the graph's
         dtype."""
         weight, scale = (
             self._weights.joined(".".join((*self._scope, kind)), [f"{layer}.{kind}" for layer in layers], dtype)
-            for kind, dtype in (("weight", torch.int8), (SCALE, self.dtype))
+            for kind, dtype in (("weight", WEIGHT_DTYPES[format]), (SCALE, self.dtype))
         )
         return self.op("DequantizeLinear", self._use(weight), self._use(scale), axis=0)
 
-    def _round(self, x: str, largest: float) -> str:
+    def _round(self, x: str, largest: float, format: Format) -> str:
         """To 8 bits and back; layers that share an input share this."""
-        if (x, largest) not in self._rounded:
-            scale = self.constant(torch.tensor(largest / MOST_INT8, dtype=self.dtype))
-            zero = self.constant(torch.tensor(0, dtype=torch.int8))
+        if (x, largest, format) not in self._rounded:
+            scale = self.constant(torch.tensor(largest / MOST[format], dtype=self.dtype))
+            # Whose type is what it is rounded to.
+            zero = self.constant(torch.tensor(0, dtype=WEIGHT_DTYPES[format]))
             q = self.op("QuantizeLinear", x, scale, zero)
-            self._rounded[x, largest] = self.op("DequantizeLinear", q, scale, zero)
-        return self._rounded[x, largest]
+            self._rounded[x, largest, format] = self.op("DequantizeLinear", q, scale, zero)
+        return self._rounded[x, largest, format]
 
     def rms_norm(self, x: str, module: str, eps: float, dtype: torch.dtype | None = None) -> str:
         """dtype: of x and the result; None is the graph's."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,8 @@ LAYER = re.compile(
     r"Outputs: \[(?P<outputs>.*?)\], TacticName: (?P<tactic>.*?), StreamId: \d+.*?, Metadata: ?(?P<metadata>.*)$"
 )
 DATATYPE = re.compile(r"Datatype: (\w+)")
+STEP_AND_KIND = re.compile(r"^step\d+\.|\.Gemm\.\d+$")
+"""What an operator's name has around a layer's."""
 OPERATOR = re.compile(r"\[ONNX Layer: (.*?)\]")
 
 
@@ -48,15 +50,17 @@ def summarise(layers: Sequence[Layer]) -> dict[str, Any]:
     """count: kernels, synchronisation apart; fused: those of several operators; how many of which type, precision.
 
     products: kernels with a layer's product; eight_bit: of these, those by 8-bit weights, whose conversion back was
-    fused into them; eight_bit_rows: of those, those whose rows' was too.
+    fused into them; eight_bit_rows: of those, those whose rows' was too. in_16: where some
+    are, what the other products are of.
     """
     kernels = [layer for layer in layers if layer.type not in SYNCHRONISATION]
-    products = [counts for counts in map(_products, kernels) if counts[0]]
+    products = list(_products(kernels))
     return {
         "count": len(kernels),
         "products": len(products),
         "eight_bit": sum(back > 0 for _, back in products),
-        "eight_bit_rows": sum(back > count for count, back in products),
+        "eight_bit_rows": sum(back > len(names) for names, back in products),
+        "in_16": _in_16(products),
         "fused": sum(len(layer.operators) > 1 for layer in kernels),
         "operators": len({operator for layer in kernels for operator in layer.operators}),
         "types": dict(Counter(layer.type for layer in kernels).most_common()),
@@ -64,10 +68,22 @@ def summarise(layers: Sequence[Layer]) -> dict[str, Any]:
     }
 
 
-def _products(layer: Layer) -> tuple[int, int]:
-    """Products within a kernel, and conversions from 8 bits."""
-    products = sum(".Gemm." in name for name in layer.operators)
-    return products, sum(".DequantizeLinear." in name for name in layer.operators)
+def _products(kernels: Sequence[Layer]) -> Iterator[tuple[list[str], int]]:
+    """Kernel by kernel that computes some: its products, and its conversions from 8 bits. What multiplies by a float8
+    weight's scales afterwards is listed as part of the product too: the first kernel that is computes it."""
+    known: set[str] = set()
+    for layer in kernels:
+        names = [name for name in layer.operators if ".Gemm." in name and name not in known]
+        known.update(names)
+        if names:
+            yield names, sum(".DequantizeLinear." in name for name in layer.operators)
+
+
+def _in_16(products: Sequence[tuple[list[str], int]]) -> list[str]:
+    others = [names for names, back in products if back <= len(names)]
+    if len(others) == len(products):
+        return []
+    return list(dict.fromkeys(STEP_AND_KIND.sub("", name) for names in others for name in names))
 
 
 def _layer(match: re.Match[str]) -> Layer:

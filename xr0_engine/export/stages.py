@@ -278,7 +278,7 @@ def _actions(
     fixed = g.reshape(is_prefix, batch, length, 1)
     z = g.op("Where", fixed, prefix, noise)
     for step in range(config.flow_steps):
-        g.label = f"step{step}."
+        g.step = step
         actions = g.cast(g.reshape(g.op("Mul", z, action_mask), batch * length, config.action_dim), g.dtype)
         embedded = _projector(g, actions, "action_projector")
         x = g.concat(start, g.reshape(embedded, batch, length, config.hidden_size), axis=1)
@@ -292,7 +292,7 @@ def _actions(
         velocity = g.cast(g.reshape(velocity, *chunk), torch.float32)
         moved = g.op("Mul", velocity, g.constant(torch.tensor(1 / config.flow_steps)))
         z = g.op("Where", fixed, z, g.op("Add", z, moved))
-    g.label = ""
+    g.step = None
     g.output("actions", z, torch.float32, *chunk)
 
 

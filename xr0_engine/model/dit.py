@@ -160,12 +160,13 @@ class DiT(nn.Module):
 
 
 class ActionHead(nn.Module):
-    """Velocity of an action chunk, conditioned on the VLM's KV cache, the state, the time and the prefix."""
+    """Velocity of an action chunk, conditioned on the VLM's KV cache, the state, the time and the prefix. step: of the
+    flow, the one that `sample` computes: for who has constants of each step."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         head, text = config.head, config.text
-        self.config = head
+        self.config, self.step = head, 0
         self.rope_theta, self.mrope_section = text.rope_theta, text.mrope_section
         self.dit = DiT(head)
         self.state_projector = Projector(head.state_dim, head.hidden_size, head.hidden_size)
@@ -244,6 +245,7 @@ class ActionHead(nn.Module):
         attends = geometry.mask if mask is None else mask
 
         def velocity(z: Tensor, step: int) -> Tensor:
+            self.step = step
             return self(z.to(dtype), context, table[:, step : step + 1], rope, attends, kv.keys, kv.values)
 
         is_prefix = prefix_positions(prefix_length, noise.shape[1])

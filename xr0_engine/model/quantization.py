@@ -3,7 +3,8 @@
 Weights are symmetric, with a scale for each output. A layer of format int8 or fp8 multiplies 8-bit rows by 8-bit
 weights; each row of its input is scaled by its own largest magnitude when it is there, so that nothing is calibrated.
 One of format int8-weights is stored so and multiplied in 16 bits: what reads few rows, the flow's layers above all, is
-bound by reading its weight, and gains nothing from more.
+bound by reading its weight, and gains nothing from more. An export's scales are constants; for it the largest inputs
+that were seen are kept, of the action head's layers by flow step: each step has a time, and a range, of its own.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from typing import Literal, cast, get_args
 
 import torch
 
-from xr0_engine.files import number, read_json, reading, section, text, whole
+from xr0_engine.files import is_number, read_json, reading, section, text, whole
+from xr0_engine.kernels import reference
 from xr0_engine.types import CheckpointError
 
 Format = Literal["int8", "fp8", "int8-weights"]
@@ -27,10 +29,12 @@ WEIGHT_DTYPES: Mapping[str, torch.dtype] = {
     "fp8": torch.float8_e4m3fn,
     "int8-weights": torch.int8,
 }
+ROW_FORMATS = ("int8", "fp8")
+"""Those whose rows have 8 bits too."""
 QUANTIZATION_FILE = "quantization.json"
-VERSION = 1
-MOST_INT8 = 127.0
-"""What a row's largest magnitude becomes in int8; in an export the constant that stands in its place."""
+VERSION = 2
+MOST = {format: reference.MOST[dtype] for format, dtype in WEIGHT_DTYPES.items()}
+"""Format -> what a row's largest magnitude becomes; in an export the constant that stands in its place."""
 SCALE = "weight_scale"
 """Behind a layer's name: its weight's scales, (N,) float32."""
 
@@ -52,6 +56,8 @@ RECIPES: Mapping[str, tuple[Format, Format]] = {
     "int8": ("int8", "int8-weights"),
     "fp8": ("fp8", "int8-weights"),
     "int8-weights": ("int8-weights", "int8-weights"),
+    "int8-all": ("int8", "int8"),
+    "fp8-all": ("fp8", "fp8"),
 }
 """Recipe -> formats of the VLM's layers and of the action head's."""
 
@@ -60,14 +66,14 @@ RECIPES: Mapping[str, tuple[Format, Format]] = {
 class Quantization:
     """layers: name in the checkpoint -> format; layers that are not in it stay in 16 bits. source_sha256: of the
     checkpoint that it was made of (exported/manifest.py: checkpoint_hash); source: that one's name. largest: layer ->
-    the largest magnitude of its input that was seen when it was compared: what an export, whose scales are constants,
-    rounds by; empty if nothing was compared."""
+    the largest magnitudes of its input that were seen when it was compared, of the action head's layers one for each
+    flow step, else one: what an export, whose scales are constants, rounds by; empty if nothing was compared."""
 
     recipe: str
     layers: Mapping[str, Format]
     source: str = ""
     source_sha256: str = ""
-    largest: Mapping[str, float] = field(default_factory=dict)
+    largest: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
         told = {
@@ -76,9 +82,26 @@ class Quantization:
             "source": self.source,
             "source_sha256": self.source_sha256,
             "layers": dict(self.layers),
-            "largest": dict(self.largest),
+            "largest": {layer: list(values) for layer, values in self.largest.items()},
         }
         (folder / QUANTIZATION_FILE).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+
+    def check_largest(self, folder: Path, flow_steps: int) -> None:
+        """Raises CheckpointError, which names the file in `folder`, if an export of a flow of so many steps lacks what
+        it rounds by."""
+        where, remedy = folder / QUANTIZATION_FILE, "make it with `xr0 quantize --calibrate EPISODES`"
+        rounding = [layer for layer, format in self.layers.items() if format in ROW_FORMATS]
+        missing = [layer for layer in rounding if layer not in self.largest]
+        if missing:
+            raise CheckpointError(
+                f"{where}: largest: {len(missing)} layers, {missing[0]} the first, have no largest input, by which an "
+                f"export rounds: {remedy}"
+            )
+        for layer in rounding:
+            in_head = HEAD_LAYER.fullmatch(layer) is not None
+            if (found := len(self.largest[layer])) != (flow_steps if in_head else 1):
+                expected = f"{flow_steps} magnitudes, one for each flow step" if in_head else "one magnitude"
+                raise CheckpointError(f"{where}: largest, {layer}: expected {expected}; got {found}: {remedy}")
 
 
 def find_recipe(name: str) -> tuple[Format, Format]:
@@ -140,11 +163,13 @@ def read_quantization(folder: Path) -> Quantization | None:
                 raise ValueError(f"layers, {layer}: expected one of {', '.join(FORMATS)}, got {found!r}")
             if not (VLM_LAYER.fullmatch(layer) or HEAD_LAYER.fullmatch(layer)):
                 raise ValueError(f"layers: expected names of layers that can be quantised, got {layer!r:.120}")
-        inputs = section(told, "largest")
-        largest = {layer: number(inputs, layer) for layer in inputs}
-        for layer, value in largest.items():
-            if layer not in layers or not value > 0:
-                raise ValueError(f"largest, {layer}: expected a magnitude above 0 of a quantised layer, got {value}")
+        largest = {}
+        for layer, values in section(told, "largest").items():
+            if layer not in layers:
+                raise ValueError(f"largest: expected quantised layers, got {layer!r:.120}")
+            if not isinstance(values, list) or not values or not all(is_number(each) and each > 0 for each in values):
+                raise ValueError(f"largest, {layer}: expected a list of magnitudes above 0, got {values!r:.80}")
+            largest[layer] = tuple(map(float, values))
         formats = cast(dict[str, Format], layers)
         return Quantization(text(told, "recipe"), formats, text(told, "source"), text(told, "source_sha256"), largest)
 

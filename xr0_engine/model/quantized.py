@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xr0_engine.kernels import reference
+from xr0_engine.model.dit import ActionHead
 from xr0_engine.model.layers import PackedLinears
-from xr0_engine.model.quantization import MOST_INT8, WEIGHT_DTYPES, Format
+from xr0_engine.model.quantization import MOST, ROW_FORMATS, WEIGHT_DTYPES, Format
 from xr0_engine.model.xr0 import XR0Model
 
 
 class QuantizedLinear(nn.Module):
     """weight: (N, K) in 8 bits; weight_scale: (N,) float32; bias: (N,) or None, in the model's dtype. largest: None, or
-    of the layer's input: its rows are then rounded by that, not each by its own, as an export has it; int8 alone.
+    what tells the magnitude that rows are rounded by now, all alike, as in an export, instead of each by its own.
 
     Allocated without values: `take` a weight, or fill the parameters from a quantised checkpoint.
     """
@@ -25,7 +27,7 @@ class QuantizedLinear(nn.Module):
     def __init__(self, linear: nn.Linear, format: Format) -> None:
         super().__init__()
         self.format: Format = format
-        self.largest: float | None = None
+        self.largest: Callable[[], float] | None = None
         place = linear.weight.device
         weight = torch.empty(linear.weight.shape, dtype=WEIGHT_DTYPES[format], device=place)
         scale = torch.empty(len(weight), dtype=torch.float32, device=place)
@@ -63,8 +65,8 @@ class QuantizedLinear(nn.Module):
             if self.largest is None:
                 q, scale = reference.quantize_rows(rows, self.weight.dtype)
             else:
-                whole = torch.tensor(self.largest / MOST_INT8, dtype=x.dtype, device=x.device)
-                q, scale = reference.quantize_by(rows, whole), whole.float().expand(len(rows))
+                whole = torch.tensor(self.largest() / MOST[self.format], dtype=x.dtype, device=x.device)
+                q, scale = rounded_by(rows, whole, self.format), whole.float().expand(len(rows))
             y = reference.product_8bit(q, scale, self.weight, self.weight_scale).unflatten(0, x.shape[:-1])
         return (y if self.bias is None else y + self.bias.float()).to(x.dtype)
 
@@ -75,6 +77,14 @@ class QuantizedLinear(nn.Module):
 def rounded(weight: Tensor, format: Format) -> tuple[Tensor, Tensor]:
     """A weight (N, K) in 8 bits, and its scales (N,) float32."""
     return reference.quantize_rows(weight, WEIGHT_DTYPES[format])
+
+
+def rounded_by(rows: Tensor, scale: Tensor, format: Format) -> Tensor:
+    """Rows (M, K) in 8 bits by one scale, () in their dtype, as ONNX's QuantizeLinear has it: to nearest, ties to even,
+    what is beyond cut off."""
+    if format == "int8":
+        return reference.quantize_by(rows, scale)
+    return (rows / scale).clamp(-MOST[format], MOST[format]).to(WEIGHT_DTYPES[format])
 
 
 def module_path(layer: str) -> str:
@@ -91,12 +101,17 @@ def put_quantized(model: nn.Module, layers: Mapping[str, Format], path: Callable
         model.set_submodule(path(layer), QuantizedLinear(linear, format))
 
 
-def round_by(model: XR0Model, largest: Mapping[str, float]) -> None:
-    """Let a quantised model's layers of format int8 round their input as an export of it does."""
-    for layer, value in largest.items():
+def round_by(model: XR0Model, largest: Mapping[str, Sequence[float]]) -> None:
+    """Let a quantised model's layers round rows as an export of it does. largest: as Quantization has it."""
+    head = model.head
+    for layer, values in largest.items():
         module = model.get_submodule(module_path(layer))
-        if isinstance(module, QuantizedLinear) and module.format == "int8":
-            module.largest = value
+        if isinstance(module, QuantizedLinear) and module.format in ROW_FORMATS:
+            module.largest = partial(_of_step, head, values) if len(values) > 1 else partial(float, values[0])
+
+
+def _of_step(head: ActionHead, values: Sequence[float]) -> float:
+    return values[head.step]
 
 
 @contextmanager

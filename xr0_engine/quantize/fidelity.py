@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from xr0_engine.comparison import relative_rms
 from xr0_engine.engine import Engine
 from xr0_engine.fused.model import reference_of
-from xr0_engine.model.quantization import Format
-from xr0_engine.model.quantized import QuantizedLinear, module_path, quantized
+from xr0_engine.model.quantization import ROW_FORMATS, Format
+from xr0_engine.model.quantized import QuantizedLinear, module_path, quantized, round_by
 from xr0_engine.quantize.samples import Moment
 from xr0_engine.types import ActionChunk
 
@@ -52,7 +52,8 @@ class Fidelity:
     seam: from the last given action to the first own one, mean absolute change, the model's units: `16 bit`, `8 bit`,
     `recorded`; empty if no moment has a prefix. stages: name -> relative error, root mean square, of what comes out of
     it; `chunk, VLM alone in 8 bit` and `chunk, head alone in 8 bit`: of the chunk, if only that part is.
-    layers: name -> the same of a layer's output for the input that it has in 16 bits.
+    layers: name -> the same of a layer's output for the input that it has in 16 bits. exported: as cosine, if rows are
+    rounded by constants, as an export of it does, those that these very moments gave; None where no row has 8 bits.
     """
 
     moments: int
@@ -63,6 +64,7 @@ class Fidelity:
     seam: dict[str, Spread]
     stages: dict[str, Spread]
     layers: dict[str, Spread] = field(default_factory=dict)
+    exported: Spread | None = None
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -127,24 +129,27 @@ def compare(
 @dataclass(frozen=True)
 class Alone:
     """Layers by themselves: layer -> relative error of its output, in the format that it shall have, for the input that
-    it has while all are in 16 bits; and the largest magnitude of that input."""
+    it has while all are in 16 bits; and the largest magnitudes of that input, as Quantization has them."""
 
     errors: dict[str, Spread]
-    largest: dict[str, float]
+    largest: dict[str, tuple[float, ...]]
 
 
 def layers_alone(engine: Engine, layers: Mapping[str, Format], moments: Sequence[Moment]) -> Alone:
     """One layer in 8 bits is in memory at a time."""
     model = reference_of(engine.model, "fidelity")
     errors: dict[str, list[float]] = {layer: [] for layer in layers}
-    largest = dict.fromkeys(layers, 0.0)
+    steps = model.config.head.flow_steps
+    largest = {layer: [0.0] * (1 if layer.startswith("vlm.") else steps) for layer in layers}
 
     def note(layer: str, linear: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> None:
         assert isinstance(linear, nn.Linear), layer
         stands_in = QuantizedLinear(linear, layers[layer])
         stands_in.take(linear.weight)
         errors[layer].append(relative_rms(stands_in(given[0]), out))
-        largest[layer] = max(largest[layer], float(given[0].abs().max()))
+        seen = largest[layer]
+        place = 0 if len(seen) == 1 else model.head.step
+        seen[place] = max(seen[place], float(given[0].abs().max()))
 
     # Where layers that share an input are one product, none is called by itself.
     with quantized(model, {}):
@@ -159,8 +164,22 @@ def layers_alone(engine: Engine, layers: Mapping[str, Format], moments: Sequence
                 handle.remove()
     return Alone(
         {layer: Spread.of(values) for layer, values in errors.items() if values},
-        {layer: value for layer, value in largest.items() if value > 0},
+        {layer: tuple(values) for layer, values in largest.items() if min(values) > 0},
     )
+
+
+def as_exported(
+    engine: Engine, layers: Mapping[str, Format], largest: Mapping[str, Sequence[float]], moments: Sequence[Moment]
+) -> Spread | None:
+    """Fidelity.exported. largest: as Alone has it."""
+    if not any(format in ROW_FORMATS for format in layers.values()):
+        return None
+    model = reference_of(engine.model, "fidelity")
+    plain = [_own(_infer(engine, moment)) for moment in moments]
+    with quantized(model, layers):
+        round_by(model, largest)
+        eight = [_own(_infer(engine, moment)) for moment in moments]
+    return Spread.of([_cosine(a, b) for a, b in zip(plain, eight, strict=True)], np.min)
 
 
 def _infer(engine: Engine, moment: Moment) -> ActionChunk:
@@ -181,12 +200,16 @@ def _own(chunk: ActionChunk) -> np.ndarray:
     return chunk.normalized[chunk.prefix_length :, chunk.active_columns].astype(np.float64)
 
 
+def _cosine(a: np.ndarray, b: np.ndarray) -> float:
+    return float((a * b).sum() / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-30))
+
+
 def _apart(engine: Engine, moment: Moment, plain: ActionChunk, eight: ActionChunk) -> dict[str, float]:
     """`cosine`, `error`, `unit mm` ..., `recorded 16 bit` ..., `seam 16 bit` ...: each as Fidelity has it."""
     own, columns = plain.prefix_length, plain.active_columns
     a, b = _own(plain), _own(eight)
     found = {
-        "cosine": float((a * b).sum() / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-30)),
+        "cosine": _cosine(a, b),
         "error": float(np.abs(a - b).max()),
     }
     difference = np.abs(plain.actions[own:].astype(np.float64) - eight.actions[own:]).max(0)

@@ -23,7 +23,7 @@ def write_quantized(
     target: Path,
     recipe: str,
     layers: Mapping[str, Format],
-    largest: Mapping[str, float] = MappingProxyType({}),
+    largest: Mapping[str, tuple[float, ...]] = MappingProxyType({}),
     source: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Quantization:

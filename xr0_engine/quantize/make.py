@@ -15,7 +15,7 @@ from xr0_engine.config import ModelConfig
 from xr0_engine.engine import Engine
 from xr0_engine.model.quantization import quantized_layers
 from xr0_engine.model.weights import check_model, inference_shapes, read_index, resolve_checkpoint
-from xr0_engine.quantize.fidelity import PASSES, compare, layers_alone
+from xr0_engine.quantize.fidelity import PASSES, as_exported, compare, layers_alone
 from xr0_engine.quantize.folder import quantized_sizes, write_quantized
 from xr0_engine.quantize.gate import Gate
 from xr0_engine.quantize.report import Report
@@ -54,7 +54,7 @@ def make(
     check_model(config, stored)
     shapes = inference_shapes(config)
     layers = quantized_layers(AUTO_BEGINS if recipe == AUTO else recipe, shapes)
-    report, largest = None, dict[str, float]()
+    report, largest = None, dict[str, tuple[float, ...]]()
     if datasets:
         engine = Engine.from_pretrained(folder, device, dtype, "reference")
         moments = read_moments(engine, checkpoint_embodiment(folder), datasets, count)
@@ -66,7 +66,9 @@ def make(
             else:
                 fidelity = compare(engine, layers, moments, done)
         alone = layers_alone(engine, layers, moments)
-        fidelity, largest = replace(fidelity, layers=alone.errors), alone.largest
+        largest = alone.largest
+        exported = as_exported(engine, layers, largest, moments)
+        fidelity = replace(fidelity, layers=alone.errors, exported=exported)
         sizes = quantized_sizes(config, stored, layers)
         asked = budgets or (Gate() if recipe == AUTO else None)
         before = sum(stored[name].num_bytes for name in shapes)

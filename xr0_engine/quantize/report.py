@@ -66,6 +66,8 @@ class Report:
             ("cosine of the chunks", f"{found.cosine.mean:.6f}", f"{found.cosine.worst:.6f}"),
             ("largest difference, model's units", *_two(found.error)),
         ]
+        if found.exported is not None:
+            rows.insert(1, ("cosine of the chunks, rows by constants, as exported", *_two(found.exported, ".6f")))
         rows += [(f"largest difference, {unit}", *_two(spread)) for unit, spread in found.units.items()]
         rows += [(f"from the recording, {name}", *_two(spread)) for name, spread in found.recorded.items()]
         rows += [(f"change at the seam, {name}", *_two(spread)) for name, spread in found.seam.items()]
