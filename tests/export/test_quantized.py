@@ -26,7 +26,7 @@ from xr0_engine.exported.manifest import ExportCase
 from xr0_engine.exported.model import ExportedModel
 from xr0_engine.kernels import reference
 from xr0_engine.model.quantization import MOST, QUANTIZATION_FILE, quantized_layers, read_quantization
-from xr0_engine.model.quantized import round_by
+from xr0_engine.model.quantized import round_by, rounded_by
 from xr0_engine.model.weights import inference_shapes, load_model, read_index
 from xr0_engine.quantize.fidelity import layers_alone
 from xr0_engine.quantize.folder import write_quantized
@@ -77,7 +77,7 @@ def export(folder):
     return out
 
 
-@pytest.fixture(scope="module", params=["int8-all"])
+@pytest.fixture(scope="module", params=["int8-all", "fp8-all"])
 def whole(request, plain):
     """Rows of the action head in 8 bits too: a folder, its recipe, and its export."""
     made = quantise(plain, plain.parent / request.param, request.param, CASE)
@@ -86,7 +86,7 @@ def whole(request, plain):
     return made, request.param, out
 
 
-@pytest.fixture(scope="module", params=["int8-all"])
+@pytest.fixture(scope="module", params=["int8-all", "fp8-all"])
 def small(request, checkpoint, tmp_path_factory):
     """As `whole`, of a model with one layer in the head and two flow steps."""
     return quantise(checkpoint, tmp_path_factory.mktemp("small") / request.param, request.param, LIBERO_64)
@@ -124,6 +124,36 @@ def test_onnx_runtime_has_the_reference_s_integers_and_sums():
     assert {ours.min().item(), ours.max().item()} == {-128, 127}
     expected = reference.product_8bit(ours, scale.expand(rows), weight, scales).numpy()
     assert np.abs(y - expected).max() <= SAME_SUMS * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_onnx_runtime_rounds_to_float8_as_the_reference(dtype):
+    """Every value that has two neighbours as near, what is beyond the largest, and what is below the least."""
+    numbers = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    between = (numbers[1:] + numbers[:-1]) / 2
+    x = torch.cat((numbers, between, torch.tensor([449.0, 464.0, 480.0, 6e4, 2.0**-12])))
+    # A power of two: nothing but rounding to float8.
+    x, scale = torch.cat((x, -x)).to(dtype)[None] / 4, torch.tensor(0.25, dtype=dtype)
+    number = {torch.float32: TensorProto.FLOAT, torch.float16: TensorProto.FLOAT16}[dtype]
+    graph = helper.make_graph(
+        [
+            helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]),
+            helper.make_node("DequantizeLinear", ["q", "s", "z"], ["y"]),
+        ],
+        "rounding",
+        [helper.make_tensor_value_info("x", number, list(x.shape))],
+        [helper.make_tensor_value_info("y", number, list(x.shape))],
+        [
+            numpy_helper.from_array(scale.numpy(), "s"),
+            helper.make_tensor("z", TensorProto.FLOAT8E4M3FN, [], b"\0", raw=True),
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=11)
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    (y,) = session.run(None, {"x": x.numpy()})
+    ours = rounded_by(x, scale, "fp8").to(dtype) * scale
+    assert np.array_equal(y, ours.numpy())
+    assert ours.abs().max() == MOST["fp8"] / 4
 
 
 def test_every_stage_agrees_with_the_reference_that_rounds_alike(export):
@@ -235,7 +265,7 @@ def test_an_engine_multiplies_in_8_bits_in_the_flow_too(small, tmp_path):
     assert set(facts["in_16"]) == {f"{part}.layers.{index}" for part in parts for index in (0, 2)}
 
 
-@pytest.mark.parametrize("recipe", ["int8", "int8-all"])
+@pytest.mark.parametrize("recipe", ["int8", "fp8", "int8-all"])
 def test_an_export_of_what_was_not_compared_is_refused(plain, tmp_path, recipe):
     made, out = tmp_path / recipe, tmp_path / "onnx"
     made.mkdir()

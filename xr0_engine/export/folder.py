@@ -43,7 +43,6 @@ from xr0_engine.model.writing import copy_description
 from xr0_engine.robot.embodiment import load_embodiment
 from xr0_engine.robot.normalize import ActionStatistics
 from xr0_engine.robot.preprocess import Preprocessor
-from xr0_engine.types import CheckpointError
 from xr0_engine.whole import whole_folder
 
 STAGES = {"vision": add_vision, "prefill": add_prefill, "flow": add_flow, "step": add_step}
@@ -116,8 +115,6 @@ def _quantization(folder: Path, flow_steps: int) -> Quantization | None:
     quantization = read_quantization(folder)
     if quantization is None:
         return None
-    if "fp8" in quantization.layers.values():
-        raise CheckpointError(f"{folder}: recipe {quantization.recipe}: rows in float8 are not exported: take int8")
     quantization.check_largest(folder, flow_steps)
     return quantization
 
