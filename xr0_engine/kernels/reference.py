@@ -112,7 +112,8 @@ def integer_product(q: Tensor, weight: Tensor) -> Tensor:
         padded = F.pad(q, (0, -columns % 8, 0, max(0, 17 - rows)))
         other = F.pad(weight, (0, -columns % 8, 0, -outputs % 8))
         return torch._int_mm(padded, other.t())[:rows, :outputs]
-    if _multiplies_int8():
+    # Of one column, torch 2.13 multiplies nonsense where the processor has AMX.
+    if columns > 1 and _multiplies_int8():
         return torch._int_mm(q, weight.t())
     sums = torch.zeros(rows, outputs, dtype=torch.int32, device=q.device)
     for part, other in zip(q.split(EXACT_COLUMNS, 1), weight.split(EXACT_COLUMNS, 1), strict=True):
