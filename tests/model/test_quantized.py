@@ -45,6 +45,42 @@ def test_sums_of_int8_are_exact(columns, has_instructions, monkeypatch):
     assert torch.equal(reference.integer_product(q, weight).long(), q.long() @ weight.long().t())
 
 
+@pytest.mark.skipif(not reference._multiplies_int8(), reason="this processor does not multiply int8")
+@pytest.mark.parametrize(("dtype", "exponents"), [(torch.bfloat16, 14), (torch.float16, 11)], ids=str)
+def test_rows_in_16_bits_times_8_bit_weights_are_exact(dtype, exponents):
+    """Of values that are no further apart than the digits reach; more rows than are multiplied at a time."""
+    random = torch.Generator().manual_seed(0)
+    rows = reference.ROWS_OF_DIGITS + 5
+    sizes = 2.0 ** -torch.randint(0, exponents, (rows, 200), generator=random)
+    x = ((1 + torch.rand(rows, 200, generator=random)) * sizes * 100).to(dtype)
+    x[::2] *= -1
+    x[0] = 0
+    weight, scale = ints(7, 200), torch.full((7,), 0.25)
+    expected = 0.25 * (x.double() @ weight.double().t())
+    y = reference.product_8bit_weight(x, weight, scale)
+    # Three sums of digits are joined in float32.
+    assert (y - expected).abs().max() <= 2**-22 * expected.abs().max()
+    assert torch.equal(y[0], torch.zeros(7))
+
+
+@pytest.mark.skipif(not reference._multiplies_int8(), reason="this processor does not multiply int8")
+def test_a_row_whose_values_are_far_apart_is_as_exact_as_in_float32():
+    x = torch.randn(9, 300).bfloat16() * 2.0 ** -torch.arange(300.0)[None, :].clamp(max=60)
+    x, weight = x.bfloat16(), ints(5, 300)
+    expected = x.double() @ weight.double().t()
+    y = reference.product_8bit_weight(x, weight, torch.ones(5))
+    assert (y - expected).abs().max() <= 2**-22 * 127 * 300 * x.abs().max().double()
+
+
+@pytest.mark.parametrize("dtype", list(RELATIVE_STEP), ids=str)
+def test_rows_are_rounded_in_blocks_as_they_are_at_once(dtype, monkeypatch):
+    x = torch.randn(3, 7, 50)
+    whole = reference.quantize_rows(x, dtype)
+    monkeypatch.setattr(reference, "BLOCK", 120)
+    for part, expected in zip(reference.quantize_rows(x, dtype), whole, strict=True):
+        assert torch.equal(part.float(), expected.float())
+
+
 @pytest.mark.parametrize("dtype", list(RELATIVE_STEP), ids=str)
 def test_a_row_is_rounded_to_nearest_by_a_scale_of_its_own(dtype):
     x = torch.randn(6, 50) * torch.tensor([1e-3, 1.0, 1e4, 1e-30, 1.0, 0.0])[:, None]
@@ -62,10 +98,11 @@ def test_half_a_step_goes_to_the_even_neighbour():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_not_finite_stays_so(value):
-    x = torch.ones(2, 8)
+@pytest.mark.parametrize("format", ["int8", "int8-weights"])
+def test_what_is_not_finite_stays_so(value, format):
+    x = torch.ones(2, 8, dtype=torch.bfloat16)
     x[1, 3] = value
-    layer = QuantizedLinear(nn.Linear(8, 4), "int8")
+    layer = QuantizedLinear(nn.Linear(8, 4).bfloat16(), format)
     layer.take(torch.randn(4, 8))
     y = layer(x)
     assert y[0].isfinite().all()

@@ -16,6 +16,12 @@ LEAST_LARGEST = 2.0**-100
 """A row whose largest magnitude is below is scaled as if it were this: its reciprocal is finite."""
 EXACT_COLUMNS = 1024
 """Products of so many pairs of int8 add up in float32 without rounding: 127 * 127 * 1024 < 2**24."""
+BLOCK = 2**17
+"""Elements that are rounded at a time on a CPU, so that what lies between stays in its caches."""
+DIGITS, DIGIT_BITS = 3, 8
+"""Of a row in 16 bits, as whole numbers in int8: as exact as float32, whose significand has 24 bits."""
+ROWS_OF_DIGITS = 256
+"""Multiplied at a time: their sums are three times as large as the result."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -82,10 +88,19 @@ def quantize_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     dtype: a key of MOST. Returns q of that dtype, to nearest, ties to even, and scale (...) float32. A row that is not
     finite has a scale that is not.
     """
+    if x.device.type == "cpu" and x.dim() > 1 and x.numel() > BLOCK:
+        rows = x.flatten(0, -2)
+        parts = [_quantize(block, dtype) for block in rows.split(max(1, BLOCK // x.shape[-1]))]
+        q, scale = (torch.cat(part) for part in zip(*parts, strict=True))
+        return q.view(x.shape), scale.view(x.shape[:-1])
+    return _quantize(x, dtype)
+
+
+def _quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     rows, most = x.float(), MOST[dtype]
     largest = rows.abs().amax(-1, keepdim=True).clamp(min=LEAST_LARGEST)
     scaled = rows * (most / largest)
-    q = scaled.round().to(dtype) if dtype == torch.int8 else scaled.clamp(-most, most).to(dtype)
+    q = scaled.round_().to(dtype) if dtype == torch.int8 else scaled.clamp_(-most, most).to(dtype)
     return q, (largest / most).squeeze(-1)
 
 
@@ -101,7 +116,46 @@ def product_8bit(q: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor)
     The sums of int8 are exact, so that every backend's are the same bits; those of float8 are float32's.
     """
     sums = integer_product(q, weight) if q.dtype == torch.int8 else q.float() @ weight.float().t()
-    return sums.float() * scale[:, None] * weight_scale
+    return sums.float().mul_(scale[:, None]).mul_(weight_scale)
+
+
+def product_8bit_weight(x: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
+    """(M, N) float32, rows (M, K) floating point times a weight (N, K) int8 with its scales; sums in float32, or as
+    exact as these.
+
+    On a CPU that multiplies int8, a row in 16 bits is a power of two times a whole number of three digits in int8:
+    their products read the weight as it is stored. Widened to float32, it would be written and read at four times the
+    size for a few dozen rows. In bfloat16, what is at least 2**-14 of its row's largest magnitude is not rounded.
+    """
+    if x.is_cuda or x.dtype == torch.float32 or not _multiplies_int8():
+        return F.linear(x.float(), weight.float()).mul_(weight_scale)
+    return torch.cat([_by_digits(rows, weight).mul_(weight_scale) for rows in x.split(ROWS_OF_DIGITS)])
+
+
+def _by_digits(x: Tensor, weight: Tensor) -> Tensor:
+    digits, unit = _digits(x)
+    sums = integer_product(digits.flatten(0, 1), weight).unflatten(0, (DIGITS, len(x)))
+    total = sums[-1].float()
+    for digit in range(DIGITS - 2, -1, -1):
+        total.mul_(2.0**DIGIT_BITS).add_(sums[digit])
+    return total.mul_(unit)
+
+
+def _digits(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Digits (DIGITS, M, K) int8, the lowest first, and unit (M, 1) float32, a power of two: x is about unit times the
+    whole number. Of a row that is not finite the unit is none."""
+    largest = x.abs().amax(-1, keepdim=True).float().clamp_(min=LEAST_LARGEST)
+    exponent = largest.frexp().exponent
+    # One bit is the sign, and one is left for what the lower digits carry over.
+    bits = DIGITS * DIGIT_BITS - 2
+    unit = torch.ldexp(largest / largest, exponent - bits)
+    whole = (x.float() * torch.ldexp(torch.ones_like(largest), bits - exponent)).round_().int()
+    digits = torch.empty(DIGITS, *x.shape, dtype=torch.int8, device=x.device)
+    for digit in digits:
+        # What a digit cuts off is its two's complement: below 0 from 128 on, which the next one makes good.
+        digit.copy_(whole)
+        whole.add_(2 ** (DIGIT_BITS - 1)).bitwise_right_shift_(DIGIT_BITS)
+    return digits, unit
 
 
 def integer_product(q: Tensor, weight: Tensor) -> Tensor:

@@ -53,13 +53,14 @@ class QuantizedLinear(nn.Module):
         self.weight_scale.data.copy_(scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (..., K). Returns (..., N) in x's dtype: sums, scales and bias in float32, rounded once; of 8-bit weights
-        alone on a GPU, the weight is rounded to x's dtype first."""
+        """x: (..., K). Returns (..., N) in x's dtype: sums, scales and bias in float32 or as exact, rounded once; of
+        8-bit weights alone on a GPU, the weight is rounded to x's dtype first."""
         if self.format == "int8-weights" and x.is_cuda:
             # Scaled before the product, which in float16 would overflow without.
             y = F.linear(x, (self.weight.float() * self.weight_scale[:, None]).to(x.dtype)).float()
         elif self.format == "int8-weights":
-            y = F.linear(x.float(), self.weight.float()) * self.weight_scale
+            rows = x.flatten(0, -2)
+            y = reference.product_8bit_weight(rows, self.weight, self.weight_scale).unflatten(0, x.shape[:-1])
         else:
             rows = x.flatten(0, -2)
             if self.largest is None:
