@@ -8,7 +8,6 @@ import torch
 from tests.kernels.products import EPS, statistics, workspace
 from tests.kernels.support import DEVICE, Frame, assert_close, randn, spread
 from tests.kernels.test_linear import make_residual
-from xr0_engine.env import emulated_arch
 from xr0_engine.kernels import fused_reference, reference
 from xr0_engine.kernels.arguments import InputNorm, Tactic, Weight
 from xr0_engine.kernels.linear import linear, swiglu
@@ -19,16 +18,11 @@ FORMATS = [pytest.param(torch.int8, id="int8"), pytest.param(torch.float8_e4m3fn
 ONE_STEP = {torch.int8: 1.0, torch.float8_e4m3fn: 32.0}
 """Of 8 bits, where float32 differs in its last bits and a value lies between two: float8's largest are 32 apart."""
 
-WARPGROUPS = pytest.mark.skipif(
-    emulated_arch() == 90, reason="the emulator has no products of 8 bits by warpgroups (wgmma) yet"
-)
-"""Of int8 it does not read the instruction; of float8 it reports sums that are read before they are waited for, and
-whether the compiler or the emulator is wrong there is not known. Such products were compiled for sm_90, never run."""
 TACTICS = [
     pytest.param(Tactic(16, 64, 64), id="whole K"),
     pytest.param(Tactic(16, 64, 32, split_k=3), id="split K"),
-    pytest.param(Tactic(64, 64, 32, split_k=5, schedule="stream"), id="stream", marks=WARPGROUPS),
-    pytest.param(Tactic(128, 64, 64, schedule="stream"), id="stream, a tile each", marks=WARPGROUPS),
+    pytest.param(Tactic(64, 64, 32, split_k=5, schedule="stream"), id="stream"),
+    pytest.param(Tactic(128, 64, 64, schedule="stream"), id="stream, a tile each"),
 ]
 SHAPE = (2, 40, 136, 72)
 """(B, M, K, N): 80 rows in pieces of 16 and 64, none of the sizes a multiple of its block."""

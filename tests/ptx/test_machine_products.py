@@ -205,7 +205,7 @@ def wgmma(
     shown = transposed if not a_in_registers else transposed[1:]
     flags = ", ".join(map(str, shown)) if size == 2 else ""
     kinds = f"{sums}.{a_kind}.{b_kind}"
-    scale = ", ".join(map(str, signs)) if sums != "s32" else "1, 1"
+    scale = "".join(f", {sign}" for sign in signs) if sums != "s32" else ""
     body = "\n".join(
         [f"mad.wide.u32 %d{10 + i}, %r0, 4, %d{i};" for i in range(4)]
         + ["mov.u32 %r10, %r0;", "FILL:", f"setp.ge.u32 %p1, %r10, {len(memory) // 4};", "@%p1 bra FILLED;"]
@@ -217,7 +217,7 @@ def wgmma(
         + [f"mov.b64 %d20, {descriptor(0, *a_distances, width)};"]
         + [f"mov.b64 %d21, {descriptor(b_start, *b_distances, width)};"]
         + ["setp.eq.s32 %p2, 0, 0;", "wgmma.fence.sync.aligned;"]
-        + [f"wgmma.mma_async.sync.aligned.m64n{n}k{k}.{kinds} {{{', '.join(names)}}}, {factor}, %d21, %p2, {scale}"]
+        + [f"wgmma.mma_async.sync.aligned.m64n{n}k{k}.{kinds} {{{', '.join(names)}}}, {factor}, %d21, %p2{scale}"]
         + [f"{', ' if flags else ''}{flags};", "wgmma.commit_group.sync.aligned;", "wgmma.wait_group.sync.aligned 0;"]
         + [f"st.global.b32 [%d13+{512 * index}], {name};" for index, name in enumerate(names)]
     )

@@ -183,9 +183,11 @@ def _wgmma(match: re.Match[str]) -> Form:
     columns = int(match["n"])
 
     def form(operands: tuple[str, ...]) -> Bound:
-        results, a, b, scale, *signs = operands
-        flags = (NEGATE_A if int(signs[0]) < 0 else 0) | (NEGATE_B if int(signs[1]) < 0 else 0)
-        transposed = [int(each) for each in signs[2:]]
+        results, a, b, scale, *flagged = operands
+        numbers = [int(each) for each in flagged]
+        # Products of integers have neither signs nor layouts.
+        signs, transposed = numbers[:2] or (1, 1), numbers[2:]
+        flags = (NEGATE_A if signs[0] < 0 else 0) | (NEGATE_B if signs[1] < 0 else 0)
         if a[0] == "{":
             # A in registers lies as it must: the one flag that is left is B's.
             flags |= A_REGISTERS | (B_TRANSPOSED if any(transposed) else 0)

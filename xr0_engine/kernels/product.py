@@ -32,8 +32,8 @@ STREAM_ROW_TILES = 2
 """Up to so many row tiles, which run side by side, read a weight block: it need not stay in the cache."""
 MIN_DOT = 16
 """Smallest side of a tile that tl.dot takes."""
-LEAST_EXACT = 128
-"""So many products of float8 a warpgroup adds up by itself, with 14 bits, as other libraries do: fewer cost more."""
+MOST_FLOAT8 = 128
+"""So many products of float8 are added up with the 14 bits that a warpgroup has for them, as other libraries do."""
 FACTORS = {"bfloat16": tl.bfloat16, "float16": tl.float16, "float32": tl.float32}
 MOST_WASTE = 0.08
 """Of the rows that pieces of mixed heights hold, at most so many are none, where multiples of MIN_DOT allow it."""
@@ -123,12 +123,6 @@ def sum_type(x):
 
 
 @triton.constexpr_function
-def added_at_most(x, depth):
-    """After how many products a warpgroup's sums are added to those in float32. 0: they are float32, or int32."""
-    return min(LEAST_EXACT, depth) if x.is_fp8() else 0
-
-
-@triton.constexpr_function
 def norm_comes_first(x, w, scaled, how):
     """Whether the norm is applied to factors of a product, which are rounded to float16 and were not before."""
     return how.NORM is not None and compute_type(x, w, how) == tl.float16 and (scaled or x != tl.float16)
@@ -210,8 +204,13 @@ def load_weights(product, place, start, HOW: tl.constexpr):
 @triton.jit
 def add_product(a, b, total):
     """total + a @ b, of factors as they are and sums in sum_type."""
-    MOST: tl.constexpr = added_at_most(a.dtype, a.shape[1])
-    return tl.dot(a, b, total, input_precision="ieee", max_num_imprecise_acc=MOST, out_dtype=total.dtype)
+    if a.dtype.is_fp8():
+        # A sum of its own, which a compiler for warpgroups does not join to the total; one that it is asked to cut
+        # (max_num_imprecise_acc) it reads before its products are waited for.
+        total += tl.dot(a, b)
+    else:
+        total = tl.dot(a, b, total, input_precision="ieee", out_dtype=total.dtype)
+    return total
 
 
 @triton.jit
