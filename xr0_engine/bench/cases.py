@@ -22,7 +22,8 @@ from xr0_engine.env import cache_dir
 from xr0_engine.fused.model import FusedModel
 from xr0_engine.model.dit import ActionHead
 from xr0_engine.model.layers import RMSNorm, pack_linears
-from xr0_engine.model.weights import resolve_checkpoint
+from xr0_engine.model.quantization import Format, find_recipe, quantized_layers, read_quantization
+from xr0_engine.model.weights import inference_shapes, layers_in_8bit, resolve_checkpoint
 from xr0_engine.model.xr0 import XR0Model
 from xr0_engine.robot.decode import encode_prefix
 from xr0_engine.robot.embodiment import Embodiment, embodiment_for, load_embodiment
@@ -119,7 +120,7 @@ class Setup:
     """What to measure, as it is asked for.
 
     size: of the case's family, a checkpoint with random weights; checkpoint: the user's own folder or hub id instead.
-    threads: of the CPU, None for torch's own choice. backend: as Engine.from_pretrained takes it.
+    threads: of the CPU, None for torch's own choice. backend, quantize: as Engine.from_pretrained takes them.
     """
 
     case: Case
@@ -129,6 +130,7 @@ class Setup:
     dtype: str = "bfloat16"
     threads: int | None = None
     backend: str = "auto"
+    quantize: str | None = None
 
     def folder(self) -> Path:
         """The checkpoint's folder. A random one is made on first use and kept in XR0_CACHE.
@@ -163,9 +165,22 @@ class Setup:
         head = self.config().head
         return head.action_length, list(self.case.embodiment.action_layout.active_columns or range(head.action_dim))
 
+    def layers_in_8bit(self, config: ModelConfig) -> tuple[Mapping[str, Format], str | None]:
+        """Layer -> format of those that have 8 bits, and by which recipe, without loading anything. Raises ValueError
+        for an unknown recipe, or one for a checkpoint that is quantised already."""
+        if self.checkpoint is None:
+            recipe = self.quantize
+            return {} if recipe is None else quantized_layers(recipe, inference_shapes(config)), recipe
+        folder = resolve_checkpoint(self.checkpoint)
+        stored = read_quantization(folder)
+        return layers_in_8bit(folder, config, self.quantize), self.quantize if stored is None else stored.recipe
+
     def prepare(self) -> torch.device:
-        """Set the threads and return the device. Raises ValueError for a device, precision or number that is wrong."""
+        """Set the threads and return the device. Raises ValueError for a device, precision, recipe or number that is
+        wrong."""
         resolve_dtype(self.dtype)
+        if self.quantize is not None:
+            find_recipe(self.quantize)
         if self.threads is not None:
             if self.threads < 1:
                 raise ValueError(f"threads: expected at least 1, got {self.threads}")
@@ -199,7 +214,9 @@ class Subject:
         """Raises ValueError for what is wrong in setup, CheckpointError for a checkpoint that cannot be used."""
         device, case = setup.prepare(), setup.case
         folder = setup.folder()
-        engine = Engine.from_pretrained(folder, str(device), setup.dtype, setup.backend, embodiment=case.profile)
+        engine = Engine.from_pretrained(
+            folder, str(device), setup.dtype, setup.backend, case.profile, quantize=setup.quantize
+        )
         return cls(setup, folder, engine, case.observations(engine), case.prefixes(engine), case.noise(engine))
 
     def with_case(self, case: Case) -> Subject:
@@ -208,6 +225,12 @@ class Subject:
         engine = Engine(self.engine.model, Preprocessor.load(self.folder, profile), self.engine.backend)
         inputs = case.observations(engine), case.prefixes(engine), case.noise(engine)
         return Subject(replace(self.setup, case=case), self.folder, engine, *inputs)
+
+    @property
+    def recipe(self) -> str | None:
+        """By which the engine's weights have 8 bits: what was asked for, or what the folder tells."""
+        stored = read_quantization(self.folder)
+        return self.setup.quantize if stored is None else stored.recipe
 
     def plain_model(self) -> XR0Model:
         """The network whose weights the engine runs with, as PyTorch's operators compute it."""
@@ -244,7 +267,7 @@ class Subject:
 
     def describe(self) -> dict[str, Any]:
         """The case, as Result holds it."""
-        return describe(self.setup, self.inputs().input_ids.shape[1], self.noise.shape[1])
+        return describe(self.setup, self.inputs().input_ids.shape[1], self.noise.shape[1], self.recipe)
 
 
 @dataclass(frozen=True)
@@ -321,7 +344,8 @@ class HeadSubject:
         return describe(self.setup, self.kv.mask.shape[1], self.noise.shape[1])
 
 
-def describe(setup: Setup, tokens: int, chunk_length: int) -> dict[str, Any]:
+def describe(setup: Setup, tokens: int, chunk_length: int, recipe: str | None = None) -> dict[str, Any]:
+    """recipe: by which the engine's weights have 8 bits; only then a field of its own."""
     case = setup.case
     return {
         "name": case.name,
@@ -333,6 +357,7 @@ def describe(setup: Setup, tokens: int, chunk_length: int) -> dict[str, Any]:
         "prefix_length": case.prefix_length,
         "batch": case.batch,
         "dtype": setup.dtype,
+        **({} if recipe is None else {"recipe": recipe}),
     }
 
 

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 import typer
 
 from xr0_engine.cli.machine import machine
+from xr0_engine.cli.memory import memory
+from xr0_engine.cli.seams import seams
 from xr0_engine.cli.telling import check_file, compare, report
 from xr0_engine.sizes import PUBLISHED, size_of
 
 if TYPE_CHECKING:
     from xr0_engine.bench.cases import Setup
     from xr0_engine.bench.results import Result
-    from xr0_engine.drive.policies import Source
 
     Measured: TypeAlias = "tuple[tuple[Result, BaseException | None], Callable[[Result], None]]"
     """The result and what cut it short, and how to show it."""
@@ -41,6 +42,14 @@ CaseName = Annotated[
     str, typer.Option("--case", help="libero, bimanual, two_views or stress; of XR-1: robodojo or robocasa365.")
 ]
 Backend = Annotated[str, typer.Option(help="What runs the engine: auto, reference or triton.")]
+
+QUANTIZE = {
+    "quantize": (
+        Annotated[str | None, typer.Option(help="In 8 bits, by a recipe of docs/quantization.md: int8, for one.")],
+        None,
+    )
+}
+"""Beside SETUP, of commands that know 8 bits."""
 
 SETUP: dict[str, tuple[Any, Any]] = {
     "case": (CaseName, "libero"),
@@ -96,7 +105,7 @@ def _measuring(
     return command
 
 
-@_measuring()
+@_measuring(**QUANTIZE)
 def latency(
     setup: Setup,
     rounds: Rounds = 100,
@@ -131,7 +140,7 @@ def latency(
     return module.measure(setup, rounds, _command(), *options), module.show
 
 
-@_measuring()
+@_measuring(**QUANTIZE)
 def throughput(
     setup: Setup,
     rounds: Rounds = 20,
@@ -147,7 +156,7 @@ def throughput(
     return module.measure(setup, sizes, rounds, _command()), module.show
 
 
-@_measuring()
+@_measuring(**QUANTIZE)
 def coldstart(
     setup: Setup,
     rounds: Annotated[int, typer.Option(help="How many processes are started.")] = 5,
@@ -161,7 +170,7 @@ def coldstart(
     return module.measure(setup, rounds, evict, _command()), module.show
 
 
-@_measuring()
+@_measuring(**QUANTIZE)
 def jitter(
     setup: Setup,
     rate: Annotated[float, typer.Option(help="Ticks per second.")] = 30.0,
@@ -221,7 +230,7 @@ def finetune(setup: Setup, rounds: Rounds = 10) -> Measured:
 @_measuring(
     backend=None,
     size=(Size, PUBLISHED),
-    dtype=(Annotated[str, typer.Option(help="bfloat16, float16, float32, fp8 or int8.")], "bfloat16"),
+    **QUANTIZE,
 )
 def roofline(
     setup: Setup,
@@ -334,49 +343,27 @@ def graph(
     run(_setup(case, size, checkpoint, device, dtype, None, "triton"), as_json)
 
 
-@app.command()
-def seams(
-    checkpoint: Annotated[
-        str | None, typer.Option(help="With robot type `bimanual`. Without it: scripted motions, no model.")
-    ] = None,
-    out: Annotated[Path, typer.Option(metavar="FILE.png", help="Where the picture goes.")] = Path("seams.png"),
-    seconds: Annotated[float, typer.Option(min=5, help="Simulated seconds of each run.")] = 20.0,
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of each mode and delay.")] = 2,
-    device: Device = "auto",
-    dtype: Dtype = "float32",
-) -> None:
-    """How far apart chunks are where they meet: async against naive_async in the simulation, delays of 1 to 6 steps.
-
-    Simulated time: the result is that of the policy and the executor, not of this machine's speed.
-    """
-    from xr0_engine.drive.policies import from_checkpoint, scripted
-    from xr0_engine.drive.seams import compare, plot, table
-    from xr0_engine.sim import ROBOT_TYPE
-
-    check_file(out, "--out")
-
-    def source(seed: int) -> Source:
-        if checkpoint is None:
-            return scripted(seed)
-        return from_checkpoint(checkpoint, ROBOT_TYPE, seed, device, dtype, "auto")
-
-    comparison = compare(source, range(1, 7), seconds, range(seeds))
-    plot(comparison, out)
-    print(f"{comparison.title}; steps in mrad\n\n{table(comparison)}\n\nwrote {out}")
-
-
 app.command(context_settings={"ignore_unknown_options": True})(compare)
+app.command()(memory)
+app.command()(seams)
 app.command()(report)
 app.command()(machine)
 
 
 def _setup(
-    case: str, size: str, checkpoint: str | None, device: str, dtype: str, threads: int | None, backend: str = "auto"
+    case: str,
+    size: str,
+    checkpoint: str | None,
+    device: str,
+    dtype: str,
+    threads: int | None,
+    backend: str = "auto",
+    quantize: str | None = None,
 ) -> Setup:
     from xr0_engine.bench.cases import Setup, find_case
 
     found = find_case(case)
-    return Setup(found, size_of(found.family, size), checkpoint, device, dtype, threads, backend)
+    return Setup(found, size_of(found.family, size), checkpoint, device, dtype, threads, backend, quantize)
 
 
 def _command() -> str:

@@ -13,6 +13,7 @@ import typer
 
 if TYPE_CHECKING:
     from xr0_engine.config import ModelConfig
+    from xr0_engine.model.quantization import Format
     from xr0_engine.model.weights import StoredTensor
     from xr0_engine.robot.embodiment import Embodiment
     from xr0_engine.robot.limits import ImageLimits
@@ -88,10 +89,10 @@ def inspect(
     stored = read_index(folder, quantized=quantization is not None)
     if quantization is None:
         check_model(config, stored)
-        in_8bit = 0
+        layers: Mapping[str, Format] = {}
     else:
         check_quantized(config, stored, quantization.layers)
-        in_8bit = sum(stored[f"{layer}.weight"].num_elements for layer in quantization.layers)
+        layers = quantization.layers
     profiles = [load_embodiment(name) for name in builtin_embodiments()]
     windowed = config.head.local_window is not None
     # Three views of 640x480, as long a prompt as they make, 30 actions.
@@ -104,10 +105,7 @@ def inspect(
         "tensors": len(stored),
         "stored_bytes": sum(place.num_bytes for place in stored.values()),
         "parameters": _parameters({n: place for n, place in stored.items() if not n.endswith(f".{SCALE}")}),
-        "memory_bytes": {
-            dtype: memory_need(config, typical, dtype).peak - (size - 1) * in_8bit
-            for dtype, size in (("bfloat16", 2), ("float32", 4))
-        },
+        "memory_bytes": {dtype: memory_need(config, typical, dtype, layers).peak for dtype in ("bfloat16", "float32")},
         "quantization": None
         if quantization is None
         else {

@@ -10,6 +10,9 @@ import torch
 from tests.support import CPU, random_inputs
 from xr0_engine.bench.step.memory import memory_need, parameters
 from xr0_engine.bench.step.workload import Workload
+from xr0_engine.model.quantization import RECIPES, quantized_layers
+from xr0_engine.model.quantized import put_quantized
+from xr0_engine.model.weights import inference_shapes
 from xr0_engine.model.xr0 import XR0Model
 from xr0_engine.sizes import published_config, tiny_config
 
@@ -29,14 +32,16 @@ def peak_bytes(call: Callable[[], object]) -> tuple[object, int]:
     return result, peak
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_activations_are_those_that_torch_allocates(dtype):
+def allocated(dtype: str, recipe: str | None = None):
+    """Inputs of the tiny model, the model, and what its stages allocate on a CPU beside their inputs."""
     config = tiny_config()
     inputs = random_inputs(config, [[(16, 20)] * 3], [[20, 5, 5, 30]], preamble_tokens=0)
-    model = XR0Model(config)
+    with torch.device("meta"):
+        model = XR0Model(config)
+        put_quantized(model, in_8bit(recipe))
     model.allocate(CPU, getattr(torch, dtype))
     for parameter in model.parameters():
-        parameter.data.normal_(std=0.02)
+        parameter.data.copy_(torch.randn(parameter.shape) * (0.02 if parameter.is_floating_point() else 30))
     model.finish_loading()
     noise = torch.zeros(inputs.action_mask.shape)
     # The first call of a case also makes tables that are kept.
@@ -48,10 +53,30 @@ def test_activations_are_those_that_torch_allocates(dtype):
     if dtype == "float32":
         # On the host and in float32 the patches are the caller's own.
         of_vision += inputs.pixel_values.nbytes
-    need = memory_need(config, Workload.of(inputs), dtype)
-    assert list(need.activations.values()) == pytest.approx([of_vision, of_prefill, of_flow], rel=ESTIMATE)
+    return inputs, model, vision, kv, [of_vision, of_prefill, of_flow]
+
+
+def in_8bit(recipe: str | None):
+    return {} if recipe is None else quantized_layers(recipe, inference_shapes(tiny_config()))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_activations_are_those_that_torch_allocates(dtype):
+    inputs, _, vision, kv, taken = allocated(dtype)
+    need = memory_need(tiny_config(), Workload.of(inputs), dtype)
+    assert list(need.activations.values()) == pytest.approx(taken, rel=ESTIMATE)
     assert need.kv_block == kv.keys.nbytes + kv.values.nbytes
     assert need.vision_tokens == sum(part.nbytes for part in (vision.tokens, *vision.deepstack))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_8_bits_hold_their_weights_scales_and_what_rounds(recipe):
+    """What GPUs hold is more: a CPU rounds rows in blocks, and widens no weights."""
+    inputs, model, _, _, taken = allocated("bfloat16", recipe)
+    need = memory_need(tiny_config(), Workload.of(inputs), "bfloat16", in_8bit(recipe))
+    assert sum(need.weights.values()) == sum(parameter.nbytes for parameter in model.parameters())
+    for held, estimate in zip(taken, need.activations.values(), strict=True):
+        assert held * (1 - ESTIMATE) <= estimate <= 2 * held
 
 
 def test_kept_is_the_adaln_table_and_the_preamble():

@@ -17,6 +17,8 @@ from xr0_engine.bench.step import roofline
 from xr0_engine.bench.step.ceilings import CHIPS, Ceilings
 from xr0_engine.bench.step.roofline import bounds_ms, operators
 from xr0_engine.bench.step.workload import Workload
+from xr0_engine.model.quantization import RECIPES, quantized_layers
+from xr0_engine.model.weights import inference_shapes
 from xr0_engine.model.xr0 import XR0Model
 from xr0_engine.sizes import published_config, tiny_config
 
@@ -25,10 +27,10 @@ BIMANUAL = Workload(grids=((16, 20),) * 3, tokens=315, chunk_length=30)
 """Token counts with Qwen's own tokenizer."""
 
 DESIGN_MS = {
-    "LIBERO, H200 bfloat16": (LIBERO, "h200", "bfloat16", (0.47, 1.84, 0.65, 2.96)),
-    "LIBERO, RTX 4090 bfloat16": (LIBERO, "rtx4090", "bfloat16", (2.2, 8.5, 2.8, 13.4)),
-    "bimanual, H200 bfloat16": (BIMANUAL, "h200", "bfloat16", (0.85, 2.87, 0.68, 4.40)),
-    "bimanual, RTX 4090 bfloat16": (BIMANUAL, "rtx4090", "bfloat16", (4.0, 13.7, 2.9, 20.6)),
+    "LIBERO, H200 bfloat16": (LIBERO, "h200", None, (0.47, 1.84, 0.65, 2.96)),
+    "LIBERO, RTX 4090 bfloat16": (LIBERO, "rtx4090", None, (2.2, 8.5, 2.8, 13.4)),
+    "bimanual, H200 bfloat16": (BIMANUAL, "h200", None, (0.85, 2.87, 0.68, 4.40)),
+    "bimanual, RTX 4090 bfloat16": (BIMANUAL, "rtx4090", None, (4.0, 13.7, 2.9, 20.6)),
     "bimanual, RTX 4090 FP8": (BIMANUAL, "rtx4090", "fp8", (2.1, 7.0, 1.6, 10.6)),
     "bimanual, RTX 4090 INT8": (BIMANUAL, "rtx4090", "int8", (1.4, 4.8, 1.6, 7.8)),
 }
@@ -37,17 +39,22 @@ DESIGN_TOLERANCE = 0.03
 """The figures are rounded to two digits, worth up to 3 % alone."""
 
 
-@pytest.mark.parametrize(("work", "chip", "dtype", "figures"), DESIGN_MS.values(), ids=DESIGN_MS)
-def test_design_figures(work, chip, dtype, figures):
-    bounds = bounds_ms(operators(published_config(), work, dtype), CHIPS[chip])
+def by_recipe(recipe: str | None, config=None):
+    config = config or published_config()
+    return {} if recipe is None else quantized_layers(recipe, inference_shapes(config))
+
+
+@pytest.mark.parametrize(("work", "chip", "recipe", "figures"), DESIGN_MS.values(), ids=DESIGN_MS)
+def test_design_figures(work, chip, recipe, figures):
+    bounds = bounds_ms(operators(published_config(), work, "bfloat16", by_recipe(recipe)), CHIPS[chip])
     assert tuple(bounds) == ("vision", "prefill", "flow", "total")
     assert list(bounds.values()) == pytest.approx(figures, rel=DESIGN_TOLERANCE)
 
 
 def weight_elements(stage: str) -> int:
-    found = [op for op in operators(published_config(), BIMANUAL, "int8") if op.stage == stage]
+    found = [op for op in operators(published_config(), BIMANUAL, "bfloat16") if op.stage == stage]
     steps = published_config().head.flow_steps if stage == "flow" else 1
-    return sum(op.count * op.weight_bytes for op in found) // steps
+    return sum(op.count * op.weight_bytes for op in found) // steps // 2
 
 
 def test_weights_are_the_models():
@@ -64,6 +71,34 @@ def test_weights_are_the_models():
     every_step += [model.head.action_projector, model.head.action_output_layer]
     # The state's projector runs once in five steps.
     assert weight_elements("flow") == matrices(*every_step) + matrices(model.head.state_projector) // 5
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_is_of_its_layers_alone(recipe):
+    """Arithmetic of 8 bits where rows are rounded; weights of 8 bits, and scales, of every layer that it names."""
+    config, layers = published_config(), by_recipe(recipe)
+    plain, eight = (operators(config, LIBERO, "bfloat16", some) for some in ({}, layers))
+    vlm, head = RECIPES[recipe]
+    arithmetic = {"int8": "int8", "fp8": "fp8", "int8-weights": "bfloat16"}
+    shapes = inference_shapes(config)
+    for before, after in zip(plain, eight, strict=True):
+        ends = after.stage == "flow" and after.name.split()[0] in ("state", "actions", "velocity")
+        if ends or after.name in ("attention", "patch embedding"):
+            assert after == before
+            continue
+        _, inputs, outputs = after.shape
+        assert after.weight_bytes == outputs * (inputs + 4)
+        assert after.dtype == arithmetic[head if after.stage == "flow" else vlm]
+        assert (after.operations, after.activation_bytes) == (before.operations, before.activation_bytes)
+    saved = sum(op.count * op.weight_bytes for op in plain) - sum(op.count * op.weight_bytes for op in eight)
+    last = "vlm.model.language_model.layers.35."
+    read = {
+        layer: config.head.flow_steps if layer.startswith("dit.") else 1
+        for layer in layers
+        if not layer.startswith(last) or layer.endswith(("k_proj", "v_proj"))
+    }
+    taken = {layer: shapes[f"{layer}.weight"] for layer in read}
+    assert saved == sum(times * (taken[layer][0] * (taken[layer][1] - 4)) for layer, times in read.items())
 
 
 def test_operations_are_those_that_torch_counts():
@@ -161,6 +196,16 @@ def test_measured_ceilings_are_rates(monkeypatch):
     assert measured.source == "measured"
 
 
+def test_ceilings_of_int8_are_measured_too(monkeypatch):
+    monkeypatch.setattr(ceilings_, "COPIED_BYTES", 1000)
+    monkeypatch.setitem(ceilings_.MATMUL_SIZE, "cpu", 16)
+    setup = Setup(CASES["libero"], "tiny", device="cpu", dtype="float32", quantize="int8")
+    result = roofline.measure(setup, "here", "")
+    assert list(result.facts["ceilings"]["operations_s"]) == ["float32", "int8"]
+    with pytest.raises(ValueError, match=r"ceilings can be measured for .*'fp8'"):
+        roofline.measure(replace(setup, quantize="fp8"), "here", "")
+
+
 def test_highest_ceilings():
     one = Ceilings("toy", {"float32": 3.0}, 1.0, "measured")
     other = Ceilings("toy", {"float32": 2.0}, 4.0, "measured")
@@ -173,17 +218,18 @@ def test_workload_of_case(case, expected):
 
 
 def test_result_and_its_table(tmp_path, capsys):
-    measured = roofline.measure(Setup(CASES["bimanual"], size="4b", dtype="fp8"), "rtx4090", "xr0 bench roofline")
+    setup = Setup(CASES["bimanual"], size="4b", quantize="fp8")
+    measured = roofline.measure(setup, "rtx4090", "xr0 bench roofline")
     write(measured, tmp_path / "roofline.json")
     result = read(tmp_path / "roofline.json")
-    assert result.facts["bound_ms"]["total"] == pytest.approx(10.672, abs=5e-4)
+    assert result.facts["bound_ms"]["total"] == pytest.approx(10.692, abs=5e-4)
     assert sum(op["bound_ms"] for op in result.facts["operators"]) == pytest.approx(result.facts["bound_ms"]["total"])
-    assert (result.case["tokens"], result.case["chunk_length"], result.case["dtype"]) == (315, 30, "fp8")
+    assert (result.case["tokens"], result.case["chunk_length"], result.case["recipe"]) == (315, 30, "fp8")
     roofline.show(result)
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
     lines = [line.strip() for line in lines]
-    assert next(line for line in lines if line.startswith("total")).split()[-3:-1] == ["10.672", "ms"]
+    assert next(line for line in lines if line.startswith("total")).split()[-3:-1] == ["10.692", "ms"]
 
 
 def test_table_of_operators(capsys):

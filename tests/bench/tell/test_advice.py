@@ -88,7 +88,7 @@ def test_costs_are_those_of_the_roofline():
 
     def same(name: str, kind: str, shape: tuple[int, ...], **options) -> None:
         stage = name.partition(":")[0]
-        found = cost(Call(kind, shape, (), options, 1, stage, name), Precision.of("bfloat16"))
+        found = cost(Call(kind, shape, (), options, 1, stage, name), Precision("bfloat16"))
         expected = counted[name]
         assert (found.operations, found.num_bytes) == (expected.operations, expected.num_bytes), name
 

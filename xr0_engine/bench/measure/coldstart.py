@@ -131,9 +131,10 @@ def show(result: Result) -> None:
     from rich.table import Table
 
     from xr0_engine.bench.results import summary
-    from xr0_engine.bench.tell.tables import footer
+    from xr0_engine.bench.tell.tables import footer, precision
 
-    table = Table(title=f"{result.case['name']}, {result.case['size']}: a fresh process, seconds", box=None)
+    case = result.case
+    table = Table(title=f"{case['name']}, {case['size']}, {precision(case)}: a fresh process, seconds", box=None)
     for column in ("stage", "what"):
         table.add_column(column)
     for column in ("p50", "max"):

@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from xr0_engine.bench.cases import Setup, Subject
+from xr0_engine.bench.measure.eight_bits import weights_bytes
 from xr0_engine.bench.results import PERCENTILES, Result, environment, summary
-from xr0_engine.bench.tell.tables import footer, number
+from xr0_engine.bench.tell.tables import footer, number, precision
 from xr0_engine.bench.timing import WARM_UP, peak_memory_bytes, reset_peak_memory
 
 MAX_SECONDS = 24 * 3600
@@ -105,6 +106,7 @@ def measure(setup: Setup, rate_hz: float, seconds: float, command: str) -> tuple
             "ticks": len(loop.duration_ms) + loop.skipped,
             "skipped_ticks": loop.skipped,
             "missed_deadlines": loop.missed(rate_hz),
+            "weights_bytes": weights_bytes(subject.plain_model()),
             "peak_memory_bytes": peak_memory_bytes(device),
         },
         complete=not reasons,
@@ -114,7 +116,9 @@ def measure(setup: Setup, rate_hz: float, seconds: float, command: str) -> tuple
 
 def show(result: Result) -> None:
     facts = result.facts
-    table = Table(title=f"{result.case['name']}, {result.case['size']}, {facts['rate_hz']:g} Hz, ms", box=None)
+    case = result.case
+    title = f"{case['name']}, {case['size']}, {precision(case)}, {facts['rate_hz']:g} Hz, ms"
+    table = Table(title=title, box=None)
     table.add_column("")
     for name in (*PERCENTILES, "max"):
         table.add_column(name.replace("_", "."), justify="right")

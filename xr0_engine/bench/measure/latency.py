@@ -1,14 +1,17 @@
 """The engine's latency against the released way to run the model: one run, the rivals taking turns.
 
 Rivals: `engine`; `released`, the structure of the released code; `compiled`, the same under torch.compile; `onnx` or
-`tensorrt`, the engine over an export; `guided`, the engine's call with a guide (docs/realtime.md).
+`tensorrt`, the engine over an export; `guided`, the engine's call with a guide (docs/realtime.md); a recipe's name, the
+engine in 8 bits (docs/quantization.md).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,9 +21,18 @@ from torch import Tensor
 
 from xr0_engine.backend import resolve_backend, resolve_dtype
 from xr0_engine.bench.cases import HeadSubject, Setup, Subject
+from xr0_engine.bench.measure.eight_bits import (
+    agreement,
+    check_agreement,
+    check_recipe,
+    compared,
+    eight_bit_engine,
+    precisions,
+    weights_bytes,
+)
 from xr0_engine.bench.measure.replay import REPLAY_BOUNDARIES, check_graphs, engine_rival, released_rival, session_of
 from xr0_engine.bench.results import Result, environment
-from xr0_engine.bench.tell.tables import footer, latency_table
+from xr0_engine.bench.tell.tables import footer, latency_table, size
 from xr0_engine.bench.timing import (
     WARM_UP,
     CallTimer,
@@ -59,13 +71,16 @@ def measure(
     """The result, and what cut it short, if anything did.
 
     part: of PARTS, the whole model or the action head alone, which needs no checkpoint. boundary: stage (the default),
-    infer, replay, update+replay or websocket for the whole model, flow for the head. alone: the engine without rivals;
+    infer, replay, update+replay or websocket for the whole model, flow for the head. setup.quantize: the engine in 8
+    bits joins the one in 16. alone: without the released way;
     attention: theirs; compiled: torch.compile joins them. export: a folder of `xr0 export` for the case, which joins
     them too, run by export_backend: onnx, tensorrt or auto. guided: a call drawn toward a whole chunk joins them;
     drawn nowhere it has to give the engine's actions. Raises ValueError for a wrong argument,
     NotImplementedError for what this machine or version lacks, RuntimeError if the rivals disagree: nothing is timed
     then.
     """
+    if setup.quantize is not None and (part == "dit" or boundary not in (None, "stage", "infer")):
+        raise ValueError("quantize: expected part all, boundary stage or infer")
     if guided and (part == "dit" or boundary not in (None, "stage", "infer") or setup.case.prefix_length):
         raise ValueError("guided: expected part all, boundary stage or infer, and a case without a prefix")
     _check(part, rounds, alone, attention != "sdpa" or compiled, export, export_backend, boundary)
@@ -83,15 +98,26 @@ def measure(
             "--alone"
         )
     variants = {} if alone else {"released": False} | ({"compiled": True} if compiled else {})
+    told: dict[str, Any] = {}
     if part == "dit":
         head_subject = HeadSubject.make(setup)
         device, case, backend = head_subject.state.device, head_subject.describe(), resolve_backend("auto")
         rivals = _head_rivals(head_subject, attention, variants)
     else:
-        subject = Subject.load(setup)
+        check_recipe(setup, alone)
+        subject = Subject.load(replace(setup, quantize=None))
         device, case, backend = subject.engine.model.device, subject.describe(), subject.engine.backend
         rivals = _model_rivals(subject, boundary, attention, variants, export, export_backend, guided)
-    errors = _gate(rivals, setup.dtype)
+        told |= {"precision": precisions(subject, setup.quantize)}
+        told |= {"weights_bytes": {"engine": weights_bytes(subject.plain_model())}}
+        if (found := compared(subject.folder)) is not None:
+            told |= {"compared": found}
+        if setup.quantize is not None:
+            eight = eight_bit_engine(subject, setup.quantize)
+            rivals[setup.quantize] = _engine_rival(subject, eight, boundary)
+            told["weights_bytes"][setup.quantize] = weights_bytes(replace(subject, engine=eight).plain_model())
+    errors, apart = _gate(rivals, setup.dtype, setup.quantize)
+    told |= {"agreement": apart} if apart else {}
 
     reset_peak_memory(device)
     series, reason = run({name: timed for name, (timed, _) in rivals.items()}, rounds, WARM_UP)
@@ -110,6 +136,7 @@ def measure(
             # Rivals share a process: what they hold counts together.
             "peak_memory_bytes": peak_memory_bytes(device),
             "error_against_engine": errors,
+            **told,
         },
         complete=reason is None,
     )
@@ -151,23 +178,13 @@ def _model_rivals(
 ) -> dict[str, Rival]:
     engine, setup = subject.engine, subject.setup
     profile, statistics = engine.embodiment(setup.case.robot_type), engine.statistics[setup.case.robot_type]
-    # The calls end with the actions on the host, so the wall clock is right on a GPU too.
-    timer = CallTimer(torch.device("cpu"))
-
-    def rival(call: Callable[[], tuple[np.ndarray, StageTimes]]) -> Rival:
-        timed = (lambda: call()[1]) if boundary == "stage" else (lambda: {"total": timer(call)})
-        return timed, lambda: call()[0]
-
-    def ours(engine: Engine) -> tuple[np.ndarray, StageTimes]:
-        chunks = engine.infer(subject.observations, subject.prefixes, subject.noise)
-        return np.stack([chunk.normalized for chunk in chunks]), chunks[0].timing_ms
-
-    replays = boundary in REPLAY_BOUNDARIES
-    rivals = {"engine": engine_rival(*session_of(subject), boundary) if replays else rival(partial(ours, engine))}
+    rival, replays = partial(_rival, boundary), boundary in REPLAY_BOUNDARIES
+    ours = engine_rival(*session_of(subject), boundary) if replays else _engine_rival(subject, engine, boundary)
+    rivals = {"engine": ours}
     if export is not None:
         exported = Engine.from_export(export, setup.device, export_backend, setup.case.profile)
         refuse_other_model(exported.config, engine.config)
-        rivals[exported.backend] = rival(partial(ours, exported))
+        rivals[exported.backend] = _engine_rival(subject, exported, boundary)
     if guided:
         rivals["guided"] = _guided_rival(subject, lambda call: rival(call)[0])
     for name, compiled in variants.items():
@@ -179,6 +196,23 @@ def _model_rivals(
         inputs = (subject.observations, profile, statistics, subject.noise, subject.prefixes)
         rivals[name] = released_rival(model, subject, boundary) if replays else rival(partial(model.infer, *inputs))
     return rivals
+
+
+def _rival(boundary: str, call: Callable[[], tuple[np.ndarray, StageTimes]]) -> Rival:
+    # The calls end with the actions on the host, so the wall clock is right on a GPU too.
+    timer = CallTimer(torch.device("cpu"))
+    timed = (lambda: call()[1]) if boundary == "stage" else (lambda: {"total": timer(call)})
+    return timed, lambda: call()[0]
+
+
+def _engine_rival(subject: Subject, engine: Engine, boundary: str) -> Rival:
+    """An engine of the same model, with the subject's inputs."""
+
+    def call() -> tuple[np.ndarray, StageTimes]:
+        chunks = engine.infer(subject.observations, subject.prefixes, subject.noise)
+        return np.stack([chunk.normalized for chunk in chunks]), chunks[0].timing_ms
+
+    return _rival(boundary, call)
 
 
 def _guided_rival(
@@ -214,10 +248,13 @@ def _head_rivals(subject: HeadSubject, attention: str, variants: dict[str, bool]
     return rivals
 
 
-def _gate(rivals: dict[str, Rival], dtype: str) -> dict[str, float]:
-    """Each rival's error against the engine. What computes something else is not compared: RuntimeError."""
+def _gate(
+    rivals: dict[str, Rival], dtype: str, recipe: str | None = None
+) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """Each rival's error against the engine, and the agreement of the one in 8 bits, which is named after its recipe.
+    What computes something else is not compared: RuntimeError."""
     ours = rivals["engine"][1]()
-    errors = {}
+    errors, apart = {}, {}
     for name in [name for name in rivals if name != "engine"]:
         try:
             theirs = rivals[name][1]()
@@ -225,11 +262,14 @@ def _gate(rivals: dict[str, Rival], dtype: str) -> dict[str, float]:
             reason = str(error).strip().partition("\n")[0]
             raise RuntimeError(f"torch.compile does not work here, leave it out: {reason}") from None
         errors[name] = relative_rms(ours, theirs)
-        if not errors[name] < GATE[dtype]:
+        if name == recipe:
+            apart[name] = agreement(theirs, ours)
+            check_agreement(name, apart[name])
+        elif not errors[name] < GATE[dtype]:
             raise RuntimeError(
                 f"nothing was timed: engine and {name} differ by {errors[name]:.1e}, more than {GATE[dtype]:.0e}"
             )
-    return errors
+    return errors, apart
 
 
 def relative_rms(values: np.ndarray, reference: np.ndarray) -> float:
@@ -243,7 +283,21 @@ def show(result: Result) -> None:
     rivals = [name for name in result.series if name != "engine"]
     if rivals:
         console.print(_ratio_table(result, rivals))
+    if "agreement" in result.facts:
+        console.print(_rival_table(result))
     console.print(footer(result), markup=False, highlight=False)
+
+
+def _rival_table(result: Result) -> Table:
+    """What the rivals' weights take, and how far the one in 8 bits is from the engine."""
+    facts, table = result.facts, Table("", box=None)
+    for column in ("weights", "cosine with engine's chunk", "largest difference"):
+        table.add_column(column, justify="right")
+    for name, count in facts["weights_bytes"].items():
+        apart = facts.get("agreement", {}).get(name)
+        cells = ("", "") if apart is None else (f"{apart['cosine']:.6f}", f"{apart['largest_difference']:.4f}")
+        table.add_row(name, size(count), *cells)
+    return table
 
 
 def _ratio_table(result: Result, rivals: list[str]) -> Table:

@@ -11,9 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 from xr0_engine.bench.cases import Setup, Subject
+from xr0_engine.bench.measure.eight_bits import weights_bytes
 from xr0_engine.bench.measure.latency import GATE, relative_rms
 from xr0_engine.bench.results import Result, environment, summary
-from xr0_engine.bench.tell.tables import footer, number
+from xr0_engine.bench.tell.tables import footer, number, precision
 from xr0_engine.bench.timing import CallTimer, StageTimes, peak_memory_bytes, reset_peak_memory, run
 from xr0_engine.fused.lookahead import Lookahead
 from xr0_engine.fused.model import FusedModel
@@ -63,6 +64,7 @@ def measure(setup: Setup, batches: Sequence[int], rounds: int, command: str) -> 
         facts={
             "batches": {f"batch {batch}": batch for batch in batches},
             "queues": dict.fromkeys(queues, QUEUED),
+            "weights_bytes": weights_bytes(subject.plain_model()),
             "peak_memory_bytes": peak_memory_bytes(device),
         },
         complete=reason is None,
@@ -123,7 +125,7 @@ def _gate(subject: Subject, batches: Sequence[int]) -> None:
 
 def show(result: Result) -> None:
     case = result.case
-    table = Table(title=f"{case['name']}, {case['size']}, {case['dtype']}", box=None)
+    table = Table(title=f"{case['name']}, {case['size']}, {precision(case)}", box=None)
     for column in ("batch", "ms p50", "p90", "max", "ms per chunk", "chunks per second"):
         table.add_column(column, justify="right")
     named = {str(batch): (f"batch {batch}", batch) for batch in result.facts["batches"].values()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 
 from xr0_engine.backend import DTYPES
 from xr0_engine.bench.cases import Setup
+from xr0_engine.kernels import reference
 
 COPIED_BYTES = 2**28
 """Of the copy that measures bandwidth: eight times the largest cache of a common CPU."""
@@ -61,23 +62,30 @@ CHIPS = {
 """SXM modules with 80 GB (a100, h100) and 141 GB (h200)."""
 
 
-def measure_ceilings(device: torch.device, dtype: str) -> Ceilings:
+def measure_ceilings(device: torch.device, *dtypes: str) -> Ceilings:
     """What this machine reaches with the libraries at hand: a copy larger than its caches, a large square product.
 
-    dtype: bfloat16, float16 or float32. The best of some rounds, since a ceiling is looked for. Not yet measured on a
-    GPU. Raises ValueError for a dtype that torch cannot multiply everywhere.
+    dtypes: of bfloat16, float16, float32 and int8. The best of some rounds, since a ceiling is looked for. Not yet
+    measured on a GPU. Raises ValueError for a dtype that torch cannot multiply everywhere.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype: ceilings can be measured for {', '.join(DTYPES)}; got {dtype!r}")
+    if unknown := [dtype for dtype in dtypes if dtype not in (*DTYPES, "int8")]:
+        raise ValueError(f"dtype: ceilings can be measured for {', '.join(DTYPES)}, int8; got {unknown[0]!r}")
     source = torch.ones(COPIED_BYTES, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
+    copy_s = _best_seconds(lambda: target.copy_(source), device)
     size = MATMUL_SIZE[device.type]
+    rates = {dtype: 2 * size**3 / _matmul_seconds(device, dtype, size) for dtype in dtypes}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return Ceilings(name, rates, 2 * COPIED_BYTES / copy_s, "measured")
+
+
+def _matmul_seconds(device: torch.device, dtype: str, size: int) -> float:
+    if dtype == "int8":
+        q, weight = torch.randint(-127, 128, (2, size, size), dtype=torch.int8, device=device)
+        return _best_seconds(lambda: reference.integer_product(q, weight), device)
     a, b = torch.randn(2, size, size, device=device).to(DTYPES[dtype])
     product = torch.empty_like(a)
-    copy_s = _best_seconds(lambda: target.copy_(source), device)
-    matmul_s = _best_seconds(lambda: torch.mm(a, b, out=product), device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    return Ceilings(name, {dtype: 2 * size**3 / matmul_s}, 2 * COPIED_BYTES / copy_s, "measured")
+    return _best_seconds(lambda: torch.mm(a, b, out=product), device)
 
 
 def highest(first: Ceilings, second: Ceilings) -> Ceilings:
@@ -103,10 +111,11 @@ def _best_seconds(call: Callable[[], object], device: torch.device) -> float:
     return best
 
 
-def ceilings_for(chip: str, setup: Setup) -> Ceilings:
-    """Of a chip in CHIPS, or for HERE what the setup's device reaches. Raises ValueError for what is wrong in them."""
+def ceilings_for(chip: str, setup: Setup, dtypes: Set[str] = frozenset()) -> Ceilings:
+    """Of a chip in CHIPS, or for HERE what the setup's device reaches, in its dtype and in these. Raises ValueError for
+    what is wrong in them."""
     if chip == HERE:
-        return measure_ceilings(setup.prepare(), setup.dtype)
+        return measure_ceilings(setup.prepare(), *dict.fromkeys((setup.dtype, *sorted(dtypes))))
     if chip not in CHIPS:
         raise ValueError(f"chip: expected {HERE}, {', '.join(CHIPS)}; got {chip!r}")
     return CHIPS[chip]

@@ -67,7 +67,7 @@ def kernel_specs(config: ModelConfig, work: Workload, dtype: str) -> list[Kernel
     Raises ValueError for an unknown dtype.
     """
     resolve_dtype(dtype)
-    precision = Precision.of(dtype)
+    precision = Precision(dtype)
     calls = step_calls(config, work)
     specs = [_spec(call, cost(call, precision)) for call in calls]
     # Whole ones: the last layer of the VLM has no queries.
@@ -177,8 +177,8 @@ def _around(qkv: Call, precision: Precision) -> list[KernelSpec]:
 
     def norm(name: str, *shape: int) -> KernelSpec:
         elements, width = math.prod(shape), shape[-1]
-        moved = precision.activation * 2 * elements
-        cost = Operator(stage, name, 1, 4 * elements, precision.activation * width, moved, precision.gemm)
+        moved = precision.size * 2 * elements
+        cost = Operator(stage, name, 1, 4 * elements, precision.size * width, moved, precision.dtype)
 
         def make(random: Random) -> Kernel:
             x, weight = random(*shape), 1 + 0.1 * random(width)
@@ -188,8 +188,8 @@ def _around(qkv: Call, precision: Precision) -> list[KernelSpec]:
 
     def rotate() -> KernelSpec:
         elements = rows * heads * dim
-        moved = precision.activation * 2 * elements + FLOAT32_BYTES * 2 * rows * dim
-        cost = Operator(stage, "rotate Q", 1, 6 * elements, 0, moved, precision.gemm)
+        moved = precision.size * 2 * elements + FLOAT32_BYTES * 2 * rows * dim
+        cost = Operator(stage, "rotate Q", 1, 6 * elements, 0, moved, precision.dtype)
 
         def make(random: Random) -> Kernel:
             x, angles = random(rows, heads, dim), random(rows, 1, dim // 2).float()

@@ -1,32 +1,39 @@
-"""What a call needs in memory: weights by part, tables kept from load, KV block, activations.
+"""What a call needs in memory: weights by part, tables kept from load, KV block, activations; which cards have it.
 
 Activations are an estimate of the most that a stage of the reference engine holds at once, its results included: the
-tensors alive at the widest place of one layer, whose widths a step's own calls tell. What a library takes for itself is
-not in it.
+tensors alive at the widest place of one layer, whose widths a step's own calls tell; of layers in 8 bits also what the
+largest of them rounds or widens while it runs. What a library takes for itself is not in it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
+from torch import nn
 
 from xr0_engine.backend import resolve_dtype
-from xr0_engine.bench.step.recorder import Call, step_calls
+from xr0_engine.bench.step.recorder import STAGES, Call, step_calls
 from xr0_engine.bench.step.workload import Workload
 from xr0_engine.config import ModelConfig
+from xr0_engine.model.quantization import Format
+from xr0_engine.model.quantized import put_quantized
+from xr0_engine.model.weights import inference_shapes
 from xr0_engine.model.xr0 import XR0Model
 
 FLOAT32_BYTES = 4
+PLACES = {"vlm.model.visual.": "vision", "vlm.model.language_model.": "prefill", "": "flow"}
+"""Start of a layer's name -> stage that runs it; the first that fits."""
 
 
 @dataclass(frozen=True)
 class MemoryNeed:
     """All in bytes.
 
-    weights: per part of the model; kept: the adaLN table and one prompt head's KV; kv_block: what the DiT reads;
-    vision_tokens: what prefill reads; activations: per stage, results included.
+    weights: per part of the model, scales of 8 bits included; kept: the adaLN table and one prompt head's KV; kv_block:
+    what the DiT reads; vision_tokens: what prefill reads; activations: per stage, results included.
     """
 
     weights: Mapping[str, int]
@@ -42,34 +49,50 @@ class MemoryNeed:
         return sum(self.weights.values()) + self.kept + max(vision, self.vision_tokens + prefill, self.kv_block + flow)
 
 
-def memory_need(config: ModelConfig, work: Workload, dtype: str) -> MemoryNeed:
-    """dtype: bfloat16, float16 or float32. Raises ValueError for another."""
+def memory_need(
+    config: ModelConfig, work: Workload, dtype: str, in_8bit: Mapping[str, Format] = MappingProxyType({})
+) -> MemoryNeed:
+    """dtype: bfloat16, float16 or float32, of all that has no 8 bits. in_8bit: layer -> format of those that have.
+    Raises ValueError for another dtype."""
     size, layers = resolve_dtype(dtype).itemsize, config.head.num_layers
     calls = step_calls(config, work)
     tokens, outputs, taps = _image_tokens(calls)
     *_, groups, _, dim = _only(calls, "prefill", "attention").shape
     kv_of_token = 2 * groups * dim
     adaln_table = layers * config.head.flow_steps * 6 * config.head.hidden_size
+    rounding = _rounding(config, calls, in_8bit)
     return MemoryNeed(
-        weights={part: size * count for part, count in parameters(config).items()},
+        weights=weights_bytes(config, dtype, in_8bit),
         kept=size * (adaln_table + config.text.num_layers * work.preamble_tokens * kv_of_token),
         kv_block=size * layers * work.batch * work.tokens * kv_of_token,
         vision_tokens=size * tokens * outputs * (1 + taps),
         activations={
-            "vision": _vision(calls, size),
-            "prefill": _prefill(calls, layers, size),
-            "flow": _flow(calls, size),
+            "vision": _vision(calls, size) + rounding["vision"],
+            "prefill": _prefill(calls, layers, size) + rounding["prefill"],
+            "flow": _flow(calls, size) + rounding["flow"],
         },
     )
 
 
 def parameters(config: ModelConfig) -> dict[str, int]:
     """Part of the model -> number of parameters that the engine loads."""
+    parts = _parts(config, torch.bfloat16, {})
+    return {name: sum(parameter.numel() for parameter in part.parameters()) for name, part in parts.items()}
+
+
+def weights_bytes(config: ModelConfig, dtype: str, in_8bit: Mapping[str, Format]) -> dict[str, int]:
+    """Part of the model -> what its parameters take. Arguments as memory_need."""
+    parts = _parts(config, resolve_dtype(dtype), in_8bit)
+    return {name: sum(parameter.nbytes for parameter in part.parameters()) for name, part in parts.items()}
+
+
+def _parts(config: ModelConfig, dtype: torch.dtype, in_8bit: Mapping[str, Format]) -> dict[str, nn.Module]:
     with torch.device("meta"):
         model = XR0Model(config)
+        put_quantized(model, in_8bit)
+    model.to(dtype)
     towers = model.vlm.model
-    parts = {"vision tower": towers.visual, "language model": towers.language_model, "action head": model.head}
-    return {name: sum(parameter.numel() for parameter in part.parameters()) for name, part in parts.items()}
+    return {"vision tower": towers.visual, "language model": towers.language_model, "action head": model.head}
 
 
 def _only(calls: Sequence[Call], stage: str, kind: str) -> Call:
@@ -108,6 +131,30 @@ def _prefill(calls: Sequence[Call], kept_layers: int, size: int) -> int:
     # One scratch place beside the layers kept.
     cache = (kept_layers + 1) * batch * tokens * 2 * kv_width
     return size * (rows * row + cache) + 2 * FLOAT32_BYTES * rows * dim
+
+
+def _rounding(config: ModelConfig, calls: Sequence[Call], in_8bit: Mapping[str, Format]) -> dict[str, int]:
+    """Stage -> the most that a layer in 8 bits holds beside its input and result: rows while they are rounded and its
+    sums, or a copy of its weight, as PyTorch's operators make them (model/quantized.py)."""
+    shapes, most = inference_shapes(config), dict.fromkeys(STAGES, 0)
+    rows_of = {
+        stage: max(call.shape[0] for call in calls if (call.stage, call.kind) == (stage, "linear")) for stage in most
+    }
+    for layer, format in in_8bit.items():
+        outputs, inputs = shapes[f"{layer}.weight"]
+        stage = next(stage for start, stage in PLACES.items() if layer.startswith(start))
+        rows = rows_of[stage]
+        # A weight in float32, and scaled or rounded; on a CPU the sums of three digits, and what joins them.
+        if format == "int8-weights":
+            held = FLOAT32_BYTES * outputs * max(2 * inputs, 4 * rows)
+        else:
+            rounded = rows * inputs
+            sums = 2 * FLOAT32_BYTES * rows * outputs
+            # A library takes int8 padded, float8 widened.
+            copy = outputs * inputs * (1 if format == "int8" else FLOAT32_BYTES)
+            held = max(rounded * (2 * FLOAT32_BYTES + 1), rounded + sums + copy)
+        most[stage] = max(most[stage], held)
+    return most
 
 
 def _flow(calls: Sequence[Call], size: int) -> int:

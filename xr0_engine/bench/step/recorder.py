@@ -58,7 +58,8 @@ LABELS = {
 class Call:
     """Calls of one kind and shape: the first one's arguments, and how often there are such calls in a step.
 
-    shape: as tactic_key has it. stage, name: where in the model; empty where that was not asked.
+    shape: as tactic_key has it. stage, name: where in the model; layer: whose weight it reads, by its name in a
+    checkpoint, one of several that are one product; empty where that was not asked.
     """
 
     kind: str
@@ -68,6 +69,7 @@ class Call:
     count: int = 0
     stage: str = ""
     name: str = ""
+    layer: str = ""
 
     def written(self) -> list[Tensor]:
         if self.kind.startswith(LOOP):
@@ -145,7 +147,7 @@ class PaperOps(StagedOps):
     def __init__(self, model: nn.Module) -> None:
         super().__init__("reference", META)
         self.calls: dict[tuple[Any, ...], Call] = {}
-        self._owners = _owners(model)
+        self._layers, self._owners = _layers(model), _owners(model)
 
     def run(
         self, kind: str, shape: Shape, dtype: torch.dtype, arguments: tuple[Any, ...], options: Mapping[str, Any]
@@ -153,7 +155,8 @@ class PaperOps(StagedOps):
         name = self._label(arguments[1].data) if isinstance(arguments[1], Weight) else "attention"
         if kind == "qkv" and arguments[2] is None:
             name = "KV, last layer"
-        self._write(name, kind, shape, arguments, options)
+        layer = self._layers[_storage(arguments[1].data)] if isinstance(arguments[1], Weight) else ""
+        self._write(name, kind, shape, arguments, options, layer)
 
     def start_flow(self, *arguments: Any, **options: Any) -> None:
         """The product within: of the first input with the action projector."""
@@ -177,12 +180,13 @@ class PaperOps(StagedOps):
 
     def _product(self, name: str, x: Tensor, weight: Tensor) -> None:
         """x: (B, M, any columns) of rows that are multiplied with weight (N, K)."""
-        self._write(name, "linear", (x.shape[0] * x.shape[1], *weight.shape), (x, Weight(weight)), {})
+        shape, layer = (x.shape[0] * x.shape[1], *weight.shape), self._layers.get(_storage(weight), "")
+        self._write(name, "linear", shape, (x, Weight(weight)), {}, layer)
 
     def _write(
-        self, name: str, kind: str, shape: Shape, arguments: tuple[Any, ...], options: Mapping[str, Any]
+        self, name: str, kind: str, shape: Shape, arguments: tuple[Any, ...], options: Mapping[str, Any], layer: str
     ) -> None:
-        call = Call(kind, shape, arguments, options, 0, self.stage, name)
+        call = Call(kind, shape, arguments, options, 0, self.stage, name, layer)
         self.calls.setdefault((self.stage, name, kind, shape), call).count += 1
 
     def _label(self, weight: Tensor) -> str:
@@ -195,6 +199,12 @@ class PaperOps(StagedOps):
 def _storage(tensor: Tensor) -> int:
     """What views of one tensor have in common, on the meta device too."""
     return tensor.untyped_storage()._cdata
+
+
+def _layers(model: nn.Module) -> dict[int, str]:
+    """Storage of a weight -> name of its layer in a checkpoint, one of them where several share it."""
+    names = ((_storage(weight), name.rpartition(".")[0]) for name, weight in model.named_parameters())
+    return {storage: name.removeprefix("head.") for storage, name in names}
 
 
 def _owners(model: nn.Module) -> dict[int, str]:

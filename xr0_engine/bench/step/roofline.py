@@ -13,7 +13,9 @@ What is counted, per observation batch:
 - Prefill: all text layers but the last, of which K and V alone. A kept preamble takes no rows, but is attended to.
 - Flow: the state's projector once; in each Euler step the action projectors and the DiT, its weights and the KV block
   streamed anew. The adaLN table comes from load time.
-- In 8 bits the GEMMs' weights and arithmetic are 8 bits wide; activations, KV and attention stay at 16.
+- By a recipe of 8 bits (docs/quantization.md) the weights of its layers are 8 bits wide, their float32 scales beside
+  them. Where rows are rounded too, on their way into the GEMM, its arithmetic is that of 8 bits. Activations, KV,
+  attention and every other layer stay as they are.
 
 A model whose weights fit the processor's cache can beat these bounds: its bytes do not come from memory.
 """
@@ -21,23 +23,25 @@ A model whose weights fit the processor's cache can beat these bounds: its bytes
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from xr0_engine.backend import resolve_dtype
 from xr0_engine.bench.cases import Setup, describe
 from xr0_engine.bench.results import Result, environment
 from xr0_engine.bench.step.ceilings import HERE, Ceilings, ceilings_for, rates
-from xr0_engine.bench.step.memory import memory_need
+from xr0_engine.bench.step.memory import FLOAT32_BYTES, memory_need
 from xr0_engine.bench.step.recorder import Call, step_calls
 from xr0_engine.bench.step.workload import Workload
+from xr0_engine.bench.tell.tables import precision
 from xr0_engine.config import ModelConfig
+from xr0_engine.model.quantization import Format
 
 STAGES = ("vision", "prefill", "flow")
-BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "fp8": 1, "int8": 1}
-"""Bytes of a weight."""
 
 
 @dataclass(frozen=True)
@@ -73,38 +77,36 @@ class Operator:
 
 @dataclass(frozen=True)
 class Precision:
-    """Bytes per element and dtypes of the two kinds of operator."""
+    """dtype: of all that has no 8 bits. layers: layer -> format, of those that have (model/quantization.py)."""
 
-    gemm: str
-    attention: str
-    weight: int
-    activation: int
+    dtype: str
+    layers: Mapping[str, Format] = field(default_factory=dict)
 
-    @staticmethod
-    def of(dtype: str) -> Precision:
-        """Raises ValueError for a dtype not in BYTES."""
-        if dtype not in BYTES:
-            raise ValueError(f"dtype: expected {', '.join(BYTES)}; got {dtype!r}")
-        wide = "bfloat16" if BYTES[dtype] == 1 else dtype
-        return Precision(dtype, wide, BYTES[dtype], BYTES[wide])
+    @property
+    def size(self) -> int:
+        """Raises ValueError for an unknown dtype."""
+        return resolve_dtype(self.dtype).itemsize
 
-    def linear(self, stage: str, name: str, count: int, rows: int, inputs: int, outputs: int) -> Operator:
+    def linear(self, call: Call) -> Operator:
         """rows x inputs times inputs x outputs."""
-        operations = 2 * rows * inputs * outputs
-        moved = self.activation * rows * (inputs + outputs)
+        rows, outputs, inputs = call.shape[:3]
+        format = self.layers.get(call.layer)
+        weight = self.size * inputs * outputs if format is None else outputs * (inputs + FLOAT32_BYTES)
+        rounds = format in ("int8", "fp8")
+        operations, moved = 2 * rows * inputs * outputs, self.size * rows * (inputs + outputs)
+        dtype = str(format) if rounds else self.dtype
         shape = (rows, inputs, outputs)
-        return Operator(stage, name, count, operations, self.weight * inputs * outputs, moved, self.gemm, shape)
+        return Operator(call.stage, call.name, call.count, operations, weight, moved, dtype, shape)
 
-    def attend(self, stage: str, name: str, count: int, pairs: int, width: int, elements: int) -> Operator:
+    def attend(self, call: Call, pairs: int, width: int, elements: int) -> Operator:
         """pairs: of a query and a key that see each other, per head; width: heads x D; elements: moved."""
-        return Operator(stage, name, count, 4 * pairs * width, 0, self.activation * elements, self.attention)
+        return Operator(call.stage, call.name, call.count, 4 * pairs * width, 0, self.size * elements, self.dtype)
 
 
-def cost(call: Call, precision: Precision) -> Operator:
+def cost(call: Call, precise: Precision) -> Operator:
     """What all runs of a recorded call take, as the module counts them. Raises ValueError for an unknown kind."""
     if call.kind in ("linear", "swiglu", "qkv"):
-        rows, outputs, inputs = call.shape[:3]
-        return precision.linear(call.stage, call.name, call.count, rows, inputs, outputs)
+        return precise.linear(call)
     batch, heads, queries, groups, keys, dim = call.shape
     cached = 2 * batch * groups * keys * dim
     if segments := call.options.get("segments"):
@@ -117,13 +119,15 @@ def cost(call: Call, precision: Precision) -> Operator:
         pairs, moved = batch * queries * (keys + queries), 4 * batch * heads * queries * dim + cached
     else:
         raise ValueError(f"kind: expected an op that has tactics, got {call.kind!r}")
-    return precision.attend(call.stage, call.name, call.count, pairs, heads * dim, moved)
+    return precise.attend(call, pairs, heads * dim, moved)
 
 
-def operators(config: ModelConfig, work: Workload, dtype: str) -> list[Operator]:
-    """Every operator of a call, as the module counts them. dtype: a key of BYTES. Raises ValueError for another."""
-    precision = Precision.of(dtype)
-    return [cost(call, precision) for call in step_calls(config, work)]
+def operators(
+    config: ModelConfig, work: Workload, dtype: str, layers: Mapping[str, Format] = MappingProxyType({})
+) -> list[Operator]:
+    """Every operator of a call, as the module counts them. dtype, layers: as Precision has them. Raises ValueError for
+    an unknown dtype."""
+    return [cost(call, Precision(dtype, layers)) for call in step_calls(config, work)]
 
 
 def bounds_ms(found: list[Operator], ceilings: Ceilings) -> dict[str, float]:
@@ -133,19 +137,20 @@ def bounds_ms(found: list[Operator], ceilings: Ceilings) -> dict[str, float]:
 
 
 def measure(setup: Setup, chip: str, command: str) -> Result:
-    """The bounds of a case on a chip (a key of CHIPS, or HERE), and but in 8 bits the memory of a call (memory.py).
+    """The bounds of a case on a chip (a key of CHIPS, or HERE), and the memory of a call (memory.py).
 
-    setup.dtype: a key of BYTES. Raises ValueError for what is wrong in setup or chip.
+    Raises ValueError for what is wrong in setup or chip.
     """
     config, work = Workload.of_case(setup)
-    found = operators(config, work, setup.dtype)
-    ceilings = ceilings_for(chip, setup)
+    layers, recipe = setup.layers_in_8bit(config)
+    found = operators(config, work, setup.dtype, layers)
+    ceilings = ceilings_for(chip, setup, {op.dtype for op in found})
     listed = [asdict(op) | {"bound_ms": 1e3 * op.bound_s(ceilings), "limit": op.limit(ceilings)} for op in found]
     return Result(
         kind="roofline",
         command=command,
         environment=environment(setup.prepare() if chip == HERE else "cpu"),
-        case=describe(setup, work.tokens, work.chunk_length),
+        case=describe(setup, work.tokens, work.chunk_length, recipe),
         boundary="stage",
         backend="none",
         series={},
@@ -154,7 +159,7 @@ def measure(setup: Setup, chip: str, command: str) -> Result:
             "ceilings": asdict(ceilings),
             "bound_ms": bounds_ms(found, ceilings),
             "operators": listed,
-            **({} if BYTES[setup.dtype] == 1 else {"memory_bytes": memory_need(config, work, setup.dtype).peak}),
+            "memory_bytes": memory_need(config, work, setup.dtype, layers).peak,
         },
     )
 
@@ -164,7 +169,7 @@ def show(result: Result, list_operators: bool = False) -> None:
     found, case, ceilings = result.facts["operators"], result.case, result.facts["ceilings"]
     console = Console()
     table = _operator_table(found) if list_operators else _stage_table(found)
-    table.title = f"{case['name']}, {case['size']}, batch {case['batch']}, {case['dtype']}"
+    table.title = f"{case['name']}, {case['size']}, batch {case['batch']}, {precision(case)}"
     console.print(table)
     console.print(
         f"{len(case['views'])} views, {case['tokens']} tokens, all computed, chunk of {case['chunk_length']}.\n"

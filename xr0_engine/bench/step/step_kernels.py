@@ -55,7 +55,7 @@ def measure_model(
     model: FusedModel, subject: Subject, rounds: int, command: str
 ) -> tuple[Result, BaseException | None]:
     device, dtype = model.device, subject.setup.dtype
-    precision = Precision.of(dtype)
+    precision = Precision(dtype)
     ops, oracle = model.ops(), FusedOps("reference", device)
     ceilings, timer = measure_ceilings(device, dtype), CallTimer(device)
     trials: dict[str, tuple[Trial, Tactic]] = {}

@@ -132,7 +132,11 @@ def _case(result: Result) -> str:
     case = result.case
     batch = f"batch {case['batch']}" if case.get("batch", 1) != 1 else None
     part = "action head" if result.facts.get("part") == "dit" else None
-    return ", ".join(str(word) for word in (case.get("name"), case.get("size"), part, batch, case.get("dtype")) if word)
+    return ", ".join(
+        str(word)
+        for word in (case.get("name"), case.get("size"), part, batch, case.get("dtype"), case.get("recipe"))
+        if word
+    )
 
 
 def _when(result: Result) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from rich.table import Table
@@ -11,7 +12,7 @@ from xr0_engine.bench.results import DEADLINES_HZ, PERCENTILES, Result, summary
 
 def latency_table(result: Result) -> Table:
     case = result.case
-    table = Table(title=f"{case['name']}, {case['size']}, batch {case['batch']}, {case['dtype']}, ms", box=None)
+    table = Table(title=f"{case['name']}, {case['size']}, batch {case['batch']}, {precision(case)}, ms", box=None)
     table.add_column("stage")
     for name in (*PERCENTILES, "max"):
         table.add_column(name.replace("_", "."), justify="right")
@@ -44,6 +45,16 @@ def footer(result: Result) -> str:
     if not result.complete:
         lines.append("INTERRUPTED: only the rounds that were finished")
     return "\n".join(lines)
+
+
+def precision(case: Mapping[str, Any]) -> str:
+    """Of a result's case: its dtype, and the recipe of what has 8 bits."""
+    return f"{case['dtype']}, recipe {case['recipe']}" if "recipe" in case else str(case["dtype"])
+
+
+def size(count: float) -> str:
+    """Of bytes, in the units that memory is sold in."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
 def number(value: float | None) -> str:
