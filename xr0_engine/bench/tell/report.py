@@ -15,6 +15,7 @@ from xr0_engine.bench.tell import charts
 from xr0_engine.bench.tell.advice import Advice, advise
 from xr0_engine.bench.tell.bounds import Bounds, bounds_of
 from xr0_engine.bench.tell.charts import Bar, milliseconds
+from xr0_engine.bench.tell.fidelity import speed_and_fidelity
 from xr0_engine.bench.tell.page import definitions, document, figure, folded, table
 from xr0_engine.bench.timing import ratio_with_spread
 
@@ -94,6 +95,7 @@ def _section(number: int, name: str, result: Result, bounds: Bounds, others: Seq
         f'<section id="r{number}"><h2>{escape(_heading(result))}</h2>',
         f'<p class="where">{escape(_measured(result))}</p><p class="command">{escape(result.command)}</p>{warning}',
         _tiles(result, series, bounds),
+        speed_and_fidelity(result, series),
         *_figures(result, series, bounds),
         _percentiles(result, series, bounds),
         _advice(advise(result, bounds, others)),
@@ -285,7 +287,7 @@ def _details(name: str, result: Result) -> str:
 
 
 def _heading(result: Result) -> str:
-    case = [result.case.get(key) for key in ("name", "size", "dtype")]
+    case = [result.case.get(key) for key in ("name", "size", "dtype", "recipe")]
     return f"{TITLES[result.kind]}: {', '.join(str(part) for part in case if part)}"
 
 
