@@ -69,7 +69,7 @@ class QuantizedLinear(nn.Module):
                 whole = torch.tensor(self.largest() / MOST[self.format], dtype=x.dtype, device=x.device)
                 q, scale = rounded_by(rows, whole, self.format), whole.float().expand(len(rows))
             y = reference.product_8bit(q, scale, self.weight, self.weight_scale).unflatten(0, x.shape[:-1])
-        return (y if self.bias is None else y + self.bias.float()).to(x.dtype)
+        return (y if self.bias is None else y.add_(self.bias.float())).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]}, {self.weight.shape[0]}, {self.format}"
