@@ -306,9 +306,13 @@ def test_a_fault_of_one_flow_is_found_in_that_flow_by_the_kernels(monkeypatch):
 
 
 @pytest.mark.compiled
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_the_kernels_pass(dtype):
-    model = seeded_model(seeded_config(), DEVICE, dtype)
+@pytest.mark.parametrize(
+    ("dtype", "recipe"),
+    [(torch.bfloat16, None), (torch.float16, None), (torch.bfloat16, "int8-all"), (torch.float16, "fp8")],
+    ids=str,
+)
+def test_the_kernels_pass(dtype, recipe):
+    model = seeded_model(seeded_config(), DEVICE, dtype, recipe=recipe)
     assert first_fault(check(model, seeded_sessions(model.config), "triton", TacticTable(""))) is None
 
 

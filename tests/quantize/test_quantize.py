@@ -15,7 +15,13 @@ from typer.testing import CliRunner
 import xr0_engine
 from xr0_engine.cli import app
 from xr0_engine.engine import Engine
-from xr0_engine.model.quantization import QUANTIZATION_FILE, Format, quantized_layers, read_quantization
+from xr0_engine.model.quantization import (
+    QUANTIZATION_FILE,
+    Format,
+    mixed_layers,
+    quantized_layers,
+    read_quantization,
+)
 from xr0_engine.model.quantized import QuantizedLinear, quantized, rounded
 from xr0_engine.model.weights import inference_shapes
 from xr0_engine.quantize.fidelity import Fidelity, Spread, as_exported, compare, layers_alone
@@ -193,6 +199,8 @@ def test_auto_gives_back_no_more_than_it_has_to(engine, layers, moments):
     assert not asked.missed(found.fidelity)
     assert compare(engine, found.layers, moments).error == found.fidelity.error
     assert len(found.left) > 0
+    # The kernels take what it finds.
+    assert mixed_layers(found.layers, engine.config.text.num_layers) == []
     # One less, in the order that it goes by, would not have been enough.
     least = min(count for count, missed in found.tried if not missed)
     assert any(count == least - 1 and missed for count, missed in found.tried)

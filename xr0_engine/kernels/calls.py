@@ -12,7 +12,7 @@ from torch import Tensor
 from xr0_engine.kernels.arguments import STATS_COLUMNS, InputNorm, Schedule, Tactic, Weight, Workspace, slot_columns
 from xr0_engine.kernels.launch import launch
 from xr0_engine.kernels.library import library_product
-from xr0_engine.kernels.product import MIN_DOT, MOST_FLOAT8, STREAM_ROW_TILES, How, Product
+from xr0_engine.kernels.product import MIN_DOT, MOST_FLOAT8, STREAM_ROW_TILES, WARPGROUP_ROWS, How, Product
 from xr0_engine.kernels.shapes import expect, strided
 
 EIGHT_BIT_SCHEDULES: tuple[Schedule, ...] = ("tiled", "stream")
@@ -143,8 +143,10 @@ def check_product(
             least = 2 * MIN_DOT
         if size < least or size & (size - 1):
             raise ValueError(f"tactic.{name}: expected a power of two of at least {least}, got {size}")
-    if x.dtype == torch.float8_e4m3fn and tactic.block_k > MOST_FLOAT8:
-        raise NotImplementedError(f"tactic.block_k: at most {MOST_FLOAT8} of float8, got {tactic.block_k}")
+    if x.dtype == torch.float8_e4m3fn and tactic.block_k > MOST_FLOAT8 and tactic.block_m >= WARPGROUP_ROWS:
+        raise NotImplementedError(
+            f"tactic.block_k: at most {MOST_FLOAT8} of float8 for {WARPGROUP_ROWS} rows and more, got {tactic.block_k}"
+        )
     if tactic.split_k < 1:
         raise ValueError(f"tactic.split_k: expected at least 1, got {tactic.split_k}")
     if tactic.library and tactic.schedule != "tiled":

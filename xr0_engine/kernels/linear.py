@@ -28,7 +28,7 @@ from xr0_engine.kernels.calls import ProductCall, check_product
 from xr0_engine.kernels.device import paired
 from xr0_engine.kernels.ends import LinearEnd, SwigluEnd, finish_linear, finish_swiglu
 from xr0_engine.kernels.launch import PROCESSORS
-from xr0_engine.kernels.product import MIN_DOT, finish, multiply, row_pieces, take_tile
+from xr0_engine.kernels.product import MIN_DOT, MOST_FLOAT8, WARPGROUP_ROWS, finish, multiply, row_pieces, take_tile
 from xr0_engine.kernels.schedules import launch_scheduled
 from xr0_engine.kernels.shapes import expect, strided
 
@@ -39,8 +39,8 @@ READ_COST = {80: 45, 86: 20, 89: 30, 90: 150, 100: 200, 120: 30}
 """Compute capability -> reading a factor from the L2 cache takes a processor as long as so many products in bfloat16.
 Estimates: peak rate of products over that of reads, neither measured here."""
 MAX_SPLIT = 8
-WARPGROUPS, WARPGROUP_ROWS = (90, 100), 64
-"""Compute capabilities of chips whose warps multiply in groups, and so many rows at least."""
+WARPGROUPS = (90, 100)
+"""Compute capabilities of chips whose warps multiply in groups."""
 MOST_SUMS, MOST_SUMS_OF_WARPS = 208 * 128, 160 * 128
 """Of a program of 8 warps: more leave its epilogue too few registers, or the factors of products of warps."""
 
@@ -64,6 +64,8 @@ def default_tactic(kind: str, rows: int, n: int, k: int, arch: int, factor_bytes
         block_m = max(MIN_DOT, triton.next_power_of_2(rows))
         width = HEAD_COLUMNS if kind == "qkv" else 64
         most = (64 if kind == "qkv" else 128) * 2 // factor_bytes
+        if factor_bytes == 1 and block_m >= WARPGROUP_ROWS:
+            most = min(most, MOST_FLOAT8)
         block_k = most if k % most == 0 else 64
         tiles, blocks = triton.cdiv(n, width), triton.cdiv(k, block_k)
         split_k = max((split for split in _divisors(blocks) if tiles * split <= processors), default=1)

@@ -32,6 +32,8 @@ STREAM_ROW_TILES = 2
 """Up to so many row tiles, which run side by side, read a weight block: it need not stay in the cache."""
 MIN_DOT = 16
 """Smallest side of a tile that tl.dot takes."""
+WARPGROUP_ROWS = 64
+"""So many rows at least a warpgroup multiplies."""
 MOST_FLOAT8 = 128
 """So many products of float8 are added up with the 14 bits that a warpgroup has for them, as other libraries do."""
 FACTORS = {"bfloat16": tl.bfloat16, "float16": tl.float16, "float32": tl.float32}

@@ -133,10 +133,16 @@ def recipe_like(layers: Mapping[str, Format]) -> str:
     return "int8-weights"
 
 
+def shared_input(layer: str) -> str:
+    """What layers that read one input have in common, and other layers with nobody."""
+    match = SHARED_INPUT.fullmatch(layer)
+    return layer if match is None else match[1]
+
+
 def mixed_layers(layers: Mapping[str, Format], text_layers: int) -> list[str]:
     """Of a model with so many text layers, the first that read one input and have several formats; empty if none do."""
     last = f".{text_layers - 1}.self_attn."
-    for prefix in dict.fromkeys(match[1] for layer in layers if (match := SHARED_INPUT.fullmatch(layer))):
+    for prefix in dict.fromkeys(shared_input(layer) for layer in layers if SHARED_INPUT.fullmatch(layer)):
         names = SHARING["mlp" if prefix.endswith("mlp.") else "self_attn"]
         # Of the last layer keys and values alone are computed.
         whole = [prefix + name for name in names if not (name == "q_proj" and prefix.endswith(last))]
