@@ -29,7 +29,7 @@ CODE = Code("linear", 64 * 1024, 100, 0, 4)
 def search(monkeypatch):
     """Of three candidates and no others, whose code has nothing in it; the widest spills."""
     found = tables.Search(CHIPS["h200"])
-    monkeypatch.setattr(found._ops, "default", lambda kind, shape: SLOW)
+    monkeypatch.setattr(found._ops, "default", lambda kind, shape, options: SLOW)
     monkeypatch.setattr(candidates, "tiles", lambda *asked: [SLOW, FAST, SPILLING])
     monkeypatch.setattr(candidates, "schedules", lambda *asked: [])
     monkeypatch.setattr(found, "_code", lambda op, tactic: None if tactic == SPILLING else CODE)

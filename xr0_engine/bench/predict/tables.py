@@ -61,7 +61,7 @@ class Search:
 
     def choose(self, op: Op, kind: str) -> Choice:
         """kind: the op's own, or that of the stage of a flow loop that it is."""
-        default, barrier = self._ops.default(kind, op.shape), kind.startswith(LOOP)
+        default, barrier = self._ops.default(kind, op.shape, op.options), kind.startswith(LOOP)
         ranked = self._ranked(op, kind, default, barrier)
         found: dict[Tactic, float] = {}
         for tactic, least in ranked[:MOST_TRIED]:
@@ -88,7 +88,7 @@ class Search:
         return bool(code.spills) or code.shared > SHARED_LIMIT[self.chip.arch]
 
     def default_seconds(self, op: Op, kind: str) -> float:
-        return self._seconds(op, self._ops.default(kind, op.shape), None, kind.startswith(LOOP))
+        return self._seconds(op, self._ops.default(kind, op.shape, op.options), None, kind.startswith(LOOP))
 
     def _ranked(self, op: Op, kind: str, default: Tactic, barrier: bool) -> list[tuple[Tactic, float]]:
         def timed(tactics: Iterable[Tactic]) -> dict[Tactic, float]:
@@ -141,7 +141,7 @@ def predicted_table(
     wanted: dict[str, tuple[Op, str]] = {}
     for (_, _, _, dtype), ops in zip(given, ops_of("chained", {}), strict=True):
         for op in (op for op in ops if op.tactic is not None):
-            key = tactic_key(op.kind, op.shape, dtype)
+            key = tactic_key(op.kind, op.shape, dtype, op.options)
             wanted[key], counts[key] = (op, op.kind), counts.get(key, 0) + 1
     for ops in ops_of("persistent", {}):
         for op in (op for op in ops if op.phases):
