@@ -265,6 +265,18 @@ def test_an_engine_multiplies_in_8_bits_in_the_flow_too(small, tmp_path):
     assert set(facts["in_16"]) == {f"{part}.layers.{index}" for part in parts for index in (0, 2)}
 
 
+@needs_builder
+def test_float8_is_not_for_a_gpu_that_lacks_it(small, tmp_path):
+    graphs = tmp_path / "bf16"
+    export_onnx(small, LIBERO_64, "bf16", graphs, stages=("vision",))
+    if small.name == "int8-all":
+        assert build_engines(graphs, "a100", stages=("vision",)).facts["vision"]["layers"]["eight_bit_rows"] > 0
+        return
+    with pytest.raises(NotImplementedError, match=r"vision.onnx holds float8, .*a100 has 8.0: .* recipe int8"):
+        build_engines(graphs, "a100", stages=("vision",))
+    assert not (graphs / "a100").exists()
+
+
 @pytest.mark.parametrize("recipe", ["int8", "fp8", "int8-all"])
 def test_an_export_of_what_was_not_compared_is_refused(plain, tmp_path, recipe):
     made, out = tmp_path / recipe, tmp_path / "onnx"

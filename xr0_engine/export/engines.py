@@ -6,7 +6,7 @@ import json
 import re
 import resource
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,6 +22,8 @@ from xr0_engine.whole import whole_folder
 TARGETS = {"rtx4090": "8.9", "rtx5090": "12.0", "a100": "8.0"}
 """Target -> compute capability; `local` is the GPU that is here."""
 LOCAL = "local"
+FLOAT8_CAPABILITY = 8.9
+"""From which compute capability on GPUs multiply float8."""
 STAGES = ("vision", "prefill", "flow")
 TIMING_CACHE = "timing.cache"
 MEMINFO = Path("/proc/meminfo")
@@ -38,8 +40,8 @@ def build_engines(
     """Build the stages of an export into folder/target, which appears whole or not at all.
 
     builder: tensorrt-rtx builds for any target; tensorrt only for `local`. Raises ValueError for a wrong argument or
-    folder, NotImplementedError for a target that the builder cannot build for from here, RuntimeError for a missing
-    library or GPU, or if the builder fails, with its reason.
+    folder, NotImplementedError for a target that the builder cannot build for from here or that has not what the graphs
+    hold, RuntimeError for a missing library or GPU, or if the builder fails, with its reason.
     """
     if target not in (*TARGETS, LOCAL):
         raise ValueError(f"target: expected {', '.join(TARGETS)} or {LOCAL}; got {target!r}")
@@ -61,6 +63,11 @@ def build_engines(
     if changed:
         raise ValueError(f"{folder}: missing or changed since they were written: {', '.join(changed)}")
     capability = TARGETS.get(target) or _local_capability()
+    if float(capability) < FLOAT8_CAPABILITY and (name := _with_float8(folder, graphs.values())) is not None:
+        raise NotImplementedError(
+            f"{folder / name} holds float8, which GPUs have from compute capability {FLOAT8_CAPABILITY} on; "
+            f"{target} has {capability}: export a checkpoint of recipe int8 or int8-all"
+        )
     sizes = {key: graph_size(folder / name) for key, name in graphs.items()}
     _check_memory(max(expected_memory(*size) for size in sizes.values()))
     with whole_folder(out, sum(weights for weights, _ in sizes.values())) as partial:
@@ -174,6 +181,13 @@ def graph_size(path: Path) -> tuple[int, int]:
     graph = onnx.load(path, load_external_data=False).graph
     lengths = (entry for tensor in graph.initializer for entry in tensor.external_data if entry.key == "length")
     return sum(int(entry.value) for entry in lengths), len(graph.node)
+
+
+def _with_float8(folder: Path, names: Iterable[str]) -> str | None:
+    """The first graph that holds float8."""
+    kind = onnx.TensorProto.FLOAT8E4M3FN
+    loaded = ((name, onnx.load(folder / name, load_external_data=False).graph) for name in names)
+    return next((name for name, graph in loaded if any(each.data_type == kind for each in graph.initializer)), None)
 
 
 def expected_memory(weights: int, operators: int) -> int:
