@@ -20,6 +20,7 @@ BLOCK = 2**17
 """Elements that are rounded at a time on a CPU, so that what lies between stays in its caches."""
 DIGITS, DIGIT_BITS = 3, 8
 """Of a row in 16 bits, as whole numbers in int8: as exact as float32, whose significand has 24 bits."""
+FLOAT32_EXPONENT = 0x7F800000
 ROWS_OF_DIGITS = 256
 """Multiplied at a time: their sums are three times as large as the result."""
 
@@ -129,7 +130,8 @@ def product_8bit_weight(x: Tensor, weight: Tensor, weight_scale: Tensor) -> Tens
     """
     if x.is_cuda or x.dtype == torch.float32 or not _multiplies_int8():
         return F.linear(x.float(), weight.float()).mul_(weight_scale)
-    return torch.cat([_by_digits(rows, weight).mul_(weight_scale) for rows in x.split(ROWS_OF_DIGITS)])
+    parts = [_by_digits(rows, weight).mul_(weight_scale) for rows in x.split(ROWS_OF_DIGITS)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _by_digits(x: Tensor, weight: Tensor) -> Tensor:
@@ -145,16 +147,17 @@ def _digits(x: Tensor) -> tuple[Tensor, Tensor]:
     """Digits (DIGITS, M, K) int8, the lowest first, and unit (M, 1) float32, a power of two: x is about unit times the
     whole number. Of a row that is not finite the unit is none."""
     largest = x.abs().amax(-1, keepdim=True).float().clamp_(min=LEAST_LARGEST)
-    exponent = largest.frexp().exponent
-    # One bit is the sign, and one is left for what the lower digits carry over.
-    bits = DIGITS * DIGIT_BITS - 2
-    unit = torch.ldexp(largest / largest, exponent - bits)
-    whole = (x.float() * torch.ldexp(torch.ones_like(largest), bits - exponent)).round_().int()
+    # Its exponent alone: the next power of two below. One bit is the sign, and one is left for what the lower digits
+    # carry over.
+    power = largest.view(torch.int32).bitwise_and_(FLOAT32_EXPONENT).view(torch.float32)
+    unit = power * 2.0 ** (3 - DIGITS * DIGIT_BITS)
+    whole = (x / unit).round_().int()
     digits = torch.empty(DIGITS, *x.shape, dtype=torch.int8, device=x.device)
-    for digit in digits:
-        # What a digit cuts off is its two's complement: below 0 from 128 on, which the next one makes good.
+    for number, digit in enumerate(digits):
+        if number:
+            # The digit before was two's complement: below 0 from 128 on, which this one makes good.
+            whole.add_(2 ** (DIGIT_BITS - 1)).bitwise_right_shift_(DIGIT_BITS)
         digit.copy_(whole)
-        whole.add_(2 ** (DIGIT_BITS - 1)).bitwise_right_shift_(DIGIT_BITS)
     return digits, unit
 
 
