@@ -23,6 +23,7 @@ def test_a_rival_in_8_bits_stands_beside_the_engine():
         assert cell in text
     assert "released" not in text, "it has the engine's precision"
     assert text in html
+    assert "engine: 8 GiB, int8: 2.5 GiB" in html, "among the facts"
 
 
 def test_a_quantised_folder_shows_what_it_was_compared_on():

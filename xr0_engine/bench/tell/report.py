@@ -302,7 +302,8 @@ def _told(key: str, value: Any) -> str:
     if key.endswith("_bytes") and isinstance(value, int | float):
         return _gibibytes(value)
     if isinstance(value, Mapping):
-        return ", ".join(f"{inner}: {_told(str(inner), item)}" for inner, item in value.items()) or "none"
+        unit = {inner: key if key.endswith("_bytes") else str(inner) for inner in value}
+        return ", ".join(f"{inner}: {_told(unit[inner], item)}" for inner, item in value.items()) or "none"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_told("", item) for item in value) + "]"
     return "none" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
