@@ -111,13 +111,29 @@ def quantize_by(x: Tensor, scale: Tensor) -> Tensor:
     return (x / scale).round().clamp(-128, 127).to(torch.int8)
 
 
-def product_8bit(q: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
-    """(M, N) float32, rows (M, K) of quantize_rows times a weight (N, K) of the same dtype, both with their scales.
+def product_8bit(
+    q: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """(M, N), rows (M, K) of quantize_rows times a weight (N, K) of the same dtype, both with their scales, and a bias
+    (N,): in float32, rounded once to dtype.
 
     The sums of int8 are exact, so that every backend's are the same bits; those of float8 are float32's.
     """
     sums = integer_product(q, weight) if q.dtype == torch.int8 else q.float() @ weight.float().t()
-    return sums.float().mul_(scale[:, None]).mul_(weight_scale)
+    # On a CPU in blocks that stay in its caches.
+    rows = max(1, BLOCK // len(weight)) if q.device.type == "cpu" else max(1, len(q))
+    wide = None if bias is None else bias.float()
+    out = torch.empty(sums.shape, dtype=dtype, device=q.device)
+    for begin in range(0, len(q), rows):
+        some = slice(begin, begin + rows)
+        y = sums[some].float().mul_(scale[some, None]).mul_(weight_scale)
+        out[some] = y if wide is None else y.add_(wide)
+    return out
 
 
 def product_8bit_weight(x: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:

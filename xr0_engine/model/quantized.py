@@ -55,21 +55,22 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., K). Returns (..., N) in x's dtype: sums, scales and bias in float32 or as exact, rounded once; of
         8-bit weights alone on a GPU, the weight is rounded to x's dtype first."""
+        rows = x.flatten(0, -2)
         if self.format == "int8-weights" and x.is_cuda:
             # Scaled before the product, which in float16 would overflow without.
-            y = F.linear(x, (self.weight.float() * self.weight_scale[:, None]).to(x.dtype)).float()
+            y = F.linear(rows, (self.weight.float() * self.weight_scale[:, None]).to(x.dtype)).float()
+            y = (y if self.bias is None else y.add_(self.bias.float())).to(x.dtype)
         elif self.format == "int8-weights":
-            rows = x.flatten(0, -2)
-            y = reference.product_8bit_weight(rows, self.weight, self.weight_scale).unflatten(0, x.shape[:-1])
+            y = reference.product_8bit_weight(rows, self.weight, self.weight_scale)
+            y = (y if self.bias is None else y.add_(self.bias.float())).to(x.dtype)
         else:
-            rows = x.flatten(0, -2)
             if self.largest is None:
                 q, scale = reference.quantize_rows(rows, self.weight.dtype)
             else:
                 whole = torch.tensor(self.largest() / MOST[self.format], dtype=x.dtype, device=x.device)
                 q, scale = rounded_by(rows, whole, self.format), whole.float().expand(len(rows))
-            y = reference.product_8bit(q, scale, self.weight, self.weight_scale).unflatten(0, x.shape[:-1])
-        return (y if self.bias is None else y.add_(self.bias.float())).to(x.dtype)
+            y = reference.product_8bit(q, scale, self.weight, self.weight_scale, self.bias, x.dtype)
+        return y.unflatten(0, x.shape[:-1])
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]}, {self.weight.shape[0]}, {self.format}"
