@@ -11,6 +11,8 @@ import torch
 from tests.fused.test_model import MAX_ERROR, TWO_VIEWS, chunk_inputs
 from tests.kernels.support import DEVICE
 from tests.support import CPU, GOLDEN, make_config, random_inputs
+from xr0_engine.bench.measure import ablate
+from xr0_engine.bench.step import tune
 from xr0_engine.checkpoint import init_checkpoint, write_checkpoint
 from xr0_engine.config import ModelConfig
 from xr0_engine.fused import choice
@@ -18,9 +20,10 @@ from xr0_engine.fused.choice import Choice, choose, chosen
 from xr0_engine.fused.model import FusedModel
 from xr0_engine.fused.products import refusal_of
 from xr0_engine.fused.tactics import TacticTable
+from xr0_engine.fused.verdict import Verdict, keep, machine_of, verdicts_on
 from xr0_engine.golden.cases import chunk_inputs as golden_chunk
 from xr0_engine.golden.cases import golden_config, golden_inputs, load_case
-from xr0_engine.model.quantization import RECIPES, mixed_layers, quantized_layers, recipe_like
+from xr0_engine.model.quantization import RECIPES, format_pairs, formatted_layers, mixed_layers, quantized_layers
 from xr0_engine.model.weights import inference_shapes, load_model, read_headers, read_index
 
 OTHER_SIDE = 1.0
@@ -168,12 +171,51 @@ def test_auto_says_why_it_is_the_reference(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("recipe", list(RECIPES))
-def test_a_recipe_is_known_by_its_layers(recipe):
-    layers = layers_of(recipe, least_config())
-    assert recipe_like(layers) == recipe
-    # As `auto` leaves them: some weights alone, some not at all.
-    some = dict(list(layers.items())[::3])
-    assert recipe_like(some | dict.fromkeys(list(some)[:2], "int8-weights")) == recipe
+def test_every_format_of_a_part_is_checked(recipe):
+    config = least_config()
+    names, (vlm, head) = inference_shapes(config), RECIPES[recipe]
+    layers = layers_of(recipe, config)
+    assert format_pairs(layers) == [(vlm, head)]
+    assert formatted_layers((vlm, head), names) == layers
+    assert format_pairs({}) == [(None, None)]
+    assert format_pairs(formatted_layers((None, head), names)) == [(None, head)]
+    # As `auto` leaves them: of the VLM's some weights alone.
+    first = next(iter(layers))
+    assert format_pairs({**layers, first: "int8-weights"}) == [(each, head) for each in sorted({vlm, "int8-weights"})]
+
+
+def test_verdicts_of_other_formats_are_others(monkeypatch, tmp_path):
+    """And so are those of checkpoints whose layers differ; what was found once is not looked for again."""
+    init_checkpoint(tmp_path / "tiny", "tiny")
+    asked = []
+
+    def check_now(device, dtype, table, subject):
+        asked.append(subject.formats if subject.checkpoint is None else subject.recipe)
+        verdict = Verdict("passed", subject.identity(device, dtype, table, config))
+        keep(verdict)
+        return verdict
+
+    monkeypatch.setenv("XR0_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(choice, "auto_checks", lambda device: True)
+    monkeypatch.setattr(choice, "triton_fault", lambda: None)
+    monkeypatch.setattr(choice, "check_now", check_now)
+    config = ModelConfig.load(tmp_path / "tiny")
+
+    def chose(layers, recipe):
+        asked.clear()
+        assert choose(CPU, "bfloat16", tmp_path / "tiny", layers, recipe).backend == "triton"
+        return list(asked)
+
+    weights = layers_of("int8-weights", config)
+    assert chose({}, None) == [(None, None), None]
+    assert chose(weights, "int8-weights") == [("int8-weights", "int8-weights"), "int8-weights"]
+    assert chose(weights, "int8-weights") == []
+    of_head = {layer: format for layer, format in weights.items() if layer.startswith("dit.")}
+    assert chose(of_head, None) == [(None, "int8-weights"), None]
+    assert chose(layers_of("int8", config), "int8") == [("int8", "int8-weights"), "int8"]
+    told = {verdict.subject for verdict in verdicts_on(machine_of(CPU))}
+    assert "seeded model, bfloat16, int8 and int8-weights" in told
+    assert "checkpoint, bfloat16, int8-weights" in told
 
 
 def test_a_loop_over_weights_in_8_bits_is_refused(tmp_path):
@@ -187,3 +229,19 @@ def test_a_loop_over_weights_in_8_bits_is_refused(tmp_path):
     session.table = replace(session.table, flow="persistent")
     with pytest.raises(NotImplementedError, match="flow persistent: the loop multiplies in 16 bits alone"):
         session.sample()
+
+
+def test_what_is_tuned_and_ablated_of_it_has_no_loop(tmp_path):
+    config = least_config()
+    write_checkpoint(tmp_path / "least", config)
+    stored = read_index(tmp_path / "least")
+    eight, plain = (
+        FusedModel(load_model(config, stored, CPU, torch.float32, layers), "reference", TacticTable(""), graphs=False)
+        for layers in (layers_of("int8", config), {})
+    )
+    for model, has_loop in ((eight, False), (plain, True)):
+        # What the kernels would have.
+        model.backend = "triton"
+        assert model.has_loop == has_loop
+        assert ("chained flow" in ablate.variants(model)) == has_loop
+        assert any("persistent" in name for name in tune._rivals(TacticTable(""), model)) == has_loop

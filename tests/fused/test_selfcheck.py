@@ -32,6 +32,7 @@ from xr0_engine.fused.selfcheck import (
     worst,
 )
 from xr0_engine.fused.tactics import TacticTable
+from xr0_engine.model.quantization import RECIPES
 from xr0_engine.model.quantized import QuantizedLinear
 from xr0_engine.quantize.make import make
 from xr0_engine.sizes import published_config, small_config, tiny_config
@@ -39,9 +40,9 @@ from xr0_engine.sizes import published_config, small_config, tiny_config
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def seeded(dtype: torch.dtype = torch.float32):
+def seeded(dtype: torch.dtype = torch.float32, formats=(None, None)):
     """The comparisons of the seeded model, on the oracles."""
-    model = seeded_model(seeded_config(), CPU, dtype)
+    model = seeded_model(seeded_config(), CPU, dtype, formats=formats)
     return list(check(model, seeded_sessions(model.config), "reference", TacticTable("")))
 
 
@@ -71,7 +72,7 @@ def test_what_is_right_passes(dtype, tiny):
 
 @pytest.mark.parametrize("recipe", ["int8", "fp8", "int8-weights"])
 def test_what_is_right_in_8_bits_passes(recipe, tiny, tmp_path):
-    model = seeded_model(seeded_config(), CPU, torch.bfloat16, recipe=recipe)
+    model = seeded_model(seeded_config(), CPU, torch.bfloat16, formats=RECIPES[recipe])
     assert first_fault(check(model, seeded_sessions(model.config), "reference", TacticTable(""))) is None
     make(tiny, tmp_path / "eight", recipe)
     stored = checkpoint_model(tmp_path / "eight", CPU, torch.bfloat16)
@@ -91,7 +92,7 @@ def test_a_weight_in_8_bits_without_its_norm_is_found(monkeypatch):
         return honest(self, ops, x, scratch, norm, given if norm is not None else None, shift)
 
     monkeypatch.setattr(Product, "take", take)
-    model = seeded_model(seeded_config(), CPU, torch.bfloat16, recipe="int8")
+    model = seeded_model(seeded_config(), CPU, torch.bfloat16, formats=RECIPES["int8"])
     assert first_fault(check(model, seeded_sessions(model.config), "reference", TacticTable(""))) is not None
 
 
@@ -246,6 +247,22 @@ def test_a_fault_is_found_and_named(monkeypatch, fault, stage, dtype):
     assert found.quantity.startswith(stage), found
 
 
+@pytest.mark.parametrize(
+    ("fault", "stage"),
+    [
+        pytest.param(fault, stage, id=name)
+        for name, (fault, stage, in_bfloat16) in FAULTS.items()
+        # What is 8 bits has no norm that could be folded.
+        if in_bfloat16 and "folded" not in name
+    ],
+)
+def test_a_fault_is_found_in_8_bits_too(monkeypatch, fault, stage):
+    fault(monkeypatch)
+    found = first_fault(seeded(torch.bfloat16, RECIPES["int8-all"]))
+    assert found is not None
+    assert found.quantity.startswith(stage), found
+
+
 def test_what_an_earlier_replay_left_is_found(monkeypatch):
     """A scratch counter that is not put back: right the first time, wrong ever after."""
     honest, calls = FusedOps.euler_step, []
@@ -307,12 +324,13 @@ def test_a_fault_of_one_flow_is_found_in_that_flow_by_the_kernels(monkeypatch):
 
 @pytest.mark.compiled
 @pytest.mark.parametrize(
-    ("dtype", "recipe"),
-    [(torch.bfloat16, None), (torch.float16, None), (torch.bfloat16, "int8-all"), (torch.float16, "fp8")],
+    ("dtype", "formats"),
+    [(torch.bfloat16, (None, None)), (torch.float16, (None, None)), (torch.bfloat16, RECIPES["int8-all"]),
+     (torch.float16, RECIPES["fp8"])],
     ids=str,
-)
-def test_the_kernels_pass(dtype, recipe):
-    model = seeded_model(seeded_config(), DEVICE, dtype, recipe=recipe)
+)  # fmt: skip
+def test_the_kernels_pass(dtype, formats):
+    model = seeded_model(seeded_config(), DEVICE, dtype, formats=formats)
     assert first_fault(check(model, seeded_sessions(model.config), "triton", TacticTable(""))) is None
 
 

@@ -163,6 +163,7 @@ def test_wrong_arguments(folder):
         ({"layers": {"dit.layers.0.attn.o_proj": "int4"}}, "expected one of int8, fp8, int8-weights, got 'int4'"),
         ({"layers": {"sink": "int8"}}, "names of layers that can be quantised, got 'sink'"),
         ({"layers": []}, "layers"),
+        ({"layers": {}}, "layers: expected at least one"),
         ({"largest": {"sink": [1.0]}}, "largest: expected quantised layers, got 'sink'"),
         ({"layers": {"dit.layers.0.attn.o_proj": "int8"}, "largest": {"dit.layers.0.attn.o_proj": 1.0}}, "a list of"),
         ({"layers": {"dit.layers.0.attn.o_proj": "int8"}, "largest": {"dit.layers.0.attn.o_proj": []}}, "a list of"),
@@ -172,7 +173,13 @@ def test_wrong_arguments(folder):
     ids=str,
 )
 def test_a_file_of_another_kind_is_refused(tmp_path, change, reason):
-    told = {"version": 2, "recipe": "int8", "source": "x", "source_sha256": "0", "layers": {}} | change
+    told = {
+        "version": 2,
+        "recipe": "int8",
+        "source": "x",
+        "source_sha256": "0",
+        "layers": {"dit.layers.0.attn.o_proj": "int8"},
+    } | change
     (tmp_path / QUANTIZATION_FILE).write_text(json.dumps(told))
     with pytest.raises(CheckpointError, match=reason) as refused:
         read_quantization(tmp_path)
@@ -180,7 +187,13 @@ def test_a_file_of_another_kind_is_refused(tmp_path, change, reason):
 
 
 def test_who_needs_the_weights_themselves_is_told_so(tmp_path):
-    told = {"version": 2, "recipe": "int8", "source": "mine", "source_sha256": "0", "layers": {}}
+    told = {
+        "version": 2,
+        "recipe": "int8",
+        "source": "mine",
+        "source_sha256": "0",
+        "layers": {"dit.layers.0.attn.o_proj": "int8"},
+    }
     (tmp_path / QUANTIZATION_FILE).write_text(json.dumps(told))
     with pytest.raises(CheckpointError, match=r"is quantised \(recipe int8\).*mine"):
         read_index(tmp_path)

@@ -141,7 +141,7 @@ def _compute(has_torch: bool) -> tuple[list[str], dict[str, str | None]]:
 def _check_kernels() -> None:
     """Raises NotImplementedError where kernels cannot run."""
     from xr0_engine.backend import interpreted, kernel_devices, triton_fault
-    from xr0_engine.fused.choice import check_now
+    from xr0_engine.fused.choice import Checked, check_now
     from xr0_engine.fused.tactics import tactics_for
     from xr0_engine.fused.verdict import forget, machine_of
 
@@ -151,7 +151,7 @@ def _check_kernels() -> None:
         # What was found of checkpoints goes too: their next use checks them again.
         forget(machine_of(device))
         # The interpreter's products are wrong on bfloat16.
-        check_now(device, "float32" if interpreted() else "bfloat16", tactics_for(device), None)
+        check_now(device, "float32" if interpreted() else "bfloat16", tactics_for(device), Checked())
 
 
 def _auto() -> list[Auto]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -12,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
@@ -27,10 +28,10 @@ from xr0_engine.config import ModelConfig
 from xr0_engine.env import emulated_arch
 from xr0_engine.fused.backends import capability
 from xr0_engine.fused.products import refusal_of
-from xr0_engine.fused.selfcheck import MARK, NOT_FINITE
+from xr0_engine.fused.selfcheck import MARK, NOT_FINITE, WHOLE
 from xr0_engine.fused.tactics import TacticTable, tactics_for
 from xr0_engine.fused.verdict import Verdict, identity_of, keep, recall, verdict_path
-from xr0_engine.model.quantization import Format, recipe_like
+from xr0_engine.model.quantization import Format, Formats, format_pairs
 from xr0_engine.model.weights import check_stored, read_index
 
 TIME_LIMIT_S = 300
@@ -81,10 +82,10 @@ def choose(
     table, config, created = tactics_for(device), ModelConfig.load(folder), ""
     if refusal := refusal_of(layers, config.text.num_layers, capability(device)):
         return Choice("reference", refusal)
-    for checkpoint in (None, folder):
-        verdict = recall(identity_of(device, dtype, table, None if checkpoint is None else config, layers))
+    for subject in (*(Checked(formats=formats) for formats in format_pairs(layers)), Checked(folder, layers, recipe)):
+        verdict = recall(subject.identity(device, dtype, table, config))
         if verdict is None:
-            verdict = check_now(device, dtype, table, checkpoint, layers, recipe)
+            verdict = check_now(device, dtype, table, subject)
         if verdict.outcome == "refused":
             return Choice("reference", verdict.reason)
         if verdict.outcome == "failed":
@@ -94,32 +95,44 @@ def choose(
     return Choice("triton", f"its kernels passed their self-check on {created}")
 
 
-def check_now(
-    device: torch.device,
-    dtype: str,
-    table: TacticTable,
-    checkpoint: Path | None,
-    layers: Mapping[str, Format] = MappingProxyType({}),
-    recipe: str | None = None,
-) -> Verdict:
-    """Check the seeded model (None) or a checkpoint's first layers in a new process, whatever the cache holds, and keep
-    the verdict. layers, recipe: as choose has them. Raises CheckpointError for tensors that do not fit config.json."""
-    config = None
+@dataclass(frozen=True)
+class Checked:
+    """What a self-check is of: the first layers of a checkpoint, layers and recipe as choose has them; or the seeded
+    model, in formats of its own."""
+
+    checkpoint: Path | None = None
+    layers: Mapping[str, Format] = field(default_factory=dict)
+    recipe: str | None = None
+    formats: Formats = (None, None)
+
+    def identity(
+        self, device: torch.device, dtype: str, table: TacticTable, config: ModelConfig | None
+    ) -> dict[str, Any]:
+        """As identity_of. config: of the checkpoint; the seeded model has its own."""
+        if self.checkpoint is None:
+            return identity_of(device, dtype, table, None, self.formats if any(self.formats) else ())
+        digest = hashlib.sha256(json.dumps(sorted(self.layers.items())).encode()).hexdigest()[:16]
+        told = (*sorted(set(self.layers.values())), digest) if self.layers else ()
+        return identity_of(device, dtype, table, config, told)
+
+
+def check_now(device: torch.device, dtype: str, table: TacticTable, subject: Checked) -> Verdict:
+    """Check it in a new process, whatever the cache holds, and keep the verdict. Raises CheckpointError for tensors
+    that do not fit config.json."""
+    config, checkpoint = None, subject.checkpoint
     if checkpoint is not None:
-        config = ModelConfig.load(checkpoint)
-        check_stored(config, read_index(checkpoint, bool(layers) and recipe is None), layers, recipe is None)
-    subject = "a seeded model" if checkpoint is None else "the checkpoint's first layers"
-    told = f"checking the GPU kernels on {subject} (once for this GPU and driver; most of it is compiling) ..."
+        config, is_stored = ModelConfig.load(checkpoint), bool(subject.layers) and subject.recipe is None
+        check_stored(config, read_index(checkpoint, is_stored), subject.layers, is_stored)
+    what = "a seeded model" if checkpoint is None else "the checkpoint's first layers"
+    told = f"checking the GPU kernels on {what} (once for this GPU and driver; most of it is compiling) ..."
     Console(stderr=True, highlight=False, soft_wrap=True).print(told)
     words = ["--device", str(device), "--dtype", dtype]
     words += [] if checkpoint is None else ["--checkpoint", str(checkpoint)]
-    if layers and checkpoint is None:
-        words += ["--quantize", recipe_like(layers)]
-    elif recipe is not None:
-        words += ["--quantize", recipe]
+    words += ["--formats", *(format or WHOLE for format in subject.formats)] if any(subject.formats) else []
+    words += [] if subject.recipe is None else ["--quantize", subject.recipe]
     limit_s = TIME_LIMIT_S if emulated_arch() is None else EMULATED_TIME_LIMIT_S
     command = [sys.executable, "-m", "xr0_engine.fused.selfcheck", *words]
-    verdict = run_check(command, identity_of(device, dtype, table, config, layers), limit_s)
+    verdict = run_check(command, subject.identity(device, dtype, table, config), limit_s)
     keep(verdict)
     return verdict
 

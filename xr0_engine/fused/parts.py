@@ -29,6 +29,11 @@ class FusedParts:
         self.table = table if self.head.has_loop else replace(table, flow="chained")
 
     @property
+    def has_loop(self) -> bool:
+        """Whether the flow may run as one kernel: the reference has none, and a head in 8 bits is not its."""
+        return self.backend == "triton" and self.head.has_loop
+
+    @property
     def device(self) -> torch.device:
         return self.reference.device
 

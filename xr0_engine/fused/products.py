@@ -45,10 +45,11 @@ class Product:
         packed ones of several formats."""
         if isinstance(layer, PackedLinears):
             parts = [layer.get_submodule(name) for name in layer.part_sizes]
-            if layer.packed is None:
+            if len({getattr(part, "format", None) for part in parts}) > 1:
                 raise NotImplementedError(
                     f"{', '.join(layer.part_sizes)}: the kernels multiply them at once, and these have several formats"
                 )
+            assert layer.packed is not None, "the model was not packed"
             return Product(Weight(layer.packed, layer.packed_scale, dtype), None, _rows_of(parts[0]))
         if isinstance(layer, QuantizedLinear):
             return Product(Weight(layer.weight, layer.weight_scale, dtype), layer.bias, _rows_of(layer))

@@ -8,11 +8,10 @@ import logging
 import math
 import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 import torch
@@ -23,6 +22,7 @@ from xr0_engine.config import ModelConfig
 from xr0_engine.env import cache_dir, emulated_arch
 from xr0_engine.files import flag, number, one_line, read_json, reading, section, text, whole
 from xr0_engine.fused.tactics import TacticTable
+from xr0_engine.model.quantization import FORMATS
 from xr0_engine.types import FileError
 from xr0_engine.whole import write_whole
 
@@ -58,10 +58,11 @@ class Verdict:
 
     @property
     def subject(self) -> str:
-        """`seeded model, bfloat16`."""
+        """`seeded model, bfloat16`; `checkpoint, bfloat16, int8 and int8-weights`."""
         model = self.identity["model"]
-        eight = ", 8 bits" if model.get("eight_bits") else ""
-        return f"{'seeded model' if model['sizes'] is None else 'checkpoint'}, {model['dtype']}{eight}"
+        formats = sorted({word for word in model.get("eight_bits", ()) if word in FORMATS})
+        words = ["seeded model" if model["sizes"] is None else "checkpoint", model["dtype"], " and ".join(formats)]
+        return ", ".join(filter(None, words))
 
     def told(self) -> str:
         """In one line."""
@@ -79,19 +80,16 @@ def identity_of(
     dtype: str,
     table: TacticTable,
     config: ModelConfig | None = None,
-    layers: Mapping[str, str] = MappingProxyType({}),
+    eight_bits: Sequence[str | None] = (),
 ) -> dict[str, Any]:
     """What a verdict holds for. config: of the checkpoint whose first layers are checked; None is the seeded model.
-    layers: those in 8 bits, and their formats.
+    eight_bits: which layers have what format, in words; those that are formats are told.
 
-    Checkpoints of the same sizes, with the same layers in 8 bits, share a verdict; of the seeded model those with the
-    same formats do.
+    Checkpoints of the same sizes, with the same layers in 8 bits, share a verdict.
     """
     sizes = None if config is None else {part: asdict(getattr(config, part)) for part in ("text", "vision", "head")}
     tactics = hashlib.sha256(json.dumps(asdict(table), sort_keys=True).encode()).hexdigest()[:16]
-    told = sorted(set(layers.values())) if config is None else sorted(layers.items())
-    eight = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16] if layers else None
-    model = {"dtype": dtype, "tactics": tactics, "sizes": sizes, "eight_bits": eight}
+    model = {"dtype": dtype, "tactics": tactics, "sizes": sizes, "eight_bits": list(eight_bits)}
     # Tuples become the lists that a file gives back.
     return json.loads(json.dumps({"machine": machine_of(device), "model": model}))
 

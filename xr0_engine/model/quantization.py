@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, cast, get_args
@@ -51,6 +51,9 @@ PARTS = (VLM_LAYER, HEAD_LAYER)
 SHARED_INPUT = re.compile(r"(.+\.(?:self_attn|mlp)\.)(?:q|k|v|gate|up)_proj")
 SHARING = {"self_attn": ("q_proj", "k_proj", "v_proj"), "mlp": ("gate_proj", "up_proj")}
 """Layers that read one input, which kernels multiply at once."""
+
+Formats = tuple[Format | None, Format | None]
+"""Of the VLM's layers and of the action head's; None: 16 bits."""
 
 RECIPES: Mapping[str, tuple[Format, Format]] = {
     "int8": ("int8", "int8-weights"),
@@ -111,26 +114,29 @@ def find_recipe(name: str) -> tuple[Format, Format]:
     return RECIPES[name]
 
 
-def quantized_layers(recipe: str, names: Mapping[str, tuple[int, ...]]) -> dict[str, Format]:
+def quantized_layers(recipe: str, names: Iterable[str]) -> dict[str, Format]:
     """Layer -> format, of a model whose tensors have these names. Raises ValueError for an unknown recipe."""
-    vlm, head = find_recipe(recipe)
+    return formatted_layers(find_recipe(recipe), names)
+
+
+def formatted_layers(formats: Formats, names: Iterable[str]) -> dict[str, Format]:
+    """As quantized_layers. formats: of the VLM's layers and of the action head's."""
     layers: dict[str, Format] = {}
     for name in names:
         layer, _, kind = name.rpartition(".")
-        if kind == "weight" and VLM_LAYER.fullmatch(layer):
-            layers[layer] = vlm
-        elif kind == "weight" and HEAD_LAYER.fullmatch(layer):
-            layers[layer] = head
+        for pattern, format in zip(PARTS, formats, strict=True):
+            if kind == "weight" and format is not None and pattern.fullmatch(layer):
+                layers[layer] = format
     return layers
 
 
-def recipe_like(layers: Mapping[str, Format]) -> str:
-    """The first recipe whose formats these layers have, as far as they have any: what runs them runs it."""
-    of_vlm, of_head = ({f for layer, f in layers.items() if pattern.fullmatch(layer)} for pattern in PARTS)
-    for recipe, (vlm, head) in RECIPES.items():
-        if (not of_vlm or vlm in of_vlm) and (not of_head or head in of_head):
-            return recipe
-    return "int8-weights"
+def format_pairs(layers: Mapping[str, Format]) -> list[Formats]:
+    """The formats that the VLM's layers have, and the head's, in as few pairs as have all of them."""
+    of_vlm, of_head = ({format for layer, format in layers.items() if part.fullmatch(layer)} for part in PARTS)
+    vlm, head = (list[Format | None](sorted(each)) or [None] for each in (of_vlm, of_head))
+    return [
+        (vlm[min(place, len(vlm) - 1)], head[min(place, len(head) - 1)]) for place in range(max(len(vlm), len(head)))
+    ]
 
 
 def shared_input(layer: str) -> str:
@@ -163,6 +169,8 @@ def read_quantization(folder: Path) -> Quantization | None:
         if (version := whole(told, "version")) != VERSION:
             raise ValueError(f"version: expected {VERSION}, got {version}: make the folder anew with `xr0 quantize`")
         given = section(told, "layers")
+        if not given:
+            raise ValueError("layers: expected at least one; remove the file from a checkpoint that has none in 8 bits")
         layers = {layer: text(given, layer) for layer in given}
         for layer, found in layers.items():
             if found not in FORMATS:

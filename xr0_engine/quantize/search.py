@@ -54,8 +54,8 @@ def search(
         high = 0
     elif not passes(high):
         raise ValueError(
-            f"--recipe auto: with the last layers alone in 8 bits the gate is missed still: {'; '.join(tried[-1][1])}: "
-            "it asks for more than rounding allows, or the moments are not this robot's"
+            f"--recipe auto: with {' and '.join(order[-1][0])} alone in 8 bits the gate is missed still: "
+            f"{'; '.join(tried[-1][1])}: it asks for more than rounding allows, or the moments are not this robot's"
         )
     while high - low > 1:
         middle = (low + high) // 2

@@ -134,7 +134,9 @@ def test_what_a_folder_was_compared_on_stands_in_the_result(folder, tmp_path):
     shutil.copytree(folder, out)
     spread = {"mean": 0.1, "worst": 0.2}
     told = {"moments": 16, "moments_of": ["mine"], "cosine": spread, "error": spread, "units": {"mm": spread}}
-    (out / "fidelity.json").write_text(json.dumps({"version": 1, "recipe": "auto", "layers": {}} | told))
+    (out / "fidelity.json").write_text(
+        json.dumps({"version": 1, "recipe": "auto", "layers": {"dit.layers.0.attn.o_proj": "int8"}} | told)
+    )
     result, _ = latency.measure(tiny(checkpoint=str(out)), 1, "", alone=True)
     assert result.facts["compared"] == told
     (out / "fidelity.json").write_text("{}")

@@ -80,8 +80,7 @@ def variants(model: FusedModel) -> dict[str, Variant]:
         found["flow after prefill"] = Variant(instead, replace(table, overlap=True), graphs)
     if has["flow"] != "chained":
         found[f"{has['flow']} flow"] = Variant("the flow is a chain of kernels", chained, graphs, "flow")
-    elif model.backend == "triton":
-        # The reference has no such kernel.
+    elif model.has_loop:
         found["chained flow"] = Variant("the flow is one kernel, after the prefill", persistent, graphs, "flow")
     return found
 

@@ -34,12 +34,17 @@ def check_recipe(setup: Setup, alone: bool) -> None:
 
 
 def eight_bit_engine(subject: Subject, recipe: str) -> Engine:
-    """The subject's checkpoint, rounded while it loads."""
-    setup = subject.setup
-    backend = "auto" if setup.backend == "triton" else setup.backend
+    """The subject's checkpoint, rounded while it loads. Raises NotImplementedError if it is not run by the backend that
+    runs the engine: the ratio would be of two things."""
+    setup, ours = subject.setup, subject.engine
     engine = Engine.from_pretrained(
-        subject.folder, str(subject.engine.model.device), setup.dtype, backend, setup.case.profile, recipe
+        subject.folder, str(ours.model.device), setup.dtype, setup.backend, setup.case.profile, recipe
     )
+    if engine.backend != ours.backend:
+        raise NotImplementedError(
+            f"quantize {recipe}: {engine.backend} runs it ({engine.backend_reason}), and {ours.backend} the engine in "
+            f"16 bits: take --backend {engine.backend} for both"
+        )
     # Of a folder in 16 bits, what was read to be rounded.
     gc.collect()
     return engine

@@ -136,7 +136,7 @@ def _prefill(calls: Sequence[Call], kept_layers: int, size: int) -> int:
 def _rounding(config: ModelConfig, calls: Sequence[Call], in_8bit: Mapping[str, Format]) -> dict[str, int]:
     """Stage -> the most that a layer in 8 bits holds beside its input and result: rows while they are rounded and its
     sums, or a copy of its weight, as PyTorch's operators make them (model/quantized.py)."""
-    shapes, most = inference_shapes(config), dict.fromkeys(STAGES, 0)
+    shapes, most = inference_shapes(config, in_8bit), dict.fromkeys(STAGES, 0)
     rows_of = {
         stage: max(call.shape[0] for call in calls if (call.stage, call.kind) == (stage, "linear")) for stage in most
     }

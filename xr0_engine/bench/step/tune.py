@@ -151,8 +151,8 @@ def _run_recorded(
     session.encode()
     session.prefill()
     session.sample()
-    if model.backend == "triton":
-        # A launch a layer, whose stages have keys of their own. The reference has no such kernel.
+    if model.has_loop:
+        # A launch a layer, whose stages have keys of their own.
         session.table = replace(table, flow="layered")
         session.sample()
 
@@ -242,8 +242,7 @@ def _rivals(table: TacticTable, model: FusedModel) -> dict[str, TacticTable]:
     for few in OVERLAPS:
         if few < layers:
             rivals[f"tuned, overlap {few}"] = replace(table, overlap=few)
-    if model.backend == "triton":
-        # The reference has no such kernels.
+    if model.has_loop:
         rivals |= {f"tuned, {flow} flow": replace(table, flow=flow) for flow in ("layered", "persistent")}
     return rivals
 
