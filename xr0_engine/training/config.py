@@ -159,7 +159,8 @@ class RunConfig:
 
     peak_tflops: of the device, for the utilisation; 0 = from the device's name, unknown ones report none.
     closed_loop: `package.module:function` that drives a robot with the policy every closed_loop_every steps, before the
-    first and after the last (closed_loop.py); none if not set.
+    first and after the last (closed_loop.py); none if not set. wandb: a project of Weights & Biases, `project` or
+    `entity/project`, that the metrics go to beside TensorBoard (tracking.py).
     """
 
     seed: int = 0
@@ -171,6 +172,7 @@ class RunConfig:
     peak_tflops: float = 0.0
     closed_loop: str = UNSET
     closed_loop_every: int = 1_000
+    wandb: str = UNSET
 
 
 @dataclass(frozen=True)

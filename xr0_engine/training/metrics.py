@@ -1,4 +1,4 @@
-"""Watching a run: averages between two reports, JSONL, TensorBoard, a progress bar, utilisation, memory.
+"""Watching a run: averages between two reports, JSONL, a progress bar, utilisation, memory.
 
 Shape legend: M rows, T chunk length, A columns.
 """
@@ -22,7 +22,9 @@ from torch import Tensor
 
 from xr0_engine.config import ModelConfig
 from xr0_engine.files import json_lines, reading, whole
+from xr0_engine.training.config import TrainConfig
 from xr0_engine.training.distributed import World
+from xr0_engine.training.tracking import trackers
 from xr0_engine.types import FileError, ModelInputs
 from xr0_engine.whole import write_whole
 
@@ -70,16 +72,14 @@ class Averages:
 
 
 class Log:
-    """Where the main process reports to: metrics.jsonl, tensorboard/ and the terminal."""
+    """Where the main process reports to: metrics.jsonl, what else it is watched by (tracking.py) and the terminal."""
 
-    def __init__(self, folder: Path, total_steps: int, start_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
+    def __init__(self, folder: Path, config: TrainConfig, start_step: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / "metrics.jsonl"
         self._forget_after(start_step)
         self._file = self._path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+        self._trackers = trackers(folder, config, start_step)
         self._console = Console()
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self._progress = Progress(
@@ -89,7 +89,7 @@ class Log:
             speed_estimate_period=300,
             disable=not self._console.is_terminal,
         )
-        self._task = self._progress.add_task("training", total=total_steps, completed=start_step)
+        self._task = self._progress.add_task("training", total=config.optim.steps, completed=start_step)
         self._progress.start()
 
     def step(self, step: int) -> None:
@@ -99,19 +99,21 @@ class Log:
         """metrics: floats, or lists of floats (not on the terminal)."""
         self._file.write(json.dumps({"step": step, **metrics}) + "\n")
         self._file.flush()
+        scalars: dict[str, float] = {}
         for name, value in metrics.items():
             entries = [(name, value)]
             if isinstance(value, list):
                 entries = [(f"{name}/{place:02d}", item) for place, item in enumerate(value)]
-            for entry, item in entries:
-                if item is not None:
-                    self._board.add_scalar(entry, item, step)
+            scalars |= {entry: item for entry, item in entries if item is not None}
+        for tracker in self._trackers:
+            tracker.log(step, scalars)
         shown = "  ".join(f"{name} {_short(value)}" for name, value in metrics.items() if isinstance(value, float))
         self._console.print(f"step {step}  {shown}", highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         self._progress.stop()
-        self._board.close()
+        for tracker in self._trackers:
+            tracker.close()
         self._file.close()
 
     def _forget_after(self, step: int) -> None:

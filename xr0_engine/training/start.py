@@ -24,6 +24,7 @@ from xr0_engine.training.distributed import world
 from xr0_engine.training.model import model_config
 from xr0_engine.training.named import is_function
 from xr0_engine.training.profiles import check_profiles, check_robot_types, run_profile
+from xr0_engine.training.tracking import check_tracking
 from xr0_engine.training.trainer import CHECKPOINTS, Trainer
 from xr0_engine.types import FileError
 from xr0_engine.whole import LOCK_FILE, PARTIAL, is_fresh, only_writer, write_whole
@@ -50,6 +51,7 @@ def start_run(config: TrainConfig, folder: Path) -> None:
     if missing:
         raise ValueError(f"config: expected {' and '.join(missing)}, as KEY=VALUE")
     _refuse_used(folder)
+    check_tracking(config)
     if config.run.closed_loop:
         find_closed_loop(config.run.closed_loop)
     views = check_profiles(config.data)
@@ -70,6 +72,7 @@ def start_run(config: TrainConfig, folder: Path) -> None:
 def resume_run(folder: Path) -> None:
     """Go on with a run after its last checkpoint. Raises ValueError if the folder holds no run, or one that goes on."""
     config = _read_config(folder)
+    check_tracking(config)
     views = check_profiles(config.data)
     base = read_base(config.model.checkpoint)
     with _writing(folder):

@@ -96,7 +96,7 @@ class Trainer:
     def run(self) -> None:
         """Train to the last step, then export a folder that the engine loads to `model/` in the run's folder."""
         config, world = self.config.run, self.world
-        log = Log(self.folder, self.config.optim.steps, self.step) if world.is_main else None
+        log = Log(self.folder, self.config, self.step) if world.is_main else None
         peak = config.peak_tflops or peak_tflops(world.device)
         try:
             # What the run starts from.
