@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NoReturn, overload
@@ -22,12 +22,14 @@ from torch import Tensor
 
 from xr0_engine.backend import resolve_backend, resolve_device, resolve_dtype
 from xr0_engine.config import ModelConfig
+from xr0_engine.exported.manifest import checkpoint_hash
 from xr0_engine.exported.model import ExportedModel
 from xr0_engine.fused.choice import choose, chosen
 from xr0_engine.fused.graph import wait_for_stream
-from xr0_engine.fused.lookahead import Launched
+from xr0_engine.fused.lookahead import Underway
 from xr0_engine.fused.model import FusedModel, reference_of
 from xr0_engine.fused.tactics import tactics_for
+from xr0_engine.model.adapter import Adapter
 from xr0_engine.model.attention import Attention, labelled, watched
 from xr0_engine.model.flow import Guidance
 from xr0_engine.model.network import Network, StageClock, block_by_stages
@@ -86,6 +88,7 @@ class Engine:
         backend: str = "auto",
         embodiment: str | Path | Embodiment | None = None,
         quantize: str | None = None,
+        adapter: str | Path | None = None,
     ) -> Engine:
         """Load a checkpoint folder, or a Hugging Face hub id.
 
@@ -94,6 +97,7 @@ class Engine:
         the first use on a machine makes and keeps, else reference. embodiment: profile name, YAML file or Embodiment
         for every observation; None picks the built-in profile by the observation's robot type. quantize: a recipe of
         docs/quantization.md, by which a checkpoint in 16 bits is rounded to 8 as it is read; None: as it is stored.
+        adapter: a folder of `xr0 train export --adapter` of this base, merged as the base is read.
         Raises CheckpointError for a checkpoint that cannot be used, ValueError for a wrong argument,
         NotImplementedError for a backend that this machine lacks. Nothing is loaded before everything is checked.
         """
@@ -102,7 +106,10 @@ class Engine:
         if isinstance(embodiment, str | Path):
             embodiment = load_embodiment(embodiment)
         folder = resolve_checkpoint(path)
-        preprocess = Preprocessor.load(folder, embodiment)
+        tuned = None if adapter is None else Adapter.load(adapter)
+        preprocess = Preprocessor.load(folder if tuned is None else tuned.folder, embodiment)
+        if tuned is not None:
+            tuned.check_base(folder, checkpoint_hash)
         layers = layers_in_8bit(folder, preprocess.config, quantize)
         if backend == "auto":
             choice = choose(chosen_device, dtype, folder, layers, quantize)
@@ -110,7 +117,10 @@ class Engine:
             choice = chosen(by_name, chosen_device, preprocess.config, layers)
         table = tactics_for(chosen_device) if choice.backend == "triton" else None
         is_8bit = bool(layers) and quantize is None
-        plain = load_model(preprocess.config, read_index(folder, is_8bit), chosen_device, chosen_dtype, layers, is_8bit)
+        stored, merges = read_index(folder, is_8bit), {}
+        if tuned is not None:
+            stored, merges = tuned.over(stored), tuned.merges()
+        plain = load_model(preprocess.config, stored, chosen_device, chosen_dtype, layers, is_8bit, merges)
         network: Network = plain
         if table is not None:
             network = FusedModel(plain, choice.backend, table, graphs=chosen_device.type == "cuda")
@@ -242,7 +252,7 @@ class Engine:
         if not self.infers_ahead:
             yield from (attempt(self._alone, call) for call in calls if call is not None)
             return
-        before: _Underway | None = None
+        before: Underway | None = None
         for call in calls:
             if call is not None and call.guide is not None:
                 if before is not None:
@@ -344,7 +354,7 @@ class Engine:
             return self.infer(call.observation, call.prefix, call.noise, call.seed, call.guide)
         return self.infer_tokenized(call.observation, call.prefix, call.noise, call.seed, call.guide)
 
-    def _launched(self, call: Inference) -> _Underway:
+    def _launched(self, call: Inference) -> Underway:
         assert isinstance(self.model, FusedModel)
         assert self.model.lookahead is not None
         # Nothing is waited for: its marks are the host's.
@@ -356,9 +366,9 @@ class Engine:
                 inputs = self._tokenized(observation)
         given = self._take(inputs, Asked([observation], [call.prefix], call.noise, call.seed, [None]))
         clock.mark("preprocess")
-        return _Underway(clock, given, self.model.launch(inputs, given.noise, given.prefix, given.prefix_length))
+        return Underway(clock, given, self.model.launch(inputs, given.noise, given.prefix, given.prefix_length))
 
-    def _landed(self, underway: _Underway) -> ActionChunk:
+    def _landed(self, underway: Underway) -> ActionChunk:
         sampled = underway.launched.chunk()
         underway.clock.mark("step")
         return self._chunks(underway.clock, underway.given, sampled)[0]
@@ -387,12 +397,3 @@ class Engine:
         clock.mark("decode")
         timing = clock.finish()
         return [replace(each, timing_ms=timing) for each in decoded]
-
-
-@dataclass(frozen=True)
-class _Underway:
-    """A call of infer_all at work."""
-
-    clock: StageClock
-    given: Given
-    launched: Launched

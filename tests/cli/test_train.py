@@ -87,6 +87,26 @@ def test_from_episodes_to_a_checkpoint_that_the_engine_loads(tmp_path, monkeypat
     assert (tmp_path / "other" / weights).read_bytes() == (tmp_path / "run" / "model" / weights).read_bytes()
 
 
+def test_adapters_are_exported_alone_or_merged(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_checkpoint(tmp_path / "base", make_config(**SIZES))
+    write_dataset(tmp_path / "episodes", (12, 9))
+    stats = ["data", "stats", "episodes", "--out", "statistics.json", "--chunk-length", "5"]
+    assert CliRunner().invoke(app, stats).exit_code == 0
+    given = ["model.checkpoint=base", "data.robot=episodes", "data.statistics=statistics.json", "data.chunk_length=5"]
+    given += ["data.validation_fraction=0", "data.workers=0", "data.batch_size=2", "optim.steps=1"]
+    started = run("lora", "--tiny", "--out", "run", *given)
+    assert started.exit_code == 0, started.output
+    told = run("export", "run", "--adapter", "--out", "adapter")
+    assert (told.exit_code, told.output) == (0, "wrote adapter: Engine.from_pretrained('base', adapter='adapter')\n")
+    assert "adapter exists and is not empty" in run("export", "run", "--adapter", "--out", "adapter").output
+    engine = Engine.from_pretrained("base", adapter="adapter")
+    assert engine.statistics["bimanual"].chunk_length == 5
+    shown = CliRunner().invoke(app, ["inspect", "adapter"])
+    assert shown.exit_code == 2
+    assert "adapter is an adapter and holds no base" in shown.output
+
+
 EGO = """name: ego_alone
 robot_types: [bimanual]
 layout: bimanual

@@ -17,8 +17,8 @@ from xr0_engine.training.distributed import world
 from xr0_engine.training.trainer import Trainer
 
 STEPS = 2
-# The head alone is split, and the VLM is whole in every process; or both are split.
-RECIPES = ("finetune_head", "post_train_async")
+# The head alone is split, and the VLM is whole in every process; with it its adapters; or both are split.
+RECIPES = ("finetune_head", "lora", "post_train_async")
 SAVED_BY, OPENED_BY = 2, 3
 """Processes: no tensor has as many rows that three of them get equal shards."""
 

@@ -71,9 +71,16 @@ def export(
     run: Run,
     out: Annotated[Path, typer.Option(help="Folder to create; it must be absent or empty.")],
     step: Annotated[int | None, typer.Option(help="Which checkpoint; the last one if not given.")] = None,
+    adapter: Annotated[
+        bool,
+        typer.Option("--adapter", help="Only what the run has trained, for Engine.from_pretrained(BASE, adapter=OUT)."),
+    ] = False,
 ) -> None:
     """Write a checkpoint of a run as a folder that the engine loads."""
     from xr0_engine.training.start import export_run
 
-    export_run(run, out, step)
-    print(f"wrote {out}\nnext: xr0 inspect {out}")
+    base = export_run(run, out, step, adapter)
+    if adapter:
+        print(f"wrote {out}: Engine.from_pretrained({base.name!r}, adapter={str(out)!r})")
+    else:
+        print(f"wrote {out}\nnext: xr0 inspect {out}")

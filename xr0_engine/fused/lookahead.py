@@ -9,11 +9,14 @@ that it shares with what it runs beside (scratch memory is the prefill's too, th
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from xr0_engine.fused.session import Session
+from xr0_engine.model.network import StageClock
+from xr0_engine.robot.calls import Given
 from xr0_engine.types import ModelInputs
 
 FIRST = -1
@@ -33,6 +36,15 @@ class Launched:
         """(B, T, A) float32 on the host, the caller's. Waits for it."""
         self._done.synchronize()
         return self._chunk
+
+
+@dataclass(frozen=True)
+class Underway:
+    """A call of Engine.infer_all at work."""
+
+    clock: StageClock
+    given: Given
+    launched: Launched
 
 
 class Lookahead:

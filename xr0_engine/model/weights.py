@@ -38,6 +38,8 @@ from xr0_engine.part_configs import least_parameters
 from xr0_engine.types import CheckpointError
 
 INDEX_FILE = "model.safetensors.index.json"
+ADAPTER_FILE = "adapter.json"
+"""In a folder that holds what was changed of a base alone (adapter.py)."""
 TIED_LM_HEAD = "vlm.lm_head.weight"
 TRAINING_PREFIX = "model."
 VLM_PREFIX = "vlm."
@@ -111,6 +113,11 @@ def read_index(folder: Path, quantized: bool = False) -> dict[str, StoredTensor]
     """
     if not quantized:
         refuse_quantized(folder)
+    if (folder / ADAPTER_FILE).is_file():
+        raise CheckpointError(
+            f"{folder} is an adapter and holds no base: Engine.from_pretrained(BASE, adapter={str(folder)!r}) runs it; "
+            "a folder with all weights is `xr0 train export RUN` without --adapter"
+        )
     index = folder / INDEX_FILE
     if index.is_file():
         data = read_bytes(index)
@@ -228,15 +235,16 @@ def load_model(
     dtype: torch.dtype,
     layers: Mapping[str, Format] = MappingProxyType({}),
     quantized: bool = False,
+    changes: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType({}),
 ) -> XR0Model:
     """A model with every parameter read from the checkpoint. Checks all names and shapes before reading any tensor.
 
     quantized: whether the checkpoint is. layers: those of it that are, and their formats; of one in 16 bits, those to
-    quantise now.
+    quantise now. changes: name -> what is made of that tensor as it comes.
     """
     check_stored(config, stored, layers, quantized)
     model = allocated(config, device, dtype, layers)
-    fill_parameters(model, stored)
+    fill_parameters(model, stored, changes)
     model.finish_loading()
     return model
 
@@ -316,10 +324,14 @@ def check_quantized(
     return shapes
 
 
-def fill_parameters(model: nn.Module, stored: Mapping[str, StoredTensor]) -> None:
+def fill_parameters(
+    model: nn.Module,
+    stored: Mapping[str, StoredTensor],
+    changes: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType({}),
+) -> None:
     """Copy every parameter of model from its file, one file after the other, through short-lived memory maps.
 
-    Weights of quantised layers that are stored in more than 8 bits are quantised as they come.
+    Weights of quantised layers that are stored in more than 8 bits are quantised as they come. changes: as load_model.
     """
     targets = fillings(model, stored)
     order = sorted(targets, key=lambda name: (stored[name].file, stored[name].key))
@@ -332,7 +344,8 @@ def fill_parameters(model: nn.Module, stored: Mapping[str, StoredTensor]) -> Non
             try:
                 with safe_open(file, framework="pt") as handle:
                     for name in names:
-                        targets[name](handle.get_tensor(stored[name].key))
+                        value = handle.get_tensor(stored[name].key)
+                        targets[name](changes[name](value) if name in changes else value)
                         progress.advance(task, stored[name].num_bytes)
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{file} cannot be read: {error}") from None

@@ -12,9 +12,9 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,16 @@ from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from torch.distributed.tensor import DTensor
 
 from xr0_engine.config import ModelConfig
+from xr0_engine.exported.manifest import checkpoint_hash
 from xr0_engine.files import read_json, reading, whole
+from xr0_engine.model.adapter import DOWN, UP, AdapterInfo, merged, pair_of
 from xr0_engine.model.weights import checkpoint_shapes, read_tensor
 from xr0_engine.model.writing import stored_sizes, write_weights
 from xr0_engine.robot.embodiment import CHECKPOINT_KEY, Embodiment
 from xr0_engine.robot.limits import VIDEO_FILE
 from xr0_engine.robot.normalize import STATISTICS_FILE, ActionStatistics
 from xr0_engine.training.base import Base, fresh_head
+from xr0_engine.training.config import LoraConfig
 from xr0_engine.training.distributed import World
 from xr0_engine.training.model import checkpoint_name
 from xr0_engine.types import CheckpointError
@@ -192,7 +195,7 @@ class Export:
     """What a run writes as folders that the engine loads, whatever weights it has by then.
 
     config: the trained model's. statistics: of the training data alone. seed: the run's, of an action head that neither
-    base nor run gives. embodiment: the profile that the run named, which the checkpoint then says.
+    base nor run gives. embodiment: the profile that the run named, which the checkpoint then says. lora: the run's.
     """
 
     config: ModelConfig
@@ -200,65 +203,112 @@ class Export:
     statistics: Mapping[str, ActionStatistics]
     seed: int
     embodiment: Embodiment | None = None
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
     def of_checkpoint(self, checkpoint: Path, out: Path) -> None:
         """Write the base with everything that the run has trained by a checkpoint, a folder of checkpoints().
 
         out: absent or empty, appears whole or not at all. bfloat16. Raises CheckpointError, ValueError or OSError.
         """
-        shapes = checkpoint_shapes(self.config)
-        trained = {
-            checkpoint_name(key.removeprefix("model.")): key
-            for key in _stored_shapes(checkpoint)
-            if key.startswith("model.")
-        }
-
-        def read(names: list[str]) -> dict[str, Tensor]:
-            learned = {trained[name]: torch.empty(shapes[name]) for name in names if name in trained}
-            with warnings.catch_warnings():
-                # That one process reads alone is meant.
-                warnings.filterwarnings("ignore", "torch.distributed is disabled")
-                load(learned, storage_reader=FileSystemReader(checkpoint), no_dist=True)
-            return {name: learned[trained[name]] for name in names if name in trained}
-
-        self._write(out, read)
+        trained = _Trained(checkpoint)
+        self._write(out, trained.keys, trained.read)
 
     def of_weights(self, weights: Mapping[str, Tensor], out: Path) -> None:
         """As of_checkpoint, of trained_weights()."""
-        self._write(out, lambda names: {name: weights[name] for name in names if name in weights})
+        self._write(out, weights, lambda names: {name: weights[name] for name in names})
 
-    def _write(self, out: Path, read: Callable[[list[str]], dict[str, Tensor]]) -> None:
-        """read: some tensors' names -> those of them that the run has trained."""
+    def adapter_of_checkpoint(self, checkpoint: Path, out: Path) -> None:
+        """Write what the run has trained alone, as a folder that the engine loads over the base: whole tensors as
+        of_checkpoint does, adapters float32. Raises as that does; ValueError for a run without adapters."""
+        base = self.base
+        if not self.lora.rank:
+            raise ValueError("--adapter: the run has no adapters, it trained layers whole: leave the option out")
+        if not base.has_head:
+            raise ValueError(f"--adapter: {base.folder} is a VLM, which no engine loads: leave the option out")
+        _refuse_used(out)
+        trained = _Trained(checkpoint)
+        shapes = checkpoint_shapes(self.config)
+        pairs = [half for name in shapes for half in pair_of(name) if half in trained.keys]
+        whole = [name for name in shapes if name in trained.keys]
+        sizes = stored_sizes({half: trained.shape(half) for half in pairs}, torch.float32)
+        sizes |= stored_sizes({name: shapes[name] for name in whole}, EXPORT_DTYPE)
+        info = AdapterInfo(
+            self.lora.rank, self.lora.alpha, self.lora.targets, base.folder.name, checkpoint_hash(base.folder)
+        )
+        with whole_folder(out, sum(sizes.values())) as target:
+            self._describe(target)
+            learned = trained.read([*pairs, *whole])
+            info.write(target, learned | {name: learned[name].to(EXPORT_DTYPE) for name in whole})
+
+    def _write(self, out: Path, trained: Container[str], read: Callable[[list[str]], dict[str, Tensor]]) -> None:
+        """trained: names of what the run has trained, halves of adapters too. read: some of them -> tensors."""
         base, config = self.base, self.config
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise ValueError(f"{out} exists and is not empty; remove it or choose another folder")
+        _refuse_used(out)
         shapes = checkpoint_shapes(config)
         fresh = {} if base.has_head else fresh_head(config, self.seed)
 
         def tensors(names: list[str]) -> dict[str, Tensor]:
-            learned = read(names)
+            pairs = {name: pair_of(name) for name in names if pair_of(name)[0] in trained}
+            learned = read(
+                [name for name in names if name in trained] + [half for pair in pairs.values() for half in pair]
+            )
             for name in names:
                 if name not in learned:
                     learned[name] = read_tensor(base.stored[name]) if name in base.stored else fresh[name]
+            for name, (down, up) in pairs.items():
+                learned[name] = merged(learned[name], learned[down], learned[up], self.lora.alpha / self.lora.rank)
             return {name: learned[name].to(EXPORT_DTYPE).contiguous() for name in names}
 
-        preprocessor = base.preprocessor()
-        preprocessor["action_config"] = {name: item.to_json() for name, item in self.statistics.items()}
         sizes = stored_sizes(shapes, EXPORT_DTYPE)
         with whole_folder(out, sum(sizes.values())) as target:
-            told = {} if self.embodiment is None else {CHECKPOINT_KEY: asdict(self.embodiment)}
-            (target / "config.json").write_text(json.dumps(config.to_hf() | told, indent=2), encoding="utf-8")
-            (target / STATISTICS_FILE).write_text(json.dumps(preprocessor), encoding="utf-8")
-            if (videos := base.video_preprocessor()) is not None:
-                (target / VIDEO_FILE).write_text(json.dumps(videos), encoding="utf-8")
-            for file in base.folder.glob("*.json"):
-                if file.name.startswith(("tokenizer", "special_tokens", "added_tokens", "vocab")):
-                    shutil.copy(file, target / file.name)
+            self._describe(target)
             write_weights(target, sizes, tensors)
+
+    def _describe(self, target: Path) -> None:
+        """All but the weights."""
+        base = self.base
+        preprocessor = base.preprocessor()
+        preprocessor["action_config"] = {name: item.to_json() for name, item in self.statistics.items()}
+        told = {} if self.embodiment is None else {CHECKPOINT_KEY: asdict(self.embodiment)}
+        (target / "config.json").write_text(json.dumps(self.config.to_hf() | told, indent=2), encoding="utf-8")
+        (target / STATISTICS_FILE).write_text(json.dumps(preprocessor), encoding="utf-8")
+        if (videos := base.video_preprocessor()) is not None:
+            (target / VIDEO_FILE).write_text(json.dumps(videos), encoding="utf-8")
+        for file in base.folder.glob("*.json"):
+            if file.name.startswith(("tokenizer", "special_tokens", "added_tokens", "vocab")):
+                shutil.copy(file, target / file.name)
+
+
+class _Trained:
+    """The trained tensors of a checkpoint. keys: XR-0's name, or an adapter's, -> the checkpoint's."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        self._checkpoint, self._shapes = checkpoint, _stored_shapes(checkpoint)
+        self.keys = {
+            checkpoint_name(key.removeprefix("model.")): key for key in self._shapes if key.startswith("model.")
+        }
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[self.keys[name]]
+
+    def read(self, names: list[str]) -> dict[str, Tensor]:
+        """float32."""
+        learned = {self.keys[name]: torch.empty(self.shape(name)) for name in names}
+        with warnings.catch_warnings():
+            # That one process reads alone is meant.
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            load(learned, storage_reader=FileSystemReader(self._checkpoint), no_dist=True)
+        return {name: learned[self.keys[name]] for name in names}
+
+
+def _refuse_used(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not empty; remove it or choose another folder")
 
 
 def trained_weights(policy: nn.Module, world: World) -> dict[str, Tensor]:
-    """XR-0's name -> what training has made of it so far, as it is exported, on the CPU of the main process.
+    """XR-0's name -> what training has made of it so far, as it is exported, on the CPU of the main process; of
+    adapters the halves, float32.
 
     Every process calls it; the others get none.
     """
@@ -268,7 +318,8 @@ def trained_weights(policy: nn.Module, world: World) -> dict[str, Tensor]:
             value = parameter.detach()
             whole = value.full_tensor() if isinstance(value, DTensor) else value
             if world.is_main:
-                weights[checkpoint_name(name)] = whole.to("cpu", EXPORT_DTYPE, copy=True)
+                dtype = torch.float32 if name.endswith((f".{DOWN}", f".{UP}")) else EXPORT_DTYPE
+                weights[checkpoint_name(name)] = whole.to("cpu", dtype, copy=True)
     return weights
 
 

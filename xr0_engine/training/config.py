@@ -5,17 +5,14 @@ A run is a recipe's config (recipes.py) with overrides; the resolved config is s
 
 from __future__ import annotations
 
-import difflib
 import json
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeAlias, get_args, get_type_hints
 
 from xr0_engine.files import parse_json
 from xr0_engine.part_configs import POSITIONS, STEPS
-
-Config = TypeVar("Config")
+from xr0_engine.training.values import build, parse, unknown
 
 MOST_PROCESSES = 1 << 10
 MOST_SAMPLES = 1 << 16
@@ -25,6 +22,9 @@ LARGEST_SEED = 2**63 - 1
 
 MOST_CHOICE_STEPS = 60
 """Steps of a chunk that XR-1's language model has tokens for (family.ACTION_TOKENS)."""
+
+Target: TypeAlias = Literal["vlm_attention", "vlm_mlp", "vision", "projector", "dit"]
+MOST_RANK = 1 << 12
 
 UNSET = ""
 """A path that a recipe leaves to the user."""
@@ -42,6 +42,7 @@ class ModelConfig:
     for towers with random weights.
     local_window, position_offset: the DiT's attention and positions (spec section 2.4); saved with the checkpoint.
     checkpoint_activations: recompute the vision tower's activations in the backward pass.
+    checkpoint_language: the same of the language layers; the keys and values that the DiT reads are kept.
     dtype: bfloat16 or float32, of the computation; trained weights and their gradients are float32 all the same.
     """
 
@@ -53,6 +54,7 @@ class ModelConfig:
     local_window: int | None = None
     position_offset: int = 0
     checkpoint_activations: bool = True
+    checkpoint_language: bool = False
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
 
@@ -136,6 +138,21 @@ class ChoiceConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (lora.py): layers of the targets keep their weights and learn a product of two thin matrices.
+
+    The rest of the VLM is frozen, in the compute dtype; the rest of the action head learns whole, float32.
+    rank: of the product; 0 = no adapters. alpha: the product counts alpha / rank times. targets: vlm_attention and
+    vlm_mlp, of the language layers; vision, the vision tower's blocks; projector, between tower and language model;
+    dit, the DiT's layers, which otherwise learn whole.
+    """
+
+    rank: int = 0
+    alpha: float = 32.0
+    targets: tuple[Target, ...] = ("vlm_attention", "vlm_mlp")
+
+
+@dataclass(frozen=True)
 class OptimConfig:
     """AdamW with linear warm-up and cosine decay, all in optimiser steps; accumulate: micro-batches per step.
 
@@ -187,6 +204,7 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
     choice: ChoiceConfig = field(default_factory=ChoiceConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
@@ -201,7 +219,7 @@ class TrainConfig:
     @staticmethod
     def from_json(text: str) -> TrainConfig:
         """The inverse of to_json. Raises ValueError for unknown keys, with the nearest known one, and wrong values."""
-        return _build(TrainConfig, parse_json(text.encode()), "")
+        return build(TrainConfig, parse_json(text.encode()))
 
 
 def override(config: TrainConfig, assignments: Sequence[str]) -> TrainConfig:
@@ -217,9 +235,9 @@ def override(config: TrainConfig, assignments: Sequence[str]) -> TrainConfig:
         if not equals:
             raise ValueError(f"config: expected key=value, got {assignment!r}")
         if key not in kinds:
-            raise ValueError(f"config: {_unknown(key, list(kinds))}")
+            raise ValueError(f"config: {unknown(key, list(kinds))}")
         part, name = key.split(".")
-        changes.setdefault(part, {})[name] = _parse(kinds[key], text, key)
+        changes.setdefault(part, {})[name] = parse(kinds[key], text, key)
     parts = {part: replace(getattr(config, part), **values) for part, values in changes.items()}
     return replace(config, **parts)
 
@@ -259,6 +277,7 @@ def _rules(config: TrainConfig) -> Iterator[tuple[bool, str, str]]:
         "flow.mse_weight": flow.mse_weight,
         "flow.frequency_weight": flow.frequency_weight,
         "model.position_offset": config.model.position_offset,
+        "lora.rank": config.lora.rank,
         "choice.action_weight": choice.action_weight,
         "choice.score_weight": choice.score_weight,
         "choice.language_weight": choice.language_weight,
@@ -281,6 +300,7 @@ def _rules(config: TrainConfig) -> Iterator[tuple[bool, str, str]]:
         "data.validation_draws": (data.validation_draws, MOST_SAMPLES),
         "flow.repeat": (flow.repeat, MOST_SAMPLES),
         "choice.candidates": (choice.candidates, MOST_SAMPLES),
+        "lora.rank": (config.lora.rank, MOST_RANK),
         "run.seed": (run.seed, LARGEST_SEED),
         "optim.steps": (optim.steps, MOST_STEPS),
         "optim.warmup_steps": (optim.warmup_steps, MOST_STEPS),
@@ -324,74 +344,17 @@ def _rules(config: TrainConfig) -> Iterator[tuple[bool, str, str]]:
         "false with model.train=head, which leaves the VLM as it is",
     )
     yield data.language_every != 1, "data.language_every", "0, or at least 2: the rest is robot data"
-
-
-def _build(kind: type[Config], raw: Any, where: str) -> Config:
-    if not isinstance(raw, dict):
-        raise ValueError(f"config: {where or 'file'}: expected a mapping, got {raw!r:.80}")
-    hints = get_type_hints(kind)
-    unknown = [name for name in raw if name not in hints]
-    if unknown:
-        known = [f"{where}{name}" for name in hints]
-        raise ValueError("config: " + "; ".join(_unknown(f"{where}{name}", known) for name in unknown))
-    values = {
-        name: _build(hints[name], value, f"{where}{name}.")
-        if is_dataclass(hints[name])
-        else _checked(hints[name], value, f"{where}{name}")
-        for name, value in raw.items()
-    }
-    return kind(**values)
-
-
-def _unknown(key: str, known: list[str]) -> str:
-    # A name without its part is a common slip: compare it with the last parts too.
-    near = difflib.get_close_matches(key, known, 1)
-    near = near or [name for name in known if name.split(".")[-1] == key.split(".")[-1]]
-    near = near or [
-        name for name in known if difflib.get_close_matches(key.split(".")[-1], [name.split(".")[-1]], 1, 0.7)
-    ]
-    return f"there is no key {key!r:.80}" + (f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}")
-
-
-def _parse(kind: Any, text: str, key: str) -> Any:
-    """A command line's text as the value of a key."""
-    if get_origin(kind) is tuple:
-        item = get_args(kind)[0]
-        return _checked(kind, [_parse(item, part, key) for part in text.split(",") if part], key)
-    if text == "none" and type(None) in get_args(kind):
-        return None
-    value: Any = text
-    if str not in _kinds(kind):
-        try:
-            value = json.loads(text.lower())
-        except json.JSONDecodeError:
-            value = text
-    return _checked(kind, value, key)
-
-
-def _kinds(kind: Any) -> tuple[Any, ...]:
-    """The plain types that a hint allows; a Literal's are those of its values."""
-    if get_origin(kind) is Literal:
-        return tuple(type(value) for value in get_args(kind))
-    # `int | None` has an origin of its own, written otherwise in Python 3.10 than Union's.
-    return get_args(kind) if get_origin(kind) is Union or type(kind).__name__ == "UnionType" else (kind,)
-
-
-def _checked(kind: Any, value: Any, key: str) -> Any:
-    """The value in the hint's type (lists become tuples, whole numbers floats), or ValueError."""
-    if get_origin(kind) is tuple and isinstance(value, list | tuple):
-        items = get_args(kind)
-        if items[-1] is not Ellipsis and len(value) != len(items):
-            raise ValueError(f"config: {key}: expected {len(items)} values, got {list(value)}")
-        return tuple(_checked(items[0], item, key) for item in value)
-    if get_origin(kind) is Literal:
-        if value not in get_args(kind):
-            raise ValueError(f"config: {key}: expected {', '.join(get_args(kind))}, got {value!r:.80}")
-        return value
-    kinds = _kinds(kind)
-    if float in kinds and type(value) is int:
-        value = float(value)
-    if type(value) not in kinds or (isinstance(value, float) and not math.isfinite(value)):
-        names = " or ".join("none" if item is type(None) else item.__name__ for item in kinds)
-        raise ValueError(f"config: {key}: expected {names}, got {value!r:.80}")
-    return value
+    lora, adapts = config.lora, config.lora.rank > 0
+    yield lora.alpha > 0, "lora.alpha", f"more than 0, got {lora.alpha}"
+    yield bool(lora.targets), "lora.targets", f"at least one of {', '.join(get_args(Target))}"
+    yield len({*lora.targets}) == len(lora.targets), "lora.targets", f"each once, got {', '.join(lora.targets)}"
+    yield (
+        not adapts or config.model.train == "all",
+        "lora.rank",
+        f"0 with model.train={config.model.train}: adapters are for recipes that train the whole model",
+    )
+    yield (
+        not (adapts and (config.model.train_text_embeddings or config.model.standardize_vision)),
+        "lora.rank",
+        "0 with model.train_text_embeddings or model.standardize_vision: adapters leave the rest of the VLM as it is",
+    )

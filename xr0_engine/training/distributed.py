@@ -18,6 +18,7 @@ from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
+from xr0_engine.training.lora import has_adapters
 from xr0_engine.training.model import Policy
 
 TIMEOUT = timedelta(minutes=30)
@@ -96,19 +97,31 @@ def shard(policy: Policy, mesh: DeviceMesh, dtype: torch.dtype) -> None:
     """Split what learns over the processes, in place: float32 shards of weights, gradients and optimiser state.
 
     ZeRO-2: gathered once per step, in dtype, and kept until the backward pass has used them. A frozen VLM stays whole,
-    in dtype, in every process. Gradients are averaged over the processes in float32.
+    in dtype, in every process, and so does what is frozen of a policy with adapters. Gradients are averaged over the
+    processes in float32.
     """
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     vlm = policy.vlm
     frozen: set[nn.Parameter] = set()
-    if any(p.requires_grad for p in vlm.parameters()):
+    if any(p.requires_grad for p in vlm.parameters()) and not has_adapters(policy):
         for layer in (*vlm.model.visual.blocks, *vlm.model.language_model.layers):
             fully_shard(layer, mesh=mesh, reshard_after_forward=False, mp_policy=precision)
     else:
-        vlm.to(dtype)
-        frozen = set(vlm.parameters())
+        frozen = _frozen_in(policy, dtype)
     fully_shard(policy, mesh=mesh, reshard_after_forward=False, mp_policy=precision, ignored_params=frozen)
     register_fsdp_forward_method(policy, "predict")
+
+
+def _frozen_in(policy: Policy, dtype: torch.dtype) -> set[nn.Parameter]:
+    """Convert what is frozen, in place. Returns it."""
+    frozen: set[nn.Parameter] = set()
+    for module in policy.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if not parameter.requires_grad:
+                whole = nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
+                module.register_parameter(name, whole)
+                frozen.add(whole)
+    return frozen
 
 
 def reshard(policy: Policy) -> None:

@@ -182,10 +182,11 @@ def peak_tflops(device: torch.device) -> float:
     return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), 0.0)
 
 
-def model_flops(config: ModelConfig, inputs: ModelInputs, draws: int, length: int, trains_vlm: bool) -> float:
+def model_flops(config: ModelConfig, inputs: ModelInputs, draws: int, length: int, vlm_passes: int) -> float:
     """Arithmetic of one micro-batch's training step, padding and recomputation left out: matrix products alone.
 
-    draws: of the DiT per sample, 0 without it. A backward pass takes twice the forward's; a frozen VLM has none.
+    draws: of the DiT per sample, 0 without it. A backward pass takes twice the forward's. vlm_passes: what
+    the VLM takes, in forward passes: 3, frozen 1; 2 with adapters, whose layers' weights have no gradients.
     """
     text, vision, head = config.text, config.vision, config.head
     rows, tokens = inputs.input_ids.shape
@@ -200,7 +201,7 @@ def model_flops(config: ModelConfig, inputs: ModelInputs, draws: int, length: in
     queries = head.context + length
     layer = 4 * head.hidden_size**2 + 3 * head.hidden_size * head.intermediate_size
     dit = head.num_layers * draws * rows * queries * (2 * layer + 4 * (tokens + queries) * head.hidden_size)
-    return float((3 if trains_vlm else 1) * vlm + 3 * dit)
+    return float(vlm_passes * vlm + 3 * dit)
 
 
 def _without_nan(mean: Any) -> Any:

@@ -26,6 +26,7 @@ from xr0_engine.training.choice_turn import TurnHeads, fresh_turn_heads
 from xr0_engine.training.config import ChoiceConfig, FlowConfig, TrainConfig
 from xr0_engine.training.counts import Counts
 from xr0_engine.training.draws import FlowDraw, hide_columns, longest_prefix
+from xr0_engine.training.lora import fresh_adapters, put_adapters
 from xr0_engine.training.losses import (
     choice_losses,
     error_weights,
@@ -329,8 +330,12 @@ def build_policy(config: TrainConfig, xr0: ModelConfig) -> Policy:
             policy.vlm.requires_grad_(False)
     if not config.model.train_text_embeddings:
         policy.vlm.model.language_model.embed_tokens.requires_grad_(False)
-    if config.model.checkpoint_activations and config.model.train != "head":
+    if config.lora.rank:
+        put_adapters(policy, config.lora)
+    if config.model.checkpoint_activations and any(p.requires_grad for p in policy.vlm.model.visual.parameters()):
         policy.vlm.model.visual.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if config.model.checkpoint_language and config.model.train != "head":
+        policy.vlm.recompute_language()
     return policy
 
 
@@ -347,7 +352,7 @@ def load_policy(policy: Policy, config: TrainConfig, xr0: ModelConfig, base: Bas
         )
     policy.to_empty(device=device)
     policy.vlm.reset_tables()
-    fresh = _fresh_heads(policy, config, xr0, base)
+    fresh = {**_fresh_heads(policy, config, xr0, base), **fresh_adapters(policy, config.run.seed)}
     for name, parameter in policy.named_parameters():
         value = fresh[name] if name in fresh else read_tensor(base.stored[checkpoint_name(name)])
         set_parameter(parameter, value)

@@ -11,6 +11,7 @@ from xr0_engine.training.config import (
     ChoiceConfig,
     DataConfig,
     FlowConfig,
+    LoraConfig,
     ModelConfig,
     OptimConfig,
     RunConfig,
@@ -93,6 +94,17 @@ def finetune_head() -> TrainConfig:
     )
 
 
+def lora() -> TrainConfig:
+    """Adapters in the VLM's language layers and the whole DiT, for a 24 GB card: all else stays frozen in bfloat16."""
+    return TrainConfig(
+        "lora",
+        model=ModelConfig(checkpoint_language=True),
+        data=DataConfig(batch_size=4),
+        lora=LoraConfig(rank=16),
+        optim=OptimConfig(steps=10_000, warmup_steps=500, accumulate=4),
+    )
+
+
 def xr1_post_train() -> TrainConfig:
     """XR-1's post-training as released: flow, spectrum, choice and score on one pass of the VLM, prefixes."""
     return TrainConfig(
@@ -132,6 +144,7 @@ RECIPES = {
         pretrain_vlm,
         pretrain_dit,
         finetune_head,
+        lora,
         xr1_post_train,
         xr1_robodojo,
     )
@@ -142,7 +155,7 @@ def tiny(config: TrainConfig) -> TrainConfig:
     """The recipe for a checkpoint of `xr0 init --size tiny` on a CPU: float32, small batches, short schedule."""
     return replace(
         config,
-        model=replace(config.model, dtype="float32", checkpoint_activations=False),
+        model=replace(config.model, dtype="float32", checkpoint_activations=False, checkpoint_language=False),
         data=replace(config.data, batch_size=8, workers=1, augment=False, validation_samples=64),
         optim=OptimConfig(steps=600, warmup_steps=30, peak_lr=2e-3, min_lr=2e-5, weight_decay=0.01),
         run=RunConfig(log_every=10, validate_every=200, checkpoint_every=200),

@@ -73,7 +73,7 @@ class Trainer:
         self.statistics = {name: replace(item, epsilon=self.xr0.std_epsilon) for name, item in statistics.items()}
         profile, drives = run_profile(config.data), config.run.closed_loop
         self.closed_loop = find_closed_loop(drives) if drives else None
-        self.export = Export(self.xr0, self.base, self.statistics, config.run.seed, profile)
+        self.export = Export(self.xr0, self.base, self.statistics, config.run.seed, profile, config.lora)
         is_joint, states = config.objective == "joint", config.choice.state_tokens
         self.collate = Collator(self.base.folder, self.xr0, self.statistics, profile, is_joint, states)
         if world.device.type == "cpu" and config.run.threads:
@@ -272,8 +272,8 @@ class Trainer:
     def _flops(self, batch: Batch) -> float:
         is_flow = isinstance(self.policy, FlowPolicy)
         draws = self.config.flow.repeat if is_flow else 0
-        trains_vlm = self.config.model.train != "head"
-        return model_flops(self.xr0, batch.inputs, draws, self.config.data.chunk_length, trains_vlm)
+        passes = 1 if self.config.model.train == "head" else 2 if self.config.lora.rank else 3
+        return model_flops(self.xr0, batch.inputs, draws, self.config.data.chunk_length, passes)
 
 
 def _check_statistics(statistics: Mapping[str, ActionStatistics], length: int, width: int) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, Qwen3VLConfig, Qwen3VLModel
 
 from xr0_engine.config import ModelConfig
@@ -21,6 +23,20 @@ class VLMOutput:
     hidden: Tensor
     keys: Tensor
     values: Tensor
+
+
+class KeptCache(DynamicCache):
+    """The keys and values of one pass. A layer that is computed again for its gradient leaves them as they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        self.kept.setdefault(layer_idx, (key_states, value_states))
+        return key_states, value_states
 
 
 class TrainableVLM(nn.Module):
@@ -55,7 +71,7 @@ class TrainableVLM(nn.Module):
             embeds = torch.cat((embeds, extra.to(embeds.dtype)), dim=1)
             mask, is_image = torch.cat((mask, added), dim=1), torch.cat((is_image, ~added), dim=1)
             positions = torch.cat((positions, behind), dim=-1)
-        cache = DynamicCache()
+        cache = KeptCache()
         hidden = language(
             inputs_embeds=embeds,
             attention_mask=mask,
@@ -65,13 +81,19 @@ class TrainableVLM(nn.Module):
             visual_pos_masks=None if deepstack is None else is_image,
             deepstack_visual_embeds=deepstack,
         ).last_hidden_state
-        kept: list[Any] = cache.layers[-self.keep_layers :]
-        keys, values = torch.stack([layer.keys for layer in kept]), torch.stack([layer.values for layer in kept])
+        kept = [cache.kept[layer] for layer in sorted(cache.kept)[-self.keep_layers :]]
+        keys, values = (torch.stack(parts) for parts in zip(*kept, strict=True))
         return VLMOutput(hidden, keys, values)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., C) -> (..., vocabulary), through the LM head, which is the text embeddings."""
         return nn.functional.linear(hidden, self.model.language_model.embed_tokens.weight)
+
+    def recompute_language(self) -> None:
+        """Have the language layers' activations computed again in the backward pass instead of kept."""
+        for layer in self.model.language_model.layers:
+            # transformers' own way drops the cache, which the DiT reads. Hooks of FSDP stay outside.
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
     def reset_tables(self) -> None:
         """Fill what no checkpoint holds, on the device of the weights: the rotary frequencies."""
