@@ -240,7 +240,7 @@ $(BIN)/python:
 # Of all that is installed here, on every Python: versions, and the SHA-256 sums of their files on PyPI. LOCKED=1 installs
 # no other files. Left out is torch, whose wheels for CPUs are of PyTorch's own index.
 # LOCK_ARGS=--upgrade takes newer versions of what constraints.txt leaves open.
-LOCKED_EXTRAS := serve ray train export tensorrt sim dev
+LOCKED_EXTRAS := serve ray train export tensorrt sim viz dev
 LOCKED_BESIDE := pip huggingface-hub cuda-bindings openpi-client
 UV := build/uv/bin/python -m uv
 lock: build/uv
@@ -262,7 +262,7 @@ $(INSTALLED)-%: $(BIN)/python constraints.txt $(if $(LOCKED),requirements.lock) 
 	$(call need,test -f "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h",python3-dev)
 	$(if $(LOCKED),$(BIN)/python -m pip install --quiet --require-hashes --no-deps --requirement requirements.lock)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt pip setuptools pybind11 cmake ninja
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[$*,sim,serve,ray,train,export,tensorrt,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[$*,sim,serve,ray,train,export,tensorrt,viz,dev]'
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps openpi-client
 	@touch $@
 

@@ -19,7 +19,7 @@ LAYERS = (
     ("__init__", "cli"),
     ("lab", "quantize"),
     ("evaluation",),
-    ("golden", "drive"),
+    ("golden", "drive", "viz"),
     ("bench",),
     ("export", "training", "exchange", "serve", "plot"),
     ("engine", "checkpoint", "embodiment", "sim"),

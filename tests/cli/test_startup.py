@@ -13,7 +13,7 @@ import xr0_engine
 from xr0_engine import cli
 
 # Packages that take long to import, or that a base installation lacks.
-HEAVY = ("torch", "transformers", "matplotlib", "mujoco", "dm_control", "gym_aloha", "av", "huggingface_hub")
+HEAVY = ("torch", "transformers", "matplotlib", "mujoco", "dm_control", "gym_aloha", "av", "huggingface_hub", "rerun")
 
 
 def heavy_modules_after(code: str) -> set[str]:

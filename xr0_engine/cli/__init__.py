@@ -60,6 +60,7 @@ EXTRAS = {
     "pyarrow": "train",
     "tensorboard": "train",
     "matplotlib": "plot",
+    "rerun": "viz",
     "av": "sim",
     "gym_aloha": "sim",
     "mujoco": "sim",

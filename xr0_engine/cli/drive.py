@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from xr0_engine.cli.seeing import Rerun, check_rerun
+
 if TYPE_CHECKING:
     from xr0_engine.executor import Report
 
@@ -49,6 +51,7 @@ def drive(
     starvation: Annotated[str, typer.Option(help="When actions run out: hold, decelerate or stop.")] = "hold",
     commands_per_action: Annotated[int, typer.Option(min=1, help="With env null: interpolated commands.")] = 1,
     record: Annotated[Path | None, typer.Option(metavar="FILE", help="For `xr0 replay`; must not exist.")] = None,
+    rerun: Rerun = None,
     seed: Annotated[int, typer.Option(min=0, help="Where the cube lies, and the noise of a local policy.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
@@ -58,7 +61,7 @@ def drive(
     """Execute a policy's chunks at the control rate while the next ones are inferred, and report how that went.
 
     In real time, unless --delay-steps is given. `xr0 drive --delay-steps 3 --record run.jsonl`, then `xr0 replay
-    run.jsonl`. Exit code 1: a deadline was missed.
+    run.jsonl`; or `--rerun run.rrd`, then `rerun run.rrd`. Exit code 1: a deadline was missed.
     """
     if env not in ("demo", "null"):
         raise ValueError(f"--env: expected demo or null, got {env!r}")
@@ -77,10 +80,11 @@ def drive(
     from xr0_engine.cli.serve import read_size
     from xr0_engine.drive.policies import from_checkpoint, from_server, scripted
     from xr0_engine.drive.run import run
-    from xr0_engine.executor import Recorder, Settings
+    from xr0_engine.executor import Notes, Recorder, Settings, Several
     from xr0_engine.sim import ROBOT_TYPE
 
     size = None if image_size is None else read_size(image_size)
+    check_rerun(rerun)
     wanted = ROBOT_TYPE if env == "demo" else robot_type
     with ExitStack() as stack:
         if server is not None:
@@ -98,7 +102,14 @@ def drive(
             starvation=starvation,  # type: ignore[arg-type]
             commands_per_action=commands_per_action,
         )
-        recorder = None if record is None else stack.enter_context(Recorder(record, source.title))
+        notes: list[Notes] = []
+        if record is not None:
+            notes.append(stack.enter_context(Recorder(record, source.title)))
+        if rerun is not None:
+            from xr0_engine.viz import RunView
+
+            notes.append(stack.enter_context(RunView(rerun, source.title, patient=delay_steps is not None)))
+        recorder = Several(notes) if notes else None
         report = run(source, settings, seconds, env == "demo", delay_steps, seed, recorder, size)
     if as_json:
         print(json.dumps(report.to_json()))

@@ -15,7 +15,7 @@ from xr0_engine.executor import (
     Executor,
     GuidedPolicy,
     Limits,
-    Recorder,
+    Notes,
     Report,
     Robot,
     SensorsNotReady,
@@ -40,7 +40,7 @@ def run(
     in_simulator: bool,
     delay_steps: float | None,
     seed: int,
-    recorder: Recorder | None,
+    recorder: Notes | None,
     image_size: tuple[int, int] | None = None,
 ) -> Report:
     """Execute source's policy for so long, on the ALOHA simulation or on no robot at all.

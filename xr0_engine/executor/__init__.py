@@ -10,7 +10,7 @@ from xr0_engine.executor.executor import Executor
 from xr0_engine.executor.fit import frame_for
 from xr0_engine.executor.interfaces import GuidedPolicy, Mistimed, Policy, Robot, SensorsNotReady, Snapshot
 from xr0_engine.executor.limits import Limits
-from xr0_engine.executor.recording import Recorder, Recording, read_recording
+from xr0_engine.executor.recording import Notes, Recorder, Recording, Several, read_recording
 from xr0_engine.executor.report import Report
 from xr0_engine.executor.sensors import Synchronizer
 from xr0_engine.executor.settings import Settings
@@ -26,6 +26,7 @@ __all__ = [
     "GuidedPolicy",
     "Limits",
     "Mistimed",
+    "Notes",
     "PlainFrame",
     "Policy",
     "Recorder",
@@ -34,6 +35,7 @@ __all__ = [
     "Robot",
     "SensorsNotReady",
     "Settings",
+    "Several",
     "Snapshot",
     "Synchronizer",
     "SystemClock",

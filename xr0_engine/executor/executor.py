@@ -15,7 +15,7 @@ from xr0_engine.executor.delay import DelayEstimator
 from xr0_engine.executor.interfaces import Policy, Robot, Snapshot
 from xr0_engine.executor.limits import Limiter, Limits
 from xr0_engine.executor.observer import Observer
-from xr0_engine.executor.recording import VERSION, Recorder
+from xr0_engine.executor.recording import VERSION, Notes
 from xr0_engine.executor.report import Report
 from xr0_engine.executor.settings import Settings
 from xr0_engine.executor.timeline import Timeline, coast
@@ -40,7 +40,7 @@ class Executor:
     settings and a frame that differ from it (ValueError). robot: called from the thread that calls run. frame: how the
     robot's actions compare. limits: applied to every command. clock: the one that observations are stamped
     with. delay_s: for simulated time: request number -> seconds that its inference shall take on the clock; inference
-    then runs inside the loop. recorder: where the run is recorded.
+    then runs inside the loop. recorder: where the run is recorded: a Recorder's file, or rerun (viz.RunView).
 
     Time is divided into steps: step n begins at n / rate_hz on the clock. A chunk's action i belongs to the step of its
     observation plus i. Raises ValueError for arguments that do not fit together.
@@ -55,7 +55,7 @@ class Executor:
         limits: Limits | None = None,
         clock: Clock | None = None,
         delay_s: Callable[[int], float] | None = None,
-        recorder: Recorder | None = None,
+        recorder: Notes | None = None,
     ) -> None:
         if settings.commands_per_action > 1 and frame.delta.any():
             raise ValueError("commands_per_action: expected 1 for a robot with delta columns, which add up")
@@ -251,6 +251,8 @@ class Executor:
             first_step=first,
             prefix_length=self._pending.committed,
         )
+        if self._recorder is not None:
+            self._recorder.saw(self._pending.number, snapshot.observation)
         self._worker.submit(self._pending)
 
     def _commits(self) -> int:

@@ -10,15 +10,15 @@ from __future__ import annotations
 import json
 import queue
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO, get_args
+from typing import Any, Protocol, TextIO, get_args
 
 from xr0_engine.executor.settings import MAX_LOOP_HZ, Mode
 from xr0_engine.files import is_number, json_lines
-from xr0_engine.types import FileError
+from xr0_engine.types import FileError, Observation
 
 VERSION = 1
 WIDEST = 1024
@@ -76,6 +76,19 @@ FIELDS: dict[str, dict[str, str]] = {
 """Kind of line -> what it holds -> of which kind: see _is_right."""
 
 
+class Notes(Protocol):
+    """Who is told what a run does, from the control loop: each method has to return at once. title: of what is
+    executed, for people."""
+
+    title: str
+
+    def write(self, kind: str, **fields: Any) -> None:
+        """A line of a recording: see FIELDS."""
+
+    def saw(self, number: int, observation: Observation) -> None:
+        """What inference `number` starts from, right after its line."""
+
+
 class Recorder:
     """Writes a recording. Use it as a context manager; the control loop only hands over, a thread formats and writes.
 
@@ -95,6 +108,9 @@ class Recorder:
         """Add a line; see FIELDS. They hold what JSON can, and are not changed afterwards. Returns at once."""
         if self._failure is None:
             self._lines.put({"kind": kind, **fields})
+
+    def saw(self, number: int, observation: Observation) -> None:
+        """Lines hold no pictures."""
 
     def close(self) -> None:
         """Write what is left."""
@@ -118,6 +134,21 @@ class Recorder:
                         file.flush()
         except OSError as error:
             self._failure = error
+
+
+class Several:
+    """Tells several what it is told. notes: at least one, of which the first gives the title."""
+
+    def __init__(self, notes: Sequence[Notes]) -> None:
+        self.title, self._notes = notes[0].title, notes
+
+    def write(self, kind: str, **fields: Any) -> None:
+        for each in self._notes:
+            each.write(kind, **fields)
+
+    def saw(self, number: int, observation: Observation) -> None:
+        for each in self._notes:
+            each.saw(number, observation)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,165 @@
+"""A recording of rerun, and the thread that fills it: who hands something over does not wait."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+import uuid
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from queue import SimpleQueue
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from urllib.parse import urlsplit
+
+if TYPE_CHECKING:
+    from rerun import RecordingStream
+
+SUFFIX = ".rrd"
+SCHEMES = ("rerun+http", "rerun+https", "rerun")
+VIEWER_PORT = 9876
+REACH_S = 3.0
+"""For a viewer to answer before the run begins."""
+MOST_ENTRIES = 4096
+"""That wait to be written: two minutes of a loop at 30 Hz."""
+MOST_PICTURES = 8
+"""Observations among them, which are as large as their pictures."""
+
+log = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
+
+
+def check_target(target: str | Path) -> str:
+    """What --rerun says, as a file's path or a viewer's address.
+
+    Raises RuntimeError, with the remedy, if rerun is not installed; ValueError for neither a new .rrd file in an
+    existing folder nor such an address; ConnectionError if no viewer listens there.
+    """
+    text = str(target)
+    if find_spec("rerun") is None:
+        raise RuntimeError(
+            "--rerun: rerun is not installed: pip install 'xr0-engine[viz]' (Python 3.11 or newer), "
+            "about 170 MB to download"
+        )
+    if "://" not in text:
+        check_file(Path(text))
+        return text
+    host, port = _address(text)
+    try:
+        with socket.create_connection((host, port), REACH_S):
+            return text
+    except OSError as error:
+        raise ConnectionError(
+            f"--rerun {text}: no viewer answers ({error}): start `rerun` on that machine first, or write a file"
+        ) from None
+
+
+def _address(url: str) -> tuple[str, int]:
+    """A viewer's host and port. Raises ValueError."""
+    parts = urlsplit(url)
+    try:
+        port = parts.port or VIEWER_PORT
+    except ValueError:
+        port = None
+    if parts.scheme not in SCHEMES or not parts.hostname or port is None or parts.path != "/proxy":
+        raise ValueError(f"--rerun: expected FILE{SUFFIX} or rerun+http://HOST:{VIEWER_PORT}/proxy, got {url!r}")
+    return parts.hostname, port
+
+
+def check_file(path: Path) -> None:
+    """Raises ValueError for another suffix, no folder or a file that exists."""
+    if path.suffix.lower() != SUFFIX or not path.parent.is_dir():
+        raise ValueError(
+            f"--rerun: expected a new {SUFFIX} file in an existing folder, or a viewer's address such as "
+            f"rerun+http://127.0.0.1:{VIEWER_PORT}/proxy, got {path}"
+        )
+    if path.exists():
+        raise ValueError(f"--rerun: expected a new file, and {path} exists")
+
+
+def open_stream(target: str, title: str, blueprint: Any = None) -> RecordingStream:
+    """A recording of its own at a target that was checked. Raises OSError if it cannot be written."""
+    import rerun
+
+    # Without an id of its own, all recordings of a process are one.
+    stream = rerun.RecordingStream("xr0", recording_id=uuid.uuid4())
+    # The times are those that were handed over, not those of writing.
+    stream.set_log_time_enabled(False)
+    stream.set_log_tick_enabled(False)
+    try:
+        if "://" in target:
+            stream.connect_grpc(target, default_blueprint=blueprint)
+        else:
+            stream.save(target, default_blueprint=blueprint)
+    except RuntimeError as error:
+        raise OSError(f"--rerun {target}: {error}") from None
+    stream.send_recording_name(title)
+    return stream
+
+
+class Sink(Generic[Item]):
+    """Writes what is handed over in the order in which it comes. A context manager.
+
+    target: of check_target, whose errors it raises. title: the recording's, for people. write: draws one item on the
+    stream, called from the sink's thread alone. patient: whoever hands something over waits while too much waits to be
+    written, for times that are simulated; otherwise it is dropped and counted, and nobody waits ever.
+
+    A disk or a viewer that fails later ends the recording alone: closing then raises the OSError.
+    """
+
+    def __init__(
+        self, target: str | Path, title: str, write: Callable[[RecordingStream, Item], None], patient: bool = False
+    ) -> None:
+        self.target = check_target(target)
+        self.dropped = 0
+        self._stream = open_stream(self.target, title)
+        self._write, self._patient = write, patient
+        self._items: SimpleQueue[tuple[Item, bool] | None] = SimpleQueue()
+        self._room = threading.Semaphore(MOST_ENTRIES)
+        self._room_for_pictures = threading.Semaphore(MOST_PICTURES)
+        self._failure: Exception | None = None
+        self._thread = threading.Thread(target=self._work, name="xr0-rerun", daemon=True)
+        self._thread.start()
+
+    def put(self, item: Item, has_pictures: bool = False) -> None:
+        """Hand an item over, which is not changed afterwards."""
+        room = self._room_for_pictures if has_pictures else self._room
+        if room.acquire(blocking=self._patient):
+            self._items.put((item, has_pictures))
+        else:
+            self.dropped += 1
+
+    def close(self) -> None:
+        """Write what is left. Raises OSError if not all could be written."""
+        self._items.put(None)
+        self._thread.join()
+        if self.dropped:
+            log.warning("--rerun %s: %d entries dropped, which came too fast", self.target, self.dropped)
+        if self._failure is not None:
+            raise OSError(f"--rerun {self.target}: {self._failure}") from self._failure
+
+    def __enter__(self) -> Sink[Item]:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.close()
+
+    def _work(self) -> None:
+        while (entry := self._items.get()) is not None:
+            item, has_pictures = entry
+            if self._failure is None:
+                self._attempt(lambda item=item: self._write(self._stream, item))  # type: ignore[misc]
+            (self._room_for_pictures if has_pictures else self._room).release()
+        if self._failure is None:
+            self._attempt(self._stream.flush)
+        self._attempt(self._stream.disconnect)
+
+    def _attempt(self, step: Callable[[], None]) -> None:
+        """Whatever goes wrong here, the run goes on: it is told when the recording is closed."""
+        try:
+            step()
+        except Exception as error:
+            self._failure = self._failure or error
