@@ -57,6 +57,10 @@ COMMON: dict[str, tuple[Any, Any]] = {
     "seed": (Annotated[int, typer.Option(min=0, help="Of the policy's noise, and of what a benchmark draws.")], 0),
     "jobs": (Annotated[int, typer.Option(min=1, help="Processes that simulate.")], 1),
     "video": (Annotated[str, typer.Option(help="none, failures or all.")], "none"),
+    "rerun": (
+        Annotated[str, typer.Option(help="none, failures or all: those in rerun, in OUT/rerun (extra `viz`).")],
+        "none",
+    ),
     "execute": (Annotated[int | None, typer.Option(min=1, help="Actions of each chunk that are executed.")], None),
     "trigger": (
         Annotated[
@@ -112,8 +116,9 @@ def _run(benchmark: Benchmark, out: Path, **given: Any) -> None:
     from xr0_engine import env
     from xr0_engine.evaluation import start
 
-    if given["video"] not in ("none", "failures", "all"):
-        raise ValueError(f"--video: expected none, failures or all, got {given['video']!r}")
+    for name in ("video", "rerun"):
+        if given[name] not in ("none", "failures", "all"):
+            raise ValueError(f"--{name}: expected none, failures or all, got {given[name]!r}")
     trigger: str = given["trigger"]
     if trigger not in ("execute", "deadline") and not (trigger.isdecimal() and int(trigger)):
         raise ValueError(f"--trigger: expected execute, deadline or a number above 0, got {trigger!r}")
@@ -131,7 +136,7 @@ def _run(benchmark: Benchmark, out: Path, **given: Any) -> None:
         delays=start.read_delays(given["delay_steps"]),
         seed=given["seed"],
     )
-    own = ("jobs", "execute", "margin", "max_prefix", "video", "hang_s", "wait_s")
+    own = ("jobs", "execute", "margin", "max_prefix", "video", "rerun", "hang_s", "wait_s")
     how = start.How(
         **{name: given[name] for name in own},
         trigger=trigger if trigger in ("execute", "deadline") else int(trigger),  # type: ignore[arg-type]

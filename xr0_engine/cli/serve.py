@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from xr0_engine.cli.seeing import Rerun, check_rerun
+
 if TYPE_CHECKING:
     from xr0_engine.engine import Engine
     from xr0_engine.serve.server import Server
@@ -84,6 +86,7 @@ def serve(
     ] = None,
     max_batch: Annotated[int, typer.Option(min=1, help="With --ray: requests inferred together.")] = 4,
     max_message_mb: Annotated[int, typer.Option(min=1, help="Largest request, in MiB.")] = 32,
+    rerun: Rerun = None,
 ) -> None:
     """Serve chunks over websockets: to xr0_engine.Client, to openpi's client, and a status page to browsers.
 
@@ -98,6 +101,7 @@ def serve(
     if (checkpoint is None) == (export is None):
         raise ValueError("CHECKPOINT, --export: expected one of them")
     size = read_size(image_size)
+    check_rerun(rerun)
     released = {"pickle": legacy_pickle, "npz": legacy_npz}
     formats = tuple(name for name, is_spoken in released.items() if is_spoken)
     config = ServerConfig(
@@ -127,13 +131,18 @@ def serve(
         return Engine.from_pretrained(checkpoint, device, dtype, backend, embodiment)
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    view = None
+    if rerun is not None:
+        from xr0_engine.viz import ServiceView
+
+        view = ServiceView(rerun, f"xr0 serve {checkpoint or export}")
     if not ray:
-        run(Server(EngineThread(load, size, robot_type), config))
+        run(Server(EngineThread(load, size, robot_type), config, view))
         return
     from xr0_engine.serve.replicas import RayOptions, RayReplicas
 
     options = RayOptions(replicas, max_replicas or replicas, gpus=_gpus_per_replica(device), max_batch=max_batch)
-    run(Server(RayReplicas(load, options, size, robot_type), config))
+    run(Server(RayReplicas(load, options, size, robot_type), config, view))
 
 
 def _gpus_per_replica(device: str) -> int:

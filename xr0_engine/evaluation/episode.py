@@ -19,7 +19,7 @@ from typing import Any, Literal, Protocol, cast
 import numpy as np
 
 from xr0_engine.evaluation.benchmark import Episode, ShowsViews, Trial, World
-from xr0_engine.executor import Executor, Frame, Recorder, Report, Settings, Snapshot, VirtualClock, frame_for
+from xr0_engine.executor import Executor, Frame, Notes, Recorder, Report, Settings, Snapshot, VirtualClock, frame_for
 from xr0_engine.executor.fit import check_fit
 from xr0_engine.robot.history import History
 from xr0_engine.serve.protocol import Busy
@@ -128,19 +128,20 @@ def act(
     film: Callable[[np.ndarray], None] | None = None,
     beat: Callable[[], None] = lambda: None,
     note: Callable[[str, Mapping[str, Any]], None] | None = None,
+    watch: Notes | None = None,
 ) -> Episode:
     """Act a trial out. Its video and repeats are the caller's to tell.
 
     begin: the policy at the beginning of each rollout. robot_type: the policy's name for the robot. film: takes a
     picture, (height, width, 3) uint8, at every PICTURE_EVERY-th step and at each rollout's end. beat: called whenever
     something goes on. note: takes the kind and the fields of each line that a recording of the trial would have
-    (executor/recording.py).
+    (executor/recording.py). watch: is told the same, and what the policy saw.
 
     What the world raises, or the policy but for its server's absence, is the episode's error. Raises Interrupted;
     PermissionError of a server; Unfit, a ValueError, for a policy that cannot be executed so.
     """
     policy = _EpisodePolicy(trial, robot_type, beat)
-    notes = _Notes(note)
+    notes = _Notes(note, watch)
     started, rollouts, solved, steps = time.perf_counter(), 0, 0, 0
     rollout: _Rollout | None = None
     error = None
@@ -229,14 +230,16 @@ class _EpisodePolicy:
 class _Notes(Recorder):
     """Keeps what a recording would say of when an action was chosen, in memory."""
 
-    def __init__(self, note: Callable[[str, Mapping[str, Any]], None] | None) -> None:
-        self.title, self._note = "", note
+    def __init__(self, note: Callable[[str, Mapping[str, Any]], None] | None, watch: Notes | None = None) -> None:
+        self.title, self._note, self._watch = "", note, watch
         self.reactions_ms: list[float] = []
         self._observed_s: dict[int, float] = {}
 
     def write(self, kind: str, **fields: Any) -> None:
         if self._note is not None:
             self._note(kind, fields)
+        if self._watch is not None:
+            self._watch.write(kind, **fields)
         if kind == "session":
             self._observed_s = {}
         elif kind == "inference":
@@ -244,6 +247,10 @@ class _Notes(Recorder):
         # The executor names the chunk that first gave the action: a prefix stays its predecessor's.
         elif kind == "step" and fields["source"] == "chunk":
             self.reactions_ms.append(round(1e3 * (fields["time_s"] - self._observed_s[fields["chunk"]]), 3))
+
+    def saw(self, number: int, observation: Observation) -> None:
+        if self._watch is not None:
+            self._watch.saw(number, observation)
 
 
 class _WorldClock(VirtualClock):

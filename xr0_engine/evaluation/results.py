@@ -25,6 +25,7 @@ SCHEMA = 1
 RUN_FILE = "run.json"
 EPISODES_FILE = "episodes.jsonl"
 VIDEO_FOLDER = "videos"
+VIEW_FOLDER = "rerun"
 
 Key = tuple[str, int, int, str, float]
 """Suite, task, trial, mode, delay: Trial.key and Episode.key."""

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Protocol
 from xr0_engine.evaluation.benchmark import Benchmark, Episode, Mode, Task, Trial
 from xr0_engine.evaluation.desk import Call, Desk, Reply
 from xr0_engine.evaluation.film import check_films
-from xr0_engine.evaluation.results import VIDEO_FOLDER, Key, Writer
+from xr0_engine.evaluation.results import VIDEO_FOLDER, VIEW_FOLDER, Key, Writer
 from xr0_engine.evaluation.worker import Asked, Beat, Done, Job, Lost, Told, Unusable, work
+from xr0_engine.viz.sink import check_installed
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -63,9 +64,11 @@ def plan(
 
 def check(job: Job, trials: Iterable[Trial]) -> None:
     """Raises ValueError for a policy that cannot be executed in one of the modes and delays; RuntimeError if videos are
-    asked for and cannot be made."""
+    asked for and cannot be made, or rerun and it is not there."""
     if job.video != "none":
         check_films()
+    if job.rerun != "none":
+        check_installed()
     if job.source.info is not None:
         for trial in {(trial.mode, trial.delay_steps): trial for trial in trials}.values():
             try:
@@ -91,8 +94,9 @@ def run(
     key, OSError for a disk that takes no more. What has ended is in the folder then.
     """
     left = [trial for trial in trials if trial.key not in writer.done]
-    for partial in (job.folder / VIDEO_FOLDER).glob(".*.partial.mp4"):
-        partial.unlink()
+    for folder in (VIDEO_FOLDER, VIEW_FOLDER):
+        for partial in (job.folder / folder).glob(".*.partial.*"):
+            partial.unlink()
     with _Crew(job, left, writer, watcher, hang_s, desk) as crew:
         crew.work(min(jobs, len(left)))
 

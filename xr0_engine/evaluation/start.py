@@ -108,6 +108,7 @@ class How:
     margin: int = 0
     max_prefix: int | None = None
     video: Video = "none"
+    rerun: Video = "none"
     hang_s: float = 300.0
     wait_s: float = 300.0
 
@@ -127,7 +128,7 @@ def evaluate(benchmark: Benchmark, who: Who, which: Which, how: How, out: Path, 
     with ExitStack() as stack:
         source, desk, gpu = _source(who, benchmark, how, stack)
         execution = Execution(benchmark.rate_hz, benchmark.execute, how.trigger, how.margin, how.max_prefix, which.seed)
-        job = Job(benchmark, source, execution, out, how.video)
+        job = Job(benchmark, source, execution, out, how.video, how.rerun)
         check(job, trials)
         this = Run(
             benchmark=benchmark.name,

@@ -18,6 +18,8 @@ from xr0_engine.evaluation.benchmark import Benchmark, Episode, Trial, World
 from xr0_engine.evaluation.episode import PICTURE_EVERY, Execution, Interrupted, act
 from xr0_engine.evaluation.film import Film
 from xr0_engine.evaluation.policies import Begin, Source
+from xr0_engine.evaluation.view import EpisodeView
+from xr0_engine.executor import Notes
 from xr0_engine.serve.protocol import PolicyFailed, Refused
 from xr0_engine.training.data.parallel import end_with_parent
 from xr0_engine.types import ActionChunk, Guide, Observation
@@ -29,13 +31,14 @@ Video = Literal["none", "failures", "all"]
 
 @dataclass(frozen=True)
 class Job:
-    """What all trials of a run have in common. folder: of the results, where videos go."""
+    """What all trials of a run have in common. folder: of the results, where videos go, and what rerun shows."""
 
     benchmark: Benchmark
     source: Source
     execution: Execution
     folder: Path
     video: Video = "none"
+    rerun: Video = "none"
 
 
 @dataclass(frozen=True)
@@ -130,15 +133,20 @@ class Simulation:
     def _act(self, trial: Trial, world: World, begin: Begin) -> Done:
         job = self._job
         act_out = _Acting(world, begin, trial, job, self._beat)
-        if job.video == "none":
-            episode = act_out(None)
-        else:
-            with Film(job.folder, trial, job.execution.rate_hz / PICTURE_EVERY) as film:
-                episode = act_out(film)
-                if job.video == "all" or not episode.success:
-                    episode = replace(episode, video=film.keep())
-            if film.fault is not None:
-                raise OSError(film.fault.errno, f"{job.folder / film.name}: {film.fault.strerror or film.fault}")
+        with ExitStack() as stack:
+            film = view = None
+            if job.video != "none":
+                film = stack.enter_context(Film(job.folder, trial, job.execution.rate_hz / PICTURE_EVERY))
+            if job.rerun != "none":
+                view = EpisodeView(job.folder, trial)
+                stack.enter_context(view)
+            episode = act_out(film, view)
+            if film is not None and (job.video == "all" or not episode.success):
+                episode = replace(episode, video=film.keep())
+            if view is not None and (job.rerun == "all" or not episode.success):
+                view.keep()
+        if film is not None and film.fault is not None:
+            raise OSError(film.fault.errno, f"{job.folder / film.name}: {film.fault.strerror or film.fault}")
         if episode.error is not None:
             # Whatever it was, nobody knows what the world is like now.
             self._forget_world()
@@ -182,7 +190,7 @@ class Simulation:
 
 @dataclass(frozen=True)
 class _Acting:
-    """episode.act with all but the film."""
+    """episode.act with all but the film and the view."""
 
     world: World
     begin: Begin
@@ -190,9 +198,9 @@ class _Acting:
     job: Job
     beat: Callable[[], None]
 
-    def __call__(self, film: Film | None) -> Episode:
-        job = self.job
-        return act(self.world, self.begin, self.trial, job.execution, job.source.robot_type, film, self.beat)
+    def __call__(self, film: Film | None, view: Notes | None) -> Episode:
+        job, robot_type = self.job, self.job.source.robot_type
+        return act(self.world, self.begin, self.trial, job.execution, robot_type, film, self.beat, watch=view)
 
 
 def _redirect(log: Path) -> None:

@@ -143,7 +143,7 @@ class ClientConnection:
         before = None if request.id is None else waiting.exchanged
         await self._connection.send(encode_chunk(chunk, request.id, timing, request.columns, before))
         # The robot waits for the chunk, nobody for the metrics.
-        self._service.monitor.answered(self._number, request.observation, chunk, timing)
+        self._service.answered(self._number, request, chunk, timing)
 
     async def _refuse(self, error: ServerError, number: int | None) -> None:
         self._service.monitor.refused(self._number, error.kind)

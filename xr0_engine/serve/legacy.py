@@ -166,7 +166,7 @@ class _Connection:
                 timing = {"infer_ms": infer_ms, "queue_ms": queue_ms, "total_ms": total_ms}
                 self._writer.write(struct.pack(">I", len(reply)) + reply)
                 await asyncio.wait_for(self._writer.drain(), MESSAGE_S)
-                self._service.monitor.answered(number, request.observation, chunk, timing)
+                self._service.answered(number, request, chunk, timing)
             finally:
                 self._service.busy.discard(number)
 

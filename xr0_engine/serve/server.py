@@ -23,7 +23,7 @@ from xr0_engine.serve.gate import ACCEPTED_AT_ONCE, Gate
 from xr0_engine.serve.legacy import LegacyPorts
 from xr0_engine.serve.pages import answer_http
 from xr0_engine.serve.protocol import encode_metadata
-from xr0_engine.serve.service import ServerConfig, Service
+from xr0_engine.serve.service import ServerConfig, Service, Watch
 from xr0_engine.serve.worker import Backend
 
 log = logging.getLogger("xr0_engine.serve")
@@ -45,10 +45,10 @@ without pause nearly a second, in which nobody else is served."""
 
 
 class Server(Service):
-    """Serves one backend. Make it, then await run."""
+    """Serves one backend. Make it, then await run. watch: who is told of each answer."""
 
-    def __init__(self, backend: Backend, config: ServerConfig) -> None:
-        super().__init__(backend, config)
+    def __init__(self, backend: Backend, config: ServerConfig, watch: Watch | None = None) -> None:
+        super().__init__(backend, config, watch)
         # Nothing but the head of a request comes before a client has its place.
         self.gate = Gate(HANDSHAKE_S, MAX_HEAD_BYTES, lambda: self.monitor.rejected("too_many_connections"))
 
@@ -156,11 +156,11 @@ class _CountedConnection(ServerConnection):
 class BackgroundServer:
     """A server on a thread of this process, for measurements and tests: `with BackgroundServer(backend) as server`.
 
-    url: where clients find it. Entering waits until it is ready; leaving shuts it down in order.
+    url: where clients find it. watch: as in Server. Entering waits until it is ready; leaving shuts it down in order.
     """
 
-    def __init__(self, backend: Backend, config: ServerConfig | None = None) -> None:
-        self.server = Server(backend, config or ServerConfig(port=0))
+    def __init__(self, backend: Backend, config: ServerConfig | None = None, watch: Watch | None = None) -> None:
+        self.server = Server(backend, config or ServerConfig(port=0), watch)
         self.port = 0
         self._loop = asyncio.new_event_loop()
         self._stop = asyncio.Event()

@@ -11,8 +11,10 @@ import logging
 import ssl
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from http import HTTPStatus
+from typing import Protocol
 from weakref import WeakKeyDictionary
 
 from websockets.asyncio.server import ServerConnection
@@ -22,7 +24,7 @@ from xr0_engine.serve.decoding import DecodeAllowance, Decoder
 from xr0_engine.serve.monitor import Monitor
 from xr0_engine.serve.protocol import DEFAULT_PORT, PolicyFailed, PolicyMetadata, Refused, Request, check_chunk
 from xr0_engine.serve.worker import Backend, Served
-from xr0_engine.types import ActionChunk
+from xr0_engine.types import ActionChunk, RobotInfo
 
 log = logging.getLogger("xr0_engine.serve")
 
@@ -93,17 +95,30 @@ class ServerConfig:
         return range(0) if first is None else range(first, first + self.legacy_ranks)
 
 
+class Watch(Protocol):
+    """Who is told of each answer, from the event loop: it has to return at once."""
+
+    def answered(
+        self, client: int, request: Request, chunk: ActionChunk, timing_ms: Mapping[str, float], robot: RobotInfo
+    ) -> None:
+        """client: its number. timing_ms: as in Monitor.answered. robot: of the chunk's robot type."""
+
+    def close(self) -> None:
+        """The server has closed. May take its time; an OSError is logged."""
+
+
 class Service:
     """One backend among its clients.
 
     busy: numbers of the clients with an unanswered request, which shutting down waits for. turns: one is held while the
     backend works on a request; whoever waits longest gets the next; none before it is ready. network_backend: what runs
     the network and why, empty before it is known. keys_of: which key a connection came with, where it takes one.
-    decoder: where pictures are decoded. pages: what all the pages together may have encoded.
+    decoder: where pictures are decoded. pages: what all the pages together may have encoded. watch: who is told of each
+    answer.
     """
 
-    def __init__(self, backend: Backend, config: ServerConfig) -> None:
-        self.config = config
+    def __init__(self, backend: Backend, config: ServerConfig, watch: Watch | None = None) -> None:
+        self.config, self._watch = config, watch
         self.monitor = Monitor()
         self.state = "warming up"
         self.metadata: PolicyMetadata | None = None
@@ -136,6 +151,12 @@ class Service:
             raise self._failed(error) from None
         self._failures = 0
         return chunk, 1e3 * (time.perf_counter() - start)
+
+    def answered(self, client: int, request: Request, chunk: ActionChunk, timing_ms: Mapping[str, float]) -> None:
+        """Counts and shows what a client got. timing_ms: as in Monitor.answered."""
+        self.monitor.answered(client, request.observation, chunk, timing_ms)
+        if self._watch is not None and self.metadata is not None:
+            self._watch.answered(client, request, chunk, timing_ms, self.metadata.robots[chunk.robot_type])
 
     async def ready(self) -> PolicyMetadata:
         """Waits for the warm-up."""
@@ -205,6 +226,11 @@ class Service:
         self._shut("closed")
         self.decoder.close()
         await self._backend.close()
+        if self._watch is not None:
+            try:
+                await asyncio.to_thread(self._watch.close)
+            except OSError as error:
+                log.error("%s", error)
 
     def _failed(self, error: BaseException) -> PolicyFailed:
         self._failures += 1

@@ -18,6 +18,8 @@ PREFIX_COLOR = "#E69F00"
 STATE_COLOR = "#999999"
 JPEG_QUALITY = 85
 MOST_GROUPS_IN_A_ROW = 4
+MOST_PLANS = 16
+"""Chunks that are drawn beside each other where they overlap."""
 TIME = "time"
 """The timeline of seconds."""
 
@@ -40,13 +42,15 @@ class Group:
         return [column.name or self.title for column in self.columns]
 
 
-def groups_of(layout: Layout, width: int) -> list[Group]:
-    """A layout's groups among columns 0 to width - 1; one for all columns where the layout names none."""
+def groups_of(layout: Layout, width: int, active: np.ndarray | None = None) -> list[Group]:
+    """A layout's groups among columns 0 to width - 1; one for all columns where the layout names none. active: (width,)
+    bool, the columns that are shown; None shows all."""
+    shown = np.ones(width, bool) if active is None else active
     if layout.columns and max(column.index for column in layout.columns) < width:
-        panels = layout.panels(np.ones(width, bool))
+        panels = layout.panels(shown)
     else:
-        names = [f"column {index}" for index in range(width)]
-        panels = [[Column(index, "columns", name, "robot units", name) for index, name in enumerate(names)]]
+        numbers = np.flatnonzero(shown).tolist()
+        panels = [[Column(index, "columns", f"column {index}", "robot units", "") for index in numbers]]
     return [
         Group(panel[0].group.replace(" ", "_"), panel[0].group, panel[0].unit, tuple(panel))
         for panel in panels
@@ -59,7 +63,7 @@ def style(stream: RecordingStream, entity: Sequence[str], group: Group, as_point
     import rerun
 
     count = len(group.columns)
-    names = [f"{entity[0]} {name}" for name in group.names]
+    names = [f"{entity[-1]} {name}" for name in group.names]
     if as_points is None:
         colors = [COLORS[index % len(COLORS)] for index in range(count)]
         looks: Any = rerun.SeriesLines(colors=[_rgb(color) for color in colors], names=names, widths=[width] * count)
@@ -91,8 +95,37 @@ def send_rows(
         )
 
 
-def log_pictures(stream: RecordingStream, images: Mapping[str, np.ndarray]) -> None:
-    """Each view's newest picture, as JPEG, at the stream's time."""
+class Plans:
+    """Chunks as curves: those that overlap in time beside each other, under ROOT/0, ROOT/1, ..."""
+
+    def __init__(self, root: Sequence[str], groups: Sequence[Group]) -> None:
+        self._root, self._groups = root, groups
+        # The end of what is drawn at each place, in seconds.
+        self._ends_s: list[float] = []
+
+    def send(self, stream: RecordingStream, first_s: float, period_s: float, rows: np.ndarray) -> None:
+        """A chunk (T, A), whose first action is for first_s, and every other a period later than the one before."""
+        times_s = first_s + period_s * np.arange(len(rows) + 1)
+        place = next((place for place, end_s in enumerate(self._ends_s) if end_s < first_s - 1e-6), len(self._ends_s))
+        if place == MOST_PLANS:
+            place = int(np.argmin(self._ends_s))
+        elif place == len(self._ends_s):
+            self._ends_s.append(0.0)
+            for group in self._groups:
+                style(stream, [*self._root, str(place)], group, None, 0.7)
+        self._ends_s[place] = float(times_s[-1])
+        # Without numbers at its end, the line would go on to the next chunk.
+        nothing = np.full((1, rows.shape[1]), np.nan)
+        send_rows(stream, [*self._root, str(place)], self._groups, times_s, np.concatenate([rows, nothing]))
+
+
+def plans_under(root: Sequence[str]) -> list[list[str]]:
+    """All that Plans may draw under a root."""
+    return [[*root, str(place)] for place in range(MOST_PLANS)]
+
+
+def log_pictures(stream: RecordingStream, images: Mapping[str, np.ndarray], root: Sequence[str] = ()) -> None:
+    """Each view's newest picture, as JPEG, at the stream's time. root: what its entities are under."""
     import rerun
 
     from xr0_engine.robot.history import newest
@@ -100,16 +133,29 @@ def log_pictures(stream: RecordingStream, images: Mapping[str, np.ndarray]) -> N
 
     for view, image in images.items():
         data = encode_jpeg(np.ascontiguousarray(newest(image)), JPEG_QUALITY)
-        stream.log(["camera", view], rerun.EncodedImage(contents=data, media_type="image/jpeg"))
+        stream.log([*root, "camera", view], rerun.EncodedImage(contents=data, media_type="image/jpeg"))
 
 
 def arrange(stream: RecordingStream, views: Sequence[str], beside: Any) -> None:
     """How the viewer shows it at first: the robot's views above each other, and what is beside them."""
+    send_blueprint(stream, beside_pictures(views, beside))
+
+
+def beside_pictures(views: Sequence[str], beside: Any, root: Sequence[str] = (), name: str | None = None) -> Any:
+    """A robot's views above each other, and what is beside them. root: as in log_pictures. name: of the whole."""
     import rerun
     import rerun.blueprint as rrb
 
-    pictures = [rrb.Spatial2DView(origin=rerun.new_entity_path(["camera", view]), name=view) for view in views]
-    whole = rrb.Horizontal(rrb.Vertical(*pictures), beside, column_shares=[1, 3]) if pictures else beside
+    pictures = [rrb.Spatial2DView(origin=rerun.new_entity_path([*root, "camera", view]), name=view) for view in views]
+    if not pictures:
+        return rrb.Vertical(beside, name=name)
+    return rrb.Horizontal(rrb.Vertical(*pictures), beside, column_shares=[1, 3], name=name)
+
+
+def send_blueprint(stream: RecordingStream, whole: Any) -> None:
+    """Shows that alone, and of the panels around it the time's last line."""
+    import rerun.blueprint as rrb
+
     panels = rrb.SelectionPanel(state="collapsed"), rrb.BlueprintPanel(state="collapsed")
     stream.send_blueprint(rrb.Blueprint(whole, *panels, rrb.TimePanel(state="collapsed")))
 

@@ -16,10 +16,12 @@ from xr0_engine.viz.curves import (
     STATE_COLOR,
     TIME,
     Group,
+    Plans,
     arrange,
     groups_of,
     log_pictures,
     log_row,
+    plans_under,
     send_rows,
     style,
     views_of_curves,
@@ -29,14 +31,15 @@ from xr0_engine.viz.sink import Sink
 if TYPE_CHECKING:
     from rerun import RecordingStream
 
-MOST_PLANS = 16
-"""Chunks that are drawn beside each other where they overlap."""
+
+BETWEEN_S = 1.0
 
 
 class RunView:
     """A recorder for an Executor, beside or instead of a Recorder's file; a context manager.
 
-    Entities, on the timeline `time`, seconds from the first request or command on:
+    Entities, on the timeline `time`, seconds from the first request or command on; of several runs, the next begins
+    BETWEEN_S after the last:
 
     camera/VIEW: pictures that inferences start from. state/GROUP: the proprio state then. commands/GROUP: what the
     robot was told. plan/N/GROUP: chunks as they come, each from its first step on; N keeps those apart that overlap.
@@ -97,15 +100,16 @@ class _Page:
     """What has been drawn so far; used by the sink's thread alone."""
 
     def __init__(self) -> None:
+        # What the timeline's zero is on the executor's clock; where the next run begins on the timeline.
         self._zero_s: float | None = None
+        self._begins_s = self._latest_s = 0.0
         self._rate_hz = 1.0
         self._groups: list[Group] = []
         self._state_groups: list[Group] | None = None
         self._requests: dict[int, dict[str, Any]] = {}
         self._last: dict[str, Any] | None = None
-        # The step after the last of each plan that is drawn.
-        self._plan_ends: list[int] = []
         self._views: list[str] = []
+        self._said: str | None = None
 
     def draw(self, stream: RecordingStream, entry: _Entry) -> None:
         kind, fields = entry
@@ -115,7 +119,8 @@ class _Page:
 
     def _at(self, stream: RecordingStream, time_s: float) -> None:
         if self._zero_s is None:
-            self._zero_s = time_s
+            self._zero_s = time_s - self._begins_s
+        self._latest_s = max(self._latest_s, time_s - self._zero_s)
         stream.set_time(TIME, duration=time_s - self._zero_s)
 
     def _seconds(self, step: int) -> float:
@@ -125,7 +130,9 @@ class _Page:
         layout, width = LAYOUTS.get(fields["layout"], PLAIN), fields["width"]
         self._rate_hz, self._groups = fields["settings"]["rate_hz"], groups_of(layout, width)
         self._frame = layout.frame(width)
-        self._zero_s, self._last, self._plan_ends, self._requests = None, None, [], {}
+        if self._zero_s is not None:
+            self._begins_s = self._latest_s + BETWEEN_S
+        self._zero_s, self._last, self._plans, self._requests = None, None, Plans(["plan"], self._groups), {}
         for group in self._groups:
             style(stream, ("commands",), group, None, 2.0)
             style(stream, ("prefix",), group, PREFIX_COLOR, 3.5)
@@ -141,6 +148,9 @@ class _Page:
             stream.set_time(TIME, duration=request["observed_s"] - (self._zero_s or 0.0))
         if self._state_groups is None:
             self._begin(stream, observation)
+        if observation.instruction != self._said:
+            self._said = observation.instruction
+            _say(stream, f"instruction: {observation.instruction}")
         log_pictures(stream, observation.images)
         state = np.atleast_2d(observation.state)[-1]
         assert self._state_groups is not None
@@ -154,19 +164,15 @@ class _Page:
         for group in same:
             style(stream, ("state",), group, STATE_COLOR, 3.0)
         self._arrange(stream)
-        _say(stream, f"instruction: {observation.instruction}")
 
     def _draw_chunk(self, stream: RecordingStream, fields: dict[str, Any]) -> None:
         import rerun
 
         rows, first, given = np.array(fields["rows"]), fields["first_step"], fields["prefix_length"]
-        times_s = np.array([self._seconds(first + index) for index in range(len(rows))])
-        place = ("plan", str(self._place(stream, first, len(rows))))
-        # Without numbers at its end, the line would go on to the next chunk.
-        end_s, nothing = [self._seconds(first + len(rows))], np.full((1, rows.shape[1]), np.nan)
-        send_rows(stream, place, self._groups, np.append(times_s, end_s), np.concatenate([rows, nothing]))
+        first_s, period_s = self._seconds(first), 1 / self._rate_hz
+        self._plans.send(stream, first_s, period_s, rows)
         if given:
-            send_rows(stream, ("prefix",), self._groups, times_s[:given], rows[:given])
+            send_rows(stream, ("prefix",), self._groups, first_s + period_s * np.arange(given), rows[:given])
         takeover = "came too late for any" if fields["takeover"] is None else f"takes over at step {fields['takeover']}"
         text = f"chunk {fields['number']}: {len(rows)} actions from step {first}, prefix {given}, {takeover}"
         request = self._requests.pop(fields["number"], None)
@@ -179,18 +185,6 @@ class _Page:
         self._at(stream, fields["time_s"])
         late = f", {fields['late']} too late" if fields["late"] else ""
         _say(stream, text + late, "WARN" if late or fields["takeover"] is None else "INFO")
-
-    def _place(self, stream: RecordingStream, first: int, length: int) -> int:
-        """Where a chunk is drawn: beside those that it overlaps."""
-        place = next((place for place, end in enumerate(self._plan_ends) if end < first), len(self._plan_ends))
-        if place == MOST_PLANS:
-            place = int(np.argmin(self._plan_ends))
-        elif place == len(self._plan_ends):
-            self._plan_ends.append(0)
-            for group in self._groups:
-                style(stream, ("plan", str(place)), group, None, 0.7)
-        self._plan_ends[place] = first + length
-        return place
 
     def _draw_lost(self, stream: RecordingStream, fields: dict[str, Any]) -> None:
         # One that hangs may still come.
@@ -229,8 +223,7 @@ class _Page:
         """How the viewer shows it at first."""
         import rerun.blueprint as rrb
 
-        plans = [("plan", str(place)) for place in range(MOST_PLANS)]
-        curves = views_of_curves(self._groups, [("commands",), ("state",), ("prefix",), *plans])
+        curves = views_of_curves(self._groups, [("commands",), ("state",), ("prefix",), *plans_under(["plan"])])
         beside: list[Any] = [
             rrb.TimeSeriesView(origin="/delay", name="delay (ms)"),
             rrb.TimeSeriesView(origin="/seam", name="steps at seams"),

@@ -32,18 +32,23 @@ log = logging.getLogger(__name__)
 Item = TypeVar("Item")
 
 
+def check_installed() -> None:
+    """Raises RuntimeError, with the remedy, if rerun is not there."""
+    if find_spec("rerun") is None:
+        raise RuntimeError(
+            "--rerun: rerun is not installed: pip install 'xr0-engine[viz]' (Python 3.11 or newer), "
+            "about 170 MB to download"
+        )
+
+
 def check_target(target: str | Path) -> str:
     """What --rerun says, as a file's path or a viewer's address.
 
     Raises RuntimeError, with the remedy, if rerun is not installed; ValueError for neither a new .rrd file in an
     existing folder nor such an address; ConnectionError if no viewer listens there.
     """
+    check_installed()
     text = str(target)
-    if find_spec("rerun") is None:
-        raise RuntimeError(
-            "--rerun: rerun is not installed: pip install 'xr0-engine[viz]' (Python 3.11 or newer), "
-            "about 170 MB to download"
-        )
     if "://" not in text:
         check_file(Path(text))
         return text

@@ -1,0 +1,75 @@
+"""A server's requests in rerun, and `xr0 serve --rerun`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+
+from tests.serve.support import EchoEngine, backend, observation
+from tests.viz.support import read, series
+from xr0_engine import Client
+from xr0_engine.checkpoint import init_checkpoint
+from xr0_engine.robot.layouts import BIMANUAL
+from xr0_engine.serve.server import BackgroundServer
+from xr0_engine.serve.service import ServerConfig
+from xr0_engine.viz import ServiceView
+
+# A chunk's numbers are float32.
+CLOSE = 1e-6
+
+
+def test_requests_are_read_back(tmp_path):
+    path = tmp_path / "served.rrd"
+    view = ServiceView(path, "a test")
+    with BackgroundServer(backend(EchoEngine()), ServerConfig(port=0), view) as server:
+        with Client(server.url) as client:
+            client.infer(observation(0.25, instruction="Go."))
+            client.infer(observation(0.5, instruction="Go."), prefix=np.full((2, 32), 7, np.float32))
+        with Client(server.url) as client:
+            client.infer(observation(0.75, robot_type="bimanual", instruction="Fold."))
+    assert view.dropped == 0
+    rows = read(path)
+    assert len(rows["/client/1/camera/left_wrist"]) == 2
+    assert [row["text"] for row in rows["/client/1/said"]] == [["Go."]]
+    np.testing.assert_allclose(series(rows, "/client/1/state/columns")[1][:, 0], [0.25, 0.5])
+    # The columns that libero_all uses are 7.
+    plans = [series(rows, f"/client/1/plan/{place}/columns")[1] for place in (0, 1)]
+    for plan, first in zip(plans, (0.25, 7), strict=True):
+        assert plan.shape == (11, 7)
+        assert plan[0, 0] == first
+        assert np.isnan(plan[-1]).all()
+    np.testing.assert_array_equal(series(rows, "/client/1/prefix/columns")[1], np.full((2, 7), 7.0))
+    times_s, total_ms = series(rows, "/client/1/timing/total_ms")
+    assert (total_ms > 0).all()
+    assert len(times_s) == 2
+    # Of another layout.
+    assert [row["text"] for row in rows["/client/2/said"]] == [["Fold."]]
+    used = [column for column in BIMANUAL.columns if column.group == "left position"]
+    plan = series(rows, "/client/2/plan/0/left_position")[1]
+    assert plan.shape == (31, len(used))
+    np.testing.assert_allclose(plan[:-1, 0], 0.75, atol=CLOSE)
+
+
+def test_serve_writes_it_until_it_is_told_to_end(tmp_path):
+    init_checkpoint(tmp_path / "tiny", "tiny")
+    path = tmp_path / "served.rrd"
+    command = ["-m", "xr0_engine", "serve", tmp_path / "tiny", "--port", "0", "--device", "cpu", "--rerun", path]
+    options = ["--robot-type", "libero_all", "--image-size", "64x64"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    server = subprocess.Popen([sys.executable, *command, *options], stdout=subprocess.PIPE, text=True, env=environment)
+    try:
+        url = server.stdout.readline().split()[2].rstrip(",")
+        with Client(url) as client:
+            client.infer(observation(0.25, size=(64, 64), instruction="Go."))
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(timeout=30) == 0
+    finally:
+        server.kill()
+        server.wait()
+    rows = read(path)
+    assert len(rows["/client/1/camera/base"]) == 1
+    assert series(rows, "/client/1/plan/0/columns")[1].shape[1] == 7
