@@ -12,8 +12,24 @@ def read(path):
     """Entity -> its rows in the order of time, {component: values, "time": seconds}; static ones have no time."""
     from rerun.chunk import RrdReader
 
+    return _rows(RrdReader(path).stream())
+
+
+def read_all(path):
+    """(kind, title) -> as read, of each recording of a file."""
+    from rerun.chunk import RrdReader
+
+    reader, found = RrdReader(path), {}
+    for entry in reader.recordings():
+        rows = _rows(reader.stream(store=entry))
+        title = next(row["name"][0] for row in rows["/__properties"] if row.get("name"))
+        found[entry.application_id, title] = rows
+    return found
+
+
+def _rows(stream):
     rows = {}
-    for chunk in RrdReader(path).stream():
+    for chunk in stream:
         columns = chunk.to_record_batch().to_pydict()
         for number in range(chunk.num_rows):
             row = {name.partition(":")[2] or name: column[number] for name, column in columns.items()}

@@ -191,7 +191,7 @@ def test_a_failure_is_told_at_the_end(tmp_path):
 def test_a_full_disk_is_told(tmp_path):
     (tmp_path / "full.rrd").symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left on device"):
-        sink.open_stream(str(tmp_path / "full.rrd"), "")
+        sink.open_stream(str(tmp_path / "full.rrd"), "xr0 run", "")
 
 
 def test_a_viewer_that_runs_is_shown_it(tmp_path):

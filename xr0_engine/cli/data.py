@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from xr0_engine.cli.seeing import Rerun, check_rerun
+
 app = typer.Typer(name="data", no_args_is_help=True, add_completion=False, rich_markup_mode="markdown")
 
 Processes = Annotated[int, typer.Option("--processes", "-j", min=1, help="How many to use at once.")]
@@ -16,7 +18,7 @@ Processes = Annotated[int, typer.Option("--processes", "-j", min=1, help="How ma
 
 @app.callback()
 def _data() -> None:
-    """Record, check, convert and measure datasets for `xr0 train` (docs/data.md)."""
+    """Record, check, look at, convert and measure datasets for `xr0 train` (docs/data.md)."""
 
 
 @app.command()
@@ -80,6 +82,28 @@ def check(
             print(dataset["verdict"])
     if not result["usable"]:
         raise typer.Exit(1)
+
+
+@app.command()
+def view(
+    dataset: Annotated[Path, typer.Argument(help="Folder, YAML file or package.module:function.")],
+    rerun: Rerun = None,
+    episodes: Annotated[
+        str | None, typer.Option(metavar="0-4,7", help="Which, of those that can be read; the first ten if not given.")
+    ] = None,
+    processes: Processes = 1,
+) -> None:
+    """Show a dataset in rerun: its episodes with pictures, states and actions; statistics; what `check --fast` finds.
+
+    `xr0 data view DATASET` writes view.rrd into this folder, which `rerun view.rrd` opens (extra `viz`).
+    """
+    target = rerun or "view.rrd"
+    check_rerun(target)
+
+    from xr0_engine.viz.dataset import read_numbers, show_dataset
+
+    shown = show_dataset(dataset, target, None if episodes is None else read_numbers(episodes), processes)
+    print(f"{target}: {shown.episodes} of {shown.readable} episodes, {shown.faults} faults in all")
 
 
 @app.command()

@@ -22,6 +22,8 @@ MOST_PLANS = 16
 """Chunks that are drawn beside each other where they overlap."""
 TIME = "time"
 """The timeline of seconds."""
+STEP = "step"
+"""The timeline of a chunk's steps."""
 
 
 @dataclass(frozen=True)
@@ -86,11 +88,27 @@ def send_rows(
     """Rows (N, A) at their times (N,), on TIME."""
     import rerun
 
+    index = rerun.TimeColumn(TIME, duration=times_s)
+    _send(stream, entity, groups, index, rows)
+
+
+def send_steps(stream: RecordingStream, entity: Sequence[str], groups: Sequence[Group], rows: np.ndarray) -> None:
+    """Rows (N, A) of steps 0 to N - 1, on STEP."""
+    import rerun
+
+    _send(stream, entity, groups, rerun.TimeColumn(STEP, sequence=range(len(rows))), rows)
+
+
+def _send(
+    stream: RecordingStream, entity: Sequence[str], groups: Sequence[Group], index: Any, rows: np.ndarray
+) -> None:
+    import rerun
+
     for group in groups:
         values = rows[:, group.indices]
         stream.send_columns(
             rerun.new_entity_path([*entity, group.name]),
-            indexes=[rerun.TimeColumn(TIME, duration=times_s)],
+            indexes=[index],
             columns=rerun.Scalars.columns(scalars=values.ravel()).partition([values.shape[1]] * len(values)),
         )
 
@@ -152,16 +170,17 @@ def beside_pictures(views: Sequence[str], beside: Any, root: Sequence[str] = (),
     return rrb.Horizontal(rrb.Vertical(*pictures), beside, column_shares=[1, 3], name=name)
 
 
-def send_blueprint(stream: RecordingStream, whole: Any) -> None:
-    """Shows that alone, and of the panels around it the time's last line."""
+def send_blueprint(stream: RecordingStream, whole: Any, lists_recordings: bool = False) -> None:
+    """Shows that, of the panels around it the time's last line, and the list of recordings if asked to."""
     import rerun.blueprint as rrb
 
-    panels = rrb.SelectionPanel(state="collapsed"), rrb.BlueprintPanel(state="collapsed")
+    left: Any = "expanded" if lists_recordings else "collapsed"
+    panels = rrb.SelectionPanel(state="collapsed"), rrb.BlueprintPanel(state=left)
     stream.send_blueprint(rrb.Blueprint(whole, *panels, rrb.TimePanel(state="collapsed")))
 
 
-def views_of_curves(groups: Sequence[Group], entities: Sequence[Sequence[str]]) -> Any:
-    """A grid, a view for each group: what of it the entities hold."""
+def views_of_curves(groups: Sequence[Group], entities: Sequence[Sequence[str]], name: str = "columns") -> Any:
+    """A grid, a view for each group: what of it the entities hold. name: of the grid."""
     import rerun
     import rerun.blueprint as rrb
 
@@ -176,7 +195,7 @@ def views_of_curves(groups: Sequence[Group], entities: Sequence[Sequence[str]]) 
             for group in groups
         ),
         grid_columns=min(len(groups), MOST_GROUPS_IN_A_ROW),
-        name="columns",
+        name=name,
     )
 
 

@@ -52,7 +52,7 @@ class RunView:
 
     def __init__(self, target: str | Path, title: str, patient: bool = False) -> None:
         self.title = title
-        self._sink: Sink[_Entry] = Sink(target, title, _Page().draw, patient)
+        self._sink: Sink[_Entry] = Sink(target, "xr0 run", title, _Page().draw, patient)
 
     @property
     def dropped(self) -> int:

@@ -52,7 +52,7 @@ class ServiceView:
 
     def __init__(self, target: str | Path, title: str) -> None:
         self._began_s = time.monotonic()
-        self._sink: Sink[_Answer] = Sink(target, title, _Pages().draw)
+        self._sink: Sink[_Answer] = Sink(target, "xr0 serve", title, _Pages().draw)
 
     def answered(
         self, client: int, request: Request, chunk: ActionChunk, timing_ms: Mapping[str, float], robot: RobotInfo

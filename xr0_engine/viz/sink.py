@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
@@ -85,20 +85,21 @@ def check_file(path: Path) -> None:
         raise ValueError(f"--rerun: expected a new file, and {path} exists")
 
 
-def open_stream(target: str, title: str, blueprint: Any = None) -> RecordingStream:
-    """A recording of its own at a target that was checked. Raises OSError if it cannot be written."""
+def open_stream(target: str, kind: str, title: str) -> RecordingStream:
+    """A recording of its own at a target that was checked. kind: those of one kind are arranged alike in the viewer,
+    and listed together. title: for people. Raises OSError if it cannot be written."""
     import rerun
 
     # Without an id of its own, all recordings of a process are one.
-    stream = rerun.RecordingStream("xr0", recording_id=uuid.uuid4())
+    stream = rerun.RecordingStream(kind, recording_id=uuid.uuid4())
     # The times are those that were handed over, not those of writing.
     stream.set_log_time_enabled(False)
     stream.set_log_tick_enabled(False)
     try:
         if "://" in target:
-            stream.connect_grpc(target, default_blueprint=blueprint)
+            stream.connect_grpc(target)
         else:
-            stream.save(target, default_blueprint=blueprint)
+            stream.save(target)
     except RuntimeError as error:
         raise OSError(f"--rerun {target}: {error}") from None
     stream.send_recording_name(title)
@@ -108,7 +109,7 @@ def open_stream(target: str, title: str, blueprint: Any = None) -> RecordingStre
 class Sink(Generic[Item]):
     """Writes what is handed over in the order in which it comes. A context manager.
 
-    target: of check_target, whose errors it raises. title: the recording's, for people. write: draws one item on the
+    target: of check_target, whose errors it raises. kind, title: as of open_stream. write: draws one item on the
     stream, called from the sink's thread alone. patient: whoever hands something over waits while too much waits to be
     written, for times that are simulated; otherwise it is dropped and counted, and nobody waits ever.
 
@@ -116,11 +117,16 @@ class Sink(Generic[Item]):
     """
 
     def __init__(
-        self, target: str | Path, title: str, write: Callable[[RecordingStream, Item], None], patient: bool = False
+        self,
+        target: str | Path,
+        kind: str,
+        title: str,
+        write: Callable[[RecordingStream, Item], None],
+        patient: bool = False,
     ) -> None:
         self.target = check_target(target)
         self.dropped = 0
-        self._stream = open_stream(self.target, title)
+        self._stream = open_stream(self.target, kind, title)
         self._write, self._patient = write, patient
         self._items: SimpleQueue[tuple[Item, bool] | None] = SimpleQueue()
         self._room = threading.Semaphore(MOST_ENTRIES)
