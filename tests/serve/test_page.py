@@ -75,6 +75,23 @@ def test_page_shows_what_happens(page, server, tmp_path):
         assert page.screenshot(path=tmp_path / "page.png", full_page=True)[:4] == b"\x89PNG"
 
 
+def test_page_goes_on_showing_the_last_observation(page, server):
+    """Whoever opens it after a client has gone sees what that client saw, not that nobody has asked."""
+    page.wait_for_selector("#state.ready")
+    assert "No request answered yet." in page.inner_text("#frames")
+    for value in (0.25, 0.5):
+        with Client(server.url, KEY) as client:
+            client.infer(replace(observation(value, "bimanual", size=(48, 64)), instruction=f"Go to {value}."))
+    page.reload()
+    expect(page.locator("#instruction")).to_contain_text("Go to 0.5.")
+    expect(page.locator("#who")).to_contain_text("client 2 · bimanual · gone")
+    expect(page.locator("#frames img")).to_have_count(3)
+    expect(page.locator("#frames img").first).to_have_js_property("naturalWidth", 64)
+    expect(page.locator("#clients")).to_contain_text("Nobody is connected.")
+    assert "No request" not in page.inner_text("main")
+    assert "30 actions at 30 Hz" in page.inner_text("#chunk")
+
+
 def test_page_says_when_the_server_is_gone(browser):
     with BackgroundServer(backend(EchoEngine()), ServerConfig(port=0)) as server:
         page = browser.new_page()

@@ -47,6 +47,8 @@ class Monitor:
         self.started_at = time.time()
         self.clients: dict[int, ClientRecord] = {}
         self.results: dict[str, int] = {}
+        # Who was answered last of those that have gone: the page goes on showing what it saw.
+        self._gone: tuple[int, ClientRecord] | None = None
         self._recent: deque[tuple[float, float]] = deque(maxlen=RECENT)
         self._numbers = 0
         self._registry = CollectorRegistry()
@@ -77,7 +79,9 @@ class Monitor:
         return self._numbers
 
     def disconnected(self, number: int) -> None:
-        del self.clients[number]
+        record = self.clients.pop(number)
+        if record.last_chunk is not None and (self._gone is None or _answered_at(record) > _answered_at(self._gone[1])):
+            self._gone = number, record
         self._clients.set(len(self.clients))
 
     def answered(
@@ -105,6 +109,12 @@ class Monitor:
         record.answered += 1
         record.last_answer_at, record.last_total_ms = now, total
         record.last_observation, record.last_chunk = observation, chunk
+
+    def record(self, number: int) -> ClientRecord | None:
+        """Of a client that is connected, or that was answered last of those that were."""
+        if self._gone is not None and self._gone[0] == number:
+            return self._gone[1]
+        return self.clients.get(number)
 
     def refused(self, number: int, kind: str) -> None:
         """A request that got an error of that kind."""
@@ -143,9 +153,11 @@ class Monitor:
 
     def _latest(self, robots: Mapping[str, RobotInfo]) -> dict[str, Any] | None:
         answered = [item for item in self.clients.items() if item[1].last_chunk is not None]
+        if self._gone is not None:
+            answered.append(self._gone)
         if not answered:
             return None
-        number, record = max(answered, key=lambda item: item[1].last_answer_at or 0.0)
+        number, record = max(answered, key=lambda item: _answered_at(item[1]))
         chunk, observation = record.last_chunk, record.last_observation
         assert chunk is not None
         assert observation is not None
@@ -157,6 +169,8 @@ class Monitor:
         layout = find_layout(robot.layout)
         return {
             "client": number,
+            "connected": number in self.clients,
+            "age_s": max(0.0, time.time() - _answered_at(record)),
             "instruction": instruction,
             "robot_type": chunk.robot_type,
             "views": {view: list(newest(image).shape[1::-1]) for view, image in images.items()},
@@ -167,6 +181,10 @@ class Monitor:
             "timing_ms": {stage: round(float(value), 3) for stage, value in chunk.timing_ms.items()},
             "frame": record.answered,
         }
+
+
+def _answered_at(record: ClientRecord) -> float:
+    return record.last_answer_at or 0.0
 
 
 def _client(number: int, record: ClientRecord) -> dict[str, Any]:

@@ -105,7 +105,9 @@ def _status(service: Service) -> bytes:
 async def _frame(service: Service, path: str) -> Response:
     """/frames/CLIENT/VIEW: what the client saw last, as JPEG."""
     _, _, number, view = (*path.split("/", 3), "")[:4]
-    record = {str(one): record for one, record in service.monitor.clients.items()}.get(number)
+    record = (
+        service.monitor.record(int(number)) if number.isascii() and number.isdecimal() and len(number) < 20 else None
+    )
     observation = record.last_observation if record is not None else None
     if not isinstance(observation, Observation) or view not in observation.images:
         return _response(HTTPStatus.NOT_FOUND, b"no such frame")
