@@ -25,6 +25,7 @@ from tests.file_formats_of_data import (
     write_pictures,
     write_videos,
 )
+from tests.guard.files import read_guard_files, write_guard_files
 from tests.support import GOLDEN
 from xr0_engine.bench import results
 from xr0_engine.checkpoint import init_checkpoint
@@ -280,6 +281,7 @@ def formats() -> dict[str, Format]:
             2,
         ),
         "kept verdict": Format(_verdict, _told, ("v.json",)),
+        "guard": Format(write_guard_files, read_guard_files, ("guard.json", "run.jsonl"), 2),
     }
     if GOLDEN.is_dir():
         read = lambda f: list(verify_folder(f, "reference", "cpu", "float32"))  # noqa: E731

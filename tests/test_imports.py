@@ -23,7 +23,7 @@ LAYERS = (
     ("bench",),
     ("export", "training", "exchange", "serve", "plot"),
     ("engine", "checkpoint", "embodiment", "sim"),
-    ("fused", "exported"),
+    ("fused", "exported", "guard"),
     ("model", "executor"),
     ("robot", "sizes"),
     ("kernels", "_C"),
@@ -34,13 +34,23 @@ LAYERS = (
 )
 
 # Parts that see less of the package than the rows below theirs: these modules and what is inside them.
-SEES_ONLY = {"executor": {"files", "types", "robot.decode", "robot.layouts", "robot.history"}, "kernels": set[str]()}
+SEES_ONLY = {
+    "executor": {"files", "types", "robot.decode", "robot.layouts", "robot.history"},
+    "guard": {"files", "types", "whole", "robot.history"},
+    "kernels": set[str](),
+}
 
 # Modules that few parts may import. The oracles in kernels.reference are the reference backend: everyone's.
 SEEN_ONLY_BY = {"kernels": {"fused"}, "kernels.reference": {"model", "fused", "bench"}, "_C": {"robot"}}
 
 # Parts that must do with few packages besides the standard library.
-THIRD_PARTY = {"executor": {"numpy"}, "kernels": {"torch", "triton"}, "types": {"numpy"}, "env": set[str]()}
+THIRD_PARTY = {
+    "executor": {"numpy"},
+    "guard": {"numpy"},
+    "kernels": {"torch", "triton"},
+    "types": {"numpy"},
+    "env": set[str](),
+}
 
 # Names of the package itself that its modules may import from it.
 SHARED_NAMES = {"__version__"}
@@ -191,6 +201,8 @@ def test_every_file_says_what_it_does(module):
         pytest.param("executor.loop", "from xr0_engine import config", "hidden from executor", id="executor"),
         pytest.param("executor.loop", "from xr0_engine.robot import patches", "hidden from", id="executor, robot"),
         pytest.param("executor.loop", "import torch", "not among the packages", id="executor, torch"),
+        pytest.param("guard.watch", "import torch", "not among the packages", id="guard, torch"),
+        pytest.param("guard.watch", "from xr0_engine.robot import views", "hidden from guard", id="guard, robot"),
         pytest.param("kernels.norm", "from xr0_engine import env", "hidden from kernels", id="kernels, env"),
         pytest.param("kernels.norm", "import numpy as np", "not among the packages", id="kernels, numpy"),
         pytest.param("types", "import torch", "not among the packages", id="types, torch"),

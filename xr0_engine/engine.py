@@ -34,7 +34,7 @@ from xr0_engine.model.attention import Attention, labelled, watched
 from xr0_engine.model.flow import Guidance
 from xr0_engine.model.network import Network, StageClock, block_by_stages
 from xr0_engine.model.weights import layers_in_8bit, load_model, read_index, resolve_checkpoint
-from xr0_engine.model.xr0 import XR0Model
+from xr0_engine.model.xr0 import XR0Model, bends_of
 from xr0_engine.robot.calls import Asked, Given, attempt, checked, chunks, given_prefix, start_noise, take
 from xr0_engine.robot.embodiment import Embodiment, load_embodiment
 from xr0_engine.robot.preprocess import Preprocessor
@@ -395,5 +395,5 @@ class Engine:
         # A copy: the network's next call may overwrite its chunk.
         decoded = chunks(chunk.numpy().copy(), given, self.statistics, self.plausible_std)
         clock.mark("decode")
-        timing = clock.finish()
-        return [replace(each, timing_ms=timing) for each in decoded]
+        bends, timing = bends_of(self.model, len(decoded)), clock.finish()
+        return [replace(each, timing_ms=timing, bend=bend) for each, bend in zip(decoded, bends, strict=True)]

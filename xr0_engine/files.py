@@ -26,6 +26,9 @@ SETTINGS_FILE = "preprocessor_config.json"
 PROCESSOR_FILE = "processor_config.json"
 """Where a processor that transformers 5 saves has, under `image_processor`, what 4.57 writes into SETTINGS_FILE."""
 
+GUARD_FILE = "guard.json"
+"""A guard's thresholds (docs/guard.md), in a checkpoint's folder, where they are found."""
+
 JSON_BYTES = 32 << 20
 """Three times the largest file that is read, the tokenizer of Qwen3 (11 MB)."""
 JSON_VALUES = 1 << 21

@@ -99,6 +99,8 @@ class ActionChunk:
     prefix_length: how many leading actions were given (committed), not sampled.
     timing_ms: stage -> milliseconds: preprocess, vision, prefill, flow (one `step` where they run as one CUDA graph, or
     beside another call's), decode, total. In a batch: of the whole batch.
+    bend: how far the flow's velocities were from one straight line, 0 to 1 (model/flow.py: bend); None where it was not
+    asked for or the backend does not tell.
     """
 
     actions: np.ndarray
@@ -108,6 +110,21 @@ class ActionChunk:
     prefix_length: int = 0
     timestamp_s: float | None = None
     timing_ms: Mapping[str, float] = field(default_factory=dict)
+    bend: float | None = None
+
+
+@dataclass(frozen=True)
+class GuardWarning:
+    """A guard's score that has passed its threshold: what a robot sees, feels or is told is not as in training.
+
+    name: of the check and, of a view's, the view. detail: in words. time_s: of the observation, on its clock.
+    """
+
+    name: str
+    value: float
+    threshold: float
+    detail: str
+    time_s: float
 
 
 @dataclass(frozen=True)

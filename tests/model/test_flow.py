@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from xr0_engine.model.flow import euler_sample, flow_times, prefix_positions, training_pair
+from xr0_engine.model.flow import bend, euler_sample, flow_times, prefix_positions, training_pair
 
 EXACT = 1e-6
 """A handful of float32 operations."""
@@ -64,3 +64,22 @@ def test_state_stays_float32_for_low_precision_velocities():
     # bfloat16 would absorb every one of these increments.
     assert result.dtype == torch.float32
     torch.testing.assert_close(result, noise + 2**-10, rtol=0, atol=EXACT)
+
+
+def test_bend_says_how_straight_a_flow_was():
+    """Of given actions and masked columns, whatever they did, nothing counts."""
+    start, step = torch.randn(2, 3, 4, 5)
+    straight = [start + number * step for number in range(6)]
+    there_and_back = [start + (number % 2) * step for number in range(5)]
+    is_prefix, mask = torch.zeros(3, 4, dtype=torch.bool), torch.ones(3, 4, 5)
+    torch.testing.assert_close(bend(straight, is_prefix, mask), torch.zeros(3), rtol=0, atol=1e-3)
+    torch.testing.assert_close(bend(there_and_back, is_prefix, mask), torch.ones(3))
+    is_prefix[:, :2], mask[..., 3:] = True, 0
+    torn = [z.clone() for z in straight]
+    torn[2][:, :2], torn[3][..., 3:] = 100, -100
+    torch.testing.assert_close(bend(torn, is_prefix, mask), torch.zeros(3), rtol=0, atol=1e-3)
+    # A corner after half of the way: two velocities at right angles, each half of the time.
+    corner = [torch.tensor([[[min(n, 2), max(n - 2, 0)]]]).float() for n in range(5)]
+    none, both = torch.zeros(1, 1, dtype=torch.bool), torch.ones(1, 1, 2)
+    torch.testing.assert_close(bend(corner, none, both), torch.tensor([0.5**0.5]))
+    assert bend(straight, torch.ones(3, 4, dtype=torch.bool), mask).tolist() == [0, 0, 0]

@@ -34,6 +34,7 @@ COMMANDS = (
     "doctor",
     "bench",
     "data",
+    "guard",
     "serve",
     "drive",
     "eval",

@@ -14,6 +14,9 @@ from xr0_engine.cli.seeing import Rerun, check_rerun
 if TYPE_CHECKING:
     from xr0_engine.executor import Report
 
+SHOWN_WARNINGS = 10
+"""Of a guard's; all are in the counts, the first hundred in --json."""
+
 
 def drive(
     env: Annotated[
@@ -52,6 +55,16 @@ def drive(
     commands_per_action: Annotated[int, typer.Option(min=1, help="With env null: interpolated commands.")] = 1,
     record: Annotated[Path | None, typer.Option(metavar="FILE", help="For `xr0 replay`; must not exist.")] = None,
     rerun: Rerun = None,
+    guard: Annotated[
+        str | None,
+        typer.Option(metavar="FILE|none", help="Thresholds to warn by; guard.json of the checkpoint if it has one."),
+    ] = None,
+    guard_stops: Annotated[
+        bool, typer.Option("--guard-stops", help="Stop the robot and end at the guard's first warning.")
+    ] = False,
+    guard_record: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="What the guard sees, for xr0 guard calibrate --run.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Where the cube lies, and the noise of a local policy.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
@@ -78,11 +91,17 @@ def drive(
 
     from xr0_engine import env as env_vars
     from xr0_engine.cli.serve import read_size
+    from xr0_engine.drive.guarding import guard_file, guard_of
     from xr0_engine.drive.policies import from_checkpoint, from_server, scripted
     from xr0_engine.drive.run import run
     from xr0_engine.executor import Notes, Recorder, Settings, Several
+    from xr0_engine.guard import Guard
+    from xr0_engine.guard.recording import RunWriter
     from xr0_engine.sim import ROBOT_TYPE
 
+    thresholds = guard_file(guard, checkpoint)
+    if thresholds is None and (guard_stops or guard_record is not None):
+        raise ValueError("--guard-stops, --guard-record: expected with --guard FILE, as no checkpoint's folder has one")
     size = None if image_size is None else read_size(image_size)
     check_rerun(rerun)
     wanted = ROBOT_TYPE if env == "demo" else robot_type
@@ -90,7 +109,9 @@ def drive(
         if server is not None:
             source = stack.enter_context(from_server(server, api_key or env_vars.api_key(), wanted, ca_file))
         elif checkpoint is not None:
-            source = from_checkpoint(checkpoint, wanted, seed, device, dtype, backend, embodiment)
+            source = from_checkpoint(
+                checkpoint, wanted, seed, device, dtype, backend, embodiment, thresholds is not None
+            )
         else:
             source = scripted(seed)
         settings = Settings(
@@ -102,6 +123,13 @@ def drive(
             starvation=starvation,  # type: ignore[arg-type]
             commands_per_action=commands_per_action,
         )
+        watched = None
+        if thresholds is not None:
+            if source.info is None:
+                raise ValueError("--guard: expected with --checkpoint or --server: the script is no trained policy")
+            profile = guard_of(thresholds, source.robot_type, source.info, source.statistics)
+            keep = None if guard_record is None else stack.enter_context(RunWriter(guard_record, profile)).keep
+            watched = Guard(profile, keep)
         notes: list[Notes] = []
         if record is not None:
             notes.append(stack.enter_context(Recorder(record, source.title)))
@@ -110,7 +138,7 @@ def drive(
 
             notes.append(stack.enter_context(RunView(rerun, source.title, patient=delay_steps is not None)))
         recorder = Several(notes) if notes else None
-        report = run(source, settings, seconds, env == "demo", delay_steps, seed, recorder, size)
+        report = run(source, settings, seconds, env == "demo", delay_steps, seed, recorder, size, watched, guard_stops)
     if as_json:
         print(json.dumps(report.to_json()))
     else:
@@ -129,9 +157,13 @@ def _show(report: Report) -> None:
         table.add_column(name, justify="right" if name else "left")
     for name, count in report.counts.items():
         if count:
-            table.add_row(str(count), name, COUNTS.get(name, "commands that a limit changed"))
+            other = "commands that a limit changed" if name.startswith("clipped ") else "warnings of the guard"
+            table.add_row(str(count), name, COUNTS.get(name, other))
     console = Console()
     console.print(table)
+    for warning in report.warnings[:SHOWN_WARNINGS]:
+        passed = f"{warning['value']:.3g}, above {warning['threshold']:.3g}"
+        console.print(f"guard, {warning['name']}: {warning['detail']} ({passed})", markup=False, soft_wrap=True)
     for name, times in (("commands after they were due", report.jitter), ("observation to chunk", report.delay)):
         figures = ", ".join(f"p{percent:g} {1e3 * times.percentile_s(percent):.3g}" for percent in (50, 99, 99.9))
         console.print(f"{name}, ms: {figures}, max {1e3 * times.maximum_s:.3g}")

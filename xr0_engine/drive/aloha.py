@@ -11,7 +11,7 @@ import numpy as np
 
 from xr0_engine.executor import Clock, Limits, Snapshot, Synchronizer
 from xr0_engine.robot.decode import BIMANUAL_COLUMNS
-from xr0_engine.sim import CAMERAS, CONTROL_RATE_HZ, ROBOT_TYPE, AlohaEnv, columns_to_joints, joints_to_columns
+from xr0_engine.sim import CONTROL_RATE_HZ, ROBOT_TYPE, AlohaEnv, columns_to_joints, joints_to_columns
 
 # About what the arms' servos do.
 JOINT_VELOCITY_RAD_S = math.pi
@@ -75,7 +75,7 @@ class LiveAloha(SimulatedAloha):
 
     def __init__(self, env: AlohaEnv, clock: Clock, instruction: str) -> None:
         super().__init__(env, clock, instruction)
-        self.sensors = Synchronizer(tuple(CAMERAS), instruction, ROBOT_TYPE, max_age_s=MAX_FRAME_AGE_S)
+        self.sensors = Synchronizer(env.views, instruction, ROBOT_TYPE, max_age_s=MAX_FRAME_AGE_S)
         self._closed = threading.Event()
         self._lock = threading.Lock()
         self._look()
@@ -107,7 +107,7 @@ class LiveAloha(SimulatedAloha):
 
     def _draw(self) -> None:
         # A simulator of its own: drawing takes longer than a tick and must happen in the thread that began it.
-        with AlohaEnv(width=self._env.width, height=self._env.height) as eyes:
+        with AlohaEnv(width=self._env.width, height=self._env.height, views=self._env.views) as eyes:
             while not self._closed.is_set():
                 with self._lock:
                     time_s, positions = self._scene

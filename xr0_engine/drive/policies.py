@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from xr0_engine.config import TRAINED_PREFIX
 from xr0_engine.executor import Policy
+from xr0_engine.guard import statistics_digest
 from xr0_engine.robot.layouts import BIMANUAL, Frame, Layout, find_layout
 from xr0_engine.types import RobotInfo
 
@@ -23,7 +24,8 @@ class Source:
     title: for people. control_rate_hz: actions per second. views: as in the embodiment profile. action_width,
     state_width: columns. max_prefix: the longest prefix that it takes. step_columns, two_valued_columns: as in the
     embodiment profile, empty where it does not say. frames: of each view's video, None where it is a picture.
-    state_length: states of an observation.
+    state_length: states of an observation. info: what it tells of the robot; statistics: guard.statistics_digest of its
+    action statistics; None: it does not say.
     """
 
     policy: Policy
@@ -39,6 +41,8 @@ class Source:
     two_valued_columns: tuple[int, ...] = ()
     frames: int | None = None
     state_length: int = 1
+    info: RobotInfo | None = None
+    statistics: str | None = None
 
     @property
     def frame(self) -> Frame:
@@ -63,6 +67,7 @@ def _source(
         two_valued_columns=robot.two_valued_columns or (),
         frames=None if robot.history is None else robot.history[0],
         state_length=robot.state_length or 1,
+        info=robot,
     )
 
 
@@ -89,19 +94,25 @@ def from_checkpoint(
     dtype: str,
     backend: str,
     embodiment: str | Path | None = None,
+    tells_bend: bool = False,
 ) -> Source:
     """A checkpoint's policy, on this machine. seed: of the noise that the chunks grow from. embodiment: as in
-    Engine.from_pretrained."""
+    Engine.from_pretrained. tells_bend: for a guard, chunks say it where the backend can."""
     import torch
 
     from xr0_engine.engine import Engine
+    from xr0_engine.model.xr0 import tell_bend
     from xr0_engine.robot.normalize import select_robot_type
 
     engine = Engine.from_pretrained(checkpoint, device, dtype, backend, embodiment)
+    if tells_bend:
+        tell_bend(engine.model)
     torch.manual_seed(seed)
     name = select_robot_type(engine.statistics, robot_type)
-    robot, head = engine.robot_info(name), engine.config.head
-    return _source(engine, f"{name} from {checkpoint}", name, robot, head.action_dim, head.state_dim, engine.max_prefix)
+    robot, head, statistics = engine.robot_info(name), engine.config.head, engine.statistics[name]
+    title = f"{name} from {checkpoint}"
+    made = _source(engine, title, name, robot, head.action_dim, head.state_dim, engine.max_prefix)
+    return replace(made, statistics=statistics_digest(statistics.mean, statistics.std))
 
 
 def scripted(seed: int) -> Source:

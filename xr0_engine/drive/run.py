@@ -23,7 +23,10 @@ from xr0_engine.executor import (
     Snapshot,
     SystemClock,
     VirtualClock,
+    Watcher,
 )
+from xr0_engine.guard import Guard, GuardThread
+from xr0_engine.guard.thread import GuardInLoop
 from xr0_engine.robot.layouts import BIMANUAL
 from xr0_engine.types import Guide
 
@@ -42,12 +45,15 @@ def run(
     seed: int,
     recorder: Notes | None,
     image_size: tuple[int, int] | None = None,
+    guard: Guard | None = None,
+    guard_stops: bool = False,
 ) -> Report:
     """Execute source's policy for so long, on the ALOHA simulation or on no robot at all.
 
     delay_steps: simulated time, in which every inference takes so many steps; None: real time, after one inference to
     warm up, whose errors are raised. seed: where the cube lies. image_size: (height, width) of the robot's frames;
-    None: SIMULATION_SIZE, or NULL_SIZE without a robot. Raises ValueError for a policy whose layout or control rate is
+    None: SIMULATION_SIZE, or NULL_SIZE without a robot. guard: looks on, in real time from a thread of its own;
+    guard_stops: its first warning ends the run. Raises ValueError for a policy whose layout or control rate is
     not the simulation's.
     """
     clock: Clock = SystemClock() if delay_steps is None else VirtualClock()
@@ -73,7 +79,11 @@ def run(
             limits = None
         if delay_s is None:
             _warm_up(source, robot, clock, settings.mode == "guided")
-        return Executor(source.policy, robot, source.frame, settings, limits, clock, delay_s, recorder).run(seconds)
+        watcher: Watcher | None = None
+        if guard is not None:
+            watcher = (GuardThread if delay_s is None else GuardInLoop)(guard, guard_stops)
+        executor = Executor(source.policy, robot, source.frame, settings, limits, clock, delay_s, recorder, watcher)
+        return executor.run(seconds)
 
 
 def _warm_up(source: Source, robot: Robot, clock: Clock, guided: bool) -> None:
@@ -104,7 +114,7 @@ def _simulation(
     source: Source, clock: Clock, live: bool, seed: int, image_size: tuple[int, int], stack: ExitStack
 ) -> tuple[Robot, Limits]:
     from xr0_engine.drive.aloha import LiveAloha, SimulatedAloha, aloha_limits
-    from xr0_engine.sim import CONTROL_RATE_HZ, INSTRUCTION, AlohaEnv
+    from xr0_engine.sim import CAMERAS, CONTROL_RATE_HZ, INSTRUCTION, AlohaEnv
 
     if (source.layout, source.control_rate_hz) != (BIMANUAL, CONTROL_RATE_HZ):
         raise ValueError(
@@ -112,7 +122,9 @@ def _simulation(
             f"got {source.layout.name} at {source.control_rate_hz:g} Hz"
         )
     height, width = image_size
-    env = stack.enter_context(AlohaEnv(seed, width=width, height=height))
+    # A policy is shown its own views and no others.
+    views = [view for view in CAMERAS if view in source.views]
+    env = stack.enter_context(AlohaEnv(seed, width=width, height=height, views=views or tuple(CAMERAS)))
     robot: Robot = SimulatedAloha(env, clock, INSTRUCTION)
     if live:
         robot = stack.enter_context(LiveAloha(env, clock, INSTRUCTION))

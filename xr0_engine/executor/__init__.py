@@ -8,7 +8,7 @@ from __future__ import annotations
 from xr0_engine.executor.clock import Clock, SystemClock, VirtualClock
 from xr0_engine.executor.executor import Executor
 from xr0_engine.executor.fit import frame_for
-from xr0_engine.executor.interfaces import GuidedPolicy, Mistimed, Policy, Robot, SensorsNotReady, Snapshot
+from xr0_engine.executor.interfaces import GuidedPolicy, Mistimed, Policy, Robot, SensorsNotReady, Snapshot, Watcher
 from xr0_engine.executor.limits import Limits
 from xr0_engine.executor.recording import Notes, Recorder, Recording, Several, read_recording
 from xr0_engine.executor.report import Report
@@ -41,6 +41,7 @@ __all__ = [
     "SystemClock",
     "ThreadWorker",
     "VirtualClock",
+    "Watcher",
     "Worker",
     "frame_for",
     "read_recording",

@@ -12,7 +12,9 @@ import numpy as np
 
 from xr0_engine.executor.clock import Clock, SystemClock, short_collections
 from xr0_engine.executor.delay import DelayEstimator
-from xr0_engine.executor.interfaces import Policy, Robot, Snapshot
+from xr0_engine.executor.fit import checked_rows
+from xr0_engine.executor.guarding import Guarding
+from xr0_engine.executor.interfaces import Policy, Robot, Snapshot, Watcher
 from xr0_engine.executor.limits import Limiter, Limits
 from xr0_engine.executor.observer import Observer
 from xr0_engine.executor.recording import VERSION, Notes
@@ -21,14 +23,12 @@ from xr0_engine.executor.settings import Settings
 from xr0_engine.executor.timeline import Timeline, coast
 from xr0_engine.executor.worker import DelayedWorker, Outcome, Request, ThreadWorker, Worker
 from xr0_engine.robot.layouts import Frame
-from xr0_engine.types import ActionChunk, Guide
+from xr0_engine.types import Guide
 
 # A tick that is due in 1e-6 periods is due: times are rounded.
 ROUNDING_TICKS = 1e-6
 # Ticks are at most one period ahead. Further ahead means that the clock went backwards.
 JUMP_PERIODS = 2.0
-# A prefix goes to the model's units and back in float32, good to 1e-6 of its size; one that was ignored is far off.
-PREFIX_TOLERANCE = 1e-4
 # Metres or radians in a step: a robot that is told to move less stands still.
 STILL = 1e-4
 
@@ -40,7 +40,8 @@ class Executor:
     settings and a frame that differ from it (ValueError). robot: called from the thread that calls run. frame: how the
     robot's actions compare. limits: applied to every command. clock: the one that observations are stamped
     with. delay_s: for simulated time: request number -> seconds that its inference shall take on the clock; inference
-    then runs inside the loop. recorder: where the run is recorded: a Recorder's file, or rerun (viz.RunView).
+    then runs inside the loop. recorder: where the run is recorded: a Recorder's file, or rerun (viz.RunView). guard:
+    looks at what goes through, beside the loop.
 
     Time is divided into steps: step n begins at n / rate_hz on the clock. A chunk's action i belongs to the step of its
     observation plus i. Raises ValueError for arguments that do not fit together.
@@ -56,6 +57,7 @@ class Executor:
         clock: Clock | None = None,
         delay_s: Callable[[int], float] | None = None,
         recorder: Notes | None = None,
+        guard: Watcher | None = None,
     ) -> None:
         if settings.commands_per_action > 1 and frame.delta.any():
             raise ValueError("commands_per_action: expected 1 for a robot with delta columns, which add up")
@@ -67,6 +69,7 @@ class Executor:
             ThreadWorker(policy, self._clock) if delay_s is None else DelayedWorker(policy, self._clock, delay_s)
         )
         self._observer = Observer(robot, policy, settings, frame, self._clock, self.report)
+        self._guarding = Guarding(guard, self.report, self._record, self.end)
         self._timeline = Timeline()
         self._delay = DelayEstimator(settings.expected_delay_s)
         self._ended = threading.Event()
@@ -139,6 +142,7 @@ class Executor:
         return True
 
     def _tick(self, tick: int, now: float) -> None:
+        self._guarding.look()
         step, phase = divmod(tick, self._settings.commands_per_action)
         is_new = step != self._step
         if is_new:
@@ -231,6 +235,7 @@ class Executor:
         if seen is None:
             return
         snapshot, seen_s = seen
+        self._guarding.see(snapshot.observation, seen_s)
         first = min(round(seen_s * settings.rate_hz), step)
         began = self._timeline.began
         # The robot stood still until its first command: an older observation shows it as it was then.
@@ -305,23 +310,12 @@ class Executor:
             self._lose(outcome.request, "failed", f"{type(outcome.result).__name__}: {outcome.result}", now)
         else:
             try:
-                rows = self._rows(outcome.request, outcome.result)
+                rows = checked_rows(self._frame, outcome.request, outcome.result)
             except ValueError as reason:
                 self._retry_s = now + self._settings.retry_s
                 self._lose(outcome.request, "rejected", str(reason), now)
             else:
                 self._place(outcome, rows, step, now)
-
-    def _rows(self, request: Request, chunk: ActionChunk) -> np.ndarray:
-        """A chunk's actions in the fixed frame. Raises ValueError if it cannot be executed."""
-        rows = self._frame.absolute(chunk.actions, request.snapshot.origin)
-        if chunk.prefix_length != request.prefix_length:
-            raise ValueError(f"prefix_length: expected {request.prefix_length}, got {chunk.prefix_length}")
-        if request.prefix is not None:
-            kept = chunk.actions[: request.prefix_length]
-            if kept.shape != request.prefix.shape or np.abs(kept - request.prefix).max() > PREFIX_TOLERANCE:
-                raise ValueError("actions: expected the prefix as the first actions, got others")
-        return rows
 
     def _place(self, outcome: Outcome, rows: np.ndarray, step: int, now: float) -> None:
         settings, counts, request = self._settings, self.report.counts, outcome.request
@@ -347,6 +341,7 @@ class Executor:
         counts["committed"] += placement.committed
         counts["replaced"] += placement.replaced
         counts["chunks"] += 1
+        self._guarding.plan(outcome)
         if placement.takeover is None:
             counts["outdated"] += 1
             self.report.last_error = (
@@ -383,6 +378,7 @@ class Executor:
 
     def _finish(self) -> None:
         self._worker.close(self._settings.hang_s)
+        self._guarding.close()
         report = self.report
         report.ended = report.ended or "time"
         if self._pending is not None:

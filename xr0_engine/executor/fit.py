@@ -8,8 +8,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from xr0_engine.executor.settings import Settings
+from xr0_engine.executor.worker import Request
 from xr0_engine.robot.layouts import Frame, find_layout
-from xr0_engine.types import RobotInfo
+from xr0_engine.types import ActionChunk, RobotInfo
+
+# A prefix goes to the model's units and back in float32, good to 1e-6 of its size; one that was ignored is far off.
+PREFIX_TOLERANCE = 1e-4
 
 
 def frame_for(info: RobotInfo) -> Frame:
@@ -79,3 +83,15 @@ def _frame_problems(info: RobotInfo, settings: Settings, frame: Frame) -> list[s
 def _listed(mask: np.ndarray) -> str:
     columns: Sequence[int] = np.flatnonzero(mask).tolist()
     return ", ".join(map(str, columns)) or "none"
+
+
+def checked_rows(frame: Frame, request: Request, chunk: ActionChunk) -> np.ndarray:
+    """A chunk's actions in the fixed frame. Raises ValueError if it cannot be executed."""
+    rows = frame.absolute(chunk.actions, request.snapshot.origin)
+    if chunk.prefix_length != request.prefix_length:
+        raise ValueError(f"prefix_length: expected {request.prefix_length}, got {chunk.prefix_length}")
+    if request.prefix is not None:
+        kept = chunk.actions[: request.prefix_length]
+        if kept.shape != request.prefix.shape or np.abs(kept - request.prefix).max() > PREFIX_TOLERANCE:
+            raise ValueError("actions: expected the prefix as the first actions, got others")
+    return rows

@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from xr0_engine.robot.layouts import Pose
-from xr0_engine.types import ActionChunk, Guide, Observation, RobotInfo
+from xr0_engine.types import ActionChunk, GuardWarning, Guide, Observation, RobotInfo
 
 
 class Policy(Protocol):
@@ -67,3 +67,22 @@ class Robot(Protocol):
 
     def stop(self) -> None:
         """Come to rest and stay there: called when a run ends, for whatever reason."""
+
+
+class Watcher(Protocol):
+    """Looks at what goes through the executor, beside its loop: every method returns at once. xr0_engine.guard's
+    GuardThread is one. stops: whether a warning ends the run."""
+
+    stops: bool
+
+    def see(self, observation: Observation, time_s: float) -> None:
+        """An observation that an inference starts from, on the executor's clock."""
+
+    def plan(self, chunk: ActionChunk) -> None:
+        """The chunk of the last observation, which is about to be executed."""
+
+    def poll(self) -> list[GuardWarning]:
+        """What has struck it since the last call."""
+
+    def close(self, patience_s: float) -> None:
+        """Look at what is left, as long as patience lasts."""

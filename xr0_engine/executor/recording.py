@@ -2,7 +2,7 @@
 
 Every line has a `kind`: `session` (the first line: settings), `inference` (a request), `chunk` (an accepted one, with
 its rows), `lost` (a request that gave none, and why), `step` (what the robot was told), `missed` (steps that passed),
-`clock` (it went backwards), `report` (the end). Times are seconds on the executor's clock.
+`clock` (it went backwards), `warning` (of a guard), `report` (the end). Times are seconds on the executor's clock.
 """
 
 from __future__ import annotations
@@ -63,6 +63,13 @@ FIELDS: dict[str, dict[str, str]] = {
     },
     "missed": {"first": "whole", "count": "whole"},
     "clock": {"time_s": "number"},
+    "warning": {
+        "name": "text",
+        "value": "number",
+        "threshold": "number",
+        "detail": "text",
+        "time_s": "number",
+    },
     "report": {
         "counts": "counts",
         "jitter": "any",

@@ -101,12 +101,14 @@ class Steps:
 
 
 class Report:
-    """counts: see COUNTS, and `clipped position`, `clipped velocity`, `clipped jump` (commands that a limit changed).
+    """counts: see COUNTS, and `clipped position`, `clipped velocity`, `clipped jump` (commands that a limit changed),
+    `guard NAME` (a guard's warnings).
     Every inference ends in one of five: inferences = chunks + failed + rejected + void + open.
 
     jitter: how late each command was. delay: from observation to chunk, warm-up and outliers included.
     seams: steps of the actions from one chunk to the next; inner: those within chunks, to compare with.
     last_error: of the policy, a chunk or the sensors; None if all went well. ended: why the execution ended.
+    warnings: the first of a guard's, types.GuardWarning as JSON.
     """
 
     def __init__(self, width: int) -> None:
@@ -117,6 +119,7 @@ class Report:
         self.inner = Steps(width)
         self.last_error: str | None = None
         self.ended: str | None = None
+        self.warnings: list[dict[str, Any]] = []
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -127,4 +130,5 @@ class Report:
             "inner": self.inner.to_json(),
             "last_error": self.last_error,
             "ended": self.ended,
+            "warnings": self.warnings,
         }

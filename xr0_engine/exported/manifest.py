@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from xr0_engine.files import pointer_fault, read_json, reading, section, text, whole
+from xr0_engine.files import GUARD_FILE, pointer_fault, read_json, reading, section, text, whole
 from xr0_engine.part_configs import STEPS
 from xr0_engine.robot.history import MOST_FRAMES
 from xr0_engine.types import FileError
@@ -244,9 +244,12 @@ def sha256(path: Path) -> str:
 
 
 def checkpoint_hash(folder: Path) -> str:
-    """One hash of all that decides a checkpoint's actions: configuration, statistics, tokenizer, weights."""
+    """One hash of all that decides a checkpoint's actions: configuration, statistics, tokenizer, weights. A guard's
+    thresholds decide none."""
     digest = hashlib.sha256()
-    names = [path.name for path in folder.iterdir() if path.suffix in (".json", ".safetensors")]
+    names = [
+        path.name for path in folder.iterdir() if path.suffix in (".json", ".safetensors") and path.name != GUARD_FILE
+    ]
     for name in sorted(names):
         digest.update(f"{name} {sha256(folder / name)}\n".encode())
     return digest.hexdigest()

@@ -54,6 +54,18 @@ def prefix_positions(prefix_length: Tensor, chunk_length: int) -> Tensor:
     return torch.arange(chunk_length, device=prefix_length.device) < prefix_length[:, None]
 
 
+def bend(trace: list[Tensor], is_prefix: Tensor, action_mask: Tensor) -> Tensor:
+    """(B,) float32: how far the velocities of a sampled chunk were from one straight line, 0 to 1.
+
+    The root of sum_i |v_i - v|^2 over sum_i |v_i|^2, v_i the velocity of step i, v their mean: 0 where every step went
+    the same way, as toward a single answer; near 1 where they cancel each other. trace: as euler_sample leaves it;
+    given actions and masked columns count for nothing. 0 for chunks of which nothing was sampled.
+    """
+    velocities = torch.stack(trace).diff(dim=0) * (action_mask * ~is_prefix[..., None])
+    apart = (velocities - velocities.mean(dim=0)).square().sum(dim=(0, 2, 3))
+    return (apart / velocities.square().sum(dim=(0, 2, 3)).clamp(min=1e-12)).sqrt()
+
+
 def guide_weights(length: Tensor, frozen: Tensor, chunk_length: int) -> Tensor:
     """(B,), (B,) -> (B, T) float32, the paper's soft mask: 1 for the frozen actions, then c (e^c - 1) / (e - 1) with c
     falling in equal steps from just below 1, and 0 from `length` on."""

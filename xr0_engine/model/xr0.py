@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from xr0_engine.config import ModelConfig
 from xr0_engine.model.dit import ActionHead
-from xr0_engine.model.flow import Guidance, Trace
+from xr0_engine.model.flow import Guidance, Trace, bend, prefix_positions
 from xr0_engine.model.kept import Kept
 from xr0_engine.model.layers import pack_linears
 from xr0_engine.model.network import (
@@ -31,13 +31,18 @@ MAX_KEPT_PREAMBLES = 16
 
 
 class XR0Model(nn.Module):
-    """A Network over loaded weights. weights.py allocates and fills it; `finish_loading` makes what depends on them."""
+    """A Network over loaded weights. weights.py allocates and fills it; `finish_loading` makes what depends on them.
+
+    tells_bend: whether sampling keeps the flow's steps, which it makes anyway, and their bend for take_bend.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.vlm = VLM(config)
         self.head = ActionHead(config)
+        self.tells_bend = False
+        self._bend: Tensor | None = None
         self._modulations: Tensor | None = None
         self._preambles: Kept[tuple[int, ...], Preamble] = Kept(MAX_KEPT_PREAMBLES)
 
@@ -97,7 +102,15 @@ class XR0Model(nn.Module):
         self, kv: KVBlock, state: Tensor, noise: Tensor, prefix: Tensor, prefix_length: Tensor, trace: Trace = None
     ) -> Tensor:
         assert self._modulations is not None, "finish_loading was not called"
-        return self.head.sample(kv, state, noise, prefix, prefix_length, self._modulations, trace)
+        if not self.tells_bend:
+            return self.head.sample(kv, state, noise, prefix, prefix_length, self._modulations, trace)
+        steps: list[Tensor] = []
+        chunk = self.head.sample(kv, state, noise, prefix, prefix_length, self._modulations, steps)
+        given = prefix_positions(prefix_length.to(chunk.device), chunk.shape[1])
+        self._bend = bend(steps, given, kv.action_mask)
+        if trace is not None:
+            trace.extend(steps)
+        return chunk
 
     @own_gradients
     def sample_guided(
@@ -124,6 +137,11 @@ class XR0Model(nn.Module):
     ) -> Tensor:
         return step_by_stages(self, inputs, noise, prefix, prefix_length, mark)
 
+    def take_bend(self) -> list[float] | None:
+        """flow.bend of each row that was sampled last, once; None if it was not to be told, or guided."""
+        told, self._bend = self._bend, None
+        return None if told is None else told.tolist()
+
     def preamble(self, inputs: ModelInputs) -> Preamble:
         """The kept KV of the batch's common first tokens (at least one), computed on first use."""
         pad = int((~inputs.attention_mask[0]).sum())
@@ -142,3 +160,17 @@ class XR0Model(nn.Module):
         mask = torch.ones(1, len(ids), dtype=torch.bool, device=self.device)
         keys, values = language(x, positions, mask, self.config.text.num_layers)
         return Preamble(keys[:, 0], values[:, 0])
+
+
+def tell_bend(network: Network) -> bool:
+    """From now on its engine's chunks say their bend. Whether they do: sampled op by op, as the steps are there then;
+    what runs as a graph leaves none behind, and is not slowed down for it."""
+    if isinstance(network, XR0Model):
+        network.tells_bend = True
+    return isinstance(network, XR0Model)
+
+
+def bends_of(network: Network, rows: int) -> list[float | None]:
+    """The bend of each row of the network's last call, None where it does not tell."""
+    told = network.take_bend() if isinstance(network, XR0Model) else None
+    return [None] * rows if told is None else list(told)
