@@ -28,7 +28,8 @@ LAYERS = (
     ("robot", "sizes"),
     ("kernels", "_C"),
     ("backend", "comparison", "config"),
-    ("family", "files", "part_configs", "whole"),
+    ("family", "hub", "part_configs", "whole"),
+    ("files",),
     ("yaml_loader",),
     ("types", "env"),
 )

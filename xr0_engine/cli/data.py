@@ -60,7 +60,9 @@ def record(
 
 @app.command()
 def check(
-    datasets: Annotated[list[Path], typer.Argument(help="Folders, YAML files, package.module:function, .jsonl.")],
+    datasets: Annotated[
+        list[Path], typer.Argument(help="Folders, YAML files, hub ids, package.module:function, .jsonl.")
+    ],
     fast: Annotated[bool, typer.Option("--fast", help="Only the first and last frame of each view.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
     processes: Processes = 1,
@@ -108,7 +110,9 @@ def view(
 
 @app.command()
 def stats(
-    datasets: Annotated[list[Path], typer.Argument(help="One robot's: folders, YAML files, package.module:function.")],
+    datasets: Annotated[
+        list[Path], typer.Argument(help="One robot's: folders, YAML files, hub ids, package.module:function.")
+    ],
     out: Annotated[Path, typer.Option(help="preprocessor_config.json, new or of a checkpoint: others' stay in it.")],
     chunk_length: Annotated[int, typer.Option(min=1, help="Actions in a chunk, T.")] = 30,
     validation_fraction: Annotated[float, typer.Option(help="Of the episodes, held out; as in training.")] = 0.1,
@@ -133,7 +137,9 @@ def stats(
 
 @app.command()
 def convert(
-    dataset: Annotated[Path, typer.Argument(help="Folder of episodes or LeRobot dataset, or its YAML description.")],
+    dataset: Annotated[
+        Path, typer.Argument(help="Folder of episodes or LeRobot dataset, its YAML description, or a hub id.")
+    ],
     out: Annotated[Path, typer.Argument(help="New folder.")],
 ) -> None:
     """Episode files to a LeRobot v3.0 dataset, or a LeRobot dataset (v2.0 to v3.0) to episode files."""

@@ -6,7 +6,6 @@ Training checkpoints put `model.` before every name; both are read.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from xr0_engine.config import ModelConfig
 from xr0_engine.family import FAMILIES, named_family
 from xr0_engine.files import parse_json, pointer_fault, read_bytes, reading, section, text
+from xr0_engine.hub import fetch, hub_id
 from xr0_engine.model.choice import choice_shapes
 from xr0_engine.model.dit import ActionHead
 from xr0_engine.model.quantization import (
@@ -35,7 +35,7 @@ from xr0_engine.model.quantized import QuantizedLinear, put_quantized
 from xr0_engine.model.vlm import VLM
 from xr0_engine.model.xr0 import XR0Model
 from xr0_engine.part_configs import least_parameters
-from xr0_engine.types import CheckpointError
+from xr0_engine.types import CheckpointError, FileError
 
 INDEX_FILE = "model.safetensors.index.json"
 ADAPTER_FILE = "adapter.json"
@@ -51,7 +51,6 @@ MAX_NAMED = 12
 """Faults listed in one error before "and N more"."""
 MORE_THAN_STORED = 4
 """How many times what is stored a configuration may describe and still have its missing tensors named one by one."""
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
 
 
@@ -74,24 +73,20 @@ class StoredTensor:
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
-    """A local folder, or the local copy of a Hugging Face hub id such as `organisation/name`, downloaded if need be."""
+    """A local folder, or the local copy of a Hugging Face hub id, `organisation/name` or with a revision
+    `organisation/name@revision`, downloaded if need be. Raises CheckpointError that says what to do."""
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
     if folder.exists():
         raise CheckpointError(f"{path} is a file; expected a checkpoint folder with config.json and *.safetensors")
-    if not HUB_ID.fullmatch(str(path)):
+    wanted = hub_id(path)
+    if wanted is None:
         raise CheckpointError(f"there is no checkpoint folder {path}")
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
     try:
-        return Path(huggingface_hub.snapshot_download(str(path), allow_patterns=HUB_FILES))
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise CheckpointError(
-            f"there is no folder {path}, and the hub gave no checkpoint of that name. Without a network, download it "
-            f"elsewhere and pass the folder ({type(error).__name__}: {error})"
-        ) from None
+        return fetch("model", wanted, HUB_FILES)
+    except FileError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def checkpoint_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

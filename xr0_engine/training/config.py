@@ -60,7 +60,8 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """robot, language, validation: datasets, each `path` or `path=weight` (weights are relative, 1 if not given).
+    """robot, language, validation: datasets, each `path` or `path=weight` (weights are relative, 1 if not given); for a
+    path also `organisation/name` or `organisation/name@revision`, of the Hugging Face hub.
 
     robot and validation also take `package.module:function` for a path, a dataset that a function opens (docs/data.md).
     language_every: every n-th micro-batch is vision-language data (7 = the paper's 1 : 6), 0 = none.

@@ -19,6 +19,7 @@ from xr0_engine.training.base import Base, read_base
 from xr0_engine.training.checkpoint import Export, checkpoints
 from xr0_engine.training.closed_loop import find_closed_loop
 from xr0_engine.training.config import TrainConfig
+from xr0_engine.training.data.hub import find_on_hub, pinned
 from xr0_engine.training.data.stream import Mixture, Stream, validation_samples
 from xr0_engine.training.distributed import world
 from xr0_engine.training.model import model_config
@@ -54,15 +55,15 @@ def start_run(config: TrainConfig, folder: Path) -> None:
     check_tracking(config)
     if config.run.closed_loop:
         find_closed_loop(config.run.closed_loop)
-    views = check_profiles(config.data)
-    base = read_base(config.model.checkpoint)
-    statistics = _statistics(Path(config.data.statistics), base, config)
-    # A run is resumed from any folder, so its paths are absolute.
-    model = replace(config.model, checkpoint=str(base.folder.resolve()))
+    # A run is resumed from any folder, so its paths are absolute; and at any time, so the hub's have their commit.
     paths: dict[str, Any] = {name: tuple(_absolute(text) for text in getattr(config.data, name)) for name in PATHS}
     if config.data.embodiment and config.data.embodiment not in builtin_embodiments():
         paths["embodiment"] = str(Path(config.data.embodiment).resolve())
-    config = replace(config, model=model, data=replace(config.data, **paths))
+    config = replace(config, data=replace(config.data, **paths))
+    views = check_profiles(config.data)
+    base = read_base(config.model.checkpoint)
+    statistics = _statistics(Path(config.data.statistics), base, config)
+    config = replace(config, model=replace(config.model, checkpoint=str(base.folder.resolve())))
     with _writing(folder):
         # Somebody else may have started there meanwhile.
         _refuse_used(folder)
@@ -208,6 +209,8 @@ def _statistics(path: Path, base: Base, config: TrainConfig) -> dict[str, Action
 
 
 def _absolute(text: str) -> str:
-    """A dataset's path, made absolute; the name of a function stays."""
+    """A dataset's path, made absolute; an id of the hub, with its commit; the name of a function stays."""
     path, equals, weight = text.rpartition("=") if "=" in text else (text, "", "")
+    if (source := find_on_hub(Path(path))) is not None:
+        return str(pinned(source)) + equals + weight
     return (path if is_function(path) else str(Path(path).resolve())) + equals + weight

@@ -17,8 +17,10 @@ from typing import Any
 import numpy as np
 
 from xr0_engine.files import one_line, read_yaml, reading, text
+from xr0_engine.hub import HubId
 from xr0_engine.robot.embodiment import Embodiment, View, embodiment_for, load_embodiment
 from xr0_engine.robot.mobile import MOBILE_COLUMNS
+from xr0_engine.training.data.hub import description_folder, fetch_episodes, find_on_hub
 from xr0_engine.training.data.samples import DataError
 
 DESCRIPTION_FILE = "xr0.yaml"
@@ -166,7 +168,11 @@ class Description:
 
 
 def describe(path: Path) -> Description:
-    """The description of a dataset folder, or of a YAML file that points to one. Raises DataError."""
+    """The description of a dataset folder, of a dataset of the hub by its id (hub.py), which is fetched, or of a YAML
+    file that points to either. Raises DataError."""
+    source = find_on_hub(path)
+    if source is not None:
+        return _of_hub(source)
     if path.suffix in (".yaml", ".yml"):
         return _read(path)
     if not path.is_dir():
@@ -180,15 +186,47 @@ def describe(path: Path) -> Description:
     return Description(path, DEFAULT_ROBOT_TYPE, embodiment_for(DEFAULT_ROBOT_TYPE))
 
 
-def _read(path: Path) -> Description:
+def _of_hub(source: HubId) -> Description:
+    folder = description_folder(source)
+    own = folder / DESCRIPTION_FILE
+    if not own.is_file():
+        if (folder / "meta" / "info.json").is_file():
+            raise DataError(
+                f"{source} is a LeRobot dataset without {DESCRIPTION_FILE}, which tells what its columns mean: write "
+                f"one of your own, with `dataset: {source.name}@{folder.name}` in it, and name that file instead "
+                "(docs/data.md)"
+            )
+        raise DataError(
+            f"{source} is no dataset that is read: it has neither meta/info.json, as LeRobot's have, nor "
+            f"{DESCRIPTION_FILE}, which episode files need on the hub (`robot_type: {DEFAULT_ROBOT_TYPE}` will do)"
+        )
+    description = _read(own, is_on_hub=True)
+    fetch_episodes(source, folder, description.views.values())
+    return description
+
+
+def _read(path: Path, is_on_hub: bool = False) -> Description:
     try:
         raw = read_yaml(path, DataError)
     except OSError as error:
         raise DataError(f"{path} cannot be read as YAML: {one_line(error)}") from None
     if not isinstance(raw, Mapping):
         raise DataError(f"{path}: expected a mapping of fields, got {raw!r:.80}")
+    if is_on_hub and "dataset" in raw:
+        raise DataError(f"{path}: dataset: expected none in a file of the hub, it describes what lies beside it")
     with reading(path, DataError):
-        return _build(path, raw)
+        description = _build(path, raw)
+    named = find_on_hub(Path(text(raw, "dataset", ".")), path.parent)
+    if named is None:
+        return description
+    folder = description_folder(named)
+    if not named.is_pinned:
+        raise DataError(
+            f"{path}: dataset: expected a commit, so that what this file says stays true: write "
+            f"{named.name}@{folder.name}"
+        )
+    fetch_episodes(named, folder, description.views.values())
+    return replace(description, folder=folder)
 
 
 def _build(path: Path, raw: Mapping[str, Any]) -> Description:

@@ -10,6 +10,7 @@ import numpy as np
 from xr0_engine.files import FAULTS, LINE_BYTES, one_line, parse_json
 from xr0_engine.robot.images import aspect_fault, read_picture
 from xr0_engine.robot.picture_cost import PictureError
+from xr0_engine.training.data.hub import find_on_hub, language_file
 from xr0_engine.training.data.samples import DataError, LanguageSample
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
@@ -17,10 +18,14 @@ IMAGE_PLACEHOLDER = "<image>"
 
 
 class LanguageLines:
-    """A JSONL file, read line by line when asked. Raises DataError for a file that is missing or empty."""
+    """A JSONL file, or the one of a dataset of the hub, by its id; read line by line when asked.
+
+    Raises DataError for a file that is missing or empty.
+    """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        source = find_on_hub(path)
+        self.path = path = path if source is None else language_file(source)
         self._offsets: list[int] = []
         self._lines: list[int] = []
         try:
