@@ -107,6 +107,25 @@ def test_adapters_are_exported_alone_or_merged(tmp_path, monkeypatch):
     assert "adapter is an adapter and holds no base" in shown.output
 
 
+def test_show_forecasts_the_memory_beside_the_config(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_checkpoint(tmp_path / "base", make_config(**SIZES))
+    write_dataset(tmp_path / "episodes", (12, 9))
+    stats = ["data", "stats", "episodes", "--out", "statistics.json", "--chunk-length", "5"]
+    assert CliRunner().invoke(app, stats).exit_code == 0
+    given = ["model.checkpoint=base", "data.statistics=statistics.json", "data.chunk_length=5"]
+    shown = run("lora", "--tiny", "--show", "--memory", "24", *given)
+    assert TrainConfig.from_json(shown.stdout).lora.rank == 16
+    assert "memory of a training step, forecast:\n  frozen weights " in shown.stderr
+    assert "more than" not in shown.stderr
+    shown = run("lora", "--tiny", "--show", "--memory", "1", *given)
+    least = "no setting makes it fit; with model.checkpoint_language=true data.batch_size=1 optim.accumulate=8 it is "
+    assert f"more than the 0.0 GiB that there are for it: {least}" in shown.stderr
+    wrong = run("lora", "--tiny", "--show", "lora.rank=64", *given)
+    assert (wrong.exit_code, TrainConfig.from_json(wrong.stdout).lora.rank) == (2, 64)
+    assert "lora.rank: expected less than 64, the narrow side of " in wrong.stderr
+
+
 EGO = """name: ego_alone
 robot_types: [bimanual]
 layout: bimanual

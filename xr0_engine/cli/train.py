@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
 
 from xr0_engine.training.recipes import RECIPES, tiny
 
@@ -39,12 +40,22 @@ def _command(recipe: Callable[[], TrainConfig]) -> Callable[..., None]:
             bool, typer.Option("--tiny", help="For a checkpoint of `xr0 init --size tiny`, on a CPU, in minutes.")
         ] = False,
         show: Annotated[bool, typer.Option("--show", help="Print the resolved config and do nothing.")] = False,
+        memory: Annotated[
+            float | None,
+            typer.Option(
+                min=0, help="GiB of the GPU that the run is for; --show then says what to change if it does not fit."
+            ),
+        ] = None,
     ) -> None:
         from xr0_engine.training.config import override
 
         config = override(tiny(recipe()) if is_tiny else recipe(), overrides or [])
         if show:
-            print(config.to_json())
+            print(config.to_json(), flush=True)
+            if config.model.checkpoint and config.data.statistics:
+                from xr0_engine.training.start import forecast_settings
+
+                Console(stderr=True, highlight=False, soft_wrap=True).print(forecast_settings(config, memory))
             return
         from xr0_engine.training.start import start_run
 

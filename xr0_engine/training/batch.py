@@ -20,12 +20,15 @@ from xr0_engine.robot.normalize import ActionStatistics
 from xr0_engine.robot.preprocess import Preprocessor, images_to_patches, position_ids
 from xr0_engine.robot.prompt import PROMPT_TOKENS, PromptTokenizer
 from xr0_engine.robot.tokenizer_file import TOKENIZER_FILE, read_tokenizer
+from xr0_engine.robot.views import orient
 from xr0_engine.training.base import base_limits, base_video_limits
 from xr0_engine.training.choice_turn import ChoiceTurn, choice_turn
 from xr0_engine.training.data.samples import LanguageSample, RobotSample
 from xr0_engine.types import ModelInputs, Observation
 
 IMAGE_TAG = "<image>"
+EXAMPLE_FRAME = (480, 640)
+"""More pixels than published checkpoints take; what is smaller has fewer tokens."""
 IGNORED = -100
 """Label of a token that is not to be predicted, as torch's cross entropy has it."""
 
@@ -110,6 +113,20 @@ class Collator:
         return RobotBatch(
             inputs, torch.from_numpy(actions), mask, sources, self._turn(mask) if self.with_turn else None
         )
+
+    def example(self, rows: int) -> RobotBatch:
+        """A made-up batch, of the robot type whose prompts are longest where cameras give EXAMPLE_FRAME."""
+        batches = [self.robot([self._made_up(robot_type)] * rows) for robot_type in self.statistics]
+        return max(batches, key=lambda batch: batch.inputs.input_ids.shape[1])
+
+    def _made_up(self, robot_type: str) -> RobotSample:
+        observation = self._preprocess.example(robot_type, EXAMPLE_FRAME)
+        views = {view.key: view for view in self._preprocess.resolve(robot_type)[1].views}
+        images = {key: orient(frames, views[key]) for key, frames in observation.images.items()}
+        actions = np.zeros_like(self.statistics[robot_type].mean, np.float32)
+        state = observation.state.reshape(-1, observation.state.shape[-1])
+        mask = np.ones(actions.shape, bool)
+        return RobotSample(images, observation.instruction, state, actions, mask, robot_type, "made up")
 
     def _built_in(self) -> list[Embodiment]:
         """The profiles of the statistics' robot types; one that no profile is known for has none."""

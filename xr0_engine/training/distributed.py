@@ -101,27 +101,36 @@ def shard(policy: Policy, mesh: DeviceMesh, dtype: torch.dtype) -> None:
     processes in float32.
     """
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    vlm = policy.vlm
-    frozen: set[nn.Parameter] = set()
-    if any(p.requires_grad for p in vlm.parameters()) and not has_adapters(policy):
-        for layer in (*vlm.model.visual.blocks, *vlm.model.language_model.layers):
-            fully_shard(layer, mesh=mesh, reshard_after_forward=False, mp_policy=precision)
-    else:
-        frozen = _frozen_in(policy, dtype)
+    for layer in own_groups(policy):
+        fully_shard(layer, mesh=mesh, reshard_after_forward=False, mp_policy=precision)
+    frozen = _in_dtype(policy, frozen_whole(policy), dtype)
     fully_shard(policy, mesh=mesh, reshard_after_forward=False, mp_policy=precision, ignored_params=frozen)
     register_fsdp_forward_method(policy, "predict")
 
 
-def _frozen_in(policy: Policy, dtype: torch.dtype) -> set[nn.Parameter]:
-    """Convert what is frozen, in place. Returns it."""
-    frozen: set[nn.Parameter] = set()
+def own_groups(policy: Policy) -> list[nn.Module]:
+    """The layers that are gathered and reduced each for itself; all else that learns is gathered at once."""
+    vlm = policy.vlm
+    if has_adapters(policy) or not any(p.requires_grad for p in vlm.parameters()):
+        return []
+    return [*vlm.model.visual.blocks, *vlm.model.language_model.layers]
+
+
+def frozen_whole(policy: Policy) -> set[nn.Parameter]:
+    """What every process has whole: of a policy whose VLM is frozen, or has adapters, all that does not learn."""
+    return set() if own_groups(policy) else {p for p in policy.parameters() if not p.requires_grad}
+
+
+def _in_dtype(policy: Policy, chosen: set[nn.Parameter], dtype: torch.dtype) -> set[nn.Parameter]:
+    """Convert these frozen parameters, in place. Returns what they have become."""
+    converted: set[nn.Parameter] = set()
     for module in policy.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            if not parameter.requires_grad:
+            if parameter in chosen:
                 whole = nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
                 module.register_parameter(name, whole)
-                frozen.add(whole)
-    return frozen
+                converted.add(whole)
+    return converted
 
 
 def reshard(policy: Policy) -> None:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from xr0_engine.files import read_bytes, reading
@@ -22,6 +23,7 @@ from xr0_engine.training.config import TrainConfig
 from xr0_engine.training.data.hub import find_on_hub, pinned
 from xr0_engine.training.data.stream import Mixture, Stream, validation_samples
 from xr0_engine.training.distributed import world
+from xr0_engine.training.memory import GIB, ON_A_GPU, forecast_run, report, room_of
 from xr0_engine.training.model import model_config
 from xr0_engine.training.named import is_function
 from xr0_engine.training.profiles import check_profiles, check_robot_types, run_profile
@@ -33,6 +35,7 @@ from xr0_engine.whole import LOCK_FILE, PARTIAL, is_fresh, only_writer, write_wh
 CONFIG_FILE = "config.json"
 STATISTICS_FILE = "statistics.json"
 PATHS = ("robot", "language", "validation")
+ROOM = "that there are for it"
 LEFT = f".*-????????{PARTIAL}.*"
 """What whole_file leaves if it is killed."""
 
@@ -67,7 +70,23 @@ def start_run(config: TrainConfig, folder: Path) -> None:
     with _writing(folder):
         # Somebody else may have started there meanwhile.
         _refuse_used(folder)
-        _train(config, folder, statistics, views, base.config.head.state_length)
+        _train(config, folder, statistics, views, base)
+
+
+def forecast_settings(config: TrainConfig, gib: float | None) -> str:
+    """What start_run would say of the memory, of a config that names checkpoint and statistics.
+
+    gib: of the GPU that the run is for; None: of this machine's, if it has one. Raises ValueError and CheckpointError.
+    """
+    base = read_base(config.model.checkpoint)
+    statistics = _statistics(Path(config.data.statistics), base, config)
+    if gib is not None:
+        room = max(0, int(gib * GIB) - ON_A_GPU)
+    elif torch.cuda.is_available():
+        room = room_of(torch.device("cuda", 0))
+    else:
+        room = None
+    return report(config, lambda changed: forecast_run(changed, base, statistics), room, ROOM)
 
 
 def resume_run(folder: Path) -> None:
@@ -78,7 +97,7 @@ def resume_run(folder: Path) -> None:
     base = read_base(config.model.checkpoint)
     with _writing(folder):
         statistics = _statistics(folder / STATISTICS_FILE, base, config)
-        _train(config, folder, statistics, views, base.config.head.state_length)
+        _train(config, folder, statistics, views, base)
 
 
 def export_run(folder: Path, out: Path, step: int | None, adapter: bool = False) -> Path:
@@ -135,9 +154,9 @@ def _train(
     folder: Path,
     statistics: Mapping[str, ActionStatistics],
     views: Sequence[str],
-    state_length: int,
+    base: Base,
 ) -> None:
-    """views: what each dataset is seen through, told once. state_length: the model's."""
+    """views: what each dataset is seen through, told once."""
     data = config.data
     check_robot_types(data, statistics)
     fraction = 0.0 if data.validation else data.validation_fraction
@@ -150,12 +169,15 @@ def _train(
         data.skip_broken,
         run_profile(data),
         data.random_crop,
-        state_length,
+        base.config.head.state_length,
     )
     has_validation = bool(data.validation) or fraction > 0
     with world() as here:
         if here.is_main:
-            Console().print("\n".join(views), highlight=False, markup=False, soft_wrap=True)
+            memory = report(
+                config, lambda changed: forecast_run(changed, base, statistics, here.size), room_of(here.device), ROOM
+            )
+            Console().print("\n".join([*views, memory]), highlight=False, markup=False, soft_wrap=True)
         stream = Stream(
             mixture,
             batch_size=data.batch_size,
