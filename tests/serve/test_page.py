@@ -10,7 +10,9 @@ import pytest
 from playwright.sync_api import expect, sync_playwright
 
 from tests.serve.support import EchoEngine, backend, observation
+from tests.serve.test_guard import profile
 from xr0_engine import Client
+from xr0_engine.guard import write_guard
 from xr0_engine.serve.server import BackgroundServer
 from xr0_engine.serve.service import ServerConfig
 
@@ -90,6 +92,21 @@ def test_page_goes_on_showing_the_last_observation(page, server):
     expect(page.locator("#clients")).to_contain_text("Nobody is connected.")
     assert "No request" not in page.inner_text("main")
     assert "30 actions at 30 Hz" in page.inner_text("#chunk")
+
+
+def test_page_shows_what_struck_the_guard(browser, tmp_path):
+    write_guard(tmp_path / "guard.json", profile())
+    with BackgroundServer(backend(EchoEngine()), ServerConfig(port=0, guard=tmp_path / "guard.json")) as server:
+        page = browser.new_page()
+        page.goto(f"http://localhost:{server.port}/")
+        expect(page.locator("#warnings")).to_contain_text("All as in training.")
+        with Client(server.url) as client:
+            client.infer(observation(5.0, instruction="<b>Sing.</b>"))
+            expect(page.locator("#warnings tbody tr")).to_have_count(2)
+        assert "column 0 is 5, in training 0 to 1" in page.inner_text("#warnings")
+        assert "<b>Sing.</b>" in page.inner_text("#warnings")
+        assert "2 warnings since the start" in page.inner_text("#guarded")
+        page.close()
 
 
 def test_page_says_when_the_server_is_gone(browser):

@@ -85,6 +85,10 @@ def serve(
         int | None, typer.Option(min=1, help="With --ray: how many there may be; as many as --replicas.")
     ] = None,
     max_batch: Annotated[int, typer.Option(min=1, help="With --ray: requests inferred together.")] = 4,
+    guard: Annotated[
+        str | None,
+        typer.Option(metavar="FILE|none", help="Thresholds to warn by; guard.json of the checkpoint if it has one."),
+    ] = None,
     max_message_mb: Annotated[int, typer.Option(min=1, help="Largest request, in MiB.")] = 32,
     rerun: Rerun = None,
 ) -> None:
@@ -93,6 +97,7 @@ def serve(
     `xr0 serve CHECKPOINT`, then open http://localhost:8000. SIGTERM or Ctrl-C answers what was asked, then ends.
     """
     from xr0_engine import env
+    from xr0_engine.drive.guarding import guard_file
     from xr0_engine.serve.access import read_keys, tls_context
     from xr0_engine.serve.server import Server
     from xr0_engine.serve.service import LEGACY_FORMATS, ServerConfig
@@ -104,6 +109,7 @@ def serve(
     check_rerun(rerun)
     released = {"pickle": legacy_pickle, "npz": legacy_npz}
     formats = tuple(name for name, is_spoken in released.items() if is_spoken)
+    thresholds = guard_file(guard, checkpoint)
     config = ServerConfig(
         host=host,
         port=port,
@@ -120,15 +126,20 @@ def serve(
         legacy_port=legacy_port if formats else None,
         legacy_ranks=legacy_ranks,
         legacy_formats=formats or LEGACY_FORMATS,
+        guard=thresholds,
     )
 
     def load() -> Engine:
         from xr0_engine.engine import Engine
 
         if export is not None:
-            return Engine.from_export(export, device, backend, embodiment)
-        assert checkpoint is not None
-        return Engine.from_pretrained(checkpoint, device, dtype, backend, embodiment)
+            engine = Engine.from_export(export, device, backend, embodiment)
+        else:
+            assert checkpoint is not None
+            engine = Engine.from_pretrained(checkpoint, device, dtype, backend, embodiment)
+        if thresholds is not None:
+            _fit_guard(thresholds, engine)
+        return engine
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     view = None
@@ -143,6 +154,18 @@ def serve(
 
     options = RayOptions(replicas, max_replicas or replicas, gpus=_gpus_per_replica(device), max_batch=max_batch)
     run(Server(RayReplicas(load, options, size, robot_type), config, view))
+
+
+def _fit_guard(path: Path, engine: Engine) -> None:
+    """Have the engine tell what a guard goes by, where it can. Raises FileError for another checkpoint's thresholds."""
+    from xr0_engine.drive.guarding import guard_of
+    from xr0_engine.guard import read_guard, statistics_digest
+    from xr0_engine.model.xr0 import tell_bend
+
+    for name in read_guard(path).keys() & set(engine.robot_types):
+        statistics = engine.statistics[name]
+        guard_of(path, name, engine.robot_info(name), statistics_digest(statistics.mean, statistics.std))
+    tell_bend(engine.model)
 
 
 def _gpus_per_replica(device: str) -> int:

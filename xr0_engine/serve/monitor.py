@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping
@@ -13,13 +14,19 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from xr0_engine.robot.history import newest
 from xr0_engine.robot.layouts import find_layout
-from xr0_engine.types import ActionChunk, Observation, RobotInfo, TokenizedObservation
+from xr0_engine.serve.guarding import ServerGuard
+from xr0_engine.types import ActionChunk, GuardWarning, Observation, RobotInfo, TokenizedObservation
+
+log = logging.getLogger("xr0_engine.serve")
 
 BUCKETS_MS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096, 8192)
 """Upper edges of the latency histogram, on the page and in the metrics."""
 
 RECENT = 2000
 """Requests whose latencies the page shows."""
+
+RECENT_WARNINGS = 20
+"""Of a guard's, that the page shows."""
 
 _BUCKETS_S = tuple(edge / 1000 for edge in BUCKETS_MS)
 
@@ -41,9 +48,14 @@ class ClientRecord:
 
 
 class Monitor:
-    """Counts requests and remembers the latest; used by the event loop's thread alone."""
+    """Counts requests and remembers the latest; used by the event loop's thread alone. guard: is told of all that is
+    answered; guarded: the robot types that it looks at."""
 
-    def __init__(self) -> None:
+    def __init__(self, guard: ServerGuard | None = None) -> None:
+        self._guard = guard
+        self.guarded: tuple[str, ...] = ()
+        self.warnings: dict[str, int] = {}
+        self._recent_warnings: deque[tuple[float, int, GuardWarning]] = deque(maxlen=RECENT_WARNINGS)
         self.started_at = time.time()
         self.clients: dict[int, ClientRecord] = {}
         self.results: dict[str, int] = {}
@@ -53,6 +65,7 @@ class Monitor:
         self._numbers = 0
         self._registry = CollectorRegistry()
         self._requests = Counter("xr0_requests", "Requests by result.", ["result"], registry=self._registry)
+        self._warnings = Counter("xr0_guard_warnings", "Warnings by check.", ["check"], registry=self._registry)
         self._clients = Gauge("xr0_clients", "Clients connected.", registry=self._registry)
         self._ready = Gauge("xr0_ready", "1 while requests are answered.", registry=self._registry)
         self._total, self._inference, self._queue, self._overhead = (
@@ -83,6 +96,8 @@ class Monitor:
         if record.last_chunk is not None and (self._gone is None or _answered_at(record) > _answered_at(self._gone[1])):
             self._gone = number, record
         self._clients.set(len(self.clients))
+        if self._guard is not None:
+            self._guard.disconnected(number)
 
     def answered(
         self,
@@ -109,6 +124,16 @@ class Monitor:
         record.answered += 1
         record.last_answer_at, record.last_total_ms = now, total
         record.last_observation, record.last_chunk = observation, chunk
+        if self._guard is not None:
+            self._guard.answered(number, observation, chunk)
+
+    def warned(self, number: int, warnings: Iterable[GuardWarning]) -> None:
+        """What has struck the guard of a client, which may have gone since."""
+        for warning in warnings:
+            self.warnings[warning.name] = self.warnings.get(warning.name, 0) + 1
+            self._warnings.labels(warning.name).inc()
+            self._recent_warnings.append((time.time(), number, warning))
+            log.warning("client %d: guard, %s: %s", number, warning.name, warning.detail)
 
     def record(self, number: int) -> ClientRecord | None:
         """Of a client that is connected, or that was answered last of those that were."""
@@ -145,7 +170,15 @@ class Monitor:
             "clients": [_client(number, record) for number, record in self.clients.items()],
             "robots": {name: asdict(robot) for name, robot in robots.items()},
             "latest": self._latest(robots),
+            "guard": self._guarding() if self.guarded else None,
         }
+
+    def _guarding(self) -> dict[str, Any]:
+        now = time.time()
+        recent = [
+            {"client": number, "ago_s": now - at, **asdict(warning)} for at, number, warning in self._recent_warnings
+        ]
+        return {"robots": self.guarded, "counts": self.warnings, "recent": recent[::-1]}
 
     def _count(self, result: str) -> None:
         self.results[result] = self.results.get(result, 0) + 1

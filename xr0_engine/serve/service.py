@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from http import HTTPStatus
+from pathlib import Path
 from typing import Protocol
 from weakref import WeakKeyDictionary
 
@@ -21,6 +22,7 @@ from websockets.asyncio.server import ServerConnection
 
 from xr0_engine.serve.access import WrongKeys, check_bind, is_loopback
 from xr0_engine.serve.decoding import DecodeAllowance, Decoder
+from xr0_engine.serve.guarding import ServerGuard
 from xr0_engine.serve.monitor import Monitor
 from xr0_engine.serve.protocol import DEFAULT_PORT, PolicyFailed, PolicyMetadata, Refused, Request, check_chunk
 from xr0_engine.serve.worker import Backend, Served
@@ -48,7 +50,7 @@ class ServerConfig:
     answered. host_names: names of this machine that it does not know of itself; without keys its pages are shown under
     no other. legacy_port: of the released TCP protocols, None for none. legacy_ranks: how many ports they are spoken on
     from legacy_port on: rank r of a released evaluation connects to legacy_port + r. legacy_formats: what messages may
-    be there, of LEGACY_FORMATS.
+    be there, of LEGACY_FORMATS. guard: a guard.json, by which it warns of what clients see and are answered.
 
     Raises ValueError for an address beyond this machine without keys, unless allow_anyone, and for ports that are none.
     """
@@ -70,6 +72,7 @@ class ServerConfig:
     legacy_port: int | None = None
     legacy_ranks: int = 1
     legacy_formats: tuple[str, ...] = ("pickle",)
+    guard: Path | None = None
 
     def __post_init__(self) -> None:
         # Released clients bring no keys.
@@ -119,7 +122,8 @@ class Service:
 
     def __init__(self, backend: Backend, config: ServerConfig, watch: Watch | None = None) -> None:
         self.config, self._watch = config, watch
-        self.monitor = Monitor()
+        self.guard = None if config.guard is None else ServerGuard(config.guard)
+        self.monitor = Monitor(self.guard)
         self.state = "warming up"
         self.metadata: PolicyMetadata | None = None
         self.network_backend = ""
@@ -209,6 +213,8 @@ class Service:
         served = await self._backend.start()
         self.turns = asyncio.Semaphore(self._backend.slots)
         self.metadata, self.network_backend = _metadata(served, self.config), served.backend
+        if self.guard is not None:
+            self.monitor.guarded = self.guard.start(self.metadata.robots, self.monitor.warned)
         self.state = "ready"
         self.monitor.set_ready(True)
         self._ready.set()
@@ -225,6 +231,8 @@ class Service:
     async def close(self) -> None:
         self._shut("closed")
         self.decoder.close()
+        if self.guard is not None:
+            self.guard.close()
         await self._backend.close()
         if self._watch is not None:
             try:

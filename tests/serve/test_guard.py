@@ -1,0 +1,110 @@
+"""A server with a guard: what its clients see is looked at, counted, and shown; nobody waits for it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from tests.guard.support import view
+from tests.serve.support import LENGTHS, WIDTH, EchoEngine, backend, observation, wait_until
+from tests.serve.test_server import get
+from xr0_engine import Client
+from xr0_engine.guard import RobotProfile, write_guard
+from xr0_engine.robot.embodiment import embodiment_for
+from xr0_engine.serve.server import BackgroundServer
+from xr0_engine.serve.service import ServerConfig
+from xr0_engine.types import FileError
+
+ROBOT = "libero_all"
+
+
+def profile(robot_type=ROBOT, **more):
+    embodiment = embodiment_for(robot_type)
+    known = RobotProfile(
+        robot_type=robot_type,
+        control_rate_hz=float(embodiment.control_rate_hz),
+        action_width=WIDTH,
+        layout=embodiment.layout,
+        views=tuple(view(each.key) for each in embodiment.views),
+        low=np.zeros(WIDTH),
+        high=np.ones(WIDTH),
+        scale=np.ones(WIDTH),
+        speed=np.full(WIDTH, 1e6),
+        instructions=("go",),
+        following=None,
+        thresholds={"state range": 0.1},
+    )
+    return replace(known, **more)
+
+
+@pytest.fixture
+def guard(tmp_path):
+    path = tmp_path / "guard.json"
+    write_guard(path, profile())
+    return path
+
+
+def status(server):
+    return json.loads(get(server, "/status.json")[1])["guard"]
+
+
+def test_warnings_of_each_client_are_counted_and_shown(guard):
+    with BackgroundServer(backend(EchoEngine()), ServerConfig(port=0, guard=guard)) as server:
+        assert status(server) == {"robots": [ROBOT], "counts": {}, "recent": []}
+        with Client(server.url) as one, Client(server.url) as two:
+            for client in (one, two):
+                client.infer(observation(0.5, instruction="Go."))
+            for _ in range(3):
+                one.infer(observation(5.0, instruction="Go."))
+            two.infer(observation(0.5, instruction="Sing."))
+            wait_until(lambda: sum(status(server)["counts"].values()) == 2)
+        told = status(server)
+        assert told["counts"] == {"state range": 1, "instruction": 1}
+        assert {one["client"] for one in told["recent"]} == {1, 2}
+        newest = next(one for one in told["recent"] if one["name"] == "state range")
+        assert (newest["value"], newest["threshold"]) == (4.0, 0.1)
+        assert newest["detail"] == "column 0 is 5, in training 0 to 1"
+        metrics = get(server, "/metrics")[1]
+        assert 'xr0_guard_warnings_total{check="state range"} 1.0' in metrics
+
+
+def test_a_robot_without_thresholds_is_served_unguarded(guard):
+    with BackgroundServer(backend(EchoEngine()), ServerConfig(port=0, guard=guard)) as server:
+        with Client(server.url) as client:
+            assert len(client.infer(observation(9.0, "bimanual")).actions) == LENGTHS["bimanual"]
+            client.infer(observation(9.0, instruction="Go."))
+            wait_until(lambda: status(server)["counts"])
+        assert status(server)["counts"] == {"state range": 1}
+
+
+def test_without_a_guard_there_is_none():
+    with BackgroundServer(backend(EchoEngine()), ServerConfig(port=0)) as server:
+        assert status(server) is None
+
+
+@pytest.mark.parametrize(
+    ("other", "complaint"),
+    [
+        pytest.param(replace(profile(), robot_type="crane"), "got crane, thresholds of another robot", id="type"),
+        pytest.param(profile(control_rate_hz=5.0), "control_rate_hz: the file has 5", id="rate"),
+        pytest.param(profile(views=(view("base"),)), "views: the file has base", id="views"),
+    ],
+)
+def test_thresholds_of_another_robot_keep_the_server_from_starting(tmp_path, other, complaint):
+    path = tmp_path / "guard.json"
+    write_guard(path, other)
+    with (
+        pytest.raises(FileError, match=complaint),
+        BackgroundServer(backend(EchoEngine()), ServerConfig(port=0, guard=path)),
+    ):
+        pass
+
+
+def test_a_broken_file_is_refused_before_anything_is_loaded(tmp_path):
+    path = tmp_path / "guard.json"
+    path.write_text("{}")
+    with pytest.raises(FileError, match="version"):
+        BackgroundServer(backend(EchoEngine()), ServerConfig(port=0, guard=path))
