@@ -17,7 +17,7 @@ from xr0_engine.drive import aloha
 from xr0_engine.drive.aloha import LiveAloha, SimulatedAloha, aloha_limits
 from xr0_engine.drive.null import NullRobot
 from xr0_engine.drive.picture import plot_recording
-from xr0_engine.drive.policies import from_checkpoint, scripted
+from xr0_engine.drive.policies import TRAINED, from_checkpoint, scripted
 from xr0_engine.drive.run import run
 from xr0_engine.drive.wander import CHUNK_LENGTH, JOINTS, WanderPolicy
 from xr0_engine.engine import Engine
@@ -168,6 +168,16 @@ def test_checkpoint_executes_in_the_simulation(renderer, tiny_checkpoint):
     assert reports[0].counts["rejected"] == reports[0].counts["failed"] == 0
     # Simulated time and one seed: the same run.
     np.testing.assert_array_equal(reports[0].seams.largest, reports[1].seams.largest)
+
+
+@pytest.mark.parametrize("delay_steps", [2.0, None], ids=["simulated time", "real time"])
+def test_the_simulation_shows_the_views_that_the_policy_has(renderer, delay_steps):
+    """The policy of the demo has one camera."""
+    source = from_checkpoint(TRAINED, None, 0, "cpu", "float32", "auto")
+    assert source.views == ("ego",)
+    report = run(source, Settings(30, max_prefix=source.max_prefix), 1.0, True, delay_steps, 0, None, (48, 64))
+    assert report.counts["failed"] == 0
+    assert report.counts["chunks"]
 
 
 def test_checkpoint_trained_without_prefixes_is_not_executed_async(tiny_checkpoint, tmp_path):
