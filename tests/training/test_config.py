@@ -94,6 +94,7 @@ def test_override(assignment, key, value):
         ("data.validation_fraction=1", "data.validation_fraction: expected 0 to below 1"),
         ("optim.min_lr=1", "optim.min_lr: expected at most peak_lr"),
         ("model.train=vlm", "model.train: expected `all` or `head` with objective flow"),
+        ("optim.average=1", "optim.average: expected 0 to below 1, got 1.0"),
         ("flow.column_dropout=2", "flow.column_dropout: expected 0 to 1"),
     ],
     ids=lambda value: value if "=" in value else "",

@@ -57,7 +57,7 @@ def measured(config, folder):
 
 CASES = {
     "head": ("finetune_head",),
-    "head-bfloat16-accumulated": ("finetune_head", "model.dtype=bfloat16", "optim.accumulate=2"),
+    "head-bfloat16-accumulated": ("finetune_head", "model.dtype=bfloat16", "optim.accumulate=2", "optim.average=0.9"),
     "adapters": ("lora",),
     "adapters-bfloat16-recomputed": ("lora", "model.dtype=bfloat16", "model.checkpoint_language=true"),
     "whole": ("post_train_sync",),
@@ -84,7 +84,7 @@ def test_processes_share_what_learns(base):
 
 
 def fake(gib_of):
-    return lambda config: Forecast(0, 0, 0, 0, 0, int(gib_of(config) * GIB))
+    return lambda config: Forecast(0, 0, 0, 0, 0, 0, int(gib_of(config) * GIB))
 
 
 def test_advice_leaves_alone_what_is_learnt_as_long_as_it_can(base):

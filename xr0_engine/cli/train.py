@@ -86,11 +86,14 @@ def export(
         bool,
         typer.Option("--adapter", help="Only what the run has trained, for Engine.from_pretrained(BASE, adapter=OUT)."),
     ] = False,
+    average: Annotated[
+        bool, typer.Option("--average", help="The moving average of the weights, of a run with optim.average.")
+    ] = False,
 ) -> None:
     """Write a checkpoint of a run as a folder that the engine loads."""
     from xr0_engine.training.start import export_run
 
-    base = export_run(run, out, step, adapter)
+    base = export_run(run, out, step, adapter, average)
     if adapter:
         print(f"wrote {out}: Engine.from_pretrained({base.name!r}, adapter={str(out)!r})")
     else:

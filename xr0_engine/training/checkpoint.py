@@ -16,6 +16,7 @@ from collections.abc import Callable, Container, Mapping
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -45,6 +46,8 @@ from xr0_engine.whole import publish, whole_folder
 STEP_PREFIX = "step-"
 PARTIAL = ".partial"
 PROGRESS_FILE = "progress.json"
+WEIGHTS, AVERAGE = "model.", "average."
+"""Before parameters' names in a checkpoint."""
 EXPORT_DTYPE = torch.bfloat16
 
 
@@ -52,10 +55,17 @@ class Checkpointer:
     """Saves and restores one run's training state. Every process calls every method, at the same steps."""
 
     def __init__(
-        self, folder: Path, world: World, model: nn.Module, optimizer: torch.optim.Optimizer, keep_last: int
+        self,
+        folder: Path,
+        world: World,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        keep_last: int,
+        average: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:
+        """average: parameter's name -> what is kept beside it (optim.py: Average)."""
         self._folder, self._world, self._model, self._optimizer = folder, world, model, optimizer
-        self._keep_last = keep_last
+        self._keep_last, self._average = keep_last, average
         self._pending: tuple[Future[Any], Path] | None = None
         if world.is_main:
             for partial in folder.glob(f"*{PARTIAL}"):
@@ -158,13 +168,13 @@ class Checkpointer:
         for name, parameter in self._model.named_parameters():
             if not parameter.requires_grad:
                 continue
-            state[f"model.{name}"] = parameter.detach()
+            state[f"{WEIGHTS}{name}"] = parameter.detach()
             moments = self._optimizer.state[parameter]
             if not moments:
                 moments["step"] = torch.zeros((), device=parameter.device)
                 moments["exp_avg"], moments["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
             state |= {f"optim.{name}.{key}": value for key, value in moments.items()}
-        return state
+        return state | {f"{AVERAGE}{name}": value for name, value in self._average.items()}
 
     def _begin(self, folder: Path, state: Mapping[str, Tensor], progress: Mapping[str, Any]) -> None:
         """A fresh folder with the progress in it, if the disk has the room for what all processes write."""
@@ -205,19 +215,20 @@ class Export:
     embodiment: Embodiment | None = None
     lora: LoraConfig = field(default_factory=LoraConfig)
 
-    def of_checkpoint(self, checkpoint: Path, out: Path) -> None:
+    def of_checkpoint(self, checkpoint: Path, out: Path, average: bool = False) -> None:
         """Write the base with everything that the run has trained by a checkpoint, a folder of checkpoints().
 
-        out: absent or empty, appears whole or not at all. bfloat16. Raises CheckpointError, ValueError or OSError.
+        average: the moving average of it. out: absent or empty, appears whole or not at all. bfloat16. Raises
+        CheckpointError, ValueError, also for an average that the run did not keep, or OSError.
         """
-        trained = _Trained(checkpoint)
+        trained = _Trained(checkpoint, average)
         self._write(out, trained.keys, trained.read)
 
     def of_weights(self, weights: Mapping[str, Tensor], out: Path) -> None:
         """As of_checkpoint, of trained_weights()."""
         self._write(out, weights, lambda names: {name: weights[name] for name in names})
 
-    def adapter_of_checkpoint(self, checkpoint: Path, out: Path) -> None:
+    def adapter_of_checkpoint(self, checkpoint: Path, out: Path, average: bool = False) -> None:
         """Write what the run has trained alone, as a folder that the engine loads over the base: whole tensors as
         of_checkpoint does, adapters float32. Raises as that does; ValueError for a run without adapters."""
         base = self.base
@@ -226,7 +237,7 @@ class Export:
         if not base.has_head:
             raise ValueError(f"--adapter: {base.folder} is a VLM, which no engine loads: leave the option out")
         _refuse_used(out)
-        trained = _Trained(checkpoint)
+        trained = _Trained(checkpoint, average)
         shapes = checkpoint_shapes(self.config)
         pairs = [half for name in shapes for half in pair_of(name) if half in trained.keys]
         whole = [name for name in shapes if name in trained.keys]
@@ -280,13 +291,15 @@ class Export:
 
 
 class _Trained:
-    """The trained tensors of a checkpoint. keys: XR-0's name, or an adapter's, -> the checkpoint's."""
+    """The trained tensors of a checkpoint, or their moving average. keys: XR-0's name, or an adapter's, -> the
+    checkpoint's."""
 
-    def __init__(self, checkpoint: Path) -> None:
+    def __init__(self, checkpoint: Path, average: bool) -> None:
         self._checkpoint, self._shapes = checkpoint, _stored_shapes(checkpoint)
-        self.keys = {
-            checkpoint_name(key.removeprefix("model.")): key for key in self._shapes if key.startswith("model.")
-        }
+        prefix = AVERAGE if average else WEIGHTS
+        self.keys = {checkpoint_name(key.removeprefix(prefix)): key for key in self._shapes if key.startswith(prefix)}
+        if not self.keys:
+            raise ValueError("--average: the run keeps no average of its weights; optim.average=0.999 has it kept")
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._shapes[self.keys[name]]

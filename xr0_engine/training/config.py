@@ -157,7 +157,8 @@ class LoraConfig:
 class OptimConfig:
     """AdamW with linear warm-up and cosine decay, all in optimiser steps; accumulate: micro-batches per step.
 
-    start_lr: where the warm-up begins; none: at min_lr.
+    start_lr: where the warm-up begins; none: at min_lr. average: decay of the moving average of the weights that learn,
+    which `xr0 train export --average` writes; 0 = none is kept.
     """
 
     steps: int = 30_000
@@ -169,6 +170,7 @@ class OptimConfig:
     weight_decay: float = 0.1
     clip_norm: float = 1.0
     accumulate: int = 1
+    average: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -311,6 +313,7 @@ def _rules(config: TrainConfig) -> Iterator[tuple[bool, str, str]]:
     yield 0 <= data.validation_fraction < 1, "data.validation_fraction", f"0 to below 1, got {data.validation_fraction}"
     yield 0 <= flow.column_dropout <= 1, "flow.column_dropout", f"0 to 1, got {flow.column_dropout}"
     yield all(0 <= beta < 1 for beta in optim.betas), "optim.betas", f"each from 0 below 1, got {optim.betas}"
+    yield 0 <= optim.average < 1, "optim.average", f"0 to below 1, got {optim.average}"
     yield optim.clip_norm > 0, "optim.clip_norm", f"more than 0, got {optim.clip_norm}"
     start = optim.start_lr
     yield start is None or 0 <= start <= optim.peak_lr, "optim.start_lr", f"0 to peak_lr {optim.peak_lr}, got {start}"

@@ -37,13 +37,15 @@ a guess, never measured."""
 class Forecast:
     """Bytes in one process when a step takes the most, by part.
 
-    frozen: weights that do not learn. trained: float32 weights. moments: of AdamW. copies: of weights in the compute
-    dtype, gathered for the step. gradients: in both dtypes. activations: all else, inputs among them.
+    frozen: weights that do not learn. trained: float32 weights. moments: of AdamW. average: of optim.average. copies:
+    of weights in the compute dtype, gathered for the step. gradients: in both dtypes. activations: all else, inputs
+    among them.
     """
 
     frozen: int
     trained: int
     moments: int
+    average: int
     copies: int
     gradients: int
     activations: int
@@ -58,11 +60,12 @@ class Forecast:
             "frozen": "frozen weights",
             "trained": "trained weights, float32",
             "moments": "AdamW's moments",
+            "average": "average of the weights",
             "copies": "copies in the compute dtype",
             "gradients": "gradients",
             "activations": "activations",
         }
-        rows = [(title, getattr(self, name)) for name, title in titles.items()]
+        rows = [(title, getattr(self, name)) for name, title in titles.items() if name != "average" or self.average]
         return "\n".join(f"  {title:28} {size / GIB:8.3f} GiB" for title, size in [*rows, ("at most", self.total)])
 
 
@@ -74,7 +77,7 @@ def forecast(config: TrainConfig, xr0: ModelConfig, batch: RobotBatch, processes
     policy = build_policy(config, xr0)
     dtype = resolve_dtype(config.model.dtype)
     whole = frozen_whole(policy)
-    account = _Account(policy, dtype, whole, config.optim.accumulate > 1, processes)
+    account = _Account(policy, dtype, whole, config.optim.accumulate > 1, config.optim.average > 0, processes)
     for module in policy.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             cast = nn.Parameter(parameter.detach().to(dtype), requires_grad=parameter.requires_grad)
@@ -147,7 +150,13 @@ class _Account:
     """What is held while a policy's step is traced, by part."""
 
     def __init__(
-        self, policy: Policy, dtype: torch.dtype, whole: set[nn.Parameter], accumulates: bool, processes: int
+        self,
+        policy: Policy,
+        dtype: torch.dtype,
+        whole: set[nn.Parameter],
+        accumulates: bool,
+        averages: bool,
+        processes: int,
     ) -> None:
         self._dtype, self._processes = dtype, processes
         self._frozen = self._trained = self._gradients = 0
@@ -164,7 +173,8 @@ class _Account:
             # Of the micro-batches before.
             self._gradients = self._trained
         self._accumulates = accumulates
-        self.most = Forecast(0, 0, 0, 0, 0, 0)
+        self._average = self._trained if averages else 0
+        self.most = Forecast(*[0] * 7)
 
     def follow(self, policy: Policy) -> None:
         """policy: as it is traced."""
@@ -209,7 +219,15 @@ class _Account:
 
     def check(self) -> None:
         """Whether it has become the most."""
-        now = Forecast(self._frozen, self._trained, 2 * self._trained, self._copies, self._gradients, self.ledger.live)
+        now = Forecast(
+            self._frozen,
+            self._trained,
+            2 * self._trained,
+            self._average,
+            self._copies,
+            self._gradients,
+            self.ledger.live,
+        )
         if now.total > self.most.total:
             self.most = now
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from xr0_engine.training.config import OptimConfig
 
@@ -24,6 +25,30 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     ]
     # One call for all tensors: one after the other, shards cost more in dispatch than in arithmetic.
     return torch.optim.AdamW(groups, lr=config.peak_lr, betas=config.betas, fused=True)
+
+
+class Average:
+    """The moving average of the weights that learn, float32, which begins as they are. decay 0: nothing is kept."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self._decay = decay
+        self.weights: dict[str, Tensor] = {}
+        if decay:
+            self.weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def update(self, named: Iterable[tuple[str, nn.Parameter]]) -> None:
+        """After a step."""
+        for name, parameter in named:
+            if name in self.weights:
+                self.weights[name].lerp_(parameter.detach(), 1 - self._decay)
+
+    @torch.no_grad()
+    def begin(self, named: Iterable[tuple[str, nn.Parameter]]) -> None:
+        """Anew, with the weights as they are."""
+        for name, parameter in named:
+            if name in self.weights:
+                self.weights[name].copy_(parameter.detach())
 
 
 def learning_rate(config: OptimConfig, step: int) -> float:

@@ -100,9 +100,12 @@ def resume_run(folder: Path) -> None:
         _train(config, folder, statistics, views, base)
 
 
-def export_run(folder: Path, out: Path, step: int | None, adapter: bool = False) -> Path:
-    """Write the checkpoint of a step (None: the last) as a folder that the engine loads; adapter: what the run has
-    trained alone, to be loaded over its base. Returns the base's folder. Raises ValueError."""
+def export_run(folder: Path, out: Path, step: int | None, adapter: bool = False, average: bool = False) -> Path:
+    """Write the checkpoint of a step (None: the last) as a folder that the engine loads.
+
+    adapter: what the run has trained alone, to be loaded over its base. average: the moving average of the weights.
+    Returns the base's folder. Raises ValueError.
+    """
     config = _read_config(folder)
     saved = {int(path.name.rpartition("-")[2]): path for path in checkpoints(folder / CHECKPOINTS)}
     if not saved:
@@ -114,7 +117,7 @@ def export_run(folder: Path, out: Path, step: int | None, adapter: bool = False)
     statistics = _statistics(folder / STATISTICS_FILE, base, config)
     xr0, profile = model_config(base.config, config), run_profile(config.data)
     export = Export(xr0, base, statistics, config.run.seed, profile, config.lora)
-    (export.adapter_of_checkpoint if adapter else export.of_checkpoint)(chosen, out)
+    (export.adapter_of_checkpoint if adapter else export.of_checkpoint)(chosen, out, average)
     return base.folder
 
 

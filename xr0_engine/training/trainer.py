@@ -28,7 +28,7 @@ from xr0_engine.training.distributed import World, reshard, shard
 from xr0_engine.training.draws import FlowDraw, draw_flow, micro_batch_generator
 from xr0_engine.training.metrics import Averages, Log, Speed, model_flops, peak_tflops
 from xr0_engine.training.model import FlowPolicy, StepOutput, build_policy, load_policy, model_config, set_parameter
-from xr0_engine.training.optim import learning_rate, make_optimizer, set_learning_rate
+from xr0_engine.training.optim import Average, learning_rate, make_optimizer, set_learning_rate
 from xr0_engine.training.profiles import run_profile
 from xr0_engine.training.standardize import standardize_vision
 from xr0_engine.training.validation import plot_run, validate
@@ -83,7 +83,10 @@ class Trainer:
         shard(self.policy, world.mesh, resolve_dtype(config.model.dtype))
         load_policy(self.policy, config, self.xr0, self.base, world.device)
         self.optimizer = make_optimizer(self.policy, config.optim)
-        self.checkpointer = Checkpointer(folder / CHECKPOINTS, world, self.policy, self.optimizer, config.run.keep_last)
+        self.average = Average(self.policy, config.optim.average)
+        self.checkpointer = Checkpointer(
+            folder / CHECKPOINTS, world, self.policy, self.optimizer, config.run.keep_last, self.average.weights
+        )
         self.step = 0
         saved = checkpoints(folder / CHECKPOINTS)
         if saved:
@@ -92,6 +95,7 @@ class Trainer:
             self.source.load_state_dict(progress["data"])
         elif config.model.standardize_vision:
             self._standardize_vision()
+            self.average.begin(self.policy.named_parameters())
 
     def run(self) -> None:
         """Train to the last step, then export a folder that the engine loads to `model/` in the run's folder."""
@@ -169,6 +173,7 @@ class Trainer:
             self._stop_on_nan(output, [source for batch in batches for source in batch.sources], position)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.average.update(self.policy.named_parameters())
         self.step += 1
         one = torch.ones((), device=norm.device)
         averages.add("grad_norm", norm, one)
