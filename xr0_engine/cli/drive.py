@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from xr0_engine.cli.seeing import Rerun, check_rerun
 
 if TYPE_CHECKING:
+    from xr0_engine.engine import Engine
     from xr0_engine.executor import Report
 
 SHOWN_WARNINGS = 10
@@ -65,6 +67,12 @@ def drive(
     guard_record: Annotated[
         Path | None, typer.Option(metavar="FILE", help="What the guard sees, for xr0 guard calibrate --run.")
     ] = None,
+    attention: Annotated[
+        bool,
+        typer.Option(
+            "--attention", help="With --rerun, --checkpoint and --delay-steps: also where each chunk's actions look."
+        ),
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Where the cube lies, and the noise of a local policy.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
@@ -86,6 +94,11 @@ def drive(
         raise ValueError("--embodiment: expected only with --checkpoint: a server and a script know their own")
     if env == "demo" and (robot_type is not None or commands_per_action != 1):
         raise ValueError("--robot-type, --commands-per-action: expected only with --env null")
+    if attention and (rerun is None or checkpoint is None or delay_steps is None or mode == "guided"):
+        raise ValueError(
+            "--attention: expected with --rerun, --checkpoint and --delay-steps, in another mode than guided: each "
+            "chunk is computed a second time, which simulated time hides"
+        )
     if trigger != "deadline" and not trigger.isdecimal():
         raise ValueError(f"--trigger: expected a whole number or deadline, got {trigger!r}")
 
@@ -136,7 +149,12 @@ def drive(
         if rerun is not None:
             from xr0_engine.viz import RunView
 
-            notes.append(stack.enter_context(RunView(rerun, source.title, patient=delay_steps is not None)))
+            view = stack.enter_context(RunView(rerun, source.title, patient=delay_steps is not None))
+            notes.append(view)
+            if attention:
+                from xr0_engine.viz.attention import Attending
+
+                source = replace(source, policy=Attending(cast("Engine", source.policy), view, seed))
         recorder = Several(notes) if notes else None
         report = run(source, settings, seconds, env == "demo", delay_steps, seed, recorder, size, watched, guard_stops)
     if as_json:

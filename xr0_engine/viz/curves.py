@@ -142,8 +142,10 @@ def plans_under(root: Sequence[str]) -> list[list[str]]:
     return [[*root, str(place)] for place in range(MOST_PLANS)]
 
 
-def log_pictures(stream: RecordingStream, images: Mapping[str, np.ndarray], root: Sequence[str] = ()) -> None:
-    """Each view's newest picture, as JPEG, at the stream's time. root: what its entities are under."""
+def log_pictures(
+    stream: RecordingStream, images: Mapping[str, np.ndarray], root: Sequence[str] = (), kind: str = "camera"
+) -> None:
+    """Each view's newest picture, as JPEG, at the stream's time: ROOT/KIND/VIEW."""
     import rerun
 
     from xr0_engine.robot.history import newest
@@ -151,23 +153,31 @@ def log_pictures(stream: RecordingStream, images: Mapping[str, np.ndarray], root
 
     for view, image in images.items():
         data = encode_jpeg(np.ascontiguousarray(newest(image)), JPEG_QUALITY)
-        stream.log([*root, "camera", view], rerun.EncodedImage(contents=data, media_type="image/jpeg"))
+        stream.log([*root, kind, view], rerun.EncodedImage(contents=data, media_type="image/jpeg"))
 
 
-def arrange(stream: RecordingStream, views: Sequence[str], beside: Any) -> None:
-    """How the viewer shows it at first: the robot's views above each other, and what is beside them."""
-    send_blueprint(stream, beside_pictures(views, beside))
-
-
-def beside_pictures(views: Sequence[str], beside: Any, root: Sequence[str] = (), name: str | None = None) -> Any:
-    """A robot's views above each other, and what is beside them. root: as in log_pictures. name: of the whole."""
+def beside_pictures(
+    views: Sequence[str],
+    beside: Any,
+    root: Sequence[str] = (),
+    name: str | None = None,
+    kinds: Sequence[str] = ("camera",),
+) -> Any:
+    """A robot's views above each other, and what is beside them. root, kinds: of log_pictures. name: of the whole."""
     import rerun
     import rerun.blueprint as rrb
 
-    pictures = [rrb.Spatial2DView(origin=rerun.new_entity_path([*root, "camera", view]), name=view) for view in views]
+    pictures = [
+        rrb.Spatial2DView(
+            origin=rerun.new_entity_path([*root, kind, view]), name=view if kind == "camera" else f"{view}, {kind}"
+        )
+        for view in views
+        for kind in kinds
+    ]
     if not pictures:
         return rrb.Vertical(beside, name=name)
-    return rrb.Horizontal(rrb.Vertical(*pictures), beside, column_shares=[1, 3], name=name)
+    grid = rrb.Grid(*pictures, grid_columns=len(kinds))
+    return rrb.Horizontal(grid, beside, column_shares=[len(kinds), 3], name=name)
 
 
 def send_blueprint(stream: RecordingStream, whole: Any, lists_recordings: bool = False) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -17,11 +18,12 @@ from xr0_engine.viz.curves import (
     TIME,
     Group,
     Plans,
-    arrange,
+    beside_pictures,
     groups_of,
     log_pictures,
     log_row,
     plans_under,
+    send_blueprint,
     send_rows,
     style,
     views_of_curves,
@@ -41,11 +43,12 @@ class RunView:
     Entities, on the timeline `time`, seconds from the first request or command on; of several runs, the next begins
     BETWEEN_S after the last:
 
-    camera/VIEW: pictures that inferences start from. state/GROUP: the proprio state then. commands/GROUP: what the
-    robot was told. plan/N/GROUP: chunks as they come, each from its first step on; N keeps those apart that overlap.
-    prefix/GROUP: the actions that a chunk was given. delay/*: milliseconds from observation to chunk, and how much of
-    it the prefix covers, at the request's time. seam/UNIT: the largest step between two commands of different chunks.
-    lateness: milliseconds that a command came after it was due. events: chunks, what was lost, and the report.
+    camera/VIEW: pictures that inferences start from; attention/VIEW: where their actions look, if asked. state/GROUP:
+    the proprio state then. commands/GROUP: what the robot was told. plan/N/GROUP: chunks as they come, each from its
+    first step on; N keeps those apart that overlap. prefix/GROUP: the actions that a chunk was given. delay/*:
+    milliseconds from observation to chunk, and how much of it the prefix covers, at the request's time. seam/UNIT: the
+    largest step between two commands of different chunks. lateness: milliseconds that a command came after it was due.
+    events: chunks, what was lost, and the report.
 
     target, title, patient, errors: as in Sink; its drops are `dropped`.
     """
@@ -65,6 +68,10 @@ class RunView:
     def saw(self, number: int, observation: Observation) -> None:
         """What inference `number` starts from."""
         self._sink.put(("saw", {"number": number, "observation": observation}), has_pictures=True)
+
+    def attended(self, pictures: Mapping[str, np.ndarray]) -> None:
+        """View -> (H, W, 3) uint8, of the inference that was seen last: where its actions look (viz/attention.py)."""
+        self._sink.put(("attention", {"pictures": pictures}), has_pictures=True)
 
     def close(self) -> None:
         """Write what is left. Errors as Sink.close."""
@@ -103,6 +110,8 @@ class _Page:
         # What the timeline's zero is on the executor's clock; where the next run begins on the timeline.
         self._zero_s: float | None = None
         self._begins_s = self._latest_s = 0.0
+        # When the last observation was taken, on the timeline.
+        self._seen_s = 0.0
         self._rate_hz = 1.0
         self._groups: list[Group] = []
         self._state_groups: list[Group] | None = None
@@ -110,6 +119,7 @@ class _Page:
         self._last: dict[str, Any] | None = None
         self._views: list[str] = []
         self._said: str | None = None
+        self._shows_attention = False
 
     def draw(self, stream: RecordingStream, entry: _Entry) -> None:
         kind, fields = entry
@@ -145,7 +155,8 @@ class _Page:
         observation: Observation = fields["observation"]
         request = self._requests.get(fields["number"])
         if request is not None:
-            stream.set_time(TIME, duration=request["observed_s"] - (self._zero_s or 0.0))
+            self._seen_s = request["observed_s"] - (self._zero_s or 0.0)
+        stream.set_time(TIME, duration=self._seen_s)
         if self._state_groups is None:
             self._begin(stream, observation)
         if observation.instruction != self._said:
@@ -155,6 +166,13 @@ class _Page:
         state = np.atleast_2d(observation.state)[-1]
         assert self._state_groups is not None
         log_row(stream, ("state",), self._state_groups, state)
+
+    def _draw_attention(self, stream: RecordingStream, fields: dict[str, Any]) -> None:
+        stream.set_time(TIME, duration=self._seen_s)
+        log_pictures(stream, fields["pictures"], kind="attention")
+        if not self._shows_attention:
+            self._shows_attention = True
+            self._arrange(stream)
 
     def _begin(self, stream: RecordingStream, observation: Observation) -> None:
         """What the first observation tells of all others."""
@@ -231,7 +249,10 @@ class _Page:
         ]
         beside.append(rrb.TextLogView(origin="/events", name="events"))
         below = rrb.Horizontal(*beside, column_shares=[1, 1, 1, 2])
-        arrange(stream, self._views, rrb.Vertical(curves, below, row_shares=[3, 1]))
+        kinds = ("camera", "attention") if self._shows_attention else ("camera",)
+        send_blueprint(
+            stream, beside_pictures(self._views, rrb.Vertical(curves, below, row_shares=[3, 1]), kinds=kinds)
+        )
 
 
 def _say(stream: RecordingStream, text: str, level: str = "INFO") -> None:
