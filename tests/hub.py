@@ -143,12 +143,14 @@ class _Handler(BaseHTTPRequestHandler):
             return self._fail(401, message="Unauthorized")
         if path == "/api/repos/create":
             asked = json.loads(body)
-            key = (asked["type"], f"{asked['organization']}/{asked['name']}")
+            key = (asked.get("type", "model"), f"{asked['organization']}/{asked['name']}")
             if asked["organization"] != "our":
                 return self._fail(403, message="You don't have the rights to create a model under this namespace")
             status = 409 if key in self.hub.repositories else 200
             private = asked.get("visibility") == "private"
-            self.hub.repositories.setdefault(key, Repository(access="private" if private else "public"))
+            if status == 200:
+                self.hub.repositories[key] = Repository(access="private" if private else "public")
+                self.hub.repositories[key].add({".gitattributes": b"*.safetensors filter=lfs\n"})
             return self._json({"url": f"{self.hub.url}/{key[1]}"}, status)
         if path == "/api/validate-yaml":
             return self._json({"errors": [], "warnings": []})
@@ -188,7 +190,8 @@ class _Handler(BaseHTTPRequestHandler):
         files = repository.commits[commit]
         if what == "tree":
             return self._json([_entry(path, content) for path, content in files.items()])
-        return self._json({"id": name, "sha": commit, "siblings": [{"rfilename": path} for path in files]})
+        told = {"id": name, "sha": commit, "private": repository.access == "private"}
+        return self._json({**told, "siblings": [{"rfilename": path} for path in files]})
 
     def _preupload(self, asked: Mapping[str, list[dict[str, str]]]) -> None:
         self._json(

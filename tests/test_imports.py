@@ -17,7 +17,7 @@ PACKAGE = "xr0_engine"
 LAYERS = (
     ("__main__",),
     ("__init__", "cli"),
-    ("lab", "quantize"),
+    ("lab", "publish", "quantize"),
     ("evaluation",),
     ("golden", "drive", "viz"),
     ("bench",),

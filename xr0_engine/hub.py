@@ -67,7 +67,14 @@ def fetch(kind: Kind, wanted: HubId, patterns: Sequence[str]) -> Path:
 
 
 @contextmanager
-def telling(kind: Kind, wanted: HubId) -> Iterator[None]:
+def pushing(to: HubId) -> Iterator[None]:
+    """As telling, of what is sent to a repository of checkpoints."""
+    with telling("model", to, is_sent=True):
+        yield
+
+
+@contextmanager
+def telling(kind: Kind, wanted: HubId, is_sent: bool = False) -> Iterator[None]:
     """Whatever the hub answers inside with becomes one FileError that says what to do about it."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -83,15 +90,16 @@ def telling(kind: Kind, wanted: HubId) -> Iterator[None]:
         raise FileError(f"{wanted}: expected organisation/name, as the hub has them: {one_line(error)}") from None
     # RuntimeError: of the library that moves large files.
     except (broken, OSError, RuntimeError) as error:
-        raise FileError(_told(kind, wanted, error)) from None
+        raise FileError(_told(kind, wanted, error, is_sent)) from None
 
 
-def _told(kind: Kind, wanted: HubId, error: Exception) -> str:
+def _told(kind: Kind, wanted: HubId, error: Exception, is_sent: bool) -> str:
     from huggingface_hub import get_token
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
         LocalEntryNotFoundError,
+        LocalTokenNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
@@ -110,19 +118,23 @@ def _told(kind: Kind, wanted: HubId, error: Exception) -> str:
         )
     if isinstance(error, RevisionNotFoundError):
         return f"{wanted}: the hub's {wanted.name} has no revision {wanted.revision}: name a branch, tag or commit"
+    if isinstance(error, RepositoryNotFoundError) and is_sent:
+        return f"{wanted}: the hub knows no such organisation, or your token may not write there ({_LOG_IN})"
     if isinstance(error, RepositoryNotFoundError):
         seen = "that your token may see" if has_token else f"that is public; for a private one log in ({_LOG_IN})"
         return f"{given} {seen}: check its name"
-    if status == _UNAUTHORISED:
+    if status == _UNAUTHORISED or isinstance(error, LocalTokenNotFoundError):
         refused = "refuses your token: it is wrong or has expired" if has_token else "wants a token"
         return f"{wanted}: the hub {refused}: log in ({_LOG_IN})"
     if status == _FORBIDDEN:
         return f"{wanted}: the hub forbids it: your token must have the right to it ({_LOG_IN}): {one_line(error)}"
     if status is not None:
         return f"{wanted}: the hub answered with an error, try again later: {one_line(error)}"
+    if is_sent:
+        return f"{wanted}: the hub was not reached, so nothing was pushed ({type(error).__name__}: {one_line(error)})"
     if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError | TimeoutError):
         return f"{wanted}: cannot be kept in the hub's cache: {one_line(error)}; HF_HOME names another folder for it"
+    why = error.__cause__ if isinstance(error.__cause__, Exception) else error
     return (
-        f"{given}. Without a network, download it elsewhere and pass the folder "
-        f"({type(error).__name__}: {one_line(error)})"
+        f"{given}. Without a network, download it elsewhere and pass the folder ({type(why).__name__}: {one_line(why)})"
     )

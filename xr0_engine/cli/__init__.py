@@ -44,6 +44,7 @@ COMMANDS = (
     "export",
     "quantize",
     "convert",
+    "push",
 )
 
 LONGEST_MESSAGE = 4000

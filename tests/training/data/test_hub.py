@@ -184,6 +184,11 @@ def test_run_keeps_the_commit(hub, folders, tmp_path):
     hub.is_down = True
     resumed = xr0("train", "resume", "run")
     assert resumed.exit_code == 0, resumed.output
+    assert xr0("push", "run/model", "our/policy", "--dry-run", "out").exit_code == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"| [our/towels](https://huggingface.co/datasets/our/towels), revision `{commit}` | robot | 2 |" in card
+    assert "Recipe `finetune_head` of `xr0 train`, from base." in card
+    assert "Open loop, on episodes that were held out, after 2 steps: L1 " in card
 
 
 FAULTS = {
