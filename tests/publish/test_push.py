@@ -21,9 +21,11 @@ from xr0_engine.evaluation.benchmark import Run as EvaluationRun
 from xr0_engine.evaluation.results import Writer
 from xr0_engine.exported.manifest import checkpoint_hash
 from xr0_engine.files import parse_yaml
+from xr0_engine.model.weights import resolve_checkpoint
 from xr0_engine.quantize.make import make
 from xr0_engine.training.config import override
 from xr0_engine.training.recipes import RECIPES, tiny
+from xr0_engine.types import CheckpointError
 
 COMMIT = "c" * 40
 
@@ -98,6 +100,9 @@ def test_what_is_pushed_comes_back_byte_for_byte(hub, checkpoint):
     assert [name for name in files if name.endswith(".safetensors")]
     assert len(hub.commits) == 1
     assert 'Engine.from_pretrained("our/policy")' in card
+    assert resolve_checkpoint("our/policy@main") == resolve_checkpoint("our/policy")
+    with pytest.raises(CheckpointError, match="our/policy@v2: the hub's our/policy has no revision v2"):
+        resolve_checkpoint("our/policy@v2")
     one, other = (Engine.from_pretrained(it, dtype="float32") for it in ("our/policy", checkpoint))
     observation = other.example("libero_all")
     np.testing.assert_array_equal(one.infer(observation, seed=0).actions, other.infer(observation, seed=0).actions)

@@ -1,8 +1,8 @@
 """Datasets of the Hugging Face hub: the files of a repository that the readers open, fetched once, kept in its cache.
 
 What describes a dataset comes first, the episodes only once it is known which views they are wanted of. They are not
-fetched one by one as training draws them: it draws at random, from all of them within its first minutes, and a network
-that fails later would end it.
+fetched one by one as training draws them: it draws at random from all of them, and a network that fails
+later would end it.
 """
 
 from __future__ import annotations
