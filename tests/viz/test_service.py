@@ -18,6 +18,8 @@ from xr0_engine.serve.server import BackgroundServer
 from xr0_engine.serve.service import ServerConfig
 from xr0_engine.viz import ServiceView
 
+# For a process to start on a busy machine.
+PATIENCE_S = 90
 # A chunk's numbers are float32.
 CLOSE = 1e-6
 
@@ -63,7 +65,8 @@ def test_serve_writes_it_until_it_is_told_to_end(tmp_path):
     server = subprocess.Popen([sys.executable, *command, *options], stdout=subprocess.PIPE, text=True, env=environment)
     try:
         url = server.stdout.readline().split()[2].rstrip(",")
-        with Client(url) as client:
+        # It greets when it is warm, which may take a busy machine longer than a client waits.
+        with Client(url, timeout_s=PATIENCE_S) as client:
             client.infer(observation(0.25, size=(64, 64), instruction="Go."))
         server.send_signal(signal.SIGTERM)
         assert server.wait(timeout=30) == 0
