@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -200,14 +202,16 @@ def test_a_viewer_that_runs_is_shown_it(tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     saved = tmp_path / "saved.rrd"
-    viewer = subprocess.Popen([sys.executable, "-m", "rerun", "--bind", "127.0.0.1", f"--port={port}", "--save", saved])
+    command = [sys.executable, "-m", "rerun", "--bind", "127.0.0.1", f"--port={port}", "--save", saved]
+    # Python starts the viewer as a process of its own, which would outlive it.
+    viewer = subprocess.Popen(command, start_new_session=True)
     try:
         until(lambda: answers(port))
         with RunView(f"rerun+http://127.0.0.1:{port}/proxy", "a test", patient=True) as view:
             _, robot, _ = execute(recorder=view)
         until(lambda: saved.exists() and "/events" in read(saved) and texts(read(saved))[-1].startswith("ended"))
     finally:
-        viewer.kill()
+        os.killpg(viewer.pid, signal.SIGKILL)
         viewer.wait()
     np.testing.assert_array_equal(series(read(saved), "/commands/columns")[1], robot.rows)
 
