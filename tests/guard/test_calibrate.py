@@ -93,6 +93,7 @@ def set_(*place, value):
         pytest.param(set_("state", "low", 0, value=9.0), "low: expected at most high", id="order"),
         pytest.param(set_("views", 0, "mean", value=[0.0]), "mean: expected 192 numbers", id="thumbnail"),
         pytest.param(set_("views", 1, "key", value="front"), "each key once", id="views"),
+        pytest.param(set_("views", 0, "aspects", value=[0.0]), "aspects: expected numbers above 0", id="aspects"),
         pytest.param(set_("following", "columns", value=[0, 99]), "columns", id="columns"),
         pytest.param(set_("following", "relative", value=[1, 0]), "relative", id="relative"),
         pytest.param(set_("instructions", value="Wave."), "neither a list of text nor null", id="instructions"),

@@ -61,6 +61,7 @@ def put(column, value):
         pytest.param("swapped front", swapped, 0, id="swapped"),
         pytest.param("swapped wrist", swapped, 0, id="swapped, the other"),
         pytest.param("frozen front", pictures(lambda image: FROZEN, "front"), EVERY, id="frozen"),
+        pytest.param("shape wrist", pictures(lambda image: image[6:-6], "wrist"), 0, id="another aspect"),
         pytest.param("state range", joints(lambda state: np.add(state, [0, 5, 0])), 0, id="offset"),
         pytest.param("state range", joints(put(2, 0.9)), 0, id="a joint that never moved"),
         pytest.param("state astray", joints(lambda state: np.add(state, [0.15, 0, 0])), 0, id="small offset"),

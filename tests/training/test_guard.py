@@ -77,3 +77,5 @@ def test_the_command_adds_to_a_file(folder, tmp_path):
     assert refused.exit_code == 2
     assert "got no *.jsonl there" in refused.output
     assert "--out: expected a file" in command(folder).output
+    out.write_text("{}")
+    assert f"{out}: 'version' is missing: remove it, and make it anew" in command(folder, "--out", out).output

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from xr0_engine.guard.guard import YES_OR_NO
 from xr0_engine.guard.profile import MOST_INSTRUCTIONS, Following, RobotProfile, ViewProfile, plain
 from xr0_engine.guard.watch import Planned, Seen, Watch
 
@@ -19,6 +20,7 @@ FOLLOWS = 0.35
 """A state column follows the plan if it is nearer to it than this part of how far it has gone (root mean squares)."""
 ERROR_QUANTILE, LEAST_ERROR = 0.99, 0.01
 """Of how far states are from where they were sent, in parts of their range."""
+ASPECT_DECIMALS = 3
 STILL = 0.05
 """What a state column that stands still is measured by, in parts of the median column's range."""
 
@@ -122,10 +124,10 @@ def threshold(name: str, maxima: np.ndarray, chance: float) -> float:
 
 
 def highest(profile: RobotProfile, episode: Recorded) -> dict[str, float]:
-    """Name -> the highest score of an episode. The instruction is none: a sentence is known or not."""
+    """Name -> the highest score of an episode. What is known or not, as a sentence, has none."""
     found: dict[str, float] = {}
     for name, value in scores(profile, episode):
-        if name != "instruction":
+        if name.split()[0] not in YES_OR_NO:
             found[name] = max(value, found.get(name, -math.inf))
     return found
 
@@ -185,6 +187,7 @@ def _view(view: ViewProfile, episodes: Sequence[Recorded]) -> ViewProfile:
         contrast=(min(contrast), max(contrast)),
         mean=thumbnails.mean(axis=0),
         std=thumbnails.std(axis=0),
+        aspects=tuple(sorted({round(look.aspect, ASPECT_DECIMALS) for look in looks if look.aspect is not None})),
     )
 
 

@@ -13,6 +13,8 @@ from xr0_engine.types import ActionChunk, GuardWarning, Observation, TokenizedOb
 CALM = 3
 """Scores in turn below the threshold after which a warning is over: one that flickers is one."""
 MISFIT = "misfit"
+YES_OR_NO = (MISFIT, "instruction", "shape")
+"""Checks whose score is 0 or 1."""
 
 
 class Guard:
@@ -62,7 +64,7 @@ class Guard:
     def _warnings(self, scores: Scores) -> list[GuardWarning]:
         found = []
         for name, (value, detail) in scores.items():
-            threshold = 0.5 if name in (MISFIT, "instruction") else self.robot.thresholds.get(name, math.inf)
+            threshold = 0.5 if name.split()[0] in YES_OR_NO else self.robot.thresholds.get(name, math.inf)
             if value > threshold:
                 if name not in self._lasting:
                     self.counts[name] += 1

@@ -12,7 +12,8 @@ GRID = 8
 CELL_PIXELS = 8
 """Pixels of a cell that are looked at, each way."""
 SAMPLE_PIXELS = 128
-"""Pixels of a whole frame that are compared with the frame before, each way: an arm that moves crosses some of them."""
+"""Pixels of a whole frame that are compared with the frame before, each way, at most: an arm that moves crosses some of
+them."""
 DARK = 4.0
 """Levels of contrast below which a picture is noise: it is not spread to fill the scale."""
 
@@ -29,12 +30,14 @@ TURNS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
 class Look:
     """A frame as the policy sees it. brightness, contrast: mean and std of its cells, levels of 0 to 255. thumbnail:
     (GRID, GRID, 3) float32, less its mean and over its std. change: how far its pixels are from those of the frame
-    before in the mean, levels; 0 exactly where it is the same picture, None for the first frame."""
+    before in the mean, levels; 0 exactly where it is the same picture, None for the first frame. aspect: width over
+    height of the camera's frame; None where it came prepared."""
 
     brightness: float
     contrast: float
     thumbnail: np.ndarray
     change: float | None
+    aspect: float | None = None
 
 
 class Eye:
@@ -49,15 +52,17 @@ class Eye:
         whole = picked(frame, SAMPLE_PIXELS)
         change = None
         if self._before is not None and self._before.shape == whole.shape:
-            # In 16 bits: differences of bytes are from -255 to 255.
-            change = float(np.abs(whole.astype(np.int16) - self._before).mean())
+            # The distance of bytes, in bytes.
+            apart = np.maximum(whole, self._before) - np.minimum(whole, self._before)
+            change = float(apart.mean(dtype=np.float64))
         self._before = whole
+        aspect = None if prepared else frame.shape[1] / frame.shape[0]
         part = frame if prepared else cropped(frame, self._center_crop)
         cells = thumbnail(part)
         if self._rotate_180 and not prepared:
             cells = cells[::-1, ::-1]
         brightness, contrast = float(cells.mean()), float(cells.std())
-        return Look(brightness, contrast, (cells - brightness) / max(contrast, DARK), change)
+        return Look(brightness, contrast, (cells - brightness) / max(contrast, DARK), change, aspect)
 
 
 def is_frame(image: np.ndarray) -> bool:
@@ -76,15 +81,16 @@ def cropped(frame: np.ndarray, fraction: float) -> np.ndarray:
 
 def picked(frame: np.ndarray, most: int) -> np.ndarray:
     """A copy of up to most x most of its pixels, evenly spread."""
-    rows, columns = (np.arange(min(side, most)) * side // min(side, most) for side in frame.shape[:2])
-    copied: np.ndarray = frame[rows[:, None], columns]
-    return copied
+    down, right = (-(-side // most) for side in frame.shape[:2])
+    return frame[::down, ::right].copy()
 
 
 def thumbnail(frame: np.ndarray) -> np.ndarray:
     """(GRID, GRID, 3) float32, levels: means of evenly spread pixels of each cell; the aspect is not kept."""
     side = GRID * CELL_PIXELS
     rows, columns = (np.arange(side) * size // side for size in frame.shape[:2])
-    pixels = frame[rows[:, None], columns].reshape(GRID, CELL_PIXELS, GRID, CELL_PIXELS, 3)
-    cells: np.ndarray = pixels.mean(axis=(1, 3), dtype=np.float32)
+    # Rows first: sums over whole lines of numbers are several times quicker than over pixels.
+    pixels = frame.take(rows, axis=0).take(columns, axis=1).reshape(GRID, CELL_PIXELS, side * 3)
+    lines = pixels.sum(axis=1, dtype=np.float32).reshape(GRID, GRID, CELL_PIXELS, 3)
+    cells: np.ndarray = lines.sum(axis=2) / CELL_PIXELS**2
     return cells

@@ -28,7 +28,8 @@ CALIBRATE = "make it anew with `xr0 guard calibrate DATASET --checkpoint CHECKPO
 @dataclass(frozen=True, eq=False)
 class ViewProfile:
     """A view in training. rotate_180, center_crop: as in ViewInfo. brightness, contrast: lowest and highest, levels.
-    mean, std: (GRID, GRID, 3) of its thumbnails (looks.Look)."""
+    mean, std: (GRID, GRID, 3) of its thumbnails (looks.Look). aspects: width over height of its frames, each that there
+    was; none where they are not known."""
 
     key: str
     rotate_180: bool
@@ -37,6 +38,7 @@ class ViewProfile:
     contrast: tuple[float, float]
     mean: np.ndarray
     std: np.ndarray
+    aspects: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +119,7 @@ def write_guard(path: Path, profile: RobotProfile) -> None:
 def read_guard(path: Path) -> dict[str, RobotProfile]:
     """Robot type -> its profile. Raises FileError that names file, field and remedy; OSError."""
     raw = read_json(path, FileError)
-    with reading(path, FileError, f": {CALIBRATE}"):
+    with reading(path, FileError, f": remove it, and {CALIBRATE}"):
         version = whole(raw, "version")
         if version != VERSION:
             raise ValueError(f"version: expected {VERSION}, got {version}")
@@ -126,7 +128,7 @@ def read_guard(path: Path) -> dict[str, RobotProfile]:
             raise ValueError("robots: expected at least one robot type")
     found = {}
     for name, robot in robots.items():
-        with reading(f"{path}: robots: {name!r:.80}", FileError, f": {CALIBRATE}"):
+        with reading(f"{path}: robots: {name!r:.80}", FileError, f": remove it, and {CALIBRATE}"):
             found[name] = _from_json(name, robot)
     return found
 
@@ -195,6 +197,7 @@ def _view(raw: Mapping[str, Any]) -> ViewProfile:
         contrast=_pair(raw, "contrast"),
         mean=numbers(raw, "mean", GRID * GRID * 3).reshape(shape).astype(np.float32),
         std=numbers(raw, "std", GRID * GRID * 3, least=0).reshape(shape).astype(np.float32),
+        aspects=tuple(numbers(raw, "aspects", len(raw["aspects"]), above=0).tolist()),
     )
 
 

@@ -42,6 +42,7 @@ class RunWriter:
                 "contrast": look.contrast,
                 "thumbnail": look.thumbnail.round(DECIMALS).ravel().tolist(),
                 "change": look.change,
+                "aspect": look.aspect,
             }
             for view, look in item.looks.items()
         }
@@ -112,6 +113,7 @@ def _seen(line: Mapping[str, Any], views: tuple[str, ...], width: int | None) ->
             contrast=number(raw, "contrast", least=0, most=255),
             thumbnail=numbers(raw, "thumbnail", GRID * GRID * 3).reshape(GRID, GRID, 3).astype(np.float32),
             change=None if raw["change"] is None else number(raw, "change", least=0, most=255),
+            aspect=None if raw["aspect"] is None else number(raw, "aspect", least=1e-3, most=1e3),
         )
     instruction = line["instruction"]
     if instruction is not None and not isinstance(instruction, str):

@@ -6,6 +6,7 @@ A score is a number and the words for it; the higher, the stranger. What a camer
 - `unlike`: distance of the thumbnail from the mean one, in standard deviations.
 - `turned`, `swapped`: that distance over the turned picture's, or to another view's mean; above 1 these fit better.
 - `frozen`: how far the state has gone, in parts of its range, since the picture last changed.
+- `shape`: 1 if its frames were never as wide for their height.
 
 What the robot feels, the strangest column counts:
 
@@ -35,6 +36,8 @@ SAME_STATE = 1e-7
 """Parts of a column's range. Encoders do not repeat themselves to the last digit."""
 CELL_STD = 0.15
 """The least standard deviation of a thumbnail's cell, in its own: what one pixel more or less of an edge makes."""
+SAME_ASPECT = 0.02
+"""Of width over height: what a row or column more makes of small frames."""
 LEAST_OVERLAP = 3
 """Actions that two chunks must both plan to be compared."""
 
@@ -136,6 +139,10 @@ class Watch:
             "turned": (fits / turns[how], f"the picture looks {how}"),
             "frozen": (gone, f"the picture stays the same while the state goes {gone:.0%} of its range"),
         }
+        if look.aspect is not None and view.aspects:
+            strange = min(abs(look.aspect / aspect - 1) for aspect in view.aspects) > SAME_ASPECT
+            known = " or ".join(f"{aspect:.3g}" for aspect in view.aspects)
+            scores["shape"] = float(strange), f"width over height is {look.aspect:.3g}, in training {known}"
         if others:
             other = min(others, key=lambda key: others[key])
             scores["swapped"] = fits / others[other], f"the picture looks like {other}"
