@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 import sys
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -67,6 +68,8 @@ def test_a_run_and_its_resumption_are_one_run_of_weights_and_biases(tmp_path, mo
         for step in steps:
             log.write(step, {"loss": 1.0 / step, "loss_by_step": [0.5, None], "note": None})
         log.close()
+        # Offline, a run's folder is named by the second in which it began; one goes on later than that.
+        time.sleep(1.1)
     rows, runs = records(run)
     assert [(row["step"], row["loss"], row["loss_by_step/00"]) for row in rows] == [
         (step, 1.0 / step, 0.5) for step in (1, 2, 3, 4)
