@@ -10,6 +10,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from typer.testing import CliRunner
 
 from xr0_engine.cli import app
@@ -82,10 +83,19 @@ def test_a_run_and_its_resumption_are_one_run_of_weights_and_biases(tmp_path, mo
     assert told["optim"]["steps"] == 4
 
 
-def test_a_run_that_asks_for_none_makes_none(tmp_path):
-    log = Log(tmp_path, replace(CONFIG, run=replace(CONFIG.run, wandb="")), 0)
-    log.write(1, {"loss": 1.0})
-    log.close()
+def test_tensorboard_has_what_was_reported_and_a_run_that_asks_for_no_more_makes_no_more(tmp_path):
+    config = replace(CONFIG, run=replace(CONFIG.run, wandb=""))
+    for start, steps in ((0, (1, 2, 3)), (2, (3, 4))):
+        log = Log(tmp_path, config, start)
+        for step in steps:
+            log.write(step, {"loss": 1.0 / (step + start), "loss_by_step": [0.5, None]})
+        log.close()
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    # What a killed run reported behind its checkpoint is void.
+    losses = {each.step: each.value for each in board.Scalars("loss")}
+    assert losses == pytest.approx({1: 1.0, 2: 0.5, 3: 0.2, 4: 1 / 6})
+    assert {each.value for each in board.Scalars("loss_by_step/00")} == {0.5}
+    assert "loss_by_step/01" not in board.Tags()["scalars"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "tensorboard"]
 
 
