@@ -60,7 +60,9 @@ CASES = {
     "head-bfloat16-accumulated": ("finetune_head", "model.dtype=bfloat16", "optim.accumulate=2", "optim.average=0.9"),
     "adapters": ("lora",),
     "adapters-bfloat16-recomputed": ("lora", "model.dtype=bfloat16", "model.checkpoint_language=true"),
+    "adapters-moments-in-8-bits": ("lora", "model.dtype=bfloat16", "optim.moments=8bit", "optim.accumulate=2"),
     "whole": ("post_train_sync",),
+    "whole-moments-in-8-bits": ("post_train_sync", "data.batch_size=1", "flow.repeat=1", "optim.moments=8bit"),
     "whole-weights-alone": ("post_train_sync", "data.batch_size=1", "flow.repeat=1", "model.dtype=bfloat16"),
 }
 
@@ -89,16 +91,30 @@ def fake(gib_of):
 
 def test_advice_leaves_alone_what_is_learnt_as_long_as_it_can(base):
     config = override(post_train_sync(), ["model.checkpoint_activations=false"])
-    told = advice(config, 10 * GIB, fake(lambda config: config.data.batch_size))
     recomputed = "model.checkpoint_activations=true model.checkpoint_language=true"
+    told = advice(config, 10 * GIB, fake(lambda config: config.data.batch_size + 5 * (not recomputes(config))))
     assert told == f"{recomputed} data.batch_size=8 optim.accumulate=2 makes it 8.0 GiB"
-    told = advice(config, 10 * GIB, fake(lambda config: 1 if config.lora.rank else 20))
-    assert told.endswith("data.batch_size=1 optim.accumulate=16 lora.rank=16 makes it 1.0 GiB")
     told = advice(config_for("finetune_head", base), GIB, fake(lambda config: 2))
     assert told == (
-        "no setting makes it fit; with data.batch_size=1 optim.accumulate=4 it is 2.0 GiB: take finetune_head, which "
-        "leaves the VLM alone, or more processes"
+        "no setting makes it fit; data.batch_size=1 optim.accumulate=4 optim.moments=8bit makes it 2.0 GiB: take "
+        "finetune_head, which leaves the VLM alone, or more processes"
     )
+
+
+def recomputes(config):
+    return config.model.checkpoint_activations and config.model.checkpoint_language
+
+
+def test_advice_names_only_what_it_takes():
+    config = override(post_train_sync(), ["model.checkpoint_activations=false"])
+    told = advice(config, 10 * GIB, fake(lambda config: 1 if config.lora.rank else 20))
+    assert told == "lora.rank=16 makes it 1.0 GiB"
+    told = advice(config, 10 * GIB, fake(lambda config: 9 if config.optim.moments == "8bit" else 20))
+    assert told == "optim.moments=8bit makes it 9.0 GiB"
+    small = fake(lambda config: 20 if config.data.batch_size > 1 and not config.model.checkpoint_language else 9)
+    assert advice(config, 10 * GIB, small) == "model.checkpoint_language=true makes it 9.0 GiB"
+    adapted = fake(lambda config: small(config).total / GIB if config.lora.rank else 20)
+    assert advice(config, 10 * GIB, adapted) == "model.checkpoint_language=true lora.rank=16 makes it 9.0 GiB"
 
 
 def test_what_fits_is_told_without_advice():

@@ -18,14 +18,22 @@ from xr0_engine.training.trainer import Trainer
 
 STEPS = 2
 # The head alone is split, and the VLM is whole in every process; with it its adapters; or both are split.
-RECIPES = ("finetune_head", "lora", "post_train_async")
+RECIPES = {
+    "finetune_head": (),
+    "lora": (),
+    "post_train_async": (),
+    "post_train_sync": ("optim.moments=8bit",),
+}
+"""Recipe -> what is changed of it."""
 SAVED_BY, OPENED_BY = 2, 3
 """Processes: no tensor has as many rows that three of them get equal shards."""
 
 
 def config_of(recipe, base):
     short = (f"optim.steps={STEPS}", "optim.warmup_steps=1", f"run.checkpoint_every={STEPS}")
-    return config_for(recipe, base, *short, "data.batch_size=1", "flow.repeat=1", "optim.accumulate=1")
+    return config_for(
+        recipe, base, *short, "data.batch_size=1", "flow.repeat=1", "optim.accumulate=1", *RECIPES[recipe]
+    )
 
 
 def opened(recipe, base, folder):
@@ -59,7 +67,7 @@ def one_of_three(base, folders, rank, ports):
 
 def stored(checkpoint):
     entries = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
-    state = {name: torch.empty(entry.size) for name, entry in entries.items()}
+    state = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()}
     load(state, storage_reader=FileSystemReader(checkpoint), no_dist=True)
     return state
 
@@ -93,8 +101,10 @@ def test_more_and_fewer_processes_open_what_two_have_saved(recipe, folders, base
     (checkpoint,) = checkpoints(folder / "checkpoints")
     expected = stored(checkpoint)
     counts = [value for name, value in expected.items() if name.endswith(".step")]
-    moments = [value for name, value in expected.items() if name.endswith(".exp_avg_sq")]
-    assert len(counts) == len(moments) == len(expected) // 4
+    second = (".exp_avg_sq", ".exp_avg_root", ".exp_avg_root.codes")
+    moments = [value for name, value in expected.items() if name.endswith(second)]
+    assert len(counts) == len(moments) == sum(name.startswith("model.") for name in expected)
+    assert any(name.endswith(".codes") for name in expected) == ("optim.moments=8bit" in RECIPES[recipe])
     assert all(value == STEPS for value in counts)
     assert any(bool(value.any()) for value in moments)
     assert any(name.startswith("model.vlm") for name in expected) == (recipe != "finetune_head")

@@ -40,6 +40,7 @@ from xr0_engine.training.base import Base, fresh_head
 from xr0_engine.training.config import LoraConfig
 from xr0_engine.training.distributed import World
 from xr0_engine.training.model import checkpoint_name
+from xr0_engine.training.optim import state_of
 from xr0_engine.types import CheckpointError
 from xr0_engine.whole import publish, whole_folder
 
@@ -169,10 +170,7 @@ class Checkpointer:
             if not parameter.requires_grad:
                 continue
             state[f"{WEIGHTS}{name}"] = parameter.detach()
-            moments = self._optimizer.state[parameter]
-            if not moments:
-                moments["step"] = torch.zeros((), device=parameter.device)
-                moments["exp_avg"], moments["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+            moments = state_of(self._optimizer, parameter)
             state |= {f"optim.{name}.{key}": value for key, value in moments.items()}
         return state | {f"{AVERAGE}{name}": value for name, value in self._average.items()}
 

@@ -158,7 +158,8 @@ class OptimConfig:
     """AdamW with linear warm-up and cosine decay, all in optimiser steps; accumulate: micro-batches per step.
 
     start_lr: where the warm-up begins; none: at min_lr. average: decay of the moving average of the weights that learn,
-    which `xr0 train export --average` writes; 0 = none is kept.
+    which `xr0 train export --average` writes; 0 = none is kept. moments: of AdamW between steps; 8bit takes a byte for
+    each where float32 takes four (moments.py).
     """
 
     steps: int = 30_000
@@ -171,6 +172,7 @@ class OptimConfig:
     clip_norm: float = 1.0
     accumulate: int = 1
     average: float = 0.0
+    moments: Literal["float32", "8bit"] = "float32"
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ hold is added up as distributed.py and optim.py have it. Nothing is loaded or co
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,16 +18,17 @@ from xr0_engine.config import ModelConfig
 from xr0_engine.robot.normalize import ActionStatistics
 from xr0_engine.training.base import Base
 from xr0_engine.training.batch import Collator, RobotBatch
-from xr0_engine.training.config import TrainConfig, override
+from xr0_engine.training.config import OptimConfig, TrainConfig, override
 from xr0_engine.training.distributed import frozen_whole, own_groups
 from xr0_engine.training.draws import FlowDraw, longest_prefix
 from xr0_engine.training.model import FlowPolicy, Policy, build_policy, model_config
+from xr0_engine.training.moments import moment_bytes, work_bytes
 from xr0_engine.training.profiles import run_profile
 from xr0_engine.training.tracing import META, Ledger, SizesAlone
 
 GIB = 2**30
 MASTER = torch.float32.itemsize
-"""Bytes of a trained weight, of its gradient and of each of AdamW's two moments."""
+"""Bytes of a trained weight, of its gradient and of each of AdamW's two moments in float32."""
 ON_A_GPU = 1 * GIB
 """Of a GPU's memory, for what is no tensor: CUDA's context, libraries' workspaces, what the allocator cannot use. It is
 a guess, never measured."""
@@ -77,7 +78,7 @@ def forecast(config: TrainConfig, xr0: ModelConfig, batch: RobotBatch, processes
     policy = build_policy(config, xr0)
     dtype = resolve_dtype(config.model.dtype)
     whole = frozen_whole(policy)
-    account = _Account(policy, dtype, whole, config.optim.accumulate > 1, config.optim.average > 0, processes)
+    account = _Account(policy, dtype, whole, config.optim, processes)
     for module in policy.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             cast = nn.Parameter(parameter.detach().to(dtype), requires_grad=parameter.requires_grad)
@@ -88,7 +89,7 @@ def forecast(config: TrainConfig, xr0: ModelConfig, batch: RobotBatch, processes
         there = batch.to(META)
         output = policy(there, _draw(config, there)) if isinstance(policy, FlowPolicy) else policy(there)
         sizes.backward(output.loss)
-    account.check()
+    account.optimize()
     return account.most
 
 
@@ -114,14 +115,27 @@ def report(config: TrainConfig, take: Callable[[TrainConfig], Forecast], room: i
 def advice(config: TrainConfig, room: int, take: Callable[[TrainConfig], Forecast]) -> str:
     """What to change for a run to fit into `room` bytes: settings that leave what is learnt alone before others. take:
     the forecast of a config."""
-    changes: list[str] = []
-    for more in _savings(config):
-        kept = [change for change in changes if change.split("=")[0] not in {text.split("=")[0] for text in more}]
-        changes = [*kept, *more]
-        if (total := take(override(config, changes)).total) <= room:
-            return f"{' '.join(changes)} makes it {total / GIB:.1f} GiB"
-    smallest = f"; with {' '.join(changes)} it is {total / GIB:.1f} GiB" if changes else ""
-    return f"no setting makes it fit{smallest}: take finetune_head, which leaves the VLM alone, or more processes"
+    changes: dict[str, str] = {}
+
+    def total(changes: Mapping[str, str]) -> int:
+        return take(override(config, " ".join(changes.values()).split())).total
+
+    def told(changes: Mapping[str, str]) -> str:
+        return f"{' '.join(changes.values())} makes it {total(changes) / GIB:.1f} GiB"
+
+    for key, change in _savings(config):
+        changes[key] = change
+        if total(changes) <= room:
+            break
+    else:
+        smallest = f"; {told(changes)}" if changes else ""
+        return f"no setting makes it fit{smallest}: take finetune_head, which leaves the VLM alone, or more processes"
+    # Without those that were not what it took; recomputing stays rather than small batches, which cost more time.
+    for key in list(changes)[-2::-1]:
+        fewer = {other: change for other, change in changes.items() if other != key}
+        if total(fewer) <= room:
+            changes = fewer
+    return told(changes)
 
 
 def room_of(device: torch.device) -> int:
@@ -131,19 +145,21 @@ def room_of(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _savings(config: TrainConfig) -> Iterator[Sequence[str]]:
-    """Changes, one after the other, the earlier ones kept."""
+def _savings(config: TrainConfig) -> Iterator[tuple[str, str]]:
+    """(what of, change), one after the other, the earlier ones kept; a later one of the same stands for it."""
     model, batch, accumulate = config.model, config.data.batch_size, config.optim.accumulate
     sees = not config.lora.rank or not {"vision", "projector"}.isdisjoint(config.lora.targets)
     if model.train != "head" and sees and not model.checkpoint_activations:
-        yield ["model.checkpoint_activations=true"]
+        yield "activations", "model.checkpoint_activations=true"
     if model.train != "head" and not model.checkpoint_language:
-        yield ["model.checkpoint_language=true"]
+        yield "language", "model.checkpoint_language=true"
     while batch > 1 and batch % 2 == 0:
         batch, accumulate = batch // 2, accumulate * 2
-        yield [f"data.batch_size={batch}", f"optim.accumulate={accumulate}"]
+        yield "batch", f"data.batch_size={batch} optim.accumulate={accumulate}"
+    if config.optim.moments != "8bit":
+        yield "moments", "optim.moments=8bit"
     if model.train == "all" and not config.lora.rank:
-        yield ["lora.rank=16"]
+        yield "lora", "lora.rank=16"
 
 
 class _Account:
@@ -154,26 +170,29 @@ class _Account:
         policy: Policy,
         dtype: torch.dtype,
         whole: set[nn.Parameter],
-        accumulates: bool,
-        averages: bool,
+        optim: OptimConfig,
         processes: int,
     ) -> None:
         self._dtype, self._processes = dtype, processes
-        self._frozen = self._trained = self._gradients = 0
+        self._frozen = self._trained = self._moments = self._work = self._gradients = 0
+        in_8bit = optim.moments == "8bit"
         shared = [p for p in policy.parameters() if p not in whole]
         for parameter in policy.parameters():
+            shard = self._shard(parameter)
             if parameter in whole:
                 self._frozen += parameter.numel() * dtype.itemsize
             elif parameter.requires_grad:
                 self._trained += self._share(parameter)
+                self._moments += moment_bytes(shard) if in_8bit else 2 * self._share(parameter)
+                self._work = max(self._work, work_bytes(shard) if in_8bit else 0)
             else:
                 self._frozen += self._share(parameter)
         self._copies = sum(p.numel() for p in shared) * dtype.itemsize
-        if accumulates:
+        self._accumulates = optim.accumulate > 1
+        if self._accumulates:
             # Of the micro-batches before.
             self._gradients = self._trained
-        self._accumulates = accumulates
-        self._average = self._trained if averages else 0
+        self._average = self._trained if optim.average else 0
         self.most = Forecast(*[0] * 7)
 
     def follow(self, policy: Policy) -> None:
@@ -212,21 +231,28 @@ class _Account:
         for parameter in group:
             parameter.register_post_accumulate_grad_hook(done)
 
-    def _share(self, parameter: torch.Tensor) -> int:
-        """Bytes of a process's shard, which are whole rows."""
-        rows = parameter.shape[0] if parameter.ndim else 1
-        return -(-rows // self._processes) * (parameter.numel() // max(1, rows)) * MASTER
+    def _shard(self, parameter: torch.Tensor) -> torch.Size:
+        """Of a process: whole rows."""
+        return torch.Size([-(-parameter.shape[0] // self._processes), *parameter.shape[1:]])
 
-    def check(self) -> None:
-        """Whether it has become the most."""
+    def _share(self, parameter: torch.Tensor) -> int:
+        """Bytes of a process's shard, float32."""
+        return self._shard(parameter).numel() * MASTER
+
+    def optimize(self) -> None:
+        """The optimiser's step, behind the backward pass."""
+        self.check(self._work)
+
+    def check(self, besides: int = 0) -> None:
+        """Whether it has become the most. besides: bytes that are there as well."""
         now = Forecast(
             self._frozen,
             self._trained,
-            2 * self._trained,
+            self._moments,
             self._average,
             self._copies,
             self._gradients,
-            self.ledger.live,
+            self.ledger.live + besides,
         )
         if now.total > self.most.total:
             self.most = now

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from xr0_engine.training.config import OptimConfig
+from xr0_engine.training.moments import AdamW8bit
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
@@ -16,15 +17,28 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim > 1 and not name.endswith("adaln_table")
 
 
-def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW | AdamW8bit:
     """Over the parameters that learn, whose names must be final."""
     learning = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups = [
         {"params": [p for name, p in learning if decays(name, p)], "weight_decay": config.weight_decay},
         {"params": [p for name, p in learning if not decays(name, p)], "weight_decay": 0.0},
     ]
+    if config.moments == "8bit":
+        return AdamW8bit(groups, config.peak_lr, config.betas)
     # One call for all tensors: one after the other, shards cost more in dispatch than in arithmetic.
     return torch.optim.AdamW(groups, lr=config.peak_lr, betas=config.betas, fused=True)
+
+
+def state_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
+    """What make_optimizer's keeps of a parameter, by name; made as it is at the start, if it is not there yet."""
+    state: dict[str, Tensor] = optimizer.state[parameter]
+    if isinstance(optimizer, AdamW8bit):
+        optimizer.begin(parameter)
+    elif not state:
+        state["step"] = torch.zeros((), device=parameter.device)
+        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+    return state
 
 
 class Average:
