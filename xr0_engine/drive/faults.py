@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from xr0_engine.executor import Snapshot
+from xr0_engine.executor import Robot, Snapshot
 from xr0_engine.robot.decode import ArmPose, BimanualPose
 from xr0_engine.sim import CONTROL_RATE_HZ, AlohaEnv, columns_to_joints, joints_to_columns
 
@@ -143,7 +143,7 @@ class FaultyRobot:
 
     def __init__(
         self,
-        robot: object,
+        robot: Robot,
         env: AlohaEnv,
         fault: Fault | None,
         begin_s: float,
@@ -155,7 +155,7 @@ class FaultyRobot:
         self._number = 0
 
     def observe(self, now_s: float) -> Snapshot:
-        snapshot: Snapshot = self._robot.observe(now_s)  # type: ignore[attr-defined]
+        snapshot = self._robot.observe(now_s)
         self._on_observe()
         if self._fault is None or now_s < self._begin_s - 0.5 / CONTROL_RATE_HZ:
             return snapshot
@@ -165,7 +165,7 @@ class FaultyRobot:
         return changed
 
     def command(self, row: np.ndarray) -> None:
-        self._robot.command(row)  # type: ignore[attr-defined]
+        self._robot.command(row)
 
     def stop(self) -> None:
-        self._robot.stop()  # type: ignore[attr-defined]
+        self._robot.stop()

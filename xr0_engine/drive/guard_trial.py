@@ -15,6 +15,7 @@ from xr0_engine.drive.aloha import SimulatedAloha, aloha_limits
 from xr0_engine.drive.faults import FAULTS, FaultyRobot
 from xr0_engine.drive.policies import Source
 from xr0_engine.executor import Executor, Settings, VirtualClock
+from xr0_engine.executor.settings import Mode
 from xr0_engine.files import read_json, reading
 from xr0_engine.guard import Guard, RobotProfile
 from xr0_engine.guard.recording import RunWriter
@@ -100,8 +101,8 @@ def _run(source: Source, guard: Guard, env: AlohaEnv, fault: str | None, seed: i
     robot = FaultyRobot(
         SimulatedAloha(env, clock, INSTRUCTION), env, FAULTS[fault] if fault else None, begin_s, look_whether_done
     )
-    mode = "async" if source.max_prefix else "guided"
-    settings = Settings(rate_hz=CONTROL_RATE_HZ, mode=mode, max_prefix=source.max_prefix)  # type: ignore[arg-type]
+    mode: Mode = "async" if source.max_prefix else "guided"
+    settings = Settings(rate_hz=CONTROL_RATE_HZ, mode=mode, max_prefix=source.max_prefix)
     executor = Executor(
         source.policy,
         robot,

@@ -217,10 +217,8 @@ class FusedHead:
             norm = _norm(b.end_sums, final_norm)
             residual = _residual(b.end, attention.gate, b.end_sums, _at(weights.final_norms, index - 1))
         qkv, out, gate_up, down = layer.products
-        kv_block, window = (
-            (inputs.keys[index], inputs.values[index], inputs.begin, inputs.end),
-            self.config.local_window,
-        )
+        kv_block = (inputs.keys[index], inputs.values[index], inputs.begin, inputs.end)
+        window = self.config.local_window
         heads = Heads(weights.q_norms[index], weights.k_norms[index], DIT_RMS_EPS, b.cos, b.sin)
         x, options = qkv.take(ops, residual.x, b.scratch, norm, attention.scale, shifts.attention[step, index])
         options["bias"] = attention.bias

@@ -234,10 +234,8 @@ class _Layer:
         qkv = Product.after_rms_norm(layer.input_layernorm, layer.self_attn)
         if layer.kv_only:
             return _Layer(layer, qkv, None)
-        gate_up, dtype = (
-            Product.after_rms_norm(layer.post_attention_layernorm, layer.mlp),
-            layer.input_layernorm.weight.dtype,
-        )
+        gate_up = Product.after_rms_norm(layer.post_attention_layernorm, layer.mlp)
+        dtype = layer.input_layernorm.weight.dtype
         out, down = (Product.of(part, dtype) for part in (layer.self_attn.o_proj, layer.mlp.down_proj))
         return _Layer(layer, qkv, (out, gate_up, down))
 

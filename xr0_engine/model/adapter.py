@@ -18,14 +18,21 @@ from torch import Tensor
 
 from xr0_engine.files import number, read_json, reading, text, whole
 from xr0_engine.model.quantization import read_quantization
-from xr0_engine.model.weights import ADAPTER_FILE, DTYPES, StoredTensor, read_headers, read_tensor, resolve_checkpoint
+from xr0_engine.model.weights import (
+    ADAPTER_FILE,
+    DTYPES,
+    StoredTensor,
+    raise_if,
+    read_headers,
+    read_tensor,
+    resolve_checkpoint,
+)
 from xr0_engine.types import CheckpointError
 
 WEIGHTS_FILE = "adapter.safetensors"
 FORMAT, VERSION = "xr0-adapter", 1
 DOWN, UP = "lora_down", "lora_up"
 """Of an adapted layer, beside its `weight`: (rank, in) and (out, rank)."""
-MOST_NAMED = 12
 
 
 def pair_of(name: str) -> tuple[str, str]:
@@ -95,7 +102,7 @@ class Adapter:
                 raise ValueError(f"alpha: expected more than 0, got {alpha}")
             info = AdapterInfo(rank, alpha, tuple(targets), text(told, "base"), text(told, "base_sha256"))
         stored, faults = read_headers([folder / WEIGHTS_FILE], DTYPES)
-        _raise_if(faults, f"{folder} cannot be read")
+        raise_if(faults, f"{folder} cannot be read")
         return cls(folder, info, stored)
 
     def check_base(self, base: Path, sha256: Callable[[Path], str]) -> None:
@@ -130,7 +137,7 @@ class Adapter:
                 for half, shape in expected.items()
                 if half in halves and self.stored[half].shape != shape
             ]
-        _raise_if(faults, f"{self.folder / WEIGHTS_FILE} does not fit its base")
+        raise_if(faults, f"{self.folder / WEIGHTS_FILE} does not fit its base")
         return {**base, **{name: place for name, place in self.stored.items() if name not in halves}}
 
     def merges(self) -> dict[str, Callable[[Tensor], Tensor]]:
@@ -144,9 +151,3 @@ class Adapter:
 
         layers = (name.removesuffix(DOWN) for name in self.stored if name.endswith(f".{DOWN}"))
         return {f"{layer}weight": merge(f"{layer}weight") for layer in layers}
-
-
-def _raise_if(faults: list[str], what: str) -> None:
-    if faults:
-        more = [f"and {len(faults) - MOST_NAMED} more"] if len(faults) > MOST_NAMED else []
-        raise CheckpointError(f"{what}: " + "; ".join(faults[:MOST_NAMED] + more))

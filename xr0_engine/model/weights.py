@@ -137,7 +137,7 @@ def read_index(folder: Path, quantized: bool = False) -> dict[str, StoredTensor]
             place = stored.get(_plain(key))
             if place is None or place.file.name != file:
                 faults.append(f"{key} is not in {file}, where the index has it")
-    _raise_if(faults, f"checkpoint {folder} cannot be read")
+    raise_if(faults, f"checkpoint {folder} cannot be read")
     return stored
 
 
@@ -196,7 +196,7 @@ def check_tensors(
         for name, shape in expected.items()
         if name in stored and stored[name].shape != shape
     ]
-    _raise_if(faults, "the weights do not fit config.json")
+    raise_if(faults, "the weights do not fit config.json")
 
 
 def check_model(config: ModelConfig, stored: Mapping[str, StoredTensor], complete: bool = True) -> None:
@@ -315,7 +315,7 @@ def check_quantized(
             faults.append(f"{name} has dtype {found}, expected torch.float32")
         elif found in eight:
             faults.append(f"{name} has dtype {found}; its layer is not among the quantised ones")
-    _raise_if(faults, "the weights do not fit quantization.json")
+    raise_if(faults, "the weights do not fit quantization.json")
     return shapes
 
 
@@ -381,7 +381,8 @@ def _plain(key: str) -> str:
     return key.removeprefix(TRAINING_PREFIX)
 
 
-def _raise_if(faults: list[str], what: str) -> None:
+def raise_if(faults: list[str], what: str) -> None:
+    """Raises CheckpointError with the first of them and how many more there are."""
     if faults:
         more = [f"and {len(faults) - MAX_NAMED} more"] if len(faults) > MAX_NAMED else []
         raise CheckpointError(f"{what}: " + "; ".join(faults[:MAX_NAMED] + more))
