@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from tests.support import CPU, load, random_inputs
 from tests.training import test_joint
 from tests.training.support import Numbered, config_for, metrics, robot_sample, statistics, tiny_checkpoint, train
 from xr0_engine import Engine, Observation
+from xr0_engine.cli import app
 from xr0_engine.model.adapter import ADAPTER_FILE, DOWN, UP, WEIGHTS_FILE
 from xr0_engine.quantize.folder import write_quantized
 from xr0_engine.training.base import read_base
@@ -107,6 +109,34 @@ def test_a_checkpoint_holds_the_adapters_and_the_head(base, run, adapter):
     assert {name for name in started if name.startswith("vlm.") and name not in same} == {
         name.replace(UP, "weight") for name in vlm if name.endswith(UP)
     }
+
+
+def test_convert_writes_the_folder_that_the_run_exported(base, run, adapter, tmp_path):
+    out = tmp_path / "merged"
+    told = CliRunner().invoke(app, ["convert", str(adapter), "--like", str(base), "--out", str(out)])
+    assert told.exit_code == 0, told.output
+    assert "with adapters of rank 4: vlm_attention, vlm_mlp" in told.output
+    files = sorted(path.name for path in (run / "model").iterdir())
+    assert sorted(path.name for path in out.iterdir()) == files
+    assert all((out / name).read_bytes() == (run / "model" / name).read_bytes() for name in files)
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        pytest.param([], "is an adapter: --like BASE, the checkpoint that it was trained on", id="no base"),
+        pytest.param(["--like", "{adapter}"], "adapter is of another base", id="not a base"),
+        pytest.param(["--like", "{base}", "--step", "3"], "step: only for a released run", id="step"),
+        pytest.param(["--like", "{base}", "--dtype", "int8"], "dtype: expected bfloat16 or float32", id="dtype"),
+    ],
+)
+def test_what_convert_cannot_merge_leaves_nothing(options, complaint, base, adapter, tmp_path):
+    given = [option.format(base=base, adapter=adapter) for option in options]
+    out = tmp_path / "merged"
+    told = CliRunner().invoke(app, ["convert", str(adapter), "--out", str(out), *given])
+    assert told.exit_code == 2
+    assert complaint in told.output
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -1,4 +1,4 @@
-"""xr0 convert: checkpoints of the released code to ours, and ours to theirs."""
+"""xr0 convert: checkpoints of the released code to ours, ours to theirs, and an adapter with its base to one folder."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ def convert(
     source: Annotated[
         str,
         typer.Argument(
-            help="A released training run's folder, one of its steps, or a .pt of weights; with --to released or "
-            "released-pt a checkpoint folder of ours, or a hub id."
+            help="A released training run's folder, one of its steps, or a .pt of weights; an adapter's folder; with "
+            "--to released or released-pt a checkpoint folder of ours, or a hub id."
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder (released-pt: file) to write; it must be absent or empty.")],
@@ -22,7 +22,8 @@ def convert(
         str | None,
         typer.Option(
             help="Checkpoint of the same model. To engine: gives sizes, tokenizer, image settings; a folder of "
-            "Qwen3-VL-4B-Instruct will do. To released: a released folder as downloaded, for its code."
+            "Qwen3-VL-4B-Instruct will do. To released: a released folder as downloaded, for its code. Of an adapter: "
+            "the checkpoint that it was trained on."
         ),
     ] = None,
     step: Annotated[str | None, typer.Option(help="Which step of a run; else the newest.")] = None,
@@ -50,21 +51,25 @@ def convert(
     ] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32, of the weights that are written.")] = "bfloat16",
 ) -> None:
-    """Bring a checkpoint of the released post-training code to the engine, or one of ours to the released code.
+    """Bring a checkpoint of the released post-training code to the engine, or one of ours to the released code; or
+    merge an adapter (`xr0 train export --adapter`) into its base.
 
     Files of torch.save are read without running what they hold; tensors are checked by name and shape.
     """
     from xr0_engine.exchange.importing import ImportOptions, import_released
+    from xr0_engine.model.weights import ADAPTER_FILE
 
     options = ImportOptions(
         step, mode, local_window, position_offset, max_prefix, state_length, statistics, robot_type, dtype
     )
     if to not in ("engine", "released", "released-pt"):
         raise ValueError(f"to: expected engine, released or released-pt, got {to!r}")
+    usual = vars(ImportOptions())
+    foreign = [name for name, value in vars(options).items() if value != usual[name]]
     if to != "engine":
-        usual = vars(ImportOptions())
-        foreign = [name for name, value in vars(options).items() if value != usual[name]]
         told = _to_released(source, out, to, like, foreign)
+    elif (Path(source).expanduser() / ADAPTER_FILE).is_file():
+        told = _merged(source, out, like, dtype, [name for name in foreign if name != "dtype"])
     elif like is None and (Path(source).expanduser() / "config.json").is_file():
         raise ValueError(
             f"{source} is a checkpoint folder, which the engine loads as it is; --to released or --to released-pt "
@@ -80,6 +85,16 @@ def convert(
     for line in told:
         print(line)
     print(f"wrote {out}" + (f"; next: xr0 inspect {out}" if to == "engine" else ""))
+
+
+def _merged(source: str, out: Path, like: str | None, dtype: str, foreign: list[str]) -> list[str]:
+    from xr0_engine.exchange.merging import merge
+
+    if foreign:
+        raise ValueError(f"{foreign[0]}: only for a released run; an adapter says it itself")
+    if like is None:
+        raise ValueError(f"like: {source} is an adapter: --like BASE, the checkpoint that it was trained on")
+    return merge(source, like, out, dtype)
 
 
 def _to_released(source: str, out: Path, to: str, like: str | None, foreign: list[str]) -> list[str]:

@@ -110,8 +110,8 @@ def read_index(folder: Path, quantized: bool = False) -> dict[str, StoredTensor]
         refuse_quantized(folder)
     if (folder / ADAPTER_FILE).is_file():
         raise CheckpointError(
-            f"{folder} is an adapter and holds no base: Engine.from_pretrained(BASE, adapter={str(folder)!r}) runs it; "
-            "a folder with all weights is `xr0 train export RUN` without --adapter"
+            f"{folder} is an adapter and holds no base: Engine.from_pretrained(BASE, adapter={str(folder)!r}) runs it, "
+            f"`xr0 convert {folder} --like BASE --out DIR` makes one folder of both"
         )
     index = folder / INDEX_FILE
     if index.is_file():
