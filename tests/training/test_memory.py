@@ -96,8 +96,8 @@ def test_advice_leaves_alone_what_is_learnt_as_long_as_it_can(base):
     assert told == f"{recomputed} data.batch_size=8 optim.accumulate=2 makes it 8.0 GiB"
     told = advice(config_for("finetune_head", base), GIB, fake(lambda config: 2))
     assert told == (
-        "no setting makes it fit; data.batch_size=1 optim.accumulate=4 optim.moments=8bit makes it 2.0 GiB: take "
-        "finetune_head, which leaves the VLM alone, or more processes"
+        "no setting makes it fit; data.batch_size=1 optim.accumulate=4 optim.moments=8bit model.offload_frozen=true "
+        "makes it 2.0 GiB: take finetune_head, which leaves the VLM alone, or more processes"
     )
 
 

@@ -43,6 +43,7 @@ class ModelConfig:
     local_window, position_offset: the DiT's attention and positions (spec section 2.4); saved with the checkpoint.
     checkpoint_activations: recompute the vision tower's activations in the backward pass.
     checkpoint_language: the same of the language layers; the keys and values that the DiT reads are kept.
+    offload_frozen: frozen weights of the VLM's layers stay in the machine's memory, each is on the device as it runs.
     dtype: bfloat16 or float32, of the computation; trained weights and their gradients are float32 all the same.
     """
 
@@ -55,6 +56,7 @@ class ModelConfig:
     position_offset: int = 0
     checkpoint_activations: bool = True
     checkpoint_language: bool = False
+    offload_frozen: bool = False
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
 
@@ -349,8 +351,24 @@ def _rules(config: TrainConfig) -> Iterator[tuple[bool, str, str]]:
         "model.standardize_vision",
         "false with model.train=head, which leaves the VLM as it is",
     )
+    offloads, lora = config.model.offload_frozen, config.lora
+    yield (
+        not offloads or config.model.train == "head" or lora.rank > 0,
+        "model.offload_frozen",
+        "false where the VLM's layers learn: it is for lora.rank and model.train=head",
+    )
+    yield (
+        not (offloads and lora.rank) or config.model.checkpoint_language,
+        "model.checkpoint_language",
+        "true with model.offload_frozen and adapters: the backward pass would keep every layer's weights",
+    )
+    yield (
+        not (offloads and lora.rank and "vision" in lora.targets) or config.model.checkpoint_activations,
+        "model.checkpoint_activations",
+        "true with model.offload_frozen and lora.targets=vision",
+    )
     yield data.language_every != 1, "data.language_every", "0, or at least 2: the rest is robot data"
-    lora, adapts = config.lora, config.lora.rank > 0
+    adapts = lora.rank > 0
     yield lora.alpha > 0, "lora.alpha", f"more than 0, got {lora.alpha}"
     yield bool(lora.targets), "lora.targets", f"at least one of {', '.join(get_args(Target))}"
     yield len({*lora.targets}) == len(lora.targets), "lora.targets", f"each once, got {', '.join(lora.targets)}"

@@ -160,6 +160,10 @@ def _savings(config: TrainConfig) -> Iterator[tuple[str, str]]:
         yield "moments", "optim.moments=8bit"
     if model.train == "all" and not config.lora.rank:
         yield "lora", "lora.rank=16"
+    if model.train == "head" and not model.offload_frozen:
+        yield "offload", "model.offload_frozen=true"
+    if model.train == "all" and not model.offload_frozen:
+        yield "language", "model.checkpoint_language=true model.offload_frozen=true"
 
 
 class _Account:

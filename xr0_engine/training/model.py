@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from xr0_engine.backend import resolve_dtype
 from xr0_engine.config import ModelConfig
 from xr0_engine.family import FAMILIES
 from xr0_engine.model import choice as choice_model
@@ -36,6 +37,7 @@ from xr0_engine.training.losses import (
     spectrum_loss,
     spectrum_selection,
 )
+from xr0_engine.training.offload import HostWeights
 from xr0_engine.training.vlm import TrainableVLM, VLMOutput, next_position
 from xr0_engine.types import KVBlock, ModelInputs
 
@@ -332,6 +334,9 @@ def build_policy(config: TrainConfig, xr0: ModelConfig) -> Policy:
         policy.vlm.model.language_model.embed_tokens.requires_grad_(False)
     if config.lora.rank:
         put_adapters(policy, config.lora)
+    if config.model.offload_frozen:
+        layers = [*policy.vlm.model.visual.blocks, *policy.vlm.model.language_model.layers]
+        policy.vlm.host = HostWeights(policy, layers, resolve_dtype(config.model.dtype))
     if config.model.checkpoint_activations and any(p.requires_grad for p in policy.vlm.model.visual.parameters()):
         policy.vlm.model.visual.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if config.model.checkpoint_language and config.model.train != "head":
@@ -353,9 +358,14 @@ def load_policy(policy: Policy, config: TrainConfig, xr0: ModelConfig, base: Bas
     policy.to_empty(device=device)
     policy.vlm.reset_tables()
     fresh = {**_fresh_heads(policy, config, xr0, base), **fresh_adapters(policy, config.run.seed)}
+
+    def value(name: str) -> Tensor:
+        return fresh[name] if name in fresh else read_tensor(base.stored[checkpoint_name(name)])
+
     for name, parameter in policy.named_parameters():
-        value = fresh[name] if name in fresh else read_tensor(base.stored[checkpoint_name(name)])
-        set_parameter(parameter, value)
+        set_parameter(parameter, value(name))
+    if policy.vlm.host is not None:
+        policy.vlm.host.fill(value, device)
 
 
 def checkpoint_name(name: str) -> str:

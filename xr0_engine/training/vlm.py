@@ -13,6 +13,7 @@ from transformers import DynamicCache, Qwen3VLConfig, Qwen3VLModel
 
 from xr0_engine.config import ModelConfig
 from xr0_engine.model.vision import PatchEmbed
+from xr0_engine.training.offload import HostWeights
 from xr0_engine.types import ModelInputs
 
 
@@ -52,6 +53,7 @@ class TrainableVLM(nn.Module):
         self.keep_layers = config.head.num_layers
         self.image_token = config.tokens.image
         self.compat_bf16 = config.head.compat_bf16_time
+        self.host: HostWeights | None = None
 
     def forward(self, inputs: ModelInputs, extra: Tensor | None = None) -> VLMOutput:
         """extra: (B, M, C), embeddings of further tokens behind the prompt, at the positions that follow it."""
