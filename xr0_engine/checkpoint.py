@@ -47,7 +47,7 @@ from xr0_engine.sizes import (
     token_ids,
 )
 from xr0_engine.types import CheckpointError
-from xr0_engine.whole import whole_folder
+from xr0_engine.whole import refuse_used, whole_folder
 
 DTYPE = torch.bfloat16
 LIMIT_KEYS = ("min_pixels", "max_pixels")
@@ -82,8 +82,7 @@ def init_checkpoint(
     """
     base = config_of(family, size)
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and is not empty; remove it or choose another folder")
+    refuse_used(folder)
     plan = Plan(base) if config is None else read_plan(config, size, family)
     write_checkpoint(folder, plan.model, seed, plan.limits, plan.embodiment, plan.task)
 

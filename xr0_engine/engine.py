@@ -112,7 +112,7 @@ class Engine:
             tuned.check_base(folder, checkpoint_hash)
         layers = layers_in_8bit(folder, preprocess.config, quantize)
         if backend == "auto":
-            choice = choose(chosen_device, dtype, folder, layers, quantize)
+            choice = choose(chosen_device, dtype, folder, layers, quantize, None if tuned is None else tuned.folder)
         else:
             choice = chosen(by_name, chosen_device, preprocess.config, layers)
         table = tactics_for(chosen_device) if choice.backend == "triton" else None

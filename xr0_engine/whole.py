@@ -104,6 +104,12 @@ def only_writer(folder: Path) -> Iterator[None]:
             folder.rmdir()
 
 
+def refuse_used(out: Path) -> None:
+    """Raises ValueError for a folder that holds something, and for a file."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not empty; remove it or choose another folder")
+
+
 def is_fresh(folder: Path) -> bool:
     """Whether a folder is absent, or holds nothing but its lock."""
     return not folder.exists() or (folder.is_dir() and all(path.name == LOCK_FILE for path in folder.iterdir()))

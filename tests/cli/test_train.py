@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 from typer.testing import CliRunner
@@ -98,10 +99,20 @@ def test_adapters_are_exported_alone_or_merged(tmp_path, monkeypatch):
     started = run("lora", "--tiny", "--out", "run", *given)
     assert started.exit_code == 0, started.output
     told = run("export", "run", "--adapter", "--out", "adapter")
-    assert (told.exit_code, told.output) == (0, "wrote adapter: Engine.from_pretrained('base', adapter='adapter')\n")
+    how = f"Engine.from_pretrained({str(tmp_path / 'base')!r}, adapter='adapter')"
+    assert (told.exit_code, told.output) == (0, f"wrote adapter: {how}\n")
     assert "adapter exists and is not empty" in run("export", "run", "--adapter", "--out", "adapter").output
     engine = Engine.from_pretrained("base", adapter="adapter")
     assert engine.statistics["bimanual"].chunk_length == 5
+    # Whatever stands there by now would be trained on, and merged into.
+    shutil.rmtree(tmp_path / "base")
+    write_checkpoint(tmp_path / "base", make_config(**SIZES), seed=1)
+    export = ("export", "run", "--out", "other")
+    for words in (export, (*export, "--adapter"), ("resume", "run")):
+        again = run(*words)
+        assert again.exit_code == 2
+        assert "model.checkpoint: " in again.output
+        assert "base has changed since the run began, with SHA-256 " in again.output
     shown = CliRunner().invoke(app, ["inspect", "adapter"])
     assert shown.exit_code == 2
     assert "adapter is an adapter and holds no base" in shown.output
@@ -119,8 +130,13 @@ def test_show_forecasts_the_memory_beside_the_config(tmp_path, monkeypatch):
     assert "memory of a training step, forecast:\n  frozen weights " in shown.stderr
     assert "more than" not in shown.stderr
     shown = run("lora", "--tiny", "--show", "--memory", "1", *given)
-    least = "no setting makes it fit; with model.checkpoint_language=true data.batch_size=1 optim.accumulate=8 it is "
-    assert f"more than the 0.0 GiB that there are for it: {least}" in shown.stderr
+    assert "more than the 0.0 GiB that there are for it: no setting makes it fit; model.checkpoint_language=true " in (
+        shown.stderr
+    )
+    for missing in (["--memory", "1"], ["--show", "--memory", "1"]):
+        alone = run("lora", "--tiny", *missing)
+        assert (alone.exit_code, alone.stdout) == (2, "")
+        assert "--memory: expected --show, model.checkpoint=... and data.statistics=... beside it" in alone.stderr
     wrong = run("lora", "--tiny", "--show", "lora.rank=64", *given)
     assert (wrong.exit_code, TrainConfig.from_json(wrong.stdout).lora.rank) == (2, 64)
     assert "lora.rank: expected less than 64, the narrow side of " in wrong.stderr

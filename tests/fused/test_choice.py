@@ -314,6 +314,26 @@ def test_a_model_without_kernels_runs_the_reference_without_a_word(gpu, folder, 
     assert recall(identity(config=ModelConfig.load(folder))).outcome == "refused"
 
 
+def test_an_adapter_s_model_is_checked_and_not_its_base_s(gpu, folder, tmp_path, monkeypatch):
+    tuned = tmp_path / "adapter"
+    tuned.mkdir()
+    content = json.loads((folder / "config.json").read_text())
+    content["local_window"] = 7
+    (tuned / "config.json").write_text(json.dumps(content))
+    asked = []
+
+    def passed(command, identity, limit_s):
+        asked.append(command)
+        return Verdict("passed", identity)
+
+    monkeypatch.setattr(choice, "run_check", passed)
+    keep(Verdict("passed", identity()))
+    keep(Verdict("passed", identity(config=ModelConfig.load(folder))))
+    assert choose(CPU, "float32", folder, described_by=tuned).backend == "triton"
+    assert [command[-2:] for command in asked] == [["--described-by", str(tuned)]]
+    assert recall(identity(config=ModelConfig.load(tuned))).outcome == "passed"
+
+
 def test_a_checkpoint_that_cannot_be_used_gives_no_verdict(gpu, folder, tmp_path):
     other = tmp_path / "other"
     write_checkpoint(other, make_config(text={"num_layers": 5}))

@@ -16,6 +16,7 @@ from tests.training.support import SIZES
 from xr0_engine import Engine
 from xr0_engine.checkpoint import write_checkpoint
 from xr0_engine.cli import app
+from xr0_engine.config import ModelConfig
 from xr0_engine.evaluation.benchmark import Episode
 from xr0_engine.evaluation.benchmark import Run as EvaluationRun
 from xr0_engine.evaluation.results import Writer
@@ -66,7 +67,11 @@ def front_matter(card: str) -> dict:
 
 def write_run(folder: Path, checkpoint: Path, *overrides: str) -> None:
     """As `xr0 train` leaves it, with a checkpoint in it already."""
-    config = override(tiny(RECIPES["post_train_async"]()), ["data.statistics=/home/me/s.json", *overrides])
+    head = ModelConfig.load(checkpoint).head
+    window = "none" if head.local_window is None else head.local_window
+    made = [f"model.local_window={window}", f"model.position_offset={head.position_offset}", "flow.prefix=code"]
+    made += [f"flow.max_prefix={head.max_prefix}", f"data.chunk_length={head.action_length}"]
+    config = override(tiny(RECIPES["post_train_async"]()), ["data.statistics=/home/me/s.json", *made, *overrides])
     (folder / "config.json").write_text(config.to_json())
     shutil.copy(checkpoint / "preprocessor_config.json", folder / "statistics.json")
     lines = [{"step": step, "validation/l1": 0.5 / step, "validation/baseline_l1": 0.4} for step in (1, 2)]
@@ -112,10 +117,11 @@ def test_card_tells_run_data_and_evaluation(hub, checkpoint):
     run = checkpoint.parent
     write_results(run / "rates", checkpoint_hash(checkpoint))
     write_results(run / "of another", "0" * 64)
-    base = f"/home/me/.cache/huggingface/hub/models--org--base/snapshots/{COMMIT}"
     (run / "folded.yaml").write_text(f"dataset: their/shirts@{COMMIT}\n")
-    data = f"data.robot=our/towels@{COMMIT}=3,{run / 'folded.yaml'},/home/me/secret/episodes"
-    write_run(run, checkpoint, f"model.checkpoint={base}", data, "optim.peak_lr=3e-5")
+    (run / "beside.yaml").write_text("dataset: data/socks\n")
+    yamls = f"{run / 'folded.yaml'},{run / 'beside.yaml'}"
+    data = f"data.robot=our/towels@{COMMIT}=3,{yamls},/home/me/secret/episodes"
+    write_run(run, checkpoint, f"model.checkpoint=org/base@{COMMIT}", data, "optim.peak_lr=3e-5")
     assert xr0("push", checkpoint, "our/policy", "--dry-run", "out").exit_code == 0
     card = Path("out/README.md").read_text()
     told = front_matter(card)
@@ -128,6 +134,8 @@ def test_card_tells_run_data_and_evaluation(hub, checkpoint):
     assert "| `optim.peak_lr` | 3e-05 |" in card
     assert f"| [our/towels](https://huggingface.co/datasets/our/towels), revision `{COMMIT}` | robot | 3 |" in card
     assert "| episodes | robot | 1 |" in card
+    assert "| beside.yaml | robot | 1 |" in card
+    assert "said by whoever" not in card
     assert "after 2 steps: L1 0.25 in robot units; that of the training data's mean is 0.4." in card
     assert card.count("sync, delay 0 | 4 | 75.0 %") == 1
     assert "/home/me" not in card
@@ -141,6 +149,35 @@ def test_card_of_a_quantised_checkpoint(hub, checkpoint, tmp_path):
     card = Path("out/README.md").read_text()
     assert "In 8 bits, from model by recipe `int8-weights`" in card
     assert "on 16 recorded moments: cosine of the chunks 0.999100 in the mean, 0.998000 at worst" in card
+
+
+def test_a_fine_tuned_one_in_8_bits_comes_of_its_base_by_tuning(hub, checkpoint, tmp_path):
+    run = checkpoint.parent
+    write_run(run, checkpoint, f"model.checkpoint=org/base@{COMMIT}", "data.robot=e")
+    make(checkpoint, run / "eight", "int8-weights")
+    assert xr0("push", run / "eight", "our/eight", "--dry-run", "out").exit_code == 0
+    card = Path("out/README.md").read_text()
+    told = front_matter(card)
+    assert (told["base_model"], told["base_model_relation"]) == ("org/base", "finetune")
+    assert "from org/base. Which run made it was said by whoever published it." in card
+
+
+def test_thresholds_of_a_guard_are_pushed_with_it(hub, checkpoint):
+    (checkpoint / "guard.json").write_text("{}")
+    assert xr0("push", checkpoint, "our/policy").exit_code == 0
+    assert hub.repositories["model", "our/policy"].files()["guard.json"] == b"{}"
+
+
+def test_a_card_that_nobody_touched_is_replaced(hub, checkpoint):
+    for rate in ("3e-5", "4e-5"):
+        write_run(checkpoint.parent, checkpoint, "model.checkpoint=base", "data.robot=e", f"optim.peak_lr={rate}")
+        pushed = xr0("push", checkpoint, "our/policy")
+        assert pushed.exit_code == 0, pushed.output
+        assert "kept" not in pushed.output
+        card = hub.repositories["model", "our/policy"].files()["README.md"].decode()
+        assert f"| `optim.peak_lr` | {float(rate)} |" in card
+    hub.repositories["model", "our/policy"].add({"README.md": card.replace("robots", "robot arms").encode()})
+    assert "kept the README.md that is there" in xr0("push", checkpoint, "our/policy").output
 
 
 def test_wrong_fidelity_names_the_file(hub, checkpoint, tmp_path):
@@ -243,7 +280,9 @@ def test_run_and_results_of_another_checkpoint_are_refused(hub, checkpoint, tmp_
     for entry in content["action_config"].values():
         entry["std"] = (np.asarray(entry["std"]) * 2).tolist()
     path.write_text(json.dumps(content))
-    assert "it is not the run that made it" in refused("push", checkpoint, "our/policy", "--run", "run")
+    assert "it did not make it" in refused("push", checkpoint, "our/policy", "--run", "run")
+    write_run(tmp_path / "run", checkpoint, "model.local_window=7")
+    assert "has other statistics or settings" in refused("push", checkpoint, "our/policy", "--run", "run")
     write_results(tmp_path / "rates", "0" * 64)
     assert "is of another checkpoint" in refused("push", checkpoint, "our/policy", "--results", "rates")
     assert hub.asked == []

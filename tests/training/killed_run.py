@@ -17,7 +17,7 @@ from typing import Any
 from tests.training.support import FORKED
 from xr0_engine import cli
 from xr0_engine.training.checkpoint import PARTIAL, checkpoints
-from xr0_engine.training.trainer import CHECKPOINTS, EXPORTED
+from xr0_engine.training.run_folder import CHECKPOINTS, EXPORTED
 
 FORKED.set_forkserver_preload(["tests.training.support", "xr0_engine.cli.train", "xr0_engine.training.start"])
 

@@ -49,7 +49,7 @@ from tests.training.killed_run import (
 from tests.training.support import metrics, tiny_checkpoint
 from xr0_engine import cli
 from xr0_engine.training.checkpoint import PARTIAL, PROGRESS_FILE, checkpoints
-from xr0_engine.training.trainer import CHECKPOINTS, EXPORTED
+from xr0_engine.training.run_folder import CHECKPOINTS, EXPORTED
 
 EVERY = 3
 """Steps from one checkpoint to the next."""

@@ -21,7 +21,8 @@ from xr0_engine.training.checkpoint import PROGRESS_FILE
 from xr0_engine.training.config import override
 from xr0_engine.training.distributed import world
 from xr0_engine.training.recipes import finetune_head
-from xr0_engine.training.start import CONFIG_FILE, STATISTICS_FILE, start_run
+from xr0_engine.training.run_folder import BASE_FILE, CONFIG_FILE, RUN_STATISTICS_FILE
+from xr0_engine.training.start import start_run
 from xr0_engine.whole import LOCK_FILE
 
 WEIGHTS = "model/model-00001-of-00001.safetensors"
@@ -64,7 +65,7 @@ def test_a_killed_run_goes_on_and_what_would_be_spoiled_is_told(tmp_path):
     assert len(faults_after(run, whole, 7)) == 2
 
 
-@pytest.mark.parametrize("left", [STATISTICS_FILE, f".{CONFIG_FILE[:-5]}-01234567.partial.json"])
+@pytest.mark.parametrize("left", [RUN_STATISTICS_FILE, BASE_FILE, f".{CONFIG_FILE[:-5]}-01234567.partial.json"])
 def test_what_was_killed_before_it_had_a_config_can_be_started_again(left, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()

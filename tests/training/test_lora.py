@@ -247,6 +247,7 @@ def test_it_composes_with_the_recipe_of_the_other_family(tmp_path):
             "lora.targets: expected vlm_attention, vlm_mlp, vision, projector, dit, got 'vlm'",
         ),
         (["lora.targets="], "lora.targets: expected at least one of vlm_attention, vlm_mlp, vision, projector, dit"),
+        (["lora.targets=dit", "model.fresh_head=true"], "lora.targets: expected none of dit with model.fresh_head"),
         (["lora.targets=dit,dit"], "lora.targets: expected each once, got dit, dit"),
         (["model.train=head"], "lora.rank: expected 0 with model.train=head"),
         (["model.train_text_embeddings=true"], "lora.rank: expected 0 with model.train_text_embeddings"),

@@ -99,6 +99,35 @@ def test_tensorboard_has_what_was_reported_and_a_run_that_asks_for_no_more_makes
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "tensorboard"]
 
 
+@pytest.mark.parametrize("project", ["a/b/c", "te:am", "/robots", "team/", "a#b"])
+def test_a_project_that_cannot_be_one_is_refused_in_the_config(project):
+    with pytest.raises(ValueError, match=r"run\.wandb: expected a project or entity/project"):
+        override(finetune_head(), [f"run.wandb={project}"])
+
+
+def test_a_run_that_fails_is_told_to_have_failed_and_a_refused_start_is_named(tmp_path, monkeypatch):
+    codes = []
+
+    class Refused(Exception):
+        pass
+
+    def init(**told):
+        if told["project"] == "closed":
+            raise Refused("no rights")
+        return SimpleNamespace(
+            id="1", define_metric=lambda *_, **__: None, finish=lambda exit_code: codes.append(exit_code)
+        )
+
+    wandb = SimpleNamespace(init=init, errors=SimpleNamespace(Error=Refused))
+    monkeypatch.setattr(tracking, "import_module", lambda name: wandb)
+    for failed in (False, True):
+        tracking.WeightsAndBiases(tmp_path, CONFIG).close(failed)
+    assert codes == [0, 1]
+    closed = override(CONFIG, ["run.wandb=team/closed"])
+    with pytest.raises(ValueError, match=r"run.wandb: team/closed: no rights .*or remove .*wandb.json for a new one"):
+        tracking.WeightsAndBiases(tmp_path, closed)
+
+
 @pytest.mark.parametrize("content", ["[]", "{}", '{"id": 3}', "{"])
 def test_a_damaged_id_is_named(tmp_path, content):
     (tmp_path / WANDB_FILE).write_text(content)

@@ -40,6 +40,9 @@ def push(
     address, keeps = send(parcel, private)
     print(f"pushed {size}: {address}")
     if keeps:
-        print("kept the README.md that is there; one in the folder (--dry-run writes one) takes its place")
+        print(
+            "kept the README.md that is there, which somebody has written or changed and which may tell of earlier "
+            "weights; one in the folder (--dry-run writes one) takes its place"
+        )
     elif parcel.card is not None:
         print("its card names no license yet: choose one on the hub, in README.md")

@@ -50,9 +50,14 @@ def _command(recipe: Callable[[], TrainConfig]) -> Callable[..., None]:
         from xr0_engine.training.config import override
 
         config = override(tiny(recipe()) if is_tiny else recipe(), overrides or [])
+        is_told = bool(config.model.checkpoint and config.data.statistics)
+        if memory is not None and not (show and is_told):
+            raise ValueError(
+                "--memory: expected --show, model.checkpoint=... and data.statistics=... beside it, for a forecast"
+            )
         if show:
             print(config.to_json(), flush=True)
-            if config.model.checkpoint and config.data.statistics:
+            if is_told:
                 from xr0_engine.training.start import forecast_settings
 
                 Console(stderr=True, highlight=False, soft_wrap=True).print(forecast_settings(config, memory))
@@ -95,6 +100,6 @@ def export(
 
     base = export_run(run, out, step, adapter, average)
     if adapter:
-        print(f"wrote {out}: Engine.from_pretrained({base.name!r}, adapter={str(out)!r})")
+        print(f"wrote {out}: Engine.from_pretrained({base!r}, adapter={str(out)!r})")
     else:
         print(f"wrote {out}\nnext: xr0 inspect {out}")

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from xr0_engine.checkpoint import EXAMPLE_TASKS
 from xr0_engine.config import HEAD_SIZES, ModelConfig, read_hf_config
-from xr0_engine.exchange.importing import EMBEDDINGS, read_settings, refuse_occupied
+from xr0_engine.exchange.importing import EMBEDDINGS, read_settings
 from xr0_engine.exchange.modes import MODES
 from xr0_engine.family import VARIANT
 from xr0_engine.files import PROCESSOR_FILE, read_json
@@ -41,7 +41,7 @@ from xr0_engine.robot.limits import load_limits
 from xr0_engine.robot.normalize import ACTIVE_STD, STATISTICS_FILE, load_statistics
 from xr0_engine.robot.prompt import PromptTokenizer
 from xr0_engine.types import CheckpointError
-from xr0_engine.whole import whole_file, whole_folder
+from xr0_engine.whole import refuse_used, whole_file, whole_folder
 
 DTYPE = torch.bfloat16
 RELEASED_STEPS = 5
@@ -60,7 +60,7 @@ def to_released(checkpoint: str | Path, out: Path, like: Path) -> list[str]:
     checkpoint: folder or hub id of ours; like: local folder of a released checkpoint, whose code, tokenizer and
     settings it takes. Raises CheckpointError or ValueError for what that code cannot express, and OSError.
     """
-    refuse_occupied(out)
+    refuse_used(out)
     folder = resolve_checkpoint(checkpoint)
     config = ModelConfig.load(folder)
     _refuse_variant(config)

@@ -31,7 +31,7 @@ from xr0_engine.model.writing import stored_sizes, write_weights
 from xr0_engine.robot.limits import RELEASED_LIMITS, VIDEO_FILE, ImageLimits, find_video_settings, load_limits
 from xr0_engine.robot.normalize import STATISTICS_FILE, check_states, load_statistics
 from xr0_engine.types import CheckpointError
-from xr0_engine.whole import whole_folder
+from xr0_engine.whole import refuse_used, whole_folder
 
 EMBEDDINGS = "vlm.model.language_model.embed_tokens.weight"
 TOKENIZER_FILES = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template")
@@ -68,7 +68,7 @@ def import_released(source: Path, out: Path, like: str | Path, options: ImportOp
     options = options or ImportOptions()
     if options.dtype not in IMPORT_DTYPES:
         raise ValueError(f"dtype: expected {' or '.join(IMPORT_DTYPES)}, got {options.dtype!r}")
-    refuse_occupied(out)
+    refuse_used(out)
     weights = read_weights(source, options.step)
     recipe = find_recipe(weights.files[0]) if weights.is_run else None
     family = weights_family(weights)
@@ -117,12 +117,6 @@ def read_settings(folder: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path}: expected a JSON object, got {type(settings).__name__}")
         return dict(settings)
     raise CheckpointError(f"{folder} holds no {STATISTICS_FILE}: the image settings are missing")
-
-
-def refuse_occupied(out: Path) -> None:
-    """Raises ValueError for a folder that holds something, and for a file."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not empty; remove it or choose another folder")
 
 
 def copy_tokenizer(folder: Path, target: Path) -> None:

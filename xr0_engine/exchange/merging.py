@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from xr0_engine.config import ModelConfig
-from xr0_engine.exchange.importing import IMPORT_DTYPES, refuse_occupied
+from xr0_engine.exchange.importing import IMPORT_DTYPES
 from xr0_engine.exported.manifest import checkpoint_hash
 from xr0_engine.model.adapter import Adapter
 from xr0_engine.model.weights import (
@@ -20,7 +20,7 @@ from xr0_engine.model.weights import (
     resolve_checkpoint,
 )
 from xr0_engine.model.writing import stored_sizes, write_weights
-from xr0_engine.whole import whole_folder
+from xr0_engine.whole import refuse_used, whole_folder
 
 
 def merge(source: str | Path, base: str | Path, out: Path, dtype: str = "bfloat16") -> list[str]:
@@ -31,7 +31,7 @@ def merge(source: str | Path, base: str | Path, out: Path, dtype: str = "bfloat1
     """
     if dtype not in IMPORT_DTYPES:
         raise ValueError(f"dtype: expected {' or '.join(IMPORT_DTYPES)}, got {dtype!r}")
-    refuse_occupied(out)
+    refuse_used(out)
     adapter, folder = Adapter.load(source), resolve_checkpoint(base)
     config = ModelConfig.load(adapter.folder)
     adapter.check_base(folder, checkpoint_hash)

@@ -43,7 +43,7 @@ from xr0_engine.model.writing import copy_description
 from xr0_engine.robot.embodiment import load_embodiment
 from xr0_engine.robot.normalize import ActionStatistics
 from xr0_engine.robot.preprocess import Preprocessor
-from xr0_engine.whole import whole_folder
+from xr0_engine.whole import refuse_used, whole_folder
 
 STAGES = {"vision": add_vision, "prefill": add_prefill, "flow": add_flow, "step": add_step}
 SPARE_TOKENS = 16
@@ -70,8 +70,7 @@ def export_onnx(
     unknown = [stage for stage in stages if stage not in STAGES]
     if unknown or not stages:
         raise ValueError(f"stages: expected some of {', '.join(STAGES)}; got {', '.join(unknown) or 'none'}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not empty; remove it or choose another folder")
+    refuse_used(out)
     folder = resolve_checkpoint(checkpoint)
     preprocess = Preprocessor.load(folder, None if case.profile is None else load_embodiment(case.profile))
     config, quantization = preprocess.config, _quantization(folder, preprocess.config.head.flow_steps)

@@ -33,7 +33,7 @@ from xr0_engine.model.weights import (
 )
 from xr0_engine.robot.limits import ImageLimits, load_limits
 from xr0_engine.types import CheckpointError
-from xr0_engine.whole import whole_folder
+from xr0_engine.whole import refuse_used, whole_folder
 
 PREFIX = "vlm."
 EMBEDDINGS = "vlm.model.language_model.embed_tokens.weight"
@@ -58,8 +58,7 @@ def export_vlm(
     Raises CheckpointError or ValueError for a checkpoint that no such folder can hold, each naming what is missing and
     the remedy, and OSError.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not empty; remove it or choose another folder")
+    refuse_used(out)
     if like is not None and not like.is_dir():
         raise ValueError(f"tokenizer: expected a local folder with the tokenizer files of Qwen3-VL, got {like}")
     folder = resolve_checkpoint(checkpoint)

@@ -68,21 +68,24 @@ def choose(
     folder: Path,
     layers: Mapping[str, Format] = MappingProxyType({}),
     recipe: str | None = None,
+    described_by: Path | None = None,
 ) -> Choice:
     """What `auto` runs on a device for a checkpoint, both of which were found to be usable.
 
     On a GPU the first call checks the kernels, in processes of their own, and keeps the verdict; a later one reads it.
-    layers: those in 8 bits; recipe: by which they are quantised as they are read, None if they are stored so. Raises
+    layers: those in 8 bits; recipe: by which they are quantised as they are read, None if they are stored so.
+    described_by: the folder whose config.json says how the checkpoint runs, an adapter's; None: its own. Raises
     CheckpointError for tensors that do not fit config.json.
     """
     if not auto_checks(device):
         return Choice("reference", "the device is no GPU")
     if fault := triton_fault():
         return Choice("reference", fault)
-    table, config, created = tactics_for(device), ModelConfig.load(folder), ""
+    table, config, created = tactics_for(device), ModelConfig.load(described_by or folder), ""
     if refusal := refusal_of(layers, config.text.num_layers, capability(device)):
         return Choice("reference", refusal)
-    for subject in (*(Checked(formats=formats) for formats in format_pairs(layers)), Checked(folder, layers, recipe)):
+    subjects = [Checked(formats=formats) for formats in format_pairs(layers)]
+    for subject in (*subjects, Checked(folder, layers, recipe, described_by=described_by)):
         verdict = recall(subject.identity(device, dtype, table, config))
         if verdict is None:
             verdict = check_now(device, dtype, table, subject)
@@ -97,13 +100,14 @@ def choose(
 
 @dataclass(frozen=True)
 class Checked:
-    """What a self-check is of: the first layers of a checkpoint, layers and recipe as choose has them; or the seeded
-    model, in formats of its own."""
+    """What a self-check is of: the first layers of a checkpoint, layers, recipe and described_by as choose has them; or
+    the seeded model, in formats of its own."""
 
     checkpoint: Path | None = None
     layers: Mapping[str, Format] = field(default_factory=dict)
     recipe: str | None = None
     formats: Formats = (None, None)
+    described_by: Path | None = None
 
     def identity(
         self, device: torch.device, dtype: str, table: TacticTable, config: ModelConfig | None
@@ -121,13 +125,15 @@ def check_now(device: torch.device, dtype: str, table: TacticTable, subject: Che
     that do not fit config.json."""
     config, checkpoint = None, subject.checkpoint
     if checkpoint is not None:
-        config, is_stored = ModelConfig.load(checkpoint), bool(subject.layers) and subject.recipe is None
+        config = ModelConfig.load(subject.described_by or checkpoint)
+        is_stored = bool(subject.layers) and subject.recipe is None
         check_stored(config, read_index(checkpoint, is_stored), subject.layers, is_stored)
     what = "a seeded model" if checkpoint is None else "the checkpoint's first layers"
     told = f"checking the GPU kernels on {what} (once for this GPU and driver; most of it is compiling) ..."
     Console(stderr=True, highlight=False, soft_wrap=True).print(told)
     words = ["--device", str(device), "--dtype", dtype]
     words += [] if checkpoint is None else ["--checkpoint", str(checkpoint)]
+    words += [] if subject.described_by is None else ["--described-by", str(subject.described_by)]
     words += ["--formats", *(format or WHOLE for format in subject.formats)] if any(subject.formats) else []
     words += [] if subject.recipe is None else ["--quantize", subject.recipe]
     limit_s = TIME_LIMIT_S if emulated_arch() is None else EMULATED_TIME_LIMIT_S

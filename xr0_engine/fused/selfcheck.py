@@ -180,9 +180,16 @@ def first_layers(config: ModelConfig) -> ModelConfig:
     )
 
 
-def checkpoint_model(folder: Path, device: torch.device, dtype: torch.dtype, recipe: str | None = None) -> XR0Model:
-    """first_layers of a checkpoint whose tensors were checked. recipe: by which one in 16 bits is quantised."""
-    config, quantization = first_layers(ModelConfig.load(folder)), read_quantization(folder)
+def checkpoint_model(
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    recipe: str | None = None,
+    described_by: Path | None = None,
+) -> XR0Model:
+    """first_layers of a checkpoint whose tensors were checked. recipe: by which one in 16 bits is quantised.
+    described_by: the folder whose config.json says how it runs; None: its own."""
+    config, quantization = first_layers(ModelConfig.load(described_by or folder)), read_quantization(folder)
     shapes = inference_shapes(config)
     layers = quantized_layers(recipe, shapes) if recipe else {}
     if quantization is not None:
@@ -288,6 +295,7 @@ def main() -> None:
     parser.add_argument("--device", required=True)
     parser.add_argument("--dtype", required=True)
     parser.add_argument("--checkpoint", type=Path)
+    parser.add_argument("--described-by", type=Path)
     parser.add_argument("--quantize")
     parser.add_argument("--formats", nargs=2, default=(WHOLE, WHOLE))
     given = parser.parse_args()
@@ -302,7 +310,7 @@ def main() -> None:
         model = seeded_model(seeded_config(), device, dtype, formats=(vlm, head))
         sessions = seeded_sessions(model.config)
     else:
-        model = checkpoint_model(given.checkpoint, device, dtype, given.quantize)
+        model = checkpoint_model(given.checkpoint, device, dtype, given.quantize, given.described_by)
         sessions = checkpoint_sessions(model.config)
     try:
         for comparison in check(model, sessions, "triton", tactics_for(device), lambda stage: tell(stage=stage)):

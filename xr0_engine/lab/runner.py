@@ -26,6 +26,7 @@ from xr0_engine.evaluation.runner import last_line
 from xr0_engine.files import json_lines, read_json
 from xr0_engine.lab.arms import ARMS, Cell, Condition, Plan, Size, conditions
 from xr0_engine.lab.tasks import CHUNK, find_task
+from xr0_engine.training.run_folder import CONFIG_FILE, METRICS_FILE
 from xr0_engine.types import FileError
 from xr0_engine.whole import only_writer, whole_folder, write_whole
 
@@ -153,7 +154,7 @@ class _Spent:
 
 
 def _train(cell: Cell, out: Path, folder: Path, size: Size) -> None:
-    from xr0_engine.training.start import CONFIG_FILE, resume_run, start_run
+    from xr0_engine.training.start import resume_run, start_run
 
     if (folder / CONFIG_FILE).is_file():
         resume_run(folder)
@@ -312,7 +313,7 @@ def _entries(folder: Path) -> list[dict[str, Any]]:
 
 def _training(folder: Path) -> dict[str, Any]:
     """The end of a run's losses, and its open-loop errors."""
-    lines = [entry for _, entry in json_lines(folder / "metrics.jsonl", FileError)]
+    lines = [entry for _, entry in json_lines(folder / METRICS_FILE, FileError)]
     losses = [line["loss"] for line in lines if "loss" in line][-5:]
     last = next(line for line in reversed(lines) if "validation/l1" in line)
     known = {name.rpartition("/")[2]: value for name, value in last.items() if name.startswith("validation/")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from xr0_engine.publish.run import Run
 from xr0_engine.sizes import published_config
 
 TAGS = ("robotics", "vision-language-action", "xr0-engine")
+_MARK = "\n<!-- written by xr0 push, which replaces it as long as nobody changes it: "
 LICENSE = "# license: which one is yours to choose: https://huggingface.co/docs/hub/repositories-licenses\n"
 
 
@@ -37,17 +39,29 @@ def model_card(name: str, made: Publishable, run: Run | None, results: Sequence[
         "## Evaluation",
         *_evaluation(made, run, results),
     ]
-    return _front_matter(made, run) + "\n" + "\n\n".join(parts) + "\n"
+    text = _front_matter(made, run) + "\n" + "\n\n".join(parts) + "\n"
+    return text + _mark(text)
+
+
+def is_untouched(card: str) -> bool:
+    """Whether model_card wrote it and nobody has changed it since."""
+    text, begin, _ = card.rpartition(_MARK)
+    return bool(begin) and card.strip() == (text + _mark(text)).strip()
+
+
+def _mark(text: str) -> str:
+    return f"{_MARK}{hashlib.sha256(text.encode()).hexdigest()} -->\n"
 
 
 def _front_matter(made: Publishable, run: Run | None) -> str:
     told: dict[str, Any] = {"library_name": "xr0-engine", "pipeline_tag": "robotics", "tags": [*TAGS]}
     told["tags"].append(FAMILIES[made.config.family].title.lower())
     source = "" if made.quantization is None else made.quantization.source
-    base = hub_id(source) or (None if run is None else hub_id(run.base))
-    if base is not None:
-        told["base_model"] = base.name
-        told["base_model_relation"] = "finetune" if made.quantization is None else "quantized"
+    whole, base = hub_id(source), None if run is None else hub_id(run.base)
+    if whole is not None:
+        told |= {"base_model": whole.name, "base_model_relation": "quantized"}
+    elif base is not None:
+        told |= {"base_model": base.name, "base_model_relation": "finetune"}
     named = [dataset.on_hub for dataset in ([] if run is None else run.datasets)]
     if datasets := sorted({found.name for found in named if found is not None}):
         told["datasets"] = datasets
@@ -95,7 +109,8 @@ def _training(run: Run | None) -> Iterator[str]:
     if run is None:
         yield "Not told."
         return
-    yield f"Recipe `{run.recipe}` of `xr0 train`, from {run.base}."
+    told = "" if run.is_its_own else " Which run made it was said by whoever published it."
+    yield f"Recipe `{run.recipe}` of `xr0 train`, from {run.base}.{told}"
     if run.settings:
         yield "What differs from the recipe:"
         yield _table(("setting", "value"), [(f"`{key}`", _value(value)) for key, value in run.settings.items()])

@@ -9,14 +9,13 @@ from pathlib import Path
 
 from xr0_engine.config import ModelConfig
 from xr0_engine.exported.manifest import checkpoint_hash
-from xr0_engine.files import find_settings, number, read_json, reading, section, whole
+from xr0_engine.files import GUARD_FILE, find_settings, number, read_json, reading, section, whole
 from xr0_engine.model.quantization import QUANTIZATION_FILE, Quantization, read_quantization
 from xr0_engine.model.weights import INDEX_FILE, StoredTensor, check_stored, read_index
 from xr0_engine.robot.limits import VIDEO_FILE
 from xr0_engine.robot.normalize import ActionStatistics
 from xr0_engine.robot.preprocess import Preprocessor
-from xr0_engine.training.start import CONFIG_FILE
-from xr0_engine.training.trainer import EXPORTED
+from xr0_engine.training.run_folder import CONFIG_FILE, EXPORTED
 from xr0_engine.types import CheckpointError
 
 CARD_FILE = "README.md"
@@ -24,7 +23,7 @@ FIDELITY_FILES = ("fidelity.json", "fidelity.html")
 PARTS = (
     *("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json", VIDEO_FILE),
     *("tokenizer*.json", "special_tokens*.json", "added_tokens*.json", "vocab*.json", "merges.txt", "chat_template.*"),
-    *(INDEX_FILE, QUANTIZATION_FILE, *FIDELITY_FILES, CARD_FILE, "LICENSE*", "NOTICE*"),
+    *(INDEX_FILE, QUANTIZATION_FILE, GUARD_FILE, *FIDELITY_FILES, CARD_FILE, "LICENSE*", "NOTICE*"),
 )
 """Names of a checkpoint's files besides its weights."""
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from xr0_engine.evaluation.results import RUN_FILE, Results, read_results
-from xr0_engine.hub import HubId, hub_id, pushing
-from xr0_engine.publish.card import model_card
+from xr0_engine.hub import HubId, fetch, hub_id, pushing
+from xr0_engine.publish.card import is_untouched, model_card
 from xr0_engine.publish.folder import CARD_FILE, Publishable, is_run, read_publishable
 from xr0_engine.publish.run import Run, read_run
 from xr0_engine.whole import is_fresh, whole_folder
@@ -54,7 +54,7 @@ def pack(checkpoint: Path, name: str, run: Path | None = None, results: Sequence
     if run is not None:
         told = read_run(run, made)
         if told is None:
-            raise ValueError(f"--run: {run} has other statistics than {checkpoint}: it is not the run that made it")
+            raise ValueError(f"--run: {run} has other statistics or settings than {checkpoint}: it did not make it")
     elif is_run(above):
         told = read_run(above, made)
     found = tuple(_results(made, above, results))
@@ -90,7 +90,7 @@ def write_parcel(parcel: Parcel, out: Path) -> None:
 
 def push(parcel: Parcel, private: bool) -> tuple[str, bool]:
     """One commit with all of it, in a repository that is made if there is none. Returns its address, and whether the
-    hub's README.md was kept: what stands there is somebody's, and only a README.md of the folder replaces it.
+    hub's README.md was kept: what somebody has written or changed, only a README.md of the folder replaces.
 
     Raises FileError for what the hub refuses, ValueError for a repository that holds other weights or, where a private
     one is asked for, is public; what was there is as it was.
@@ -113,7 +113,10 @@ def push(parcel: Parcel, private: bool) -> tuple[str, bool]:
             "another repository"
         )
     content: dict[str, Path | bytes] = dict(parcel.made.files)
-    keeps = parcel.card is not None and CARD_FILE in names
+    keeps = False
+    if parcel.card is not None and CARD_FILE in names:
+        folder = fetch("model", HubId(name, there.sha), [CARD_FILE])
+        keeps = not is_untouched((folder / CARD_FILE).read_bytes().decode("utf-8", "replace"))
     if parcel.card is not None and not keeps:
         content[CARD_FILE] = parcel.card.encode()
     operations = [

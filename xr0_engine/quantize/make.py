@@ -22,7 +22,7 @@ from xr0_engine.quantize.report import Report
 from xr0_engine.quantize.samples import read_moments
 from xr0_engine.quantize.search import search
 from xr0_engine.robot.embodiment import checkpoint_embodiment
-from xr0_engine.whole import whole_folder
+from xr0_engine.whole import refuse_used, whole_folder
 
 AUTO, AUTO_BEGINS = "auto", "int8"
 
@@ -44,8 +44,7 @@ def make(
     none for another recipe. device, dtype: of the comparison. Raises ValueError for a wrong argument or a folder that
     holds something, CheckpointError, DataError, OSError if the disk lacks the room.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not empty; remove it or choose another folder")
+    refuse_used(out)
     budgets = None if gate is None else Gate.load(gate)
     folder = resolve_checkpoint(checkpoint)
     # A hub's folder is named as its commit.

@@ -20,6 +20,7 @@ from xr0_engine.checkpoint import preprocessor_config
 from xr0_engine.config import VLM_TYPE, ModelConfig, VisionConfig, describes_vlm, read_hf_config
 from xr0_engine.family import FAMILIES
 from xr0_engine.files import find_settings
+from xr0_engine.hub import HubId, hub_id
 from xr0_engine.model.dit import ActionHead
 from xr0_engine.model.weights import (
     TIED_LM_HEAD,
@@ -44,9 +45,11 @@ EMBEDDINGS = "vlm.model.language_model.embed_tokens.weight"
 
 @dataclass(frozen=True)
 class Base:
-    """config: the stored model's. stored: XR-0's name -> place of every tensor. has_head: False for a VLM alone."""
+    """config: the stored model's. stored: XR-0's name -> place of every tensor. has_head: False for a VLM alone. name:
+    by which it is found again from anywhere: an absolute path, or the hub's id with its commit."""
 
     folder: Path
+    name: str
     config: ModelConfig
     stored: Mapping[str, StoredTensor]
     has_head: bool
@@ -86,7 +89,13 @@ def read_base(checkpoint: str | Path) -> Base:
         head, embeddings = read_tensor(stored[TIED_LM_HEAD]), read_tensor(stored[EMBEDDINGS])
         if not torch.equal(head, embeddings):
             raise CheckpointError(f"{folder}: lm_head.weight differs from the text embeddings; XR-0 ties them")
-    return Base(folder, config, stored, has_head)
+    return Base(folder, _lasting_name(checkpoint, folder), config, stored, has_head)
+
+
+def _lasting_name(checkpoint: str | Path, folder: Path) -> str:
+    source = None if Path(checkpoint).expanduser().is_dir() else hub_id(checkpoint)
+    # The hub's cache names a folder after its commit.
+    return str(folder.resolve()) if source is None else str(HubId(source.name, folder.name))
 
 
 def base_limits(folder: Path, vision: VisionConfig) -> ImageLimits:

@@ -42,7 +42,7 @@ from xr0_engine.training.distributed import World
 from xr0_engine.training.model import checkpoint_name
 from xr0_engine.training.optim import state_of
 from xr0_engine.types import CheckpointError
-from xr0_engine.whole import publish, whole_folder
+from xr0_engine.whole import publish, refuse_used, whole_folder
 
 STEP_PREFIX = "step-"
 PARTIAL = ".partial"
@@ -234,16 +234,15 @@ class Export:
             raise ValueError("--adapter: the run has no adapters, it trained layers whole: leave the option out")
         if not base.has_head:
             raise ValueError(f"--adapter: {base.folder} is a VLM, which no engine loads: leave the option out")
-        _refuse_used(out)
+        refuse_used(out)
         trained = _Trained(checkpoint, average)
         shapes = checkpoint_shapes(self.config)
         pairs = [half for name in shapes for half in pair_of(name) if half in trained.keys]
         whole = [name for name in shapes if name in trained.keys]
         sizes = stored_sizes({half: trained.shape(half) for half in pairs}, torch.float32)
         sizes |= stored_sizes({name: shapes[name] for name in whole}, EXPORT_DTYPE)
-        info = AdapterInfo(
-            self.lora.rank, self.lora.alpha, self.lora.targets, base.folder.name, checkpoint_hash(base.folder)
-        )
+        lora, name = self.lora, base.name.rpartition("/")[2] if Path(base.name).is_absolute() else base.name
+        info = AdapterInfo(lora.rank, lora.alpha, lora.targets, name, checkpoint_hash(base.folder))
         with whole_folder(out, sum(sizes.values())) as target:
             self._describe(target)
             learned = trained.read([*pairs, *whole])
@@ -252,7 +251,7 @@ class Export:
     def _write(self, out: Path, trained: Container[str], read: Callable[[list[str]], dict[str, Tensor]]) -> None:
         """trained: names of what the run has trained, halves of adapters too. read: some of them -> tensors."""
         base, config = self.base, self.config
-        _refuse_used(out)
+        refuse_used(out)
         shapes = checkpoint_shapes(config)
         fresh = {} if base.has_head else fresh_head(config, self.seed)
 
@@ -310,11 +309,6 @@ class _Trained:
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
             load(learned, storage_reader=FileSystemReader(self._checkpoint), no_dist=True)
         return {name: learned[self.keys[name]] for name in names}
-
-
-def _refuse_used(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not empty; remove it or choose another folder")
 
 
 def trained_weights(policy: nn.Module, world: World) -> dict[str, Tensor]:

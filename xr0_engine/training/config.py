@@ -6,6 +6,7 @@ A run is a recipe's config (recipes.py) with overrides; the resolved config is s
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, TypeAlias, get_args, get_type_hints
@@ -25,6 +26,8 @@ MOST_CHOICE_STEPS = 60
 
 Target: TypeAlias = Literal["vlm_attention", "vlm_mlp", "vision", "projector", "dit"]
 MOST_RANK = 1 << 12
+
+_WANDB = re.compile(r"[^/\\#?%:]+(/[^/\\#?%:]+)?")
 
 UNSET = ""
 """A path that a recipe leaves to the user."""
@@ -367,8 +370,18 @@ def _rules(config: TrainConfig) -> Iterator[tuple[bool, str, str]]:
         "model.checkpoint_activations",
         "true with model.offload_frozen and lora.targets=vision",
     )
+    yield (
+        not run.wandb or _WANDB.fullmatch(run.wandb) is not None,
+        "run.wandb",
+        f"a project or entity/project, without any of \\ # ? % :, got {run.wandb!r}",
+    )
     yield data.language_every != 1, "data.language_every", "0, or at least 2: the rest is robot data"
     adapts = lora.rank > 0
+    yield (
+        not (adapts and "dit" in lora.targets and config.model.fresh_head),
+        "lora.targets",
+        "none of dit with model.fresh_head: new layers must learn whole",
+    )
     yield lora.alpha > 0, "lora.alpha", f"more than 0, got {lora.alpha}"
     yield bool(lora.targets), "lora.targets", f"at least one of {', '.join(get_args(Target))}"
     yield len({*lora.targets}) == len(lora.targets), "lora.targets", f"each once, got {', '.join(lora.targets)}"

@@ -6,6 +6,7 @@ hold is added up as distributed.py and optim.py have it. Nothing is loaded or co
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -107,6 +108,8 @@ def report(config: TrainConfig, take: Callable[[TrainConfig], Forecast], room: i
     """The forecast by part, and what to change if it is more than `room` bytes, those of `where`. None: it fits."""
     found = take(config)
     lines = [f"memory of a training step, forecast:\n{found.told()}"]
+    if config.data.language_every:
+        lines.append("vision-language batches, whose words take logits of the whole vocabulary each, are not in it")
     if room is not None and found.total > room:
         lines.append(f"more than the {room / GIB:.1f} GiB {where}: {advice(config, room, take)}")
     return "\n".join(lines)
@@ -117,19 +120,28 @@ def advice(config: TrainConfig, room: int, take: Callable[[TrainConfig], Forecas
     the forecast of a config."""
     changes: dict[str, str] = {}
 
-    def total(changes: Mapping[str, str]) -> int:
-        return take(override(config, " ".join(changes.values()).split())).total
+    def total(changes: Mapping[str, str]) -> float:
+        try:
+            return take(override(config, " ".join(changes.values()).split())).total
+        except ValueError:
+            # Settings that this run cannot have, or not together.
+            return math.inf
 
     def told(changes: Mapping[str, str]) -> str:
         return f"{' '.join(changes.values())} makes it {total(changes) / GIB:.1f} GiB"
 
     for key, change in _savings(config):
-        changes[key] = change
-        if total(changes) <= room:
+        tried = {**changes, key: change}
+        found = total(tried)
+        if math.isfinite(found):
+            changes = tried
+        if found <= room:
             break
     else:
         smallest = f"; {told(changes)}" if changes else ""
-        return f"no setting makes it fit{smallest}: take finetune_head, which leaves the VLM alone, or more processes"
+        freezes = config.family == "xr0" and config.model.train == "all"
+        other = "finetune_head, which leaves the VLM alone, or " if freezes else ""
+        return f"no setting makes it fit{smallest}: take {other}more processes"
     # Without those that were not what it took; recomputing stays rather than small batches, which cost more time.
     for key in list(changes)[-2::-1]:
         fewer = {other: change for other, change in changes.items() if other != key}

@@ -24,6 +24,7 @@ from xr0_engine.config import ModelConfig
 from xr0_engine.files import json_lines, reading, whole
 from xr0_engine.training.config import TrainConfig
 from xr0_engine.training.distributed import World
+from xr0_engine.training.run_folder import METRICS_FILE
 from xr0_engine.training.tracking import trackers
 from xr0_engine.types import FileError, ModelInputs
 from xr0_engine.whole import write_whole
@@ -76,7 +77,7 @@ class Log:
 
     def __init__(self, folder: Path, config: TrainConfig, start_step: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._path = folder / "metrics.jsonl"
+        self._path = folder / METRICS_FILE
         self._forget_after(start_step)
         self._file = self._path.open("a", encoding="utf-8")
         self._trackers = trackers(folder, config, start_step)
@@ -110,10 +111,11 @@ class Log:
         shown = "  ".join(f"{name} {_short(value)}" for name, value in metrics.items() if isinstance(value, float))
         self._console.print(f"step {step}  {shown}", highlight=False, soft_wrap=True)
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
+        """failed: the run ends by an error."""
         self._progress.stop()
         for tracker in self._trackers:
-            tracker.close()
+            tracker.close(failed)
         self._file.close()
 
     def _forget_after(self, step: int) -> None:
@@ -182,26 +184,30 @@ def peak_tflops(device: torch.device) -> float:
     return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), 0.0)
 
 
-def model_flops(config: ModelConfig, inputs: ModelInputs, draws: int, length: int, vlm_passes: int) -> float:
+def model_flops(
+    config: ModelConfig, inputs: ModelInputs, draws: int, length: int, text_passes: int, vision_passes: int
+) -> float:
     """Arithmetic of one micro-batch's training step, padding and recomputation left out: matrix products alone.
 
-    draws: of the DiT per sample, 0 without it. A backward pass takes twice the forward's. vlm_passes: what
-    the VLM takes, in forward passes: 3, frozen 1; 2 with adapters, whose layers' weights have no gradients.
+    draws: of the DiT per sample, 0 without it. A backward pass takes twice the forward's. text_passes, vision_passes:
+    what language model and vision tower take, in forward passes: 3, frozen 1; 2 with adapters, whose layers' weights
+    have no gradients.
     """
     text, vision, head = config.text, config.vision, config.head
     rows, tokens = inputs.input_ids.shape
     heads, kv_heads, dim = text.num_heads, text.num_kv_heads, text.head_dim
     weights = text.hidden_size * dim * (2 * heads + 2 * kv_heads) + 3 * text.hidden_size * text.intermediate_size
     # Causal attention does half of the square.
-    vlm = text.num_layers * rows * tokens * (2 * weights + 2 * tokens * heads * dim)
+    language = text.num_layers * rows * tokens * (2 * weights + 2 * tokens * heads * dim)
     block = 4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.intermediate_size
+    tower = 0
     for height, width in inputs.image_grids:
         patches = height * width
-        vlm += vision.depth * patches * (2 * block + 4 * patches * vision.hidden_size)
+        tower += vision.depth * patches * (2 * block + 4 * patches * vision.hidden_size)
     queries = head.context + length
     layer = 4 * head.hidden_size**2 + 3 * head.hidden_size * head.intermediate_size
     dit = head.num_layers * draws * rows * queries * (2 * layer + 4 * (tokens + queries) * head.hidden_size)
-    return float(vlm_passes * vlm + 3 * dit)
+    return float(text_passes * language + vision_passes * tower + 3 * dit)
 
 
 def _without_nan(mean: Any) -> Any:

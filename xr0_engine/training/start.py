@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from xr0_engine.files import read_bytes, reading
+from xr0_engine.exported.manifest import checkpoint_hash
+from xr0_engine.files import read_bytes, read_json, reading, text
+from xr0_engine.hub import hub_id
 from xr0_engine.robot.embodiment import builtin_embodiments
 from xr0_engine.robot.normalize import ActionStatistics, check_states, read_statistics
 from xr0_engine.training.base import Base, read_base
@@ -27,13 +29,12 @@ from xr0_engine.training.memory import GIB, ON_A_GPU, forecast_run, report, room
 from xr0_engine.training.model import model_config
 from xr0_engine.training.named import is_function
 from xr0_engine.training.profiles import check_profiles, check_robot_types, run_profile
+from xr0_engine.training.run_folder import BASE_FILE, CHECKPOINTS, CONFIG_FILE, RUN_STATISTICS_FILE
 from xr0_engine.training.tracking import check_tracking
-from xr0_engine.training.trainer import CHECKPOINTS, Trainer
-from xr0_engine.types import FileError
+from xr0_engine.training.trainer import Trainer
+from xr0_engine.types import CheckpointError, FileError
 from xr0_engine.whole import LOCK_FILE, PARTIAL, is_fresh, only_writer, write_whole
 
-CONFIG_FILE = "config.json"
-STATISTICS_FILE = "statistics.json"
 PATHS = ("robot", "language", "validation")
 ROOM = "that there are for it"
 LEFT = f".*-????????{PARTIAL}.*"
@@ -59,14 +60,19 @@ def start_run(config: TrainConfig, folder: Path) -> None:
     if config.run.closed_loop:
         find_closed_loop(config.run.closed_loop)
     # A run is resumed from any folder, so its paths are absolute; and at any time, so the hub's have their commit.
-    paths: dict[str, Any] = {name: tuple(_absolute(text) for text in getattr(config.data, name)) for name in PATHS}
+    paths: dict[str, Any] = {name: tuple(map(_absolute, getattr(config.data, name))) for name in PATHS}
     if config.data.embodiment and config.data.embodiment not in builtin_embodiments():
         paths["embodiment"] = str(Path(config.data.embodiment).resolve())
     config = replace(config, data=replace(config.data, **paths))
     views = check_profiles(config.data)
     base = read_base(config.model.checkpoint)
     statistics = _statistics(Path(config.data.statistics), base, config)
-    config = replace(config, model=replace(config.model, checkpoint=str(base.folder.resolve())))
+    if base.name != config.model.checkpoint and hub_id(base.name) and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ValueError(
+            f"model.checkpoint: {config.model.checkpoint}: of several processes all must read the same commit: write "
+            f"{base.name}"
+        )
+    config = replace(config, model=replace(config.model, checkpoint=base.name))
     with _writing(folder):
         # Somebody else may have started there meanwhile.
         _refuse_used(folder)
@@ -96,15 +102,17 @@ def resume_run(folder: Path) -> None:
     views = check_profiles(config.data)
     base = read_base(config.model.checkpoint)
     with _writing(folder):
-        statistics = _statistics(folder / STATISTICS_FILE, base, config)
+        if _is_first():
+            _check_base(folder, base)
+        statistics = _statistics(folder / RUN_STATISTICS_FILE, base, config)
         _train(config, folder, statistics, views, base)
 
 
-def export_run(folder: Path, out: Path, step: int | None, adapter: bool = False, average: bool = False) -> Path:
+def export_run(folder: Path, out: Path, step: int | None, adapter: bool = False, average: bool = False) -> str:
     """Write the checkpoint of a step (None: the last) as a folder that the engine loads.
 
     adapter: what the run has trained alone, to be loaded over its base. average: the moving average of the weights.
-    Returns the base's folder. Raises ValueError.
+    Returns the base's name. Raises ValueError, CheckpointError for a base that has changed since the run began.
     """
     config = _read_config(folder)
     saved = {int(path.name.rpartition("-")[2]): path for path in checkpoints(folder / CHECKPOINTS)}
@@ -113,12 +121,13 @@ def export_run(folder: Path, out: Path, step: int | None, adapter: bool = False,
     if step is not None and step not in saved:
         raise ValueError(f"--step: expected one of {', '.join(map(str, saved))}, got {step}")
     base = read_base(config.model.checkpoint)
+    _check_base(folder, base)
     chosen = saved[max(saved) if step is None else step]
-    statistics = _statistics(folder / STATISTICS_FILE, base, config)
+    statistics = _statistics(folder / RUN_STATISTICS_FILE, base, config)
     xr0, profile = model_config(base.config, config), run_profile(config.data)
     export = Export(xr0, base, statistics, config.run.seed, profile, config.lora)
     (export.adapter_of_checkpoint if adapter else export.of_checkpoint)(chosen, out, average)
-    return base.folder
+    return base.name
 
 
 def _refuse_used(folder: Path) -> None:
@@ -128,7 +137,7 @@ def _refuse_used(folder: Path) -> None:
 
 def _has_only_begun(folder: Path) -> bool:
     """Whether a run was killed before it had written its config: its lock is still there, with nothing but these."""
-    own = {LOCK_FILE, STATISTICS_FILE}
+    own = {LOCK_FILE, RUN_STATISTICS_FILE, BASE_FILE}
     names = {path.name for path in folder.iterdir() if not path.match(LEFT)} if folder.is_dir() else set()
     return LOCK_FILE in names and names <= own
 
@@ -203,16 +212,38 @@ def _train(
                 statistics,
             )
             if here.is_main:
-                _save(folder, config, statistics)
+                _save(folder, config, statistics, base)
             trainer.run()
         finally:
             stream.close()
 
 
-def _save(folder: Path, config: TrainConfig, statistics: Mapping[str, ActionStatistics]) -> None:
+def _save(folder: Path, config: TrainConfig, statistics: Mapping[str, ActionStatistics], base: Base) -> None:
     tables = {name: item.to_json() for name, item in statistics.items()}
-    for name, text in ((STATISTICS_FILE, json.dumps({"action_config": tables})), (CONFIG_FILE, config.to_json())):
-        write_whole(folder / name, text)
+    write_whole(folder / RUN_STATISTICS_FILE, json.dumps({"action_config": tables}))
+    if not (folder / BASE_FILE).is_file():
+        write_whole(folder / BASE_FILE, json.dumps({"name": base.name, "sha256": checkpoint_hash(base.folder)}) + "\n")
+    # The last: what has a config is a run.
+    write_whole(folder / CONFIG_FILE, config.to_json())
+
+
+def _check_base(folder: Path, base: Base) -> None:
+    """Raises CheckpointError for another base than the run began with, which would be trained on, and merged into,
+    without a word; FileError."""
+    path = folder / BASE_FILE
+    # Of runs before there was this file nobody knows.
+    if not path.is_file():
+        return
+    told = read_json(path, FileError)
+    with reading(path, FileError):
+        if not isinstance(told, dict):
+            raise TypeError("expected an object")
+        before = text(told, "sha256")
+    if (now := checkpoint_hash(base.folder)) != before:
+        raise CheckpointError(
+            f"model.checkpoint: {base.folder} has changed since the run began, with SHA-256 {before}, now {now}: put "
+            "the checkpoint back that was there, or start a new run"
+        )
 
 
 def _read_config(folder: Path) -> TrainConfig:
@@ -233,9 +264,9 @@ def _statistics(path: Path, base: Base, config: TrainConfig) -> dict[str, Action
     return statistics
 
 
-def _absolute(text: str) -> str:
+def _absolute(written: str) -> str:
     """A dataset's path, made absolute; an id of the hub, with its commit; the name of a function stays."""
-    path, equals, weight = text.rpartition("=") if "=" in text else (text, "", "")
+    path, equals, weight = written.rpartition("=") if "=" in written else (written, "", "")
     if (source := find_on_hub(Path(path))) is not None:
         return str(pinned(source)) + equals + weight
     return (path if is_function(path) else str(Path(path).resolve())) + equals + weight

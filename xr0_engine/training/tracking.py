@@ -24,7 +24,8 @@ LOCAL_MODES = ("offline", "disabled", "dryrun")
 class Tracker(Protocol):
     def log(self, step: int, scalars: Mapping[str, float]) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self, failed: bool = False) -> None:
+        """failed: the run ends by an error."""
 
 
 def check_tracking(config: TrainConfig) -> None:
@@ -64,7 +65,7 @@ class TensorBoard:
         for name, value in scalars.items():
             self._writer.add_scalar(name, value, step)
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         self._writer.close()
 
 
@@ -75,15 +76,22 @@ class WeightsAndBiases:
     def __init__(self, folder: Path, config: TrainConfig) -> None:
         entity, _, project = config.run.wandb.rpartition("/")
         known = _known_id(folder / WANDB_FILE)
-        self._run: Any = import_module("wandb").init(
-            project=project,
-            entity=entity or None,
-            name=folder.resolve().name,
-            id=known,
-            resume="allow",
-            dir=str(folder),
-            config=json.loads(config.to_json()),
-        )
+        wandb = import_module("wandb")
+        try:
+            self._run: Any = wandb.init(
+                project=project,
+                entity=entity or None,
+                name=folder.resolve().name,
+                id=known,
+                resume="allow",
+                dir=str(folder),
+                config=json.loads(config.to_json()),
+            )
+        except wandb.errors.Error as fault:
+            again = f", or remove {folder / WANDB_FILE} for a new one there" if known else ""
+            raise ValueError(
+                f"run.wandb: {config.run.wandb}: {one_line(fault)} (a project that you may write to{again})"
+            ) from None
         write_whole(folder / WANDB_FILE, json.dumps({"id": self._run.id}) + "\n")
         # Steps that a killed run reported come again: the axis is ours, not the order of arrival.
         self._run.define_metric("*", step_metric="step")
@@ -91,8 +99,8 @@ class WeightsAndBiases:
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         self._run.log({"step": step, **scalars})
 
-    def close(self) -> None:
-        self._run.finish()
+    def close(self, failed: bool = False) -> None:
+        self._run.finish(exit_code=int(failed))
 
 
 def _known_id(path: Path) -> str | None:

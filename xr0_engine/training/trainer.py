@@ -30,13 +30,11 @@ from xr0_engine.training.metrics import Averages, Log, Speed, model_flops, peak_
 from xr0_engine.training.model import FlowPolicy, StepOutput, build_policy, load_policy, model_config, set_parameter
 from xr0_engine.training.optim import Average, learning_rate, make_optimizer, set_learning_rate
 from xr0_engine.training.profiles import run_profile
+from xr0_engine.training.run_folder import CHECKPOINTS, EXPORTED
 from xr0_engine.training.standardize import standardize_vision
 from xr0_engine.training.validation import plot_run, validate
 
 Batch: TypeAlias = RobotBatch | LanguageBatch
-
-CHECKPOINTS = "checkpoints"
-EXPORTED = "model"
 
 
 class Source(Protocol):
@@ -127,7 +125,7 @@ class Trainer:
                         self.checkpointer.save(self.step, progress)
         finally:
             if log:
-                log.close()
+                log.close(failed=self.step < self.config.optim.steps)
             # What went wrong in training is no reason to lose a checkpoint that is being written.
             self.checkpointer.wait()
         if world.is_main:
@@ -277,8 +275,12 @@ class Trainer:
     def _flops(self, batch: Batch) -> float:
         is_flow = isinstance(self.policy, FlowPolicy)
         draws = self.config.flow.repeat if is_flow else 0
-        passes = 1 if self.config.model.train == "head" else 2 if self.config.lora.rank else 3
-        return model_flops(self.xr0, batch.inputs, draws, self.config.data.chunk_length, passes)
+        lora = self.config.lora
+        text = vision = 1 if self.config.model.train == "head" else 2 if lora.rank else 3
+        if lora.rank and "vision" not in lora.targets:
+            # Nothing in the tower learns, so no gradient goes there.
+            vision = 1
+        return model_flops(self.xr0, batch.inputs, draws, self.config.data.chunk_length, text, vision)
 
 
 def _check_statistics(statistics: Mapping[str, ActionStatistics], length: int, width: int) -> None:

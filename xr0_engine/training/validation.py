@@ -22,6 +22,7 @@ from xr0_engine.training.data.samples import RobotSample
 from xr0_engine.training.distributed import World
 from xr0_engine.training.draws import micro_batch_generator
 from xr0_engine.training.model import Policy
+from xr0_engine.training.run_folder import METRICS_FILE
 from xr0_engine.types import FileError
 
 NOISE_SEED = 2**20 - 1
@@ -104,8 +105,8 @@ def plot_run(folder: Path, out: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    with reading(folder / "metrics.jsonl", FileError):
-        lines = [line for _, line in json_lines(folder / "metrics.jsonl", FileError)]
+    with reading(folder / METRICS_FILE, FileError):
+        lines = [line for _, line in json_lines(folder / METRICS_FILE, FileError)]
         training = [line for line in lines if line.get("loss") is not None]
         checked = [line for line in lines if "validation/l1" in line]
         driven = [line for line in lines if any(name.startswith(CLOSED_LOOP) for name in line)]

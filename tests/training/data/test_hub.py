@@ -149,6 +149,16 @@ def test_language_by_id(hub, tmp_path):
         LanguageLines(Path("our/talk"))
 
 
+@pytest.mark.parametrize("name", ["../private.png", "/private.png", "a/../../private.png"])
+def test_language_of_others_names_no_pictures_of_this_machine(hub, tmp_path, name):
+    turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "A dot."}]
+    (tmp_path / "vl").mkdir()
+    (tmp_path / "vl" / "lines.jsonl").write_text(json.dumps({"image": name, "conversations": turns}) + "\n")
+    hub.put("dataset", "our/talk", tmp_path / "vl")
+    with pytest.raises(DataError, match=r"lines.jsonl:1: images: expected files of the repository, got"):
+        LanguageLines(Path("our/talk")).sample(0)
+
+
 def test_mixture_of_repositories(hub, folders):
     hub.put("dataset", "our/one", folders / "lerobot")
     hub.put("dataset", "our/two", folders / "episodes")
@@ -172,13 +182,16 @@ def test_commands_take_ids(hub, folders, tmp_path):
 def test_run_keeps_the_commit(hub, folders, tmp_path):
     commit = hub.put("dataset", "our/towels", folders / "lerobot")
     write_checkpoint(tmp_path / "base", make_config(**SIZES))
+    of_base = hub.put("model", "our/base", tmp_path / "base")
     assert xr0("data", "stats", "our/towels", "--out", "statistics.json", "--chunk-length", "5").exit_code == 0
-    paths = ["model.checkpoint=base", "data.robot=our/towels=2", "data.statistics=statistics.json"]
+    paths = ["model.checkpoint=our/base", "data.robot=our/towels=2", "data.statistics=statistics.json"]
     short = ["data.chunk_length=5", "data.batch_size=2", "data.workers=0", "data.validation_samples=2", "optim.steps=2"]
     started = xr0("train", "finetune_head", "--tiny", "--out", "run", *paths, *short)
     assert started.exit_code == 0, started.output
     assert f"our/towels@{commit}: trains on ego, left_wrist, right_wrist" in started.output
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["data"]["robot"] == [f"our/towels@{commit}=2"]
+    told = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert told["data"]["robot"] == [f"our/towels@{commit}=2"]
+    assert told["model"]["checkpoint"] == f"our/base@{of_base}"
     hub.repositories["dataset", "our/towels"].add({DESCRIPTION_FILE: b"robot_type: another\n"})
     datasets._fetch.cache_clear()
     hub.is_down = True
@@ -187,7 +200,7 @@ def test_run_keeps_the_commit(hub, folders, tmp_path):
     assert xr0("push", "run/model", "our/policy", "--dry-run", "out").exit_code == 0
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"| [our/towels](https://huggingface.co/datasets/our/towels), revision `{commit}` | robot | 2 |" in card
-    assert "Recipe `finetune_head` of `xr0 train`, from base." in card
+    assert "Recipe `finetune_head` of `xr0 train`, from our/base." in card
     assert "Open loop, on episodes that were held out, after 2 steps: L1 " in card
 
 

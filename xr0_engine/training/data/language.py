@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ class LanguageLines:
     def __init__(self, path: Path) -> None:
         source = find_on_hub(path)
         self.path = path = path if source is None else language_file(source)
+        self._is_foreign = source is not None
         self._offsets: list[int] = []
         self._lines: list[int] = []
         try:
@@ -61,6 +62,10 @@ class LanguageLines:
             names = raw.get("images", [one] if isinstance(one, str) else one)
             if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
                 raise ValueError(f"images: expected a list of file names, got {names!r:.80}")
+            # Your own file may name pictures anywhere; somebody else's none of your machine.
+            paths = [PurePosixPath(name) for name in names]
+            if self._is_foreign and any(path.is_absolute() or ".." in path.parts for path in paths):
+                raise ValueError(f"images: expected files of the repository, got {names!r:.80}")
         except FAULTS as error:
             raise DataError(f"{source}: {one_line(error)}") from None
         except KeyError as error:
