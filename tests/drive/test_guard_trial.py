@@ -16,6 +16,7 @@ from xr0_engine.drive.faults import FAULTS, OFFSET_RAD, RIGHT_WAIST, FaultyRobot
 from xr0_engine.drive.guard_trial import Run, _most, alarms, read_results, table
 from xr0_engine.drive.policies import TRAINED
 from xr0_engine.executor import VirtualClock
+from xr0_engine.guard import read_guard
 from xr0_engine.guard.recording import read_run
 from xr0_engine.sim import CONTROL_RATE_HZ, AlohaEnv, columns_to_joints
 
@@ -95,8 +96,12 @@ def test_a_guard_is_tried_and_its_runs_are_kept(renderer, tmp_path):
     assert "brightness ego" in black.names
     # It is looked at when the next inference starts, a chunk of 20 actions later at the most.
     assert 0 <= black.late_steps <= 20
-    kept = [read_run(path, "bimanual", ("ego",)) for path in keep.glob("*.jsonl")]
+    kept = [read_run(path, read_guard(TRAINED / "guard.json")["bimanual"]) for path in keep.glob("*.jsonl")]
     assert len(kept) == clean.done
+    assert not list(keep.glob("*.partial"))
+    (keep / "run_000000.jsonl").touch()
+    again = xr0("try", TRAINED, "--runs", 0, "--clean", 1, "--keep", keep)
+    assert (again.exit_code, "holds runs already" in again.output) == (2, True)
     again = xr0("table", out)
     assert again.exit_code == 0
     assert "| camera black | 1 of 1 |" in again.output

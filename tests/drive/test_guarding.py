@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from tests.guard.support import view
+from tests.guard.support import unheeded, view
 from xr0_engine.cli import app
 from xr0_engine.drive.guarding import guard_file
 from xr0_engine.exported.manifest import checkpoint_hash
@@ -18,12 +18,13 @@ from xr0_engine.guard import RobotProfile, write_guard
 from xr0_engine.guard.recording import read_run
 
 ROBOT, VIEWS = "libero_all", ("base", "left_wrist")
+SEEN = tuple(view(key, rotate_180=True) for key in VIEWS)
 PROFILE = RobotProfile(
     robot_type=ROBOT,
     control_rate_hz=20.0,
     action_width=32,
     layout="plain",
-    views=tuple(map(view, VIEWS)),
+    views=SEEN,
     low=np.zeros(32),
     high=np.zeros(32),
     scale=np.ones(32),
@@ -31,8 +32,9 @@ PROFILE = RobotProfile(
     instructions=("do nothing",),
     following=None,
     # Noise is nothing that a camera shows.
-    thresholds={"unlike base": 2.0, "state range": 0.5},
+    thresholds=unheeded(SEEN) | {"unlike base": 2.0, "state range": 0.5},
 )
+ONE_VIEW = replace(PROFILE, views=SEEN[:1], thresholds=unheeded(SEEN[:1]) | {"state range": 0.5})
 DRIVE = ("drive", "--env", "null", "--robot-type", ROBOT, "--mode", "sync", "--delay-steps", "2", "--dtype", "float32")
 
 
@@ -59,7 +61,7 @@ def test_a_checkpoint_brings_its_guard(checkpoint, tmp_path):
     assert report["counts"]["guard unlike base"] == 1
     assert [warning["name"] for warning in report["warnings"]] == ["unlike base"]
     assert '"kind": "warning"' in run.read_text()
-    assert len(read_run(kept, ROBOT, VIEWS).seen) == report["counts"]["chunks"]
+    assert len(read_run(kept, PROFILE).seen) == report["counts"]["chunks"]
     told = xr0(*DRIVE, "--checkpoint", checkpoint, "--seconds", 1)
     assert "guard, unlike base: the picture is not laid out as in training" in told.output
     assert "warnings of the guard" in told.output
@@ -78,7 +80,11 @@ def test_it_can_be_left_at_home_and_can_stop_the_robot(checkpoint):
     ("profile", "complaint"),
     [
         pytest.param(replace(PROFILE, robot_type="bimanual"), "thresholds of another robot", id="type"),
-        pytest.param(replace(PROFILE, views=(view("base"),)), "views: the file has base", id="views"),
+        pytest.param(
+            replace(PROFILE, views=SEEN[:1], thresholds=unheeded(SEEN[:1]) | {"state range": 0.5}),
+            "views: the file has base",
+            id="views",
+        ),
         pytest.param(replace(PROFILE, statistics="0" * 16), "another checkpoint's action statistics", id="statistics"),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.executor.support import RATE_HZ, WIDTH, MarkedPolicy, MarkedRobot, assert_adds_up
 from xr0_engine.executor import Executor, PlainFrame, Recorder, Settings, VirtualClock, read_recording
 from xr0_engine.types import GuardWarning
@@ -12,6 +14,7 @@ class Watching:
 
     def __init__(self, stops=False):
         self.stops, self.handed, self.found, self.closed = stops, [], [], False
+        self.skipped = 0
 
     def see(self, observation, time_s):
         self.handed.append(("see", observation.timestamp_s))
@@ -30,12 +33,12 @@ class Watching:
         self.closed = True
 
 
-def execute(guard, recorder=None, policy=None, seconds=4.0):
+def execute(guard, recorder=None, policy=None, seconds=4.0, mode="async", delay_steps=3.0):
     clock = VirtualClock(100.0)
     robot = MarkedRobot(clock)
-    frame, settings = PlainFrame(WIDTH), Settings(rate_hz=RATE_HZ)
-    delay_s = lambda number: 3 / RATE_HZ  # noqa: E731
+    frame, settings = PlainFrame(WIDTH), Settings(rate_hz=RATE_HZ, mode=mode)
     policy = policy or MarkedPolicy()
+    delay_s = lambda number: delay_steps / RATE_HZ  # noqa: E731
     executor = Executor(policy, robot, frame, settings, None, clock, delay_s, recorder, guard)
     return executor.run(seconds), robot
 
@@ -64,13 +67,41 @@ def test_a_warning_is_counted_told_and_recorded(tmp_path):
     assert line["time_s"] == told["time_s"]
 
 
-def test_a_guard_that_stops_ends_the_run_before_what_it_warned_of_is_executed():
-    report, robot = execute(Watching(stops=True))
+@pytest.mark.parametrize("mode", ["sync", "async", "naive_async"])
+@pytest.mark.parametrize("delay_steps", [0.0, 1.0, 3.0])
+def test_a_guard_that_stops_ends_the_run_before_what_it_warned_of_is_executed(mode, delay_steps):
+    report, robot = execute(Watching(stops=True), mode=mode, delay_steps=delay_steps)
     assert report.ended == "guard, frozen ego: the picture stays the same"
     assert robot.stops == 1
-    # The third observation's chunk never came.
-    assert report.counts["chunks"] == 2
+    # None of the third observation's chunk.
     assert set(robot.column(1)) == {1, 2}
+
+
+class WarnsOfChunks(Watching):
+    """Of its third chunk, as soon as it has come."""
+
+    def see(self, observation, time_s):
+        self.handed.append(("see", time_s))
+
+    def plan(self, chunk):
+        super().plan(chunk)
+        if sum(kind == "plan" for kind, _ in self.handed) == 3:
+            self.found.append(GuardWarning("disagreement", 2.0, 1.0, "two chunks differ", 0.0))
+
+
+@pytest.mark.parametrize("mode", ["sync", "async", "naive_async"])
+def test_a_chunk_that_it_warns_of_is_not_begun(mode):
+    report, robot = execute(WarnsOfChunks(stops=True), mode=mode, delay_steps=1.0)
+    assert report.ended == "guard, disagreement: two chunks differ"
+    assert set(robot.column(1)) == {1, 2}
+    assert_adds_up(report)
+
+
+def test_what_it_had_no_time_for_is_told():
+    guard = Watching()
+    guard.skipped = 7
+    report, _ = execute(guard)
+    assert report.counts["guard skipped"] == 7
 
 
 def test_without_a_guard_nothing_is_different():

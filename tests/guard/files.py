@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.guard.support import drive, profile
+from tests.guard.support import ROBOT, drive, profile
 from xr0_engine.guard import Guard, read_guard, write_guard
 from xr0_engine.guard.recording import RunWriter, read_run
 
@@ -20,4 +20,4 @@ def read_guard_files(folder: Path) -> None:
     for robot in read_guard(folder / "guard.json").values():
         if robot.robot_type == "waver":
             drive(Guard(robot))
-    read_run(folder / "run.jsonl", "waver", ("front", "wrist"))
+    read_run(folder / "run.jsonl", ROBOT)

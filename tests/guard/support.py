@@ -8,7 +8,7 @@ import numpy as np
 
 from xr0_engine.guard.calibrate import Recorded, Robot, calibrate
 from xr0_engine.guard.looks import GRID
-from xr0_engine.guard.profile import RobotProfile, ViewProfile
+from xr0_engine.guard.profile import ALWAYS_OF_VIEWS, RobotProfile, ViewProfile
 from xr0_engine.guard.watch import Eyes, Planned
 from xr0_engine.types import ActionChunk, Observation, RobotInfo
 
@@ -21,6 +21,11 @@ INFO = RobotInfo(LENGTH, RATE_HZ, None, ("front", "wrist"), "plain", 4)
 def view(key, rotate_180=False, center_crop=1.0):
     nothing = np.zeros((GRID, GRID, 3), np.float32)
     return ViewProfile(key, rotate_180, center_crop, (0.0, 0.0), (0.0, 0.0), nothing, nothing)
+
+
+def unheeded(views):
+    """Thresholds of pictures that are noise."""
+    return {f"{check} {view.key}": 1e9 for check in ALWAYS_OF_VIEWS for view in views}
 
 
 ROBOT = Robot("waver", RATE_HZ, 4, "plain", (view("front"), view("wrist")))

@@ -135,11 +135,46 @@ def test_an_executor_may_wait():
         time_s += (EVERY + 4) / RATE_HZ
 
 
-def test_tokens_and_files_are_left_to_others():
+def test_tokens_are_left_to_others_and_files_are_told():
     state = np.array([[0, 0, 0.3]], np.float32)
     tokens = TokenizedObservation(np.zeros(3, np.int64), np.zeros((4, 768), np.float32), ((2, 2),), state)
     assert Guard(profile()).see(tokens, 0.0) == []
-    assert Guard(profile()).see(observation([0, 0, 0.3], front=b"JPEG"), 0.0) == []
+    for picture_ in (b"JPEG", np.zeros((48, 64), np.uint8), np.zeros((48, 64, 3), np.float32)):
+        (warning,) = Guard(profile()).see(observation([0, 0, 0.3], front=picture_), 0.0)
+        assert warning.name == "unseen front"
+        assert "as files are not" in warning.detail
+
+
+@pytest.mark.parametrize("state", [np.float32(0.3), np.zeros((1, 0), np.float32), np.zeros(0, np.float32)])
+def test_a_state_that_is_none_is_told(state):
+    (warning,) = Guard(profile()).see(replace(observation([0, 0, 0.3]), state=state), 0.0)
+    assert warning.name == "misfit"
+
+
+def test_what_lasts_is_told_at_the_second_look_or_where_it_is_twice_as_far():
+    robot = replace(profile(), thresholds=profile().thresholds | {"state range": 0.1})
+    # Ranges of these joints are 2 and 2.
+    states_ = {"once": [0, 0, 0, 1.3, 0], "twice": [0, 1.3, 1.3, 0, 0], "far": [0, 0, 1.5, 0, 0]}
+    found = {}
+    for name, path in states_.items():
+        guard = Guard(
+            replace(robot, low=np.full(3, -1.0), high=np.ones(3), scale=np.full(3, 2.0), speed=np.full(3, 1e6))
+        )
+        looks = [guard.see(observation([value, 0, 0.3]), float(tick)) for tick, value in enumerate(path)]
+        found[name] = [tick for tick, warnings in enumerate(looks) for one in warnings if one.name == "state range"]
+    assert found == {"once": [], "twice": [2], "far": [2]}
+
+
+def test_slow_loops_are_looked_at_as_well():
+    """Chunks of so many actions that two seconds do not reach from one look to the next."""
+    guard, path = Guard(profile()), states(1000, 400)
+    many = lambda tick: np.repeat(targets(path, tick), 5, axis=0)  # noqa: E731
+    found = []
+    for number, tick in enumerate(range(0, 400, 80)):
+        state = path[tick] + (np.array([50.0, 0, 0]) if number == 3 else 0)
+        found += guard.see(observation(state), tick / RATE_HZ)
+        found += guard.plan(chunk(many(tick), 0.2))
+    assert "state jump" in [warning.name for warning in found]
 
 
 def test_an_eye_sees_what_the_policy_sees():

@@ -6,15 +6,17 @@ import threading
 
 import numpy as np
 
-from tests.guard.support import chunk, observation, profile, states, targets
+from tests.guard.support import EVERY, RATE_HZ, chunk, observation, profile, states, targets
 from xr0_engine.guard import Guard, GuardThread
+from xr0_engine.guard.thread import GuardInLoop
 
 DARK = np.zeros((48, 64, 3), np.uint8)
 
 
 class SlowGuard(Guard):
     def __init__(self):
-        super().__init__(profile())
+        self.kinds = []
+        super().__init__(profile(), lambda item: self.kinds.append(type(item).__name__))
         self.gate, self.begun, self.times = threading.Semaphore(0), threading.Event(), []
 
     def see(self, observation, time_s):
@@ -35,16 +37,44 @@ def test_warnings_come_by_themselves():
     assert thread.skipped == 0
 
 
-def test_a_slow_guard_leaves_out_the_oldest():
+def test_a_slow_guard_leaves_out_the_oldest_with_its_chunk():
     guard = SlowGuard()
     thread = GuardThread(guard)
-    thread.see(observation([0, 0, 0.3]), 0.0)
+    path = states(1000)
+
+    def hand_over(number):
+        tick = number * EVERY
+        thread.see(observation(path[tick]), tick / RATE_HZ)
+        thread.plan(chunk(targets(path, tick), 0.2))
+
+    hand_over(0)
     assert guard.begun.wait(10)
     for number in range(1, 10):
-        thread.see(observation([0, 0, 0.3]), float(number))
+        hand_over(number)
     assert thread.poll() == []
     assert thread.skipped == 5
     for _ in range(5):
         guard.gate.release()
     thread.close(10)
-    assert guard.times == [0.0, 6.0, 7.0, 8.0, 9.0]
+    looked = [tick * EVERY / RATE_HZ for tick in (0, 6, 7, 8, 9)]
+    assert guard.times == looked
+    # Neither is a chunk held against another's observation, nor the robot against a chunk that it left long ago.
+    assert thread.poll() == []
+    # The first one's chunk was left out with the second observation.
+    assert guard.kinds == ["Seen", *["Seen", "Planned"] * 4]
+
+
+def test_an_error_is_the_last_warning():
+    def keep(item):
+        raise OSError("No space left on device")
+
+    thread = GuardThread(Guard(profile(), keep), stops=True)
+    for tick in range(3):
+        thread.see(observation([0, 0, 0.3], front=DARK), float(tick))
+    thread.close(10)
+    (warning,) = thread.poll()
+    assert (warning.name, warning.detail) == ("failed", "the guard looks no more: OSError: No space left on device")
+    in_loop = GuardInLoop(Guard(profile(), keep))
+    for tick in range(3):
+        in_loop.see(observation([0, 0, 0.3]), float(tick))
+    assert [warning.name for warning in in_loop.poll()] == ["failed"]

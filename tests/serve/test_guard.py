@@ -8,11 +8,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tests.guard.support import view
+from tests.guard.support import unheeded, view
 from tests.serve.support import LENGTHS, WIDTH, EchoEngine, backend, observation, wait_until
 from tests.serve.test_server import get
 from xr0_engine import Client
-from xr0_engine.guard import RobotProfile, write_guard
+from xr0_engine.guard import Guard, RobotProfile, write_guard
 from xr0_engine.robot.embodiment import embodiment_for
 from xr0_engine.serve.server import BackgroundServer
 from xr0_engine.serve.service import ServerConfig
@@ -28,16 +28,21 @@ def profile(robot_type=ROBOT, **more):
         control_rate_hz=float(embodiment.control_rate_hz),
         action_width=WIDTH,
         layout=embodiment.layout,
-        views=tuple(view(each.key) for each in embodiment.views),
+        views=tuple(view(each.key, each.rotate_180, each.center_crop) for each in embodiment.views),
         low=np.zeros(WIDTH),
         high=np.ones(WIDTH),
         scale=np.ones(WIDTH),
         speed=np.full(WIDTH, 1e6),
         instructions=("go",),
         following=None,
-        thresholds={"state range": 0.1},
+        thresholds={"state range": 0.1} | unheeded(embodiment.views),
     )
     return replace(known, **more)
+
+
+def of_one_view(robot):
+    views = (view("base"),)
+    return replace(robot, views=views, thresholds=unheeded(views) | {"state range": 0.1})
 
 
 @pytest.fixture
@@ -90,7 +95,7 @@ def test_without_a_guard_there_is_none():
     [
         pytest.param(replace(profile(), robot_type="crane"), "got crane, thresholds of another robot", id="type"),
         pytest.param(profile(control_rate_hz=5.0), "control_rate_hz: the file has 5", id="rate"),
-        pytest.param(profile(views=(view("base"),)), "views: the file has base", id="views"),
+        pytest.param(of_one_view(profile()), "views: the file has base", id="views"),
     ],
 )
 def test_thresholds_of_another_robot_keep_the_server_from_starting(tmp_path, other, complaint):
@@ -108,3 +113,24 @@ def test_a_broken_file_is_refused_before_anything_is_loaded(tmp_path):
     path.write_text("{}")
     with pytest.raises(FileError, match="version"):
         BackgroundServer(backend(EchoEngine()), ServerConfig(port=0, guard=path))
+
+
+def test_a_guard_that_fails_says_so_once_and_others_go_on(guard, monkeypatch):
+    honest = Guard.see
+
+    def see(self, observation, time_s):
+        if observation.instruction == "Break.":
+            raise ArithmeticError("no sum")
+        return honest(self, observation, time_s)
+
+    monkeypatch.setattr(Guard, "see", see)
+    with BackgroundServer(backend(EchoEngine()), ServerConfig(port=0, guard=guard)) as server:
+        with Client(server.url) as one, Client(server.url) as two:
+            for _ in range(2):
+                one.infer(observation(0.5, instruction="Break."))
+                wait_until(lambda: status(server)["counts"].get("failed") == 1)
+            for _ in range(2):
+                two.infer(observation(5.0, instruction="Go."))
+                wait_until(lambda: status(server)["counts"].get("state range") == 1)
+        (failed,) = [told for told in status(server)["recent"] if told["name"] == "failed"]
+        assert "the guard looks no more: ArithmeticError: no sum" in failed["detail"]

@@ -41,6 +41,7 @@ def calibrate(
     """Ranges and statistics of recordings, and the thresholds that follow from them."""
     from xr0_engine.files import GUARD_FILE
     from xr0_engine.guard import read_guard, write_guard
+    from xr0_engine.guard.calibrate import ENOUGH_RUNS
     from xr0_engine.training.guard import calibrate_on
 
     files = [file for path in runs or () for file in (sorted(path.glob("*.jsonl")) if path.is_dir() else [path])]
@@ -69,6 +70,11 @@ def calibrate(
     )
     for name, value in profile.thresholds.items():
         print(f"{value:10.4g}  {name}")
+    if facts["runs"] < ENOUGH_RUNS:
+        print(
+            f"with fewer than {ENOUGH_RUNS} runs of the policy (--runs) expect more false alarms than that: xr0 drive "
+            "--guard-record records them"
+        )
 
 
 @app.command("try")

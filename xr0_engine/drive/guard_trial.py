@@ -61,7 +61,8 @@ def try_guard(
     keep: Path | None = None,
 ) -> Iterator[Run]:
     """Each fault so many runs, then runs without one; the same seeds for every fault. keep: a folder for what the guard
-    saw of the runs without one that went well. Raises ValueError for a fault that there is not."""
+    saw of the runs without one that went well; it must hold no runs. Raises ValueError for a fault that there is not,
+    or a folder that holds runs."""
     from xr0_engine.training.data.expert import transferred
 
     if unknown := sorted(set(faults) - set(FAULTS)):
@@ -70,16 +71,21 @@ def try_guard(
     plan += [(None, first_seed + runs + run) for run in range(clean)]
     if keep is not None:
         keep.mkdir(parents=True, exist_ok=True)
+        if any(keep.glob("*.jsonl")):
+            raise ValueError(f"--keep: {keep} holds runs already, perhaps of another policy: choose another folder")
     with AlohaEnv(first_seed, width=320, height=240, views=source.views) as env:
         for fault, seed in plan:
             if keep is None or fault is not None:
                 yield _run(source, Guard(profile), env, fault, seed, lambda: transferred(env))
                 continue
-            path = keep / f"run_{seed:06d}.jsonl"
+            # Under its name once it is whole and went well.
+            path = keep / f"run_{seed:06d}.partial"
             path.unlink(missing_ok=True)
             with RunWriter(path, profile) as writer:
                 run = _run(source, Guard(profile, writer.keep), env, fault, seed, lambda: transferred(env))
-            if not run.done:
+            if run.done:
+                path.replace(path.with_suffix(".jsonl"))
+            else:
                 path.unlink()
             yield run
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from xr0_engine.files import GUARD_FILE
 from xr0_engine.guard import RobotProfile, read_guard
+from xr0_engine.model.weights import resolve_checkpoint
 from xr0_engine.types import FileError, RobotInfo
 
 NONE = "none"
@@ -13,16 +14,18 @@ NONE = "none"
 
 
 def guard_file(given: str | None, checkpoint: str | None) -> Path | None:
-    """The file to go by: the one that is given, or else the checkpoint folder's if it has one. NONE: none. Raises
-    FileNotFoundError for a given one that there is not."""
+    """The file to go by: the one that is given, or else the checkpoint's if it has one, a folder or hub id. NONE: none.
+    Raises FileNotFoundError for a given one that there is not, CheckpointError for a checkpoint that there is not."""
     if given == NONE:
         return None
     if given is not None:
         if not Path(given).is_file():
             raise FileNotFoundError(f"--guard: {given}: there is no such file; `xr0 guard calibrate` makes one")
         return Path(given)
-    beside = None if checkpoint is None else Path(checkpoint) / GUARD_FILE
-    return beside if beside is not None and beside.is_file() else None
+    if checkpoint is None:
+        return None
+    beside = resolve_checkpoint(checkpoint) / GUARD_FILE
+    return beside if beside.is_file() else None
 
 
 def guard_of(path: Path, robot_type: str, info: RobotInfo, statistics: str | None = None) -> RobotProfile:

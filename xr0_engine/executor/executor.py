@@ -142,7 +142,8 @@ class Executor:
         return True
 
     def _tick(self, tick: int, now: float) -> None:
-        self._guarding.look()
+        if self._guarding.look():
+            return
         step, phase = divmod(tick, self._settings.commands_per_action)
         is_new = step != self._step
         if is_new:
@@ -151,7 +152,7 @@ class Executor:
             self._collect(step + 1, now)
         if self._row is not None:
             self._send(tick, step, phase, is_new)
-        if self._settings.mode != "sync":
+        if self._settings.mode != "sync" and not self._ended.is_set():
             self._request(step, now)
 
     def _begin(self, step: int, now: float) -> None:
@@ -167,6 +168,10 @@ class Executor:
             self._collect(step, now)
         follows = self._step == step - 1
         self._step = step
+        # What has just come may be what it warns of.
+        if self._guarding.look():
+            self._row = None
+            return
         planned = self._timeline.take(step)
         if planned is not None:
             if follows and self._row is not None:
@@ -341,7 +346,8 @@ class Executor:
         counts["committed"] += placement.committed
         counts["replaced"] += placement.replaced
         counts["chunks"] += 1
-        self._guarding.plan(outcome)
+        if placement.takeover is not None:
+            self._guarding.plan(outcome)
         if placement.takeover is None:
             counts["outdated"] += 1
             self.report.last_error = (

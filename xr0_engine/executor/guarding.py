@@ -34,13 +34,15 @@ class Guarding:
             self._guard.see(observation, time_s)
 
     def plan(self, outcome: Outcome) -> None:
-        """The outcome is a chunk that was accepted."""
+        """The outcome is a chunk that is about to be executed."""
         if self._guard is not None and isinstance(outcome.result, ActionChunk):
             self._guard.plan(outcome.result)
 
-    def look(self) -> None:
+    def look(self) -> bool:
+        """Whether the run ends by what has struck it: nothing more is to be executed."""
         if self._guard is None:
-            return
+            return False
+        ends = False
         for warning in self._guard.poll():
             self._report.counts[f"guard {warning.name}"] += 1
             told = asdict(warning)
@@ -48,9 +50,13 @@ class Guarding:
                 self._report.warnings.append(told)
             self._record("warning", **told)
             if self._guard.stops:
+                ends = True
                 self._end(f"guard, {warning.name}: {warning.detail}")
+        return ends
 
     def close(self) -> None:
         if self._guard is not None:
             self._guard.close(CLOSE_S)
             self.look()
+            if self._guard.skipped:
+                self._report.counts["guard skipped"] = self._guard.skipped

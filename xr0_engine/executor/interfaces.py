@@ -71,9 +71,10 @@ class Robot(Protocol):
 
 class Watcher(Protocol):
     """Looks at what goes through the executor, beside its loop: every method returns at once. xr0_engine.guard's
-    GuardThread is one. stops: whether a warning ends the run."""
+    GuardThread is one. stops: whether a warning ends the run. skipped: observations that it had no time for."""
 
     stops: bool
+    skipped: int
 
     def see(self, observation: Observation, time_s: float) -> None:
         """An observation that an inference starts from, on the executor's clock."""

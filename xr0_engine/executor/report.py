@@ -102,7 +102,7 @@ class Steps:
 
 class Report:
     """counts: see COUNTS, and `clipped position`, `clipped velocity`, `clipped jump` (commands that a limit changed),
-    `guard NAME` (a guard's warnings).
+    `guard NAME` (a guard's warnings), guard skipped (what it had no time for).
     Every inference ends in one of five: inferences = chunks + failed + rejected + void + open.
 
     jitter: how late each command was. delay: from observation to chunk, warm-up and outliers included.

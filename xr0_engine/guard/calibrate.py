@@ -5,17 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from xr0_engine.guard.guard import YES_OR_NO
 from xr0_engine.guard.profile import MOST_INSTRUCTIONS, Following, RobotProfile, ViewProfile, plain
-from xr0_engine.guard.watch import Planned, Seen, Watch
+from xr0_engine.guard.watch import AT_ONCE, YES_OR_NO, Planned, Seen, Watch, waits
 
 FOLDS = 5
-FEWEST_EPISODES = 8
-"""Whose highest scores tell how they scatter."""
+FEWEST_EPISODES, ENOUGH_RUNS = 8, 100
+"""Whose highest scores tell how they scatter; and runs of the policy from which on they tell it well enough for about
+as many false alarms as were asked for (docs/guard.md)."""
+UPPERMOST, FEWEST_ABOVE, FARTHEST = 0.2, 5, 1e3
+"""The part of the highest scores whose mean says how the tail falls, at the least so many; and how far it may be gone
+beyond the largest."""
 FOLLOWS = 0.35
 """A state column follows the plan if it is nearer to it than this part of how far it has gone (root mean squares)."""
 ERROR_QUANTILE, LEAST_ERROR = 0.99, 0.01
@@ -72,10 +76,11 @@ class Robot:
 def calibrate(robot: Robot, episodes: Sequence[Recorded], alarms_per_hour: float) -> RobotProfile:
     """The profile of all episodes. Thresholds: each episode's highest scores by a profile of the others, FOLDS parts in
     turn; the tail of these says which score is passed so seldom that all scores together give so many false alarms an
-    hour; never below the highest that there was. Where there are enough runs of the policy
-    itself they alone say it: it moves otherwise than who showed it how.
+    hour; never below the highest that there was. Where there are enough runs of the policy itself they alone say it: it
+    moves otherwise than who showed it how.
 
-    Raises ValueError for fewer than FEWEST_EPISODES, or an alarm rate that is none.
+    Raises ValueError for fewer than FEWEST_EPISODES, for those of several robots or of a moment, or an alarm rate that
+    is none.
     """
     if len(episodes) < FEWEST_EPISODES:
         raise ValueError(
@@ -84,8 +89,15 @@ def calibrate(robot: Robot, episodes: Sequence[Recorded], alarms_per_hour: float
         )
     if not 0 < alarms_per_hour < math.inf:
         raise ValueError(f"alarms_per_hour: expected a number above 0, got {alarms_per_hour:g}")
+    widths = sorted({len(seen.state) for episode in episodes for seen in episode.seen})
+    if len(widths) > 1:
+        told = ", ".join(map(str, widths))
+        raise ValueError(f"recordings, runs: expected states of as many columns in all, got {told}")
     runs = [episode for episode in episodes if episode.is_run]
     telling = runs if len(runs) >= FEWEST_EPISODES else episodes
+    hours = sum(episode.seen[-1].time_s - episode.seen[0].time_s for episode in telling) / 3600
+    if not hours > 0:
+        raise ValueError("recordings: expected episodes that are looked at more than once: record longer ones")
     maxima: dict[str, list[float]] = {}
     for fold in range(FOLDS):
         own = episodes[fold::FOLDS]
@@ -96,7 +108,6 @@ def calibrate(robot: Robot, episodes: Sequence[Recorded], alarms_per_hour: float
                 continue
             for name, value in highest(held_out, episode).items():
                 maxima.setdefault(name, []).append(value)
-    hours = sum(episode.seen[-1].time_s - episode.seen[0].time_s for episode in telling) / 3600
     chance = min(alarms_per_hour * hours / len(telling) / len(maxima), 0.5)
     thresholds = {name: threshold(name, np.array(values), chance) for name, values in sorted(maxima.items())}
     facts = {
@@ -112,23 +123,49 @@ def calibrate(robot: Robot, episodes: Sequence[Recorded], alarms_per_hour: float
 def threshold(name: str, maxima: np.ndarray, chance: float) -> float:
     """The score that an episode's highest passes with that chance. maxima: (episodes,) the highest of each.
 
-    Beyond the largest of N, which one in N passes, the tail is taken to fall on as it has from the median to there:
-    by the same factor for each step of the same size. Moments would make less of the few that are far out.
+    Beyond the largest the tail is an extrapolation: the larger of two, both exact where it falls exponentially, neither
+    below the largest. One goes on from the median to the largest and beyond, so far that the largest may be a small one
+    of its kind; the other goes by the mean of the uppermost fifth.
     """
-    middle, largest = float(np.median(maxima)), float(maxima.max())
-    reach = max(1.0, math.log(chance) / math.log(1 / len(maxima)))
+    count, middle, largest = len(maxima), float(np.median(maxima)), float(maxima.max())
+    by_largest = middle + max(1.0, _reach(count, chance)) * (largest - middle)
+    # What is above the border, of whose mean a few say little.
+    above = min(max(FEWEST_ABOVE, round(UPPERMOST * count)), count - 1)
+    border, *top = np.sort(maxima)[-above - 1 :].tolist()
+    excess = sum(top) / above - border
+    by_mean = border + above * excess * (max(1.0, above / count / chance) ** (1 / above) - 1)
     # The check of a view has the view's key after its name.
     least = next(value for check, value in LEAST.items() if name == check or name.startswith(f"{check} "))
     # Rounded up: the highest there was must not be above.
-    return float(f"{max(middle + reach * (largest - middle), least) * (1 + 1e-5):.6g}")
+    return float(f"{max(by_largest, by_mean, largest, least) * (1 + 1e-5):.6g}")
+
+
+def _reach(count: int, chance: float) -> float:
+    """How many times the way from the median to the largest of so many one more of them passes with a chance.
+
+    Half of them are beyond the median, n of them; were their excesses exponential, of mean 1, the largest M of them
+    would be passed k times over with the chance E[exp(-k M)] / 2 = n! k! / (n + k)! / 2.
+    """
+    n, low, high = count / 2, 0.0, FARTHEST
+    for _ in range(60):
+        k = (low + high) / 2
+        passed = math.lgamma(n + 1) + math.lgamma(k + 1) - math.lgamma(n + k + 1)
+        low, high = (k, high) if passed > math.log(2 * chance) else (low, k)
+    return high
 
 
 def highest(profile: RobotProfile, episode: Recorded) -> dict[str, float]:
-    """Name -> the highest score of an episode. What is known or not, as a sentence, has none."""
-    found: dict[str, float] = {}
+    """Name -> the highest score of an episode, as the guard counts: of what must be seen twice the lower of two in
+    turn, or the part of a single one that is as much. What is known or not, as a sentence, has none."""
+    rows: dict[str, list[float]] = {}
     for name, value in scores(profile, episode):
         if name.split()[0] not in YES_OR_NO:
-            found[name] = max(value, found.get(name, -math.inf))
+            rows.setdefault(name, []).append(value)
+    found = {}
+    for name, values in rows.items():
+        found[name] = max(values)
+        if waits(name):
+            found[name] = max(found[name] / AT_ONCE, *map(min, pairwise(values)), -math.inf)
     return found
 
 

@@ -7,21 +7,19 @@ from collections import Counter
 from collections.abc import Callable
 
 from xr0_engine.guard.profile import RobotProfile
-from xr0_engine.guard.watch import Eyes, Planned, Scores, Seen, Watch, misfits
+from xr0_engine.guard.watch import AT_ONCE, MISFIT, YES_OR_NO, Eyes, Planned, Scores, Seen, Watch, misfits, waits
 from xr0_engine.types import ActionChunk, GuardWarning, Observation, TokenizedObservation
 
 CALM = 3
 """Scores in turn below the threshold after which a warning is over: one that flickers is one."""
-MISFIT = "misfit"
-YES_OR_NO = (MISFIT, "instruction", "shape")
-"""Checks whose score is 0 or 1."""
 
 
 class Guard:
     """Observations and chunks in, warnings out. One robot, one run; make a new one for each.
 
-    counts: name -> warnings so far. A warning lasts from the score that passes its threshold until three in turn have
-    not; only its begin is returned, and counted. keep: called with all that is looked at, to be recorded.
+    counts: name -> warnings so far. A warning lasts from the score that begins it until three in turn are not above the
+    threshold; only its begin is returned, and counted. time_s: of the last observation. keep: called with all that is
+    looked at, to be recorded.
     """
 
     def __init__(self, robot: RobotProfile, keep: Callable[[Seen | Planned], None] | None = None) -> None:
@@ -30,19 +28,15 @@ class Guard:
         self._eyes, self._watch = Eyes(robot.views), Watch(robot)
         # Name -> how many scores in turn were calm since its warning.
         self._lasting: dict[str, int] = {}
-        self._time_s = math.nan
+        # Names whose last score was above the threshold.
+        self._above: set[str] = set()
+        self.time_s = 0.0
         self._sees = False
 
     def see(self, observation: Observation | TokenizedObservation, time_s: float) -> list[GuardWarning]:
         """time_s: of the observation, on a clock that goes on."""
-        if isinstance(observation, TokenizedObservation):
-            # Its pictures are patches by now, its words are tokens.
-            observation = Observation({}, "", observation.state)
-            seen = self._eyes.see(observation, time_s)
-            seen = Seen(seen.time_s, {}, seen.state, None)
-        else:
-            seen = self._eyes.see(observation, time_s)
-        self._time_s = time_s
+        self.time_s = time_s
+        seen = self._eyes.see(observation, time_s)
         faults = "; ".join(misfits(seen, self.robot))
         self._sees = not faults
         scores: Scores = {MISFIT: (float(bool(faults)), faults)}
@@ -61,15 +55,25 @@ class Guard:
             self._keep(planned)
         return self._warnings(self._watch.plan(planned))
 
+    def forget(self) -> None:
+        """Something in between was not handed over: the last chunk is not what the robot follows now."""
+        self._watch.forget()
+
     def _warnings(self, scores: Scores) -> list[GuardWarning]:
         found = []
         for name, (value, detail) in scores.items():
             threshold = 0.5 if name.split()[0] in YES_OR_NO else self.robot.thresholds.get(name, math.inf)
+            was_above = name in self._above
+            self._above.discard(name)
             if value > threshold:
-                if name not in self._lasting:
+                self._above.add(name)
+                begins = not waits(name) or was_above or value > AT_ONCE * threshold
+                if name in self._lasting:
+                    self._lasting[name] = 0
+                elif begins:
                     self.counts[name] += 1
-                    found.append(GuardWarning(name, value, threshold, detail, self._time_s))
-                self._lasting[name] = 0
+                    found.append(GuardWarning(name, value, threshold, detail, self.time_s))
+                    self._lasting[name] = 0
             elif name in self._lasting:
                 self._lasting[name] += 1
                 if self._lasting[name] == CALM:

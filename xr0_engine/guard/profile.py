@@ -20,6 +20,9 @@ VERSION = 1
 MOST_INSTRUCTIONS = 10_000
 """That are kept; a dataset with more has so many that a new one says nothing."""
 WIDEST = 1024
+ALWAYS_OF_VIEWS = ("brightness", "contrast", "unlike", "turned")
+OF_THE_ROBOT = ("state range", "state jump", "state frozen", "state astray", "bend", "disagreement")
+"""Checks that have a threshold (watch.py)."""
 DIGITS = 7
 """Of the numbers that are written, after the first."""
 CALIBRATE = "make it anew with `xr0 guard calibrate DATASET --checkpoint CHECKPOINT`"
@@ -91,6 +94,14 @@ class RobotProfile:
             )
             if other is not None and own != other
         ]
+        if info.preparation is not None and len(info.preparation) == len(self.views):
+            for view, told in zip(self.views, info.preparation, strict=True):
+                own, other = ((each.rotate_180, each.center_crop) for each in (view, told))
+                if own != other:
+                    found.append(
+                        f"views: {view.key}: the file has rotate_180 {own[0]} and center_crop {own[1]:g}, the policy "
+                        f"{other[0]} and {other[1]:g}"
+                    )
         if None not in (statistics, self.statistics) and statistics != self.statistics:
             found.append("statistics: the file was calibrated with another checkpoint's action statistics")
         if found:
@@ -184,7 +195,19 @@ def _from_json(name: str, raw: Mapping[str, Any]) -> RobotProfile:
         raise ValueError("state: low: expected at most high in every column")
     if len({view.key for view in robot.views}) < len(robot.views):
         raise ValueError("views: expected each key once")
+    _check_thresholds(robot)
     return robot
+
+
+def _check_thresholds(robot: RobotProfile) -> None:
+    """Each of a check that there is, and all that need neither a policy nor motion: a check without one never warns."""
+    keys = [view.key for view in robot.views]
+    needed = {f"{check} {key}" for check in ALWAYS_OF_VIEWS for key in keys} | {"state range"}
+    known = needed | {f"{check} {key}" for check in ("frozen", "swapped") for key in keys} | {*OF_THE_ROBOT}
+    if unknown := sorted(set(robot.thresholds) - known):
+        raise ValueError(f"thresholds: expected some of {', '.join(sorted(known))}, got {', '.join(unknown)}")
+    if missing := sorted(needed - set(robot.thresholds)):
+        raise ValueError(f"thresholds: {', '.join(missing)}: missing")
 
 
 def _view(raw: Mapping[str, Any]) -> ViewProfile:

@@ -1,4 +1,4 @@
-"""Runs of a policy as a guard saw them, in a file each: what `xr0 guard calibrate --run` goes by.
+"""Runs of a policy as a guard saw them, in a file each: what `xr0 guard calibrate --runs` goes by.
 
 A line of JSON each: `run` (the first: whose), then `seen` and `planned` in turn. Of pictures only thumbnails are in it.
 """
@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 
 from xr0_engine.files import json_lines, number, reading, section, table, text, whole
-from xr0_engine.guard.calibrate import Recorded
+from xr0_engine.guard.calibrate import Recorded, Robot
 from xr0_engine.guard.looks import GRID, Look
 from xr0_engine.guard.profile import WIDEST, RobotProfile, numbers
 from xr0_engine.guard.watch import Planned, Seen
 from xr0_engine.types import FileError
 
-VERSION = 1
+VERSION = 2
 DECIMALS = 4
 """Of a thumbnail's cells, which are a few standard deviations."""
 
@@ -30,7 +30,7 @@ class RunWriter:
 
     def __init__(self, path: Path, robot: RobotProfile) -> None:
         self._file = path.open("x", encoding="utf-8")
-        self._write("run", version=VERSION, robot_type=robot.robot_type, views=[view.key for view in robot.views])
+        self._write("run", version=VERSION, **_whose(robot))
 
     def keep(self, item: Seen | Planned) -> None:
         if isinstance(item, Planned):
@@ -62,9 +62,10 @@ class RunWriter:
         self._file.flush()
 
 
-def read_run(path: Path, robot_type: str, views: tuple[str, ...]) -> Recorded:
-    """A run of that robot. Raises FileError that names the file, and the line or field at fault, for a run of another
-    robot and for one without two chunks; OSError."""
+def read_run(path: Path, robot: Robot | RobotProfile) -> Recorded:
+    """A run of that robot and policy. Raises FileError that names the file, and the line or field at fault, for a run
+    of another and for one without two chunks; OSError."""
+    views = tuple(view.key for view in robot.views)
     seen: list[Seen] = []
     chunks: list[Planned] = []
     kinds: list[str] = []
@@ -72,7 +73,7 @@ def read_run(path: Path, robot_type: str, views: tuple[str, ...]) -> Recorded:
         with reading(f"{path}, line {place}", FileError):
             kind = text(line, "kind")
             if not kinds:
-                _check_header(line, kind, robot_type, views)
+                _check_header(line, kind, robot)
             elif kind == "seen":
                 # What led to no chunk is replaced by the next.
                 if kinds[-1] == "seen":
@@ -94,14 +95,24 @@ def read_run(path: Path, robot_type: str, views: tuple[str, ...]) -> Recorded:
     return Recorded(seen, [chunk.actions for chunk in chunks], chunks, fastest, words, is_run=True)
 
 
-def _check_header(line: Mapping[str, Any], kind: str, robot_type: str, views: tuple[str, ...]) -> None:
+def _whose(robot: Robot | RobotProfile) -> dict[str, Any]:
+    """What a run and the thresholds that are made of it must have in common."""
+    return {
+        "robot_type": robot.robot_type,
+        "views": [view.key for view in robot.views],
+        "control_rate_hz": robot.control_rate_hz,
+        "action_width": robot.action_width,
+        "statistics": robot.statistics,
+    }
+
+
+def _check_header(line: Mapping[str, Any], kind: str, robot: Robot | RobotProfile) -> None:
     if kind != "run" or whole(line, "version") != VERSION:
         raise ValueError(f"expected a run of version {VERSION}, which `xr0 drive --guard-record` writes")
-    if text(line, "robot_type") != robot_type or line["views"] != list(views):
-        raise ValueError(
-            f"the run is of {line['robot_type']!r:.40} seen through {line['views']!r:.80}, another robot than "
-            f"{robot_type!r} seen through {', '.join(views)}"
-        )
+    for name, wanted in _whose(robot).items():
+        # Of recordings alone nobody knows whose statistics they are.
+        if line[name] != wanted and not (name == "statistics" and None in (wanted, line[name])):
+            raise ValueError(f"{name}: the run has {line[name]!r:.80}, what is calibrated {wanted!r:.80}: another's")
 
 
 def _seen(line: Mapping[str, Any], views: tuple[str, ...], width: int | None) -> Seen:

@@ -6,7 +6,7 @@ A score is a number and the words for it; the higher, the stranger. What a camer
 - `unlike`: distance of the thumbnail from the mean one, in standard deviations.
 - `turned`, `swapped`: that distance over the turned picture's, or to another view's mean; above 1 these fit better.
 - `frozen`: how far the state has gone, in parts of its range, since the picture last changed.
-- `shape`: 1 if its frames were never as wide for their height.
+- `shape`: 1 if its frames were never as wide for their height. `unseen`: 1 if there was nothing to look at.
 
 What the robot feels, the strangest column counts:
 
@@ -16,6 +16,9 @@ What the robot feels, the strangest column counts:
 
 And `instruction`: 1 if it was never seen. What the policy says of itself: `bend` of its flow, and `disagreement` of two
 chunks in turn about the time that both plan for, in parts of the state's range.
+
+What lasts must be above its threshold in two looks in turn, or twice as high in one: single looks stray far, in the
+policy's own words most of all, and a fault that stays is there at the next look.
 """
 
 from __future__ import annotations
@@ -28,10 +31,18 @@ import numpy as np
 from xr0_engine.guard.looks import TURNS, Eye, Look, is_frame
 from xr0_engine.guard.profile import RobotProfile, ViewProfile, plain
 from xr0_engine.robot.history import newest
-from xr0_engine.types import Observation
+from xr0_engine.types import Observation, TokenizedObservation
 
-FORGET_S = 2.0
-"""Observations further apart say nothing of each other's motion: between them an episode may have ended."""
+FORGET_S, FORGET_CHUNKS = 2.0, 1.5
+"""Observations further apart, and by more than so many chunks, say nothing of each other's motion: between them an
+episode may have ended."""
+MISFIT = "misfit"
+YES_OR_NO = (MISFIT, "instruction", "shape", "unseen")
+"""Checks whose score is 0 or 1."""
+SUDDEN = (*YES_OR_NO, "frozen", "state frozen", "state jump")
+"""Checks that look back by themselves, or are certain, or see what is over by the next look."""
+AT_ONCE = 2.0
+"""Times the threshold: what need not be seen again."""
 SAME_STATE = 1e-7
 """Parts of a column's range. Encoders do not repeat themselves to the last digit."""
 CELL_STD = 0.15
@@ -47,12 +58,14 @@ Scores = dict[str, tuple[float, str]]
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """An observation as a guard keeps it. looks: of each view that could be looked at. state: (S,)."""
+    """An observation as a guard keeps it. looks: of each view that could be looked at. state: (S,). has_pictures: False
+    of one that came as tokens and patches."""
 
     time_s: float
     looks: Mapping[str, Look]
     state: np.ndarray
     instruction: str | None
+    has_pictures: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,16 +83,18 @@ class Eyes:
     def __init__(self, views: tuple[ViewProfile, ...]) -> None:
         self._eyes = {view.key: Eye(view.rotate_180, view.center_crop) for view in views}
 
-    def see(self, observation: Observation, time_s: float) -> Seen:
-        # Files are left to whoever decodes them.
+    def see(self, observation: Observation | TokenizedObservation, time_s: float) -> Seen:
+        rows = np.atleast_2d(np.asarray(observation.state, np.float64))
+        state = rows.reshape(-1, rows.shape[-1])[-1] if rows.size else rows.reshape(-1)
+        if isinstance(observation, TokenizedObservation):
+            return Seen(time_s, {}, state, None, has_pictures=False)
         arrays = {key: newest(image) for key, image in observation.images.items() if isinstance(image, np.ndarray)}
         looks = {
             key: eye.look(arrays[key], observation.prepared)
             for key, eye in self._eyes.items()
             if key in arrays and is_frame(arrays[key])
         }
-        state = np.asarray(observation.state, np.float64)
-        return Seen(time_s, looks, state.reshape(-1, state.shape[-1])[-1], observation.instruction)
+        return Seen(time_s, looks, state, observation.instruction)
 
 
 class Watch:
@@ -93,6 +108,7 @@ class Watch:
         self._planned: tuple[Seen, Planned] | None = None
         self._gone: dict[str, float] = {}
         self._changed = 0.0
+        self._forget_s = FORGET_S
 
     def see(self, seen: Seen) -> Scores:
         scores: Scores = {}
@@ -100,6 +116,9 @@ class Watch:
         for view in self._robot.views:
             if (look := seen.looks.get(view.key)) is not None:
                 scores.update(self._of_view(view, look, self._gone_since(view.key, look, seen)))
+            if seen.has_pictures:
+                detail = "there is no picture of it, or none that is (H, W, 3) uint8, as files are not"
+                scores[f"unseen {view.key}"] = float(look is None), detail
         scores["state range"] = self._range(seen.state)
         if self._instructions is not None and seen.instruction is not None:
             known = plain(seen.instruction) in self._instructions
@@ -107,7 +126,7 @@ class Watch:
         if before is not None:
             scores["state frozen"] = self._frozen(before, seen)
             elapsed_s = seen.time_s - before.time_s
-            if 0 < elapsed_s <= FORGET_S:
+            if 0 < elapsed_s <= self._forget_s:
                 scores["state jump"] = self._jump(before.state, seen.state, elapsed_s)
         astray = self._astray(seen)
         if astray is not None:
@@ -125,7 +144,13 @@ class Watch:
         if disagreement is not None:
             scores["disagreement"] = disagreement
         self._planned = self._before, planned
+        chunk_s = len(planned.actions) / self._robot.control_rate_hz
+        self._forget_s = max(FORGET_S, FORGET_CHUNKS * chunk_s)
         return scores
+
+    def forget(self) -> None:
+        """The last chunk is not what the robot follows."""
+        self._planned = None
 
     def _of_view(self, view: ViewProfile, look: Look, gone: float) -> Scores:
         fits = _distance(look.thumbnail, view)
@@ -183,7 +208,7 @@ class Watch:
         if following is None or self._planned is None:
             return None
         origin, planned = self._planned
-        if not 0 < seen.time_s - origin.time_s <= FORGET_S:
+        if not 0 < seen.time_s - origin.time_s <= self._forget_s:
             return None
         columns = following.columns
         # Anywhere on its way, and at its start: an executor may have waited, or gone on with the chunk before.
@@ -201,7 +226,7 @@ class Watch:
             return None
         origin, before = self._planned
         elapsed_s = seen.time_s - origin.time_s
-        if not 0 < elapsed_s <= FORGET_S:
+        if not 0 < elapsed_s <= self._forget_s:
             return None
         old, new = self._path(origin, before), self._path(seen, planned)
         scale = self._robot.scale[following.columns]
@@ -229,6 +254,11 @@ class Watch:
         """Of each column's range."""
         parts: np.ndarray = np.abs(change) / self._robot.scale
         return parts
+
+
+def waits(name: str) -> bool:
+    """Whether a score must be above its threshold in two looks in turn."""
+    return not any(name == check or name.startswith(f"{check} ") for check in SUDDEN)
 
 
 def misfits(seen: Seen, robot: RobotProfile) -> Iterator[str]:

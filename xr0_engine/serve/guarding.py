@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from xr0_engine.guard import Guard, read_guard
+from xr0_engine.guard.thread import looked_at
 from xr0_engine.types import (
     ActionChunk,
     FileError,
@@ -21,7 +22,8 @@ from xr0_engine.types import (
 
 CLOSE_S = 0.5
 
-Answered = tuple[Observation | TokenizedObservation, ActionChunk]
+Answered = tuple[Observation | TokenizedObservation, ActionChunk, float]
+"""With the time of the observation, seconds on the client's clock or ours."""
 Told = Callable[[int, list[GuardWarning]], None]
 
 
@@ -31,7 +33,10 @@ class ServerGuard:
 
     def __init__(self, path: Path) -> None:
         self._path, self._profiles = path, read_guard(path)
-        self._guards: dict[tuple[int, str], Guard] = {}
+        # None: it has failed, and looks no more.
+        self._guards: dict[tuple[int, str], Guard | None] = {}
+        # Clients of whom an answer was left out since the last that was looked at.
+        self._gaps: set[int] = set()
         # Client -> its newest answer; None: it has gone.
         self._waiting: dict[int, Answered | None] = {}
         self._changed = threading.Condition()
@@ -58,7 +63,9 @@ class ServerGuard:
     def answered(self, number: int, observation: Observation | TokenizedObservation, chunk: ActionChunk) -> None:
         """Returns at once."""
         if chunk.robot_type in self._profiles:
-            self._put(number, (observation, chunk))
+            # Now, not when it is looked at, which may be any time later.
+            time_s = time.monotonic() if observation.timestamp_s is None else observation.timestamp_s
+            self._put(number, (observation, chunk, time_s))
 
     def disconnected(self, number: int) -> None:
         self._put(number, None)
@@ -72,6 +79,8 @@ class ServerGuard:
 
     def _put(self, number: int, answered: Answered | None) -> None:
         with self._changed:
+            if self._waiting.get(number) is not None:
+                self._gaps.add(number)
             self._waiting[number] = answered
             self._changed.notify()
 
@@ -84,19 +93,36 @@ class ServerGuard:
                     return
                 number = next(iter(self._waiting))
                 answered = self._waiting.pop(number)
+                has_gap = number in self._gaps
+                self._gaps.discard(number)
             if answered is None:
                 self._guards = {key: guard for key, guard in self._guards.items() if key[0] != number}
-            elif warnings := self._look(number, *answered):
+            elif warnings := self._look(number, has_gap, *answered):
                 # A loop that has closed meanwhile has nobody to tell.
                 with suppress(RuntimeError):
                     loop.call_soon_threadsafe(told, number, warnings)
 
     def _look(
-        self, number: int, observation: Observation | TokenizedObservation, chunk: ActionChunk
+        self,
+        number: int,
+        has_gap: bool,
+        observation: Observation | TokenizedObservation,
+        chunk: ActionChunk,
+        time_s: float,
     ) -> list[GuardWarning]:
         key = number, chunk.robot_type
-        guard = self._guards.get(key)
+        if key not in self._guards:
+            self._guards[key] = Guard(self._profiles[chunk.robot_type])
+        guard = self._guards[key]
         if guard is None:
-            guard = self._guards[key] = Guard(self._profiles[chunk.robot_type])
-        time_s = time.monotonic() if observation.timestamp_s is None else observation.timestamp_s
-        return guard.see(observation, time_s) + guard.plan(chunk)
+            return []
+
+        def look(guard: Guard) -> list[GuardWarning]:
+            if has_gap:
+                guard.forget()
+            return guard.see(observation, time_s) + guard.plan(chunk)
+
+        found, goes_on = looked_at(guard, look)
+        if not goes_on:
+            self._guards[key] = None
+        return found

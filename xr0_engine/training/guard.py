@@ -77,8 +77,7 @@ def calibrate_on(
         others = sorted(set(usable) - set(chosen))
         wordings = {words for number in others for words in source.load(number).instructions}
         episodes[-1] = replace(episodes[-1], instructions=(*episodes[-1].instructions, *sorted(wordings)))
-    views = tuple(view.key for view in robot.views)
-    episodes += [read_run(run, robot.robot_type, views) for run in runs]
+    episodes += [read_run(run, robot) for run in runs]
     return calibrate(robot, episodes, alarms_per_hour)
 
 
