@@ -181,8 +181,7 @@ class Executor:
             counts["executed"] += 1
         else:
             self._starve(step)
-        source = "chunk" if planned else "none" if self._row is None else "hold"
-        index = planned.index if planned else None
+        source, index = ("chunk", planned.index) if planned else ("none" if self._row is None else "hold", None)
         self._note = {"step": step, "source": source, "chunk": self._source, "index": index}
 
     def _starve(self, step: int) -> None:
@@ -346,14 +345,14 @@ class Executor:
         counts["committed"] += placement.committed
         counts["replaced"] += placement.replaced
         counts["chunks"] += 1
-        if placement.takeover is not None:
-            self._guarding.plan(outcome)
         if placement.takeover is None:
             counts["outdated"] += 1
             self.report.last_error = (
                 f"inference {request.number} outdated: its chunk came {delay_s:.2f} s after its observation, when all "
                 f"of its {len(rows)} actions were past"
             )
+        else:
+            self._guarding.plan(outcome)
         self._record(
             "chunk",
             number=request.number,

@@ -37,7 +37,6 @@ from xr0_engine.training.losses import (
     spectrum_loss,
     spectrum_selection,
 )
-from xr0_engine.training.offload import HostWeights
 from xr0_engine.training.vlm import TrainableVLM, VLMOutput, next_position
 from xr0_engine.types import KVBlock, ModelInputs
 
@@ -51,7 +50,6 @@ class StepOutput(NamedTuple):
     """What a forward pass gives: a tuple, since FSDP looks for tensors in those.
 
     loss: scalar with gradient; parts: its terms, scalars, detached, by name.
-
     square_error, supervised: (M, T, A) in flow matching, the unweighted squared error of the velocity where it is
     supervised, and where that is; None otherwise.
     """
@@ -335,8 +333,7 @@ def build_policy(config: TrainConfig, xr0: ModelConfig) -> Policy:
     if config.lora.rank:
         put_adapters(policy, config.lora)
     if config.model.offload_frozen:
-        layers = [*policy.vlm.model.visual.blocks, *policy.vlm.model.language_model.layers]
-        policy.vlm.host = HostWeights(policy, layers, resolve_dtype(config.model.dtype))
+        policy.vlm.offload_frozen(policy, resolve_dtype(config.model.dtype))
     if config.model.checkpoint_activations and any(p.requires_grad for p in policy.vlm.model.visual.parameters()):
         policy.vlm.model.visual.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if config.model.checkpoint_language and config.model.train != "head":

@@ -19,7 +19,8 @@ from torch.distributed.tensor import DTensor, zeros
 BLOCK, LEAST_ROW = 256, 64
 """Values that share a scale; a row that they do not divide is one block. Of rows shorter than these, and of what has
 none (norms, biases), a scale would take as much as it saves: they keep float32."""
-LEVELS, DECADES = 256, 7
+DECADES = 7
+"""Powers of ten that the levels reach over."""
 PIECE = 1 << 22
 """Values that are worked on at once, at the least a row."""
 CODES, SCALE = ".codes", ".scale"

@@ -97,6 +97,10 @@ class TrainableVLM(nn.Module):
             # transformers' own way drops the cache, which the DiT reads. Hooks of FSDP stay outside.
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
+    def offload_frozen(self, policy: nn.Module, dtype: torch.dtype) -> None:
+        """Have the layers' frozen weights kept on the host, in dtype. policy: whose part this is, by its names."""
+        self.host = HostWeights(policy, [*self.model.visual.blocks, *self.model.language_model.layers], dtype)
+
     def reset_tables(self) -> None:
         """Fill what no checkpoint holds, on the device of the weights: the rotary frequencies."""
         device = next(self.parameters()).device
