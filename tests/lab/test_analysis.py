@@ -64,6 +64,7 @@ def row(
         ],
         "inside": inside if arm.has_prefix else None,
         "cpu_s": 120.0,
+        "processor": "a processor",
     }
 
 

@@ -66,9 +66,9 @@ PLANS = {
         (
             *_cells((*DECIDING_TASKS, TOLD), (EXPERT,), (0,)),
             *_cells(DECIDING_TASKS, DECIDING, range(SEEDS)),
-            *_cells(DECIDING_TASKS, DEEP, range(DEEP_SEEDS)),
-            *_cells(DECIDING_TASKS, OTHERS, (0,)),
+            *_cells(DECIDING_TASKS, (*DEEP, *OTHERS), (0,)),
             *_cells((TOLD,), DECIDING, (0,)),
+            *_cells(DECIDING_TASKS, DEEP, range(1, DEEP_SEEDS)),
         ),
         Size(steps=STEPS),
     ),

@@ -191,7 +191,9 @@ def _cells(table: Table) -> str:
                 f"| {task} | {ARMS[arm].title} | {len(rows)} | {rows[0]['size']['steps'][task]} | "
                 f"{_told(losses, 1, '.3f')} | {_told(ratios, 1, '.2f')} | {minutes.mean if minutes else 0:.1f} |"
             )
-    return "\n".join(lines)
+    hours = sum(row["cpu_s"] for row in table.rows) / 3600
+    processors = ", ".join(sorted({row["processor"] for row in table.rows}))
+    return "\n".join([*lines, "", f"{len(table.rows)} cells in all, {hours:.1f} core-hours ({processors})."])
 
 
 def tasks_of(table: Table) -> list[str]:
