@@ -48,3 +48,8 @@ def series(rows, entity):
 def texts(rows):
     """Of events, in the order of time."""
     return [row["text"][0] for row in rows["/events"]]
+
+
+def told_at(rows):
+    """Of events, in the order of time: (seconds, text)."""
+    return [(row["time"], row["text"][0]) for row in rows["/events"]]

@@ -19,9 +19,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from tests.executor.support import CALL, RATE_HZ, WIDTH, MarkedPolicy, MarkedRobot, execute
-from tests.viz.support import read, series, texts
+from tests.viz.support import read, series, texts, told_at
 from xr0_engine.cli import app
 from xr0_engine.executor import Recorder, Several, Snapshot, VirtualClock, read_recording
+from xr0_engine.executor.recording import FIELDS, OR_NULL, VERSION
 from xr0_engine.types import Observation
 from xr0_engine.viz import RunView, replayed, run, sink
 
@@ -29,6 +30,18 @@ from xr0_engine.viz import RunView, replayed, run, sink
 TIME_TOLERANCE_S = 1e-8
 # For a process to start on a busy machine.
 PATIENCE_S = 60
+# Of each kind that FIELDS knows: a value that a recording holds.
+VALUES = {
+    "whole": VERSION,
+    "number": 100.5,
+    "text": "chunk",
+    "settings": {"rate_hz": RATE_HZ, "mode": "sync"},
+    "width": WIDTH,
+    "row": [0.0] * WIDTH,
+    "rows": [[0.0] * WIDTH],
+    "counts": {"executed": 1},
+    "any": None,
+}
 # JPEG of one colour.
 SHADE_TOLERANCE = 3
 
@@ -142,6 +155,48 @@ def test_a_recording_is_replayed_as_it_was_seen(tmp_path):
         for now, then in zip(series(again, entity), series(rows, entity), strict=True):
             np.testing.assert_array_equal(now, then)
     assert sorted(texts(again)) == sorted(text for text in texts(rows) if not text.startswith("instruction"))
+
+
+def a_line(kind):
+    return {"kind": kind, **{name: VALUES[expected.removesuffix(OR_NULL)] for name, expected in FIELDS[kind].items()}}
+
+
+@pytest.mark.parametrize("kind", FIELDS)
+def test_every_kind_of_line_is_drawn(tmp_path, kind):
+    """Live, and of a recording."""
+    lines = [{**a_line("session"), "layout": "plain"}] + ([] if kind == "session" else [a_line(kind)])
+    with RunView(tmp_path / "run.rrd", "", patient=True) as view, Recorder(tmp_path / "run.jsonl", "") as recorder:
+        for line in lines:
+            Several([view, recorder]).write(**line)
+    replayed(read_recording(tmp_path / "run.jsonl"), tmp_path / "again.rrd")
+    # A request is drawn with its chunk.
+    for path in ("run.rrd", "again.rrd"):
+        assert ("/events" in read(tmp_path / path)) == (kind not in ("session", "inference"))
+
+
+def test_a_warning_of_a_guard_is_told_when_it_came(tmp_path):
+    told = {"name": "frozen ego", "value": 2.0, "threshold": 1.5, "detail": "the picture stays the same"}
+    with RunView(tmp_path / "run.rrd", "", patient=True) as view:
+        view.write("session", settings=VALUES["settings"], layout="plain", width=WIDTH)
+        for number in range(3):
+            view.write(**{**a_line("step"), "step": number, "time_s": 100.0 + number})
+        # Of an observation that is seconds old.
+        view.write("warning", time_s=95.0, **told)
+        view.write(**{**a_line("step"), "step": 3, "time_s": 103.0})
+    rows = read(tmp_path / "run.rrd")
+    assert told_at(rows)[-1] == (2.0, "guard, frozen ego: the picture stays the same (2, above 1.5)")
+    np.testing.assert_array_equal(series(rows, "/commands/columns")[0], [0, 1, 2, 3])
+
+
+def test_drive_shows_its_report_where_the_recording_fails(tmp_path, monkeypatch):
+    def fails(*given):
+        raise OSError("the disk is tired")
+
+    monkeypatch.setattr(run._Page, "draw", fails)
+    drive = ["drive", "--env", "null", "--delay-steps", "3", "--seconds", "1", "--rerun", str(tmp_path / "run.rrd")]
+    result = CliRunner().invoke(app, drive)
+    assert result.stdout.endswith("deadlines missed: 0; ended: time\n")
+    assert (result.exit_code, result.stderr) == (2, f"xr0: error: --rerun {drive[-1]}: the disk is tired\n")
 
 
 def test_drive_and_replay_write_it(tmp_path):

@@ -157,10 +157,11 @@ def drive(
                 source = replace(source, policy=Attending(cast("Engine", source.policy), view, seed))
         recorder = Several(notes) if notes else None
         report = run(source, settings, seconds, env == "demo", delay_steps, seed, recorder, size, watched, guard_stops)
-    if as_json:
-        print(json.dumps(report.to_json()))
-    else:
-        _show(report)
+        # A recording that cannot be finished is told after what was done.
+        if as_json:
+            print(json.dumps(report.to_json()), flush=True)
+        else:
+            _show(report)
     raise typer.Exit(1 if report.counts["deadline_misses"] else 0)
 
 

@@ -48,7 +48,7 @@ class RunView:
     first step on; N keeps those apart that overlap. prefix/GROUP: the actions that a chunk was given. delay/*:
     milliseconds from observation to chunk, and how much of it the prefix covers, at the request's time. seam/UNIT: the
     largest step between two commands of different chunks. lateness: milliseconds that a command came after it was due.
-    events: chunks, what was lost, and the report.
+    events: chunks, what was lost, a guard's warnings, and the report.
 
     target, title, patient, errors: as in Sink; its drops are `dropped`.
     """
@@ -107,9 +107,10 @@ class _Page:
     """What has been drawn so far; used by the sink's thread alone."""
 
     def __init__(self) -> None:
-        # What the timeline's zero is on the executor's clock; where the next run begins on the timeline.
+        # What the timeline's zero is on the executor's clock; where the next run begins on the timeline, and where this
+        # one is.
         self._zero_s: float | None = None
-        self._begins_s = self._latest_s = 0.0
+        self._begins_s = self._latest_s = self._now_s = 0.0
         # When the last observation was taken, on the timeline.
         self._seen_s = 0.0
         self._rate_hz = 1.0
@@ -123,15 +124,20 @@ class _Page:
 
     def draw(self, stream: RecordingStream, entry: _Entry) -> None:
         kind, fields = entry
-        if (time_s := fields.get("time_s")) is not None:
+        # A warning's time is that of the observation that it is about.
+        time_s = None if kind == "warning" else fields.get("time_s")
+        if time_s is None:
+            stream.set_time(TIME, duration=self._now_s)
+        else:
             self._at(stream, time_s)
         getattr(self, f"_draw_{kind}")(stream, fields)
 
     def _at(self, stream: RecordingStream, time_s: float) -> None:
         if self._zero_s is None:
             self._zero_s = time_s - self._begins_s
-        self._latest_s = max(self._latest_s, time_s - self._zero_s)
-        stream.set_time(TIME, duration=time_s - self._zero_s)
+        self._now_s = time_s - self._zero_s
+        self._latest_s = max(self._latest_s, self._now_s)
+        stream.set_time(TIME, duration=self._now_s)
 
     def _seconds(self, step: int) -> float:
         return step / self._rate_hz - (self._zero_s or 0.0)
@@ -141,7 +147,7 @@ class _Page:
         self._rate_hz, self._groups = fields["settings"]["rate_hz"], groups_of(layout, width)
         self._frame = layout.frame(width)
         if self._zero_s is not None:
-            self._begins_s = self._latest_s + BETWEEN_S
+            self._begins_s = self._now_s = self._latest_s + BETWEEN_S
         self._zero_s, self._last, self._plans, self._requests = None, None, Plans(["plan"], self._groups), {}
         for group in self._groups:
             style(stream, ("commands",), group, None, 2.0)
@@ -232,6 +238,10 @@ class _Page:
     def _draw_clock(self, stream: RecordingStream, fields: dict[str, Any]) -> None:
         self._last = None
         _say(stream, "the clock went backwards", "ERROR")
+
+    def _draw_warning(self, stream: RecordingStream, fields: dict[str, Any]) -> None:
+        passed = f"{fields['value']:.3g}, above {fields['threshold']:.3g}"
+        _say(stream, f"guard, {fields['name']}: {fields['detail']} ({passed})", "WARN")
 
     def _draw_report(self, stream: RecordingStream, fields: dict[str, Any]) -> None:
         counts = ", ".join(f"{count} {name}" for name, count in fields["counts"].items() if count)
