@@ -61,10 +61,13 @@ class SeeingRobot(MarkedRobot):
         return Snapshot(replace(observation, images={"ego": image, "left/wrist": image}, state=state))
 
 
-def watched(path, **named):
-    """A run in virtual time, seen and recorded: (report, robot, its file read back, its recording)."""
+def watched(path, stalls=None, **named):
+    """A run in virtual time, seen and recorded: (report, robot, its file read back, its recording).
+
+    stalls: command -> seconds that pass after it.
+    """
     clock = VirtualClock(100.0)
-    robot = SeeingRobot(clock)
+    robot = SeeingRobot(clock, on_command=lambda count: clock.jump((stalls or {}).get(count, 0.0)))
     lines = path.with_suffix(".jsonl")
     with Recorder(lines, "a test") as recorder, RunView(path, "a test", patient=True) as view:
         report, _, _ = execute(robot=robot, clock=clock, recorder=Several([view, recorder]), **named)
@@ -119,16 +122,18 @@ def test_what_the_robot_saw_is_read_back(tmp_path):
     np.testing.assert_allclose(series(rows, "/state/columns")[1][:, 0], robot.seen)
 
 
-def test_jumps_at_seams_are_where_chunks_meet(tmp_path):
-    _, _, rows, recording = watched(tmp_path / "run.rrd", mode="naive_async")
+@pytest.mark.parametrize("delay_steps", [3.0, lambda number: 50 if number == 4 else 3], ids=["steady", "starves"])
+def test_jumps_at_seams_are_where_chunks_meet(tmp_path, delay_steps):
+    _, _, rows, recording = watched(tmp_path / "run.rrd", mode="naive_async", delay_steps=delay_steps)
     steps = recording.lines["step"]
     meets = [
         (line["time_s"] - 100.0, np.abs(np.array(line["row"]) - before["row"]).max())
         for before, line in pairwise(steps)
-        if line["chunk"] != before["chunk"]
+        if before["source"] == line["source"] == "chunk" and line["chunk"] != before["chunk"]
     ]
+    assert ("hold" in {line["source"] for line in steps}) == (delay_steps != 3.0)
     times, jumps = series(rows, "/seam/robot_units")
-    assert len(meets) > 3
+    assert len(meets) > 1
     np.testing.assert_allclose(times, [time_s for time_s, _ in meets], atol=TIME_TOLERANCE_S)
     np.testing.assert_allclose(jumps[:, 0], [jump for _, jump in meets])
 
@@ -145,7 +150,9 @@ def test_trouble_is_told(tmp_path):
 
 
 def test_a_recording_is_replayed_as_it_was_seen(tmp_path):
-    _, _, rows, recording = watched(tmp_path / "run.rrd", delay_steps=lambda number: 40 if number == 3 else 3)
+    _, _, rows, recording = watched(
+        tmp_path / "run.rrd", {50: 5.5 / RATE_HZ}, delay_steps=lambda number: 40 if number == 3 else 3
+    )
     replayed(recording, tmp_path / "again.rrd")
     again = read(tmp_path / "again.rrd")
     unseen = {entity for entity in rows if entity.startswith(("/camera", "/state"))}
@@ -154,7 +161,16 @@ def test_a_recording_is_replayed_as_it_was_seen(tmp_path):
     for entity in set(again) - {"/events", "/__properties"}:
         for now, then in zip(series(again, entity), series(rows, entity), strict=True):
             np.testing.assert_array_equal(now, then)
-    assert sorted(texts(again)) == sorted(text for text in texts(rows) if not text.startswith("instruction"))
+    events = sorted(event for event in told_at(rows) if not event[1].startswith("instruction"))
+    assert sorted(told_at(again)) == events
+
+
+def test_steps_that_passed_are_told_where_they_passed(tmp_path):
+    _, _, rows, recording = watched(tmp_path / "run.rrd", {50: 5.5 / RATE_HZ})
+    (line,) = recording.lines["missed"]
+    ((time_s, told),) = [event for event in told_at(rows) if "without a command" in event[1]]
+    assert told == f"{line['count']} steps from {line['first']} on passed without a command"
+    assert time_s == pytest.approx(line["first"] / RATE_HZ - 100.0, abs=TIME_TOLERANCE_S)
 
 
 def a_line(kind):

@@ -88,16 +88,19 @@ def replayed(recording: Recording, target: str | Path) -> None:
     """A recording that was read back, as RunView would have shown it but for what the robot saw. Errors as in Sink."""
     with RunView(target, recording.header["title"], patient=True) as view:
         lines = [line for lines in recording.lines.values() for line in lines if line["kind"] != "session"]
-        fields = [recording.header, *sorted(lines, key=_moment)]
+        rate_hz = recording.header["settings"]["rate_hz"]
+        fields = [recording.header, *sorted(lines, key=lambda line: _moment(line, rate_hz))]
         for line in fields:
             view.write(**line)
 
 
-def _moment(line: dict[str, Any]) -> tuple[float, int]:
-    """Orders lines as they were written: a report is the last."""
+def _moment(line: dict[str, Any], rate_hz: float) -> tuple[float, int]:
+    """Orders lines as they were written: steps that passed when the first was due, a report last."""
     if line["kind"] == "report":
         return np.inf, 0
-    return line.get("time_s", -np.inf), line.get("step", line.get("number", 0))
+    if line["kind"] == "missed":
+        return line["first"] / rate_hz, line["first"]
+    return line["time_s"], line.get("step", line.get("number", 0))
 
 
 _Entry = tuple[str, dict[str, Any]]
@@ -225,7 +228,7 @@ class _Page:
         if last is None or fields["source"] != last["source"]:
             says = {"chunk": "executes a chunk", "hold": "holds: no action"}.get(fields["source"], fields["source"])
             _say(stream, f"step {fields['step']}: {says}", "WARN" if fields["source"] == "hold" else "INFO")
-        if last is not None and fields["step"] == last["step"] + 1 and fields["chunk"] != last["chunk"]:
+        if last is not None and fields["step"] == last["step"] + 1 and _is_seam(last, fields):
             jump = np.abs(self._frame.difference(row, np.array(last["row"])))
             for unit in sorted({group.unit for group in self._groups}):
                 columns = [index for group in self._groups if group.unit == unit for index in group.indices]
@@ -233,6 +236,7 @@ class _Page:
         self._last = fields
 
     def _draw_missed(self, stream: RecordingStream, fields: dict[str, Any]) -> None:
+        stream.set_time(TIME, duration=self._seconds(fields["first"]))
         _say(stream, f"{fields['count']} steps from {fields['first']} on passed without a command", "ERROR")
 
     def _draw_clock(self, stream: RecordingStream, fields: dict[str, Any]) -> None:
@@ -263,6 +267,11 @@ class _Page:
         send_blueprint(
             stream, beside_pictures(self._views, rrb.Vertical(curves, below, row_shares=[3, 1]), kinds=kinds)
         )
+
+
+def _is_seam(before: dict[str, Any], after: dict[str, Any]) -> bool:
+    """Whether one chunk follows another there. Standing still between them is none."""
+    return before["source"] == after["source"] == "chunk" and before["chunk"] != after["chunk"]
 
 
 def _say(stream: RecordingStream, text: str, level: str = "INFO") -> None:
