@@ -16,6 +16,7 @@ from xr0_engine.cli import app
 from xr0_engine.robot.decode import LEFT
 from xr0_engine.training.data.samples import DataError
 from xr0_engine.training.data.sources import open_source
+from xr0_engine.viz import sink
 from xr0_engine.viz.dataset import read_numbers, show_dataset
 
 # States are float32.
@@ -107,3 +108,9 @@ def test_what_cannot_be_shown(folder, tmp_path):
     with pytest.raises(DataError):
         show_dataset(tmp_path / "empty", target)
     assert not target.exists()
+
+
+def test_a_viewer_that_hangs_is_not_waited_for(folder, silent_viewer, monkeypatch):
+    monkeypatch.setattr(sink, "STUCK_S", 0.3)
+    with pytest.raises(OSError, match="the viewer hangs"):
+        show_dataset(folder, silent_viewer)

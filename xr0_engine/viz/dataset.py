@@ -33,7 +33,7 @@ from xr0_engine.viz.curves import (
     style,
     views_of_curves,
 )
-from xr0_engine.viz.sink import SUFFIX, check_target, open_stream
+from xr0_engine.viz.sink import SUFFIX, check_target, end_stream, open_stream
 
 if TYPE_CHECKING:
     from rerun import RecordingStream
@@ -141,8 +141,7 @@ def _draw_overview(
     document = rrb.TextDocumentView(origin="/overview", name="overview")
     right = rrb.Vertical(*beside, row_shares=[3, 1][-len(beside) :])
     send_blueprint(stream, rrb.Horizontal(document, right, column_shares=[2, 3]), lists_recordings=True)
-    stream.flush()
-    stream.disconnect()
+    end_stream(stream, target)
 
 
 def _told(path: Path, source: Source, findings: Sequence[Finding], statistics: Statistics | str) -> str:
@@ -202,8 +201,7 @@ def _draw_episode(
     else:
         _draw_motion(stream, episode, source)
         _draw_pictures(stream, episode, source)
-    stream.flush()
-    stream.disconnect()
+    end_stream(stream, target)
     return target
 
 

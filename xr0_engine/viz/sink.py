@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import socket
 import threading
+import time
 import uuid
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from queue import SimpleQueue
@@ -26,6 +28,10 @@ MOST_ENTRIES = 4096
 """That wait to be written: two minutes of a loop at 30 Hz."""
 MOST_PICTURES = 8
 """Observations among them, which are as large as their pictures."""
+STUCK_S = 10.0
+"""For a viewer to take what it was sent: over a slow network tens of megabytes. A disk has as long as it likes."""
+LOOK_S = 0.05
+"""How often it is looked at while what is left is written."""
 
 log = logging.getLogger(__name__)
 
@@ -106,6 +112,53 @@ def open_stream(target: str, kind: str, title: str) -> RecordingStream:
     return stream
 
 
+def end_stream(stream: RecordingStream, target: str) -> None:
+    """Write what is left of a recording, and let it go. Raises OSError if not all could be written, in STUCK_S where it
+    goes to a viewer."""
+    if (failure := _ended(stream, _patience_s(target))) is not None:
+        raise OSError(f"--rerun {target}: {failure}") from failure
+
+
+def _ended(stream: RecordingStream, longest_s: float | None) -> Exception | None:
+    """Writes what is left and lets it go, waiting so long; what went wrong, None if nothing did.
+
+    What hangs goes on beside: the thread keeps the stream, which would wait without a limit where it is forgotten.
+    """
+    failures: list[Exception] = []
+
+    def end() -> None:
+        # Flushing alone can be told when to give up, and of a viewer that never spoke it says that it is done.
+        flush: Callable[[], None] = stream.flush
+        if longest_s is not None:
+            flush = partial(stream.flush, timeout_sec=longest_s)
+        for step in (flush, stream.disconnect):
+            try:
+                step()
+            except Exception as error:
+                failures.append(error)
+
+    thread = threading.Thread(target=end, name="xr0-rerun-end", daemon=True)
+    thread.start()
+    thread.join(longest_s)
+    if thread.is_alive():
+        return _given_up()
+    return failures[0] if failures else None
+
+
+def _patience_s(target: str) -> float | None:
+    """How long a target is waited for; None: as long as it likes."""
+    return STUCK_S if "://" in target else None
+
+
+def _given_up() -> TimeoutError:
+    """What is to be said of a viewer that hangs. The end of the process does not wait for it either."""
+    import rerun
+
+    # It waits for all streams without a limit. Ours have been ended before that, but for this one.
+    rerun.unregister_shutdown()
+    return TimeoutError(f"the viewer hangs: it has not taken what it was sent in {STUCK_S:g} s")
+
+
 class Sink(Generic[Item]):
     """Writes what is handed over in the order in which it comes. A context manager.
 
@@ -113,7 +166,7 @@ class Sink(Generic[Item]):
     stream, called from the sink's thread alone. patient: whoever hands something over waits while too much waits to be
     written, for times that are simulated; otherwise it is dropped and counted, and nobody waits ever.
 
-    A disk or a viewer that fails later ends the recording alone: closing then raises the OSError.
+    A disk or a viewer that fails or hangs later ends the recording alone: closing then raises the OSError.
     """
 
     def __init__(
@@ -127,26 +180,39 @@ class Sink(Generic[Item]):
         self.target = check_target(target)
         self.dropped = 0
         self._stream = open_stream(self.target, kind, title)
-        self._write, self._patient = write, patient
+        self._write, self._patient, self._longest_s = write, patient, _patience_s(self.target)
         self._items: SimpleQueue[tuple[Item, bool] | None] = SimpleQueue()
         self._room = threading.Semaphore(MOST_ENTRIES)
         self._room_for_pictures = threading.Semaphore(MOST_PICTURES)
         self._failure: Exception | None = None
+        self._hangs = False
+        # When the thread has last written something.
+        self._moved_s = time.monotonic()
         self._thread = threading.Thread(target=self._work, name="xr0-rerun", daemon=True)
         self._thread.start()
 
     def put(self, item: Item, has_pictures: bool = False) -> None:
         """Hand an item over, which is not changed afterwards."""
+        if self._failure is not None:
+            return
         room = self._room_for_pictures if has_pictures else self._room
-        if room.acquire(blocking=self._patient):
+        if room.acquire(timeout=self._longest_s) if self._patient else room.acquire(blocking=False):
             self._items.put((item, has_pictures))
+        elif self._patient:
+            self._give_up()
         else:
             self.dropped += 1
 
     def close(self) -> None:
         """Write what is left. Raises OSError if not all could be written."""
         self._items.put(None)
-        self._thread.join()
+        asked_s = time.monotonic()
+        while self._thread.is_alive() and not self._hangs:
+            self._thread.join(LOOK_S)
+            if self._longest_s is not None and time.monotonic() > max(asked_s, self._moved_s) + self._longest_s:
+                self._give_up()
+        failure = _ended(self._stream, 0.0 if self._hangs else self._longest_s)
+        self._failure = self._failure or failure
         if self.dropped:
             log.warning("--rerun %s: %d entries dropped, which came too fast", self.target, self.dropped)
         if self._failure is not None:
@@ -163,10 +229,8 @@ class Sink(Generic[Item]):
             item, has_pictures = entry
             if self._failure is None:
                 self._attempt(lambda item=item: self._write(self._stream, item))  # type: ignore[misc]
+            self._moved_s = time.monotonic()
             (self._room_for_pictures if has_pictures else self._room).release()
-        if self._failure is None:
-            self._attempt(self._stream.flush)
-        self._attempt(self._stream.disconnect)
 
     def _attempt(self, step: Callable[[], None]) -> None:
         """Whatever goes wrong here, the run goes on: it is told when the recording is closed."""
@@ -174,3 +238,7 @@ class Sink(Generic[Item]):
             step()
         except Exception as error:
             self._failure = self._failure or error
+
+    def _give_up(self) -> None:
+        self._hangs = True
+        self._failure = self._failure or _given_up()
