@@ -122,6 +122,57 @@ def test_what_the_robot_saw_is_read_back(tmp_path):
     np.testing.assert_allclose(series(rows, "/state/columns")[1][:, 0], robot.seen)
 
 
+def as_file(kind, shade):
+    file = io.BytesIO()
+    Image.new("RGB", (12, 8), (shade, shade, shade)).save(file, kind)
+    return file.getvalue()
+
+
+class FileRobot(SeeingRobot):
+    """Its cameras give files, videos, and nothing that can be shown."""
+
+    def observe(self, now_s):
+        snapshot = super().observe(now_s)
+        shade = 10 * len(self.seen)
+        images = {
+            "jpeg": as_file("JPEG", shade),
+            "png": as_file("PNG", shade),
+            "files": [as_file("PNG", 0), as_file("JPEG", shade)],
+            "video": np.stack([np.zeros((8, 12, 3), np.uint8), np.full((8, 12, 3), shade, np.uint8)]),
+            "turned": np.full((3, 8, 12), shade, np.uint8),
+            "film": as_file("GIF", shade),
+            "float": np.zeros((8, 12, 3)),
+            # More than a JPEG can hold.
+            "long": np.zeros((70_000, 1, 3), np.uint8),
+            "nothing": None,
+        }
+        return replace(snapshot, observation=replace(snapshot.observation, images=images))
+
+
+def test_files_are_shown_as_they_are_and_what_cannot_be_shown_is_told_once(tmp_path):
+    clock = VirtualClock(100.0)
+    robot = FileRobot(clock)
+    with RunView(tmp_path / "run.rrd", "a test", patient=True) as view:
+        execute(robot=robot, clock=clock, recorder=view)
+    rows = read(tmp_path / "run.rrd")
+    assert len(series(rows, "/commands/columns")[0]) == len(robot.rows)
+    shown = {view: rows.get(f"/camera/{view}", []) for view in robot.observe(clock.now()).observation.images}
+    for view, kind in (("jpeg", "JPEG"), ("png", "PNG"), ("files", "JPEG"), ("video", None), ("turned", None)):
+        blobs = [bytes(row["blob"][0]) for row in shown.pop(view)]
+        assert len(blobs) == len(robot.seen) - 1 > 5
+        for number, blob in enumerate(blobs, 1):
+            with Image.open(io.BytesIO(blob)) as picture:
+                assert picture.size == (12, 8)
+                np.testing.assert_allclose(np.asarray(picture), 10.0 * number, atol=SHADE_TOLERANCE)
+            assert kind is None or blob == as_file(kind, 10 * number)
+    assert {view: len(found) for view, found in shown.items()} == dict.fromkeys(("film", "float", "long", "nothing"), 0)
+    told = [text for text in texts(rows) if "is not shown" in text]
+    assert sorted(text.split()[1] for text in told) == ["film", "float", "long", "nothing"]
+    assert "view float is not shown: image: expected a JPEG or PNG file or a uint8 array (H, W, 3), got dtype" in str(
+        told
+    )
+
+
 @pytest.mark.parametrize("delay_steps", [3.0, lambda number: 50 if number == 4 else 3], ids=["steady", "starves"])
 def test_jumps_at_seams_are_where_chunks_meet(tmp_path, delay_steps):
     _, _, rows, recording = watched(tmp_path / "run.rrd", mode="naive_async", delay_steps=delay_steps)
@@ -251,13 +302,17 @@ def test_patience_loses_nothing(tmp_path, monkeypatch):
     assert len(rows["/camera/ego"]) == len(robot.seen)
 
 
-def test_a_failure_is_told_at_the_end(tmp_path):
+def test_a_failure_is_told_at_the_end(tmp_path, monkeypatch):
+    def fails(*given):
+        raise ValueError("nobody expected this")
+
+    monkeypatch.setattr(run._Page, "_draw_saw", fails)
     view = RunView(tmp_path / "run.rrd", "", patient=True)
     view.write("session", settings={"rate_hz": RATE_HZ, "mode": "sync"}, layout="plain", width=WIDTH)
     view.saw(1, Observation({"ego": np.zeros((4, 4, 3))}, "go", np.zeros(3, np.float32), "robot", 0.0))
     for number in range(2 * sink.MOST_ENTRIES):
         view.write("missed", first=number, count=1)
-    with pytest.raises(OSError, match=r"--rerun .*run.rrd: image: expected a uint8 array"):
+    with pytest.raises(OSError, match=r"--rerun .*run.rrd: nobody expected this"):
         view.close()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 PREFIX_COLOR = "#E69F00"
 STATE_COLOR = "#999999"
 JPEG_QUALITY = 85
+MEDIA_TYPES = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG\r\n\x1a\n": "image/png"}
+"""What files begin with -> of which kind they are."""
 MOST_GROUPS_IN_A_ROW = 4
 MOST_PLANS = 16
 """Chunks that are drawn beside each other where they overlap."""
@@ -143,17 +146,40 @@ def plans_under(root: Sequence[str]) -> list[list[str]]:
 
 
 def log_pictures(
-    stream: RecordingStream, images: Mapping[str, np.ndarray], root: Sequence[str] = (), kind: str = "camera"
-) -> None:
-    """Each view's newest picture, as JPEG, at the stream's time: ROOT/KIND/VIEW."""
+    stream: RecordingStream, images: Mapping[str, object], root: Sequence[str] = (), kind: str = "camera"
+) -> dict[str, str]:
+    """Each view's newest picture at the stream's time: ROOT/KIND/VIEW. Arrays become JPEG, files go as they are.
+
+    images: view -> what a Client takes. Returns view -> why it cannot be shown, of those that cannot.
+    """
     import rerun
 
-    from xr0_engine.robot.history import newest
-    from xr0_engine.serve.images import encode_jpeg
-
+    faults = {}
     for view, image in images.items():
-        data = encode_jpeg(np.ascontiguousarray(newest(image)), JPEG_QUALITY)
-        stream.log([*root, kind, view], rerun.EncodedImage(contents=data, media_type="image/jpeg"))
+        try:
+            data, media_type = _as_file(image)
+        # Pillow's own for what is too large for a JPEG.
+        except (ValueError, OSError) as fault:
+            faults[view] = str(fault)
+        else:
+            stream.log([*root, kind, view], rerun.EncodedImage(contents=data, media_type=media_type))
+    return faults
+
+
+def _as_file(view: object) -> tuple[bytes, str]:
+    """A view's newest picture as a file, and of which kind. Raises ValueError for what is none, OSError."""
+    from xr0_engine.robot.history import newest
+    from xr0_engine.serve.images import encode_jpeg, read_image
+
+    image = view[-1] if isinstance(view, list | tuple) and view else view
+    if isinstance(image, bytes):
+        for start, media_type in MEDIA_TYPES.items():
+            if image.startswith(start):
+                return image, media_type
+        raise ValueError(f"expected a JPEG or PNG file, got {len(image)} bytes of something else")
+    if isinstance(image, np.ndarray):
+        image = newest(image)
+    return encode_jpeg(np.ascontiguousarray(read_image("image", image, sys.maxsize)), JPEG_QUALITY), "image/jpeg"
 
 
 def beside_pictures(

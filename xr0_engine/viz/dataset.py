@@ -247,9 +247,11 @@ def _draw_pictures(stream: RecordingStream, episode: Episode, source: Source) ->
         for tick, time_s in enumerate(times_s):
             stream.set_time(TIME, duration=time_s)
             try:
-                log_pictures(stream, {view.key: orient(episode.image(view.key, tick), view)})
+                faults = log_pictures(stream, {view.key: orient(episode.image(view.key, tick), view)})
             except DataError as error:
-                _say(stream, f"view {view.key}, tick {tick}: {error}", "ERROR")
+                faults = {view.key: str(error)}
+            if faults:
+                _say(stream, f"view {view.key}, tick {tick}: {faults[view.key]}", "ERROR")
                 break
 
 

@@ -122,6 +122,7 @@ class _Page:
         self._requests: dict[int, dict[str, Any]] = {}
         self._last: dict[str, Any] | None = None
         self._views: list[str] = []
+        self._not_shown: set[str] = set()
         self._said: str | None = None
         self._shows_attention = False
 
@@ -171,17 +172,24 @@ class _Page:
         if observation.instruction != self._said:
             self._said = observation.instruction
             _say(stream, f"instruction: {observation.instruction}")
-        log_pictures(stream, observation.images)
+        self._show(stream, observation.images, "camera")
         state = np.atleast_2d(observation.state)[-1]
         assert self._state_groups is not None
         log_row(stream, ("state",), self._state_groups, state)
 
     def _draw_attention(self, stream: RecordingStream, fields: dict[str, Any]) -> None:
         stream.set_time(TIME, duration=self._seen_s)
-        log_pictures(stream, fields["pictures"], kind="attention")
+        self._show(stream, fields["pictures"], "attention")
         if not self._shows_attention:
             self._shows_attention = True
             self._arrange(stream)
+
+    def _show(self, stream: RecordingStream, pictures: Mapping[str, object], kind: str) -> None:
+        """A view that cannot be shown is told the first time."""
+        for view, fault in log_pictures(stream, pictures, kind=kind).items():
+            if view not in self._not_shown:
+                self._not_shown.add(view)
+                _say(stream, f"view {view} is not shown: {fault}", "WARN")
 
     def _begin(self, stream: RecordingStream, observation: Observation) -> None:
         """What the first observation tells of all others."""

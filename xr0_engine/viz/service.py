@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,7 +45,7 @@ class ServiceView:
     camera/VIEW and state/GROUP: of the observation. plan/N/GROUP: chunks as they were sent, anchored where their layout
     anchors them, each action at the time that it would be for if the observation were of now; N keeps those apart that
     overlap. prefix/GROUP: those of their actions that were given. timing/NAME: milliseconds, in all, in the engine,
-    waiting. said: the instruction, when it changes.
+    waiting. said: the instruction, when it changes; a view that cannot be shown, the first time.
 
     target, title, errors: as in Sink; it drops what comes too fast.
     """
@@ -82,7 +82,7 @@ class _Answer:
 
 @dataclass
 class _Page:
-    """What is drawn of one client so far. views: of its first observation."""
+    """What is drawn of one client so far. views: of its first observation. not_shown: those that it was told of."""
 
     root: tuple[str, ...]
     views: list[str]
@@ -91,6 +91,7 @@ class _Page:
     state_groups: list[Group]
     robot_type: str
     said: str | None = None
+    not_shown: set[str] = field(default_factory=set)
 
 
 class _Pages:
@@ -118,7 +119,11 @@ class _Pages:
             stream.log([*root, "timing", name], rerun.Scalars(milliseconds))
         said = "(sent as tokens)"
         if isinstance(observation, Observation):
-            log_pictures(stream, observation.images, root)
+            faults = log_pictures(stream, observation.images, root)
+            for view in faults.keys() - page.not_shown:
+                page.not_shown.add(view)
+                text = f"view {view} is not shown: {faults[view]}"
+                stream.log([*root, "said"], rerun.TextLog(text, level="WARN"))
             said = observation.instruction
         if said != page.said:
             page.said = said
