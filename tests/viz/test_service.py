@@ -8,15 +8,17 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 
-from tests.serve.support import EchoEngine, backend, observation
+from tests.serve.support import LENGTHS, WIDTH, EchoEngine, backend, observation, wait_until
 from tests.viz.support import read, series
 from xr0_engine import Client
 from xr0_engine.checkpoint import init_checkpoint
 from xr0_engine.robot.layouts import BIMANUAL
+from xr0_engine.serve.protocol import Request
 from xr0_engine.serve.server import BackgroundServer
 from xr0_engine.serve.service import ServerConfig
-from xr0_engine.viz import ServiceView
+from xr0_engine.viz import ServiceView, service, sink
 
 # For a process to start on a busy machine.
 PATIENCE_S = 90
@@ -54,6 +56,84 @@ def test_requests_are_read_back(tmp_path):
     plan = series(rows, "/client/2/plan/0/left_position")[1]
     assert plan.shape == (31, len(used))
     np.testing.assert_allclose(plan[:-1, 0], 0.75, atol=CLOSE)
+
+
+@pytest.fixture
+def arranged(monkeypatch):
+    """The tabs of each arrangement that was sent. Nothing is dropped."""
+    sent = []
+
+    def send(stream, whole):
+        sent.append([tab.name for tab in whole.contents])
+
+    monkeypatch.setattr(service, "send_blueprint", send)
+    monkeypatch.setattr(sink, "MOST_PICTURES", 1000)
+    return sent
+
+
+def answer(view, client, robot_type="libero_all"):
+    engine = EchoEngine()
+    asked = observation(0.25, robot_type=robot_type, size=(8, 8), instruction="Go.")
+    robot = engine.embodiment(robot_type).robot_info(LENGTHS[robot_type], WIDTH, 6)
+    view.answered(client, Request(asked), engine.infer(asked), {"total_ms": 1.0}, robot)
+
+
+def test_it_is_arranged_once_for_each_client_however_many_ask(tmp_path, arranged):
+    view = ServiceView(tmp_path / "served.rrd", "a test")
+    for _ in range(5):
+        for client in range(1, 11):
+            answer(view, client)
+    view.close()
+    newest = [range(max(1, client - service.MOST_TABS + 1), client + 1) for client in range(1, 11)]
+    assert arranged == [[f"client {number}, libero_all" for number in numbers] for numbers in newest]
+    rows = read(tmp_path / "served.rrd")
+    for client in range(1, 11):
+        assert len(rows[f"/client/{client}/camera/base"]) == 5
+        # As nothing of it was forgotten.
+        assert len(rows[f"/client/{client}/said"]) == 1
+
+
+def test_a_client_that_is_another_robot_each_time_has_a_page_of_each(tmp_path, arranged):
+    view = ServiceView(tmp_path / "served.rrd", "a test")
+    for number in range(6):
+        answer(view, 1, ("libero_all", "bimanual")[number % 2])
+    view.close()
+    assert arranged == [["client 1, libero_all"], ["client 1, libero_all", "client 1, bimanual"]]
+
+
+def test_who_has_gone_is_shown_until_others_come(tmp_path, arranged):
+    view = ServiceView(tmp_path / "served.rrd", "a test")
+    pages = view._sink._write.__self__
+    for client in range(1, 31):
+        answer(view, client)
+        if client != 5:
+            view.left(client)
+    # It asked for nothing.
+    view.left(31)
+    view.close()
+    assert len(arranged) == 30
+    assert arranged[-1] == [f"client {number}, libero_all" for number in range(25, 31)]
+    assert sorted(pages._clients) == [5, *range(25, 31)]
+
+
+def test_the_server_tells_who_has_gone():
+    class Watching:
+        answers, gone = [], []
+
+        def answered(self, client, *told):
+            self.answers.append(client)
+
+        def left(self, client):
+            self.gone.append((client, len(self.answers)))
+
+        def close(self): ...
+
+    with BackgroundServer(backend(EchoEngine()), ServerConfig(port=0), Watching()) as server:
+        for _ in range(2):
+            with Client(server.url) as client:
+                client.infer(observation(0.25, instruction="Go."))
+        wait_until(lambda: len(Watching.gone) == 2)
+    assert Watching.gone == [(1, 1), (2, 2)]
 
 
 def test_serve_writes_it_until_it_is_told_to_end(tmp_path):

@@ -99,12 +99,15 @@ class ServerConfig:
 
 
 class Watch(Protocol):
-    """Who is told of each answer, from the event loop: it has to return at once."""
+    """Who is told of each answer, from the event loop: answered and left have to return at once."""
 
     def answered(
         self, client: int, request: Request, chunk: ActionChunk, timing_ms: Mapping[str, float], robot: RobotInfo
     ) -> None:
         """client: its number. timing_ms: as in Monitor.answered. robot: of the chunk's robot type."""
+
+    def left(self, client: int) -> None:
+        """That client has gone: there is no further answer to it, nor another client of its number."""
 
     def close(self) -> None:
         """The server has closed. May take its time; an OSError is logged."""
@@ -182,6 +185,8 @@ class Service:
         self.busy.discard(number)
         self._keys.pop(number, None)
         self.monitor.disconnected(number)
+        if self._watch is not None:
+            self._watch.left(number)
 
     @property
     def draining(self) -> bool:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from rerun import RecordingStream
 
 MOST_TABS = 6
-"""The newest clients, which the viewer shows at first; others are found by their entities."""
+"""The newest clients, whether they are connected or not, which the viewer shows; others are found by their entities."""
 
 
 class ServiceView:
@@ -52,7 +52,7 @@ class ServiceView:
 
     def __init__(self, target: str | Path, title: str) -> None:
         self._began_s = time.monotonic()
-        self._sink: Sink[_Answer] = Sink(target, "xr0 serve", title, _Pages().draw)
+        self._sink: Sink[_Answer | _Left] = Sink(target, "xr0 serve", title, _Pages().draw)
 
     def answered(
         self, client: int, request: Request, chunk: ActionChunk, timing_ms: Mapping[str, float], robot: RobotInfo
@@ -60,6 +60,10 @@ class ServiceView:
         """As in serve.service.Watch."""
         answer = _Answer(time.monotonic() - self._began_s, client, request, chunk, timing_ms, robot)
         self._sink.put(answer, has_pictures=True)
+
+    def left(self, client: int) -> None:
+        """As in serve.service.Watch."""
+        self._sink.put(_Left(client))
 
     @property
     def dropped(self) -> int:
@@ -80,33 +84,57 @@ class _Answer:
     robot: RobotInfo
 
 
+@dataclass(frozen=True)
+class _Left:
+    client: int
+
+
 @dataclass
 class _Page:
-    """What is drawn of one client so far. views: of its first observation. not_shown: those that it was told of."""
+    """What is drawn of a client as one robot. views: of its first observation."""
 
     root: tuple[str, ...]
     views: list[str]
     groups: list[Group]
     plans: Plans
     state_groups: list[Group]
-    robot_type: str
+
+
+@dataclass
+class _Client:
+    """pages: by robot type, as it may be another with each request. not_shown: views that it was told of."""
+
+    pages: dict[str, _Page] = field(default_factory=dict)
     said: str | None = None
     not_shown: set[str] = field(default_factory=set)
+    is_connected: bool = True
 
 
 class _Pages:
     """Used by the sink's thread alone."""
 
     def __init__(self) -> None:
-        self._pages: dict[int, _Page] = {}
+        # By their numbers: those that are connected, and those that are shown.
+        self._clients: dict[int, _Client] = {}
+        # Client and robot type of each tab.
+        self._shown: list[tuple[int, str]] = []
 
-    def draw(self, stream: RecordingStream, answer: _Answer) -> None:
+    def draw(self, stream: RecordingStream, entry: _Answer | _Left) -> None:
+        if isinstance(entry, _Answer):
+            self._draw_answer(stream, entry)
+        elif entry.client in self._clients:
+            self._clients[entry.client].is_connected = False
+            self._forget()
+
+    def _draw_answer(self, stream: RecordingStream, answer: _Answer) -> None:
         import rerun
 
-        page = self._pages.get(answer.client)
-        # A client may be another robot with each request.
-        if page is None or page.robot_type != answer.chunk.robot_type:
-            page = self._begin(stream, answer)
+        client = self._clients.setdefault(answer.client, _Client())
+        page = client.pages.get(answer.chunk.robot_type)
+        if page is None:
+            page = client.pages[answer.chunk.robot_type] = self._begin(stream, answer)
+            self._forget()
+            self._arrange(stream)
         observation, chunk, root = answer.request.observation, answer.chunk, page.root
         period_s = 1 / answer.robot.control_rate_hz
         page.plans.send(stream, answer.time_s, period_s, chunk.actions)
@@ -120,13 +148,13 @@ class _Pages:
         said = "(sent as tokens)"
         if isinstance(observation, Observation):
             faults = log_pictures(stream, observation.images, root)
-            for view in faults.keys() - page.not_shown:
-                page.not_shown.add(view)
+            for view in faults.keys() - client.not_shown:
+                client.not_shown.add(view)
                 text = f"view {view} is not shown: {faults[view]}"
                 stream.log([*root, "said"], rerun.TextLog(text, level="WARN"))
             said = observation.instruction
-        if said != page.said:
-            page.said = said
+        if said != client.said:
+            client.said = said
             stream.log([*root, "said"], rerun.TextLog(said))
 
     def _begin(self, stream: RecordingStream, answer: _Answer) -> _Page:
@@ -140,25 +168,35 @@ class _Pages:
             groups,
             Plans([*root, "plan"], groups),
             groups_of(layout if state_width == width else PLAIN, state_width),
-            chunk.robot_type,
         )
         for group in page.groups:
             style(stream, [*page.root, "prefix"], group, PREFIX_COLOR, 3.5)
         for group in page.state_groups:
             style(stream, [*page.root, "state"], group, STATE_COLOR, 3.0)
-        self._pages.pop(answer.client, None)
-        self._pages[answer.client] = page
-        while len(self._pages) > MOST_TABS:
-            del self._pages[next(iter(self._pages))]
-        self._arrange(stream)
         return page
 
+    def _newest(self) -> list[int]:
+        return sorted(self._clients)[-MOST_TABS:]
+
+    def _forget(self) -> None:
+        """Who has gone and is not shown."""
+        newest = self._newest()
+        for number in [number for number, client in self._clients.items() if not client.is_connected]:
+            if number not in newest:
+                del self._clients[number]
+
     def _arrange(self, stream: RecordingStream) -> None:
+        """Nothing is sent where the same is shown as before: the viewer would forget what somebody has arranged."""
         import rerun
         import rerun.blueprint as rrb
 
+        shown = [(number, robot_type) for number in self._newest() for robot_type in self._clients[number].pages]
+        if shown == self._shown:
+            return
+        self._shown = shown
         tabs = []
-        for client, page in self._pages.items():
+        for number, robot_type in shown:
+            page = self._clients[number].pages[robot_type]
             entities = [[*page.root, "prefix"], *plans_under([*page.root, "plan"])]
             state = views_of_curves(page.state_groups, [[*page.root, "state"]])
             timing = rrb.TimeSeriesView(origin=rerun.new_entity_path([*page.root, "timing"]), name="timing (ms)")
@@ -166,5 +204,5 @@ class _Pages:
             below = rrb.Horizontal(timing, said)
             curves = rrb.Tabs(views_of_curves(page.groups, entities), rrb.Vertical(state, name="state"))
             beside = rrb.Vertical(curves, below, row_shares=[3, 1])
-            tabs.append(beside_pictures(page.views, beside, page.root, f"client {client}, {page.robot_type}"))
+            tabs.append(beside_pictures(page.views, beside, page.root, f"client {number}, {robot_type}"))
         send_blueprint(stream, rrb.Tabs(*tabs, active_tab=len(tabs) - 1))
