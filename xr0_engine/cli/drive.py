@@ -65,7 +65,7 @@ def drive(
         bool, typer.Option("--guard-stops", help="Stop the robot and end at the guard's first warning.")
     ] = False,
     guard_record: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="What the guard sees, for xr0 guard calibrate --run.")
+        Path | None, typer.Option(metavar="FILE", help="What the guard sees, for xr0 guard calibrate --runs.")
     ] = None,
     attention: Annotated[
         bool,
