@@ -25,6 +25,7 @@ from xr0_engine.serve.service import ServerConfig
 DEPLOY = ROOT / "deploy"
 PAGE = ROOT / "docs" / "deploy.md"
 UNITS = sorted(DEPLOY.glob("*.service"))
+KEPT = ("Containerfile", "compose.yaml", "robot.py")
 # Of the click that typer comes with.
 UsageError = typer.BadParameter.__mro__[1]
 
@@ -142,6 +143,35 @@ def test_compose_refers_to_what_is_there():
     # Longer than the server takes.
     for given in (service["stop_grace_period"], unit(DEPLOY / "xr0-serve.service")["Service"]["TimeoutStopSec"]):
         assert float(given.removesuffix("s")) > ServerConfig().drain_s
+
+
+def ignored(file):
+    """An ignore file's patterns for this folder."""
+    return [line for line in (ROOT / file).read_text().splitlines() if line.startswith("deploy/")]
+
+
+@pytest.mark.parametrize("file", [".gitignore", ".dockerignore"])
+def test_secrets_are_in_no_commit_and_no_image(file):
+    """What Compose reads from deploy/, and what else may lie there while a machine is set up."""
+    named = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["secrets"].values()
+    paths = [Path("deploy", secret["file"]) for secret in named]
+    assert {path.name for path in paths} == {"api_keys.txt", "cert.pem", "key.pem"}
+    # What Compose and the units read their variables from, XR0_API_KEY among them.
+    paths += [Path("deploy", name) for name in (".env", "robot.env", "serve.env")]
+    patterns = ignored(file)
+    assert [path for path in paths if not any(path.match(pattern) for pattern in patterns)] == []
+    kept = [path.relative_to(ROOT) for path in (*UNITS, *(DEPLOY / name for name in KEPT))]
+    assert [path for path in kept if any(path.match(pattern) for pattern in patterns)] == []
+
+
+def test_git_ignores_secrets():
+    """By git's own word, where this is a checkout."""
+    git = shutil.which("git")
+    if git is None or not (ROOT / ".git").exists():
+        pytest.skip("needs git and a checkout")
+    asked = [f"deploy/{name}" for name in ("api_keys.txt", "key.pem", ".env", *KEPT)]
+    done = subprocess.run([git, "-C", ROOT, "check-ignore", *asked], capture_output=True, text=True)
+    assert done.stdout.split() == asked[:3]
 
 
 def test_the_container_file_refers_to_what_is_there():
