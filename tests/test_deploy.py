@@ -51,6 +51,28 @@ def blocks():
     return "\n".join(re.findall(r"```\n(.*?)```", PAGE.read_text(), re.DOTALL)).splitlines()
 
 
+def section(numbers):
+    """The page's text on one machine."""
+    parts = re.split(r"(?m)^## (\d)\. ", PAGE.read_text())
+    return "".join(part for number, part in zip(parts[1::2], parts[2::2], strict=True) if number in numbers)
+
+
+# On the machine itself, not on another (`gpu-box:/etc/xr0`).
+FOLDER = re.compile(r"(?<![\w:])/(?:etc|opt)/xr0\b")
+
+
+@pytest.mark.parametrize(("numbers", "name"), [("1", "xr0-serve.service"), ("23", "xr0-robot.service")])
+def test_folders_are_made_before_they_are_used(numbers, name):
+    made = set()
+    for block in re.findall(r"```\n(.*?)```", section(numbers), re.DOTALL):
+        for line in block.splitlines():
+            for command in line.split("  #")[0].split("&&"):
+                made |= set(re.findall(r"^\s*(?:mkdir -p|python3 -m venv) (/\S+)", command))
+                assert set(FOLDER.findall(command)) <= made, line
+    used = set(FOLDER.findall((DEPLOY / name).read_text()))
+    assert used == made == {"/etc/xr0", "/opt/xr0"}
+
+
 def commands():
     """Each `xr0 ...` of the page, its units and its compose file."""
     found = [line.split("  #")[0] for line in blocks() if line.startswith("xr0 ")]
