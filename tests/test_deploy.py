@@ -145,6 +145,17 @@ def test_units_are_what_systemd_takes(path, tmp_path):
     assert (done.returncode, [line for line in done.stderr.splitlines() if path.name in line]) == (0, [])
 
 
+def test_a_server_that_stays_unhealthy_is_started_again():
+    """Neither systemd nor Compose looks at its health: it ends by itself, and is not served by the CPU then."""
+    service = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]["xr0"]
+    started = unit(DEPLOY / "xr0-serve.service")["Service"]
+    assert (service["restart"], started["Restart"]) == ("unless-stopped", "on-failure")
+    for line in (shlex.split(started["ExecStart"])[1:], service["command"]):
+        asked = parse(line).params
+        assert asked["device"] == "cuda"
+        assert 0 < asked["max_unhealthy_s"] <= 60
+
+
 def test_a_robot_is_started_by_a_person():
     robot = unit(DEPLOY / "xr0-robot.service")
     assert robot["Service"]["Restart"] == "no"

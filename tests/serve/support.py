@@ -31,7 +31,7 @@ class EchoEngine:
     def __init__(self, delay_s: float = 0.0, gate: threading.Semaphore | None = None) -> None:
         self.delay_s = delay_s
         self.gate = gate
-        self.broken: list[Exception | np.ndarray] = []
+        self.broken: list[BaseException | np.ndarray] = []
         self.seen: list[Observation] = []
         self.threads: set[int] = set()
 
@@ -57,7 +57,7 @@ class EchoEngine:
             actions[: len(prefix)] = prefix
         if self.broken and observation.instruction != "Warm up.":
             broken = self.broken.pop(0)
-            if isinstance(broken, Exception):
+            if isinstance(broken, BaseException):
                 raise broken
             actions = broken
         return ActionChunk(

@@ -8,18 +8,23 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
+from http import HTTPStatus
+from operator import length_hint
+from types import SimpleNamespace
 
 import pytest
 
-from tests.serve.echo_server import DRAIN_S
+from tests.serve.echo_server import DRAIN_S, UNHEALTHY_S
 from tests.serve.support import EchoEngine, backend, observation, wait_until
 from tests.serve.test_server import get
 from tests.support import ROOT
 from xr0_engine import Client
+from xr0_engine.serve import service
 from xr0_engine.serve.protocol import PolicyFailed, Request
 from xr0_engine.serve.replicas import RayOptions, RayReplicas
 from xr0_engine.serve.server import BackgroundServer
-from xr0_engine.serve.service import ServerConfig
+from xr0_engine.serve.service import FAILURES_UNTIL_UNHEALTHY, ServerConfig
 
 GO = observation(0.25, instruction="Go.")
 PATIENCE_S = 60.0
@@ -144,6 +149,75 @@ def test_closing_does_not_wait_for_an_engine_that_hangs():
         assert time.monotonic() - start < SLACK_S
         thread.join()
     engine.gate.release()
+
+
+@contextmanager
+def watched(*kinds):
+    """(process, where it serves)"""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.serve.echo_server", "0", "watched", *kinds],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process, f"localhost:{process.stdout.readline().strip()}"
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        process.stderr.close()
+
+
+@pytest.mark.parametrize(
+    ("kind", "fault"),
+    [
+        ("hang", "s so far, expected at most 0.2 s"),
+        ("fail", "inferences failed"),
+        ("die", "the engine's thread has died: SystemExit('out of luck')"),
+    ],
+)
+def test_one_that_stays_unhealthy_ends_by_itself(kind, fault):
+    with watched(kind) as (process, url), Client(url, timeout_s=PATIENCE_S) as client:
+        threads = [asking(client) for _ in range(FAILURES_UNTIL_UNHEALTHY if kind == "fail" else 1)]
+        assert process.wait(PATIENCE_S) == 1
+        told = process.stderr.read()
+        for thread in threads:
+            thread.join()
+    assert f"unhealthy for {UNHEALTHY_S} s, so it ends: " in told
+    assert fault in told
+
+
+def test_one_that_is_healthy_does_not():
+    with watched() as (process, url), Client(url, timeout_s=PATIENCE_S) as client:
+        client.infer(GO)
+        time.sleep(2 * UNHEALTHY_S)
+        client.infer(GO)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(PATIENCE_S) == 0
+
+
+def test_unhealthy_for_long_is_without_a_break_and_when_it_should_serve(monkeypatch):
+    monkeypatch.setattr(service, "HEALTH_S", 0.0)
+    ok, fault = (HTTPStatus.OK, "ok"), (HTTPStatus.SERVICE_UNAVAILABLE, "broken")
+    looks = [("warming up", fault)] * 9 + [("ready", fault)] * 3 + [("ready", ok)] + [("ready", fault)] * 9
+    served = service.Service(backend(EchoEngine()), ServerConfig(port=0))
+    left = iter(looks)
+
+    def health():
+        served.state, told = next(left)
+        return told
+
+    monkeypatch.setattr(served, "health", health)
+    # A look a second.
+    monkeypatch.setattr(service, "time", SimpleNamespace(monotonic=lambda: float(-length_hint(left))))
+
+    async def wait():
+        return await served.until_unhealthy(6.0)
+
+    told = asyncio.run(wait())
+    assert (told, len(list(left))) == ("broken", 2)
 
 
 class Handle:

@@ -61,6 +61,14 @@ def serve(
     max_inference_s: Annotated[
         float, typer.Option(min=0.1, help="Seconds; /healthz is 503 while one inference takes longer.")
     ] = 30.0,
+    max_unhealthy_s: Annotated[
+        float | None,
+        typer.Option(
+            min=0.1,
+            help="Seconds; once /healthz has told a fault for so long, end with exit code 1, for who starts it again. "
+            "Without it, it goes on.",
+        ),
+    ] = None,
     host_name: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME", help="Another name of this machine, for its pages without keys; may be repeated."),
@@ -119,6 +127,7 @@ def serve(
         max_clients=max_clients,
         max_clients_per_key=max_clients_per_key,
         max_inference_s=max_inference_s,
+        max_unhealthy_s=max_unhealthy_s,
         host_names=tuple(host_name or ()),
         max_message_bytes=max_message_mb << 20,
         max_requests_per_s=max_rate,
@@ -179,8 +188,11 @@ def _gpus_per_replica(device: str) -> int:
 
 def run(server: Server, announce: Callable[[int], None] | None = None) -> None:
     """Serve until SIGTERM or SIGINT, and end within the server's drain_s of it, whatever its threads are at; a second
-    one ends the process at once. announce: told the port once it is open; None prints where the server is."""
+    one ends the process at once. So it ends, with exit status 1, once it has been unhealthy for max_unhealthy_s.
+    announce: told the port once it is open; None prints where the server is."""
     import asyncio
+
+    faults: list[str] = []
 
     async def until_signal() -> None:
         stop = asyncio.Event()
@@ -193,9 +205,19 @@ def run(server: Server, announce: Callable[[int], None] | None = None) -> None:
                 loop.remove_signal_handler(number)
                 signal.signal(number, signal.SIG_DFL)
 
+        async def watch_health(lasting_s: float) -> None:
+            faults.append(await server.until_unhealthy(lasting_s))
+            logging.getLogger("xr0_engine.serve").error("unhealthy for %g s, so it ends: %s", lasting_s, faults[0])
+            shut_down()
+
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, shut_down)
+        lasting_s = server.config.max_unhealthy_s
+        # Kept here, as asyncio keeps none.
+        watching = [] if lasting_s is None else [asyncio.create_task(watch_health(lasting_s))]
         await server.run(stop, announce or (lambda port: _announce(server, port)))
+        for task in watching:
+            task.cancel()
 
     # Of whatever pictures clients send; each text is remembered for good.
     warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -205,7 +227,7 @@ def run(server: Server, announce: Callable[[int], None] | None = None) -> None:
     if not is_idle:
         # One that was still being loaded owes nobody an answer.
         _end_now(int(server.metadata is not None), "the engine did not end in time")
-    _end_now(0)
+    _end_now(len(faults))
 
 
 MARGIN_S = 0.3

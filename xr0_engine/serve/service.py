@@ -37,6 +37,8 @@ FAILURES_UNTIL_UNHEALTHY = 3
 """Inferences that fail in a row until /healthz says so: a device that is lost does not come back by itself."""
 KEPT_FOR_EACH_KEY = 2
 """Places that one key leaves to each of the others: one for its session, one while a lost one is not noticed yet."""
+HEALTH_S = 1.0
+"""How often the server looks at its own health."""
 CLOSING_S = 2.0
 """Of a shutdown's time, for what comes after the last answer."""
 
@@ -46,11 +48,12 @@ class ServerConfig:
     """port: 0 takes a free one. keys: API keys, none = everyone who can reach the port. max_requests_per_s: of one
     client. max_prefix: longest prefix taken; None: what the engine was trained with. max_clients_per_key: of
     max_clients; None: all but KEPT_FOR_EACH_KEY for each other key. max_inference_s: while one inference takes longer,
-    the server is unhealthy. drain_s: how long a shutdown takes at most, with the wait for requests that are being
-    answered. host_names: names of this machine that it does not know of itself; without keys its pages are shown under
-    no other. legacy_port: of the released TCP protocols, None for none. legacy_ranks: how many ports they are spoken on
-    from legacy_port on: rank r of a released evaluation connects to legacy_port + r. legacy_formats: what messages may
-    be there, of LEGACY_FORMATS. guard: a guard.json, by which it warns of what clients see and are answered.
+    the server is unhealthy. max_unhealthy_s: `xr0 serve` ends once it has been for so long; None: it goes on. drain_s:
+    how long a shutdown takes at most, with the wait for requests that are being answered. host_names: names of this
+    machine that it does not know of itself; without keys its pages are shown under no other. legacy_port: of the
+    released TCP protocols, None for none. legacy_ranks: how many ports they are spoken on from legacy_port on: rank r
+    of a released evaluation connects to legacy_port + r. legacy_formats: what messages may be there, of LEGACY_FORMATS.
+    guard: a guard.json, by which it warns of what clients see and are answered.
 
     Raises ValueError for an address beyond this machine without keys, unless allow_anyone, and for ports that are none.
     """
@@ -67,6 +70,7 @@ class ServerConfig:
     max_requests_per_s: float = 200.0
     max_prefix: int | None = None
     max_inference_s: float = 30.0
+    max_unhealthy_s: float | None = None
     drain_s: float = 10.0
     host_names: tuple[str, ...] = ()
     legacy_port: int | None = None
@@ -212,6 +216,19 @@ class Service:
         if fault := self._backend.fault(self.config.max_inference_s):
             return HTTPStatus.SERVICE_UNAVAILABLE, fault
         return HTTPStatus.OK, "ok"
+
+    async def until_unhealthy(self, lasting_s: float) -> str:
+        """Waits until a server that was ready has been unhealthy for so long without a break. Returns why it is."""
+        since_s: float | None = None
+        while True:
+            status, text = self.health()
+            if self.state != "ready" or status == HTTPStatus.OK:
+                since_s = None
+            elif since_s is None:
+                since_s = time.monotonic()
+            elif time.monotonic() - since_s >= lasting_s:
+                return text
+            await asyncio.sleep(min(HEALTH_S, lasting_s))
 
     async def start(self) -> None:
         """Warm up the backend; from then on there are chunks to be had. Raises what the backend raises."""
