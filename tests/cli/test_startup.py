@@ -39,6 +39,12 @@ def test_start_imports_nothing_heavy(code):
     assert heavy_modules_after(code) == set()
 
 
+def test_a_robot_that_a_server_drives_needs_nothing_heavy():
+    """As `pip install xr0-engine` has it; nobody listens on port 9."""
+    words = ("drive", "--env", "null", "--robot-type", "libero_all", "--seconds", "1", "--server", "ws://127.0.0.1:9")
+    assert heavy_modules_after(start(*words)) == set()
+
+
 def test_only_the_engine_needs_torch():
     names = ", ".join(sorted(set(xr0_engine.__all__) - {"Engine"}))
     assert heavy_modules_after(f"from xr0_engine import {names}") == set()

@@ -47,7 +47,7 @@ def test_only_what_runs_is_on_the_device(recipe, base):
     xr0 = model_config(start.config, config)
     policy, whole = (build_policy(each, xr0) for each in (config, override(config, ["model.offload_frozen=false"])))
     load_policy(policy, config, xr0, start, CPU)
-    kept = dict(policy.vlm.host.named())
+    kept = policy.vlm.host._kept
     own = {name: parameter.shape for name, parameter in policy.named_parameters()}
     assert own | {name: value.shape for name, value in kept.items()} == {
         name: parameter.shape for name, parameter in whole.named_parameters()
@@ -70,7 +70,7 @@ def test_the_forecast_is_without_what_the_host_keeps(recipe, base, tmp_path):
     batch = Collator(base, xr0, statistics()).robot([robot_sample(number) for number in range(2)])
     with world() as here:
         trainer = Trainer(config, tmp_path / "a", here, Numbered(robot_sample, 2), None, statistics())
-        host = sum(value.numel() * value.element_size() for _, value in trainer.policy.vlm.host.named())
+        host = sum(value.numel() * value.element_size() for value in trainer.policy.vlm.host._kept.values())
     found, most = forecast(config, xr0, batch), measured(config, tmp_path / "b")
     assert abs(found.total / (most - host) - 1) < WITHIN
     assert found.frozen < forecast(override(config, ["model.offload_frozen=false"]), xr0, batch).frozen - host / 2

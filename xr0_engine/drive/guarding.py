@@ -6,7 +6,6 @@ from pathlib import Path
 
 from xr0_engine.files import GUARD_FILE
 from xr0_engine.guard import RobotProfile, read_guard
-from xr0_engine.model.weights import resolve_checkpoint
 from xr0_engine.types import FileError, RobotInfo
 
 NONE = "none"
@@ -24,6 +23,9 @@ def guard_file(given: str | None, checkpoint: str | None) -> Path | None:
         return Path(given)
     if checkpoint is None:
         return None
+    # Needs torch, which a robot that is driven by a server does without.
+    from xr0_engine.model.weights import resolve_checkpoint
+
     beside = resolve_checkpoint(checkpoint) / GUARD_FILE
     return beside if beside.is_file() else None
 

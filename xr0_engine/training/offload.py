@@ -6,7 +6,7 @@ activations must be computed again in the backward pass, which copies them once 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -42,10 +42,6 @@ class HostWeights:
             # Not a view of the checkpoint's file; and what is copied from memory that may be moved is waited for.
             kept = torch.empty(empty.shape, dtype=empty.dtype, pin_memory=device.type == "cuda")
             self._kept[name] = kept.copy_(values(name))
-
-    def named(self) -> Iterator[tuple[str, Tensor]]:
-        """As named_parameters."""
-        yield from self._kept.items()
 
     def _run(
         self, forward: Callable[..., Any], places: Sequence[tuple[nn.Module, str, str]], *args: Any, **kwargs: Any
