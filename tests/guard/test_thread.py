@@ -7,6 +7,7 @@ import threading
 import numpy as np
 
 from tests.guard.support import EVERY, RATE_HZ, chunk, observation, profile, states, targets
+from tests.serve.support import wait_until
 from xr0_engine.guard import Guard, GuardThread
 from xr0_engine.guard.thread import GuardInLoop
 
@@ -47,21 +48,24 @@ def test_a_slow_guard_leaves_out_the_oldest_with_its_chunk():
         thread.see(observation(path[tick]), tick / RATE_HZ)
         thread.plan(chunk(targets(path, tick), 0.2))
 
+    guard.gate.release()
     hand_over(0)
+    wait_until(lambda: len(guard.kinds) == 2)
+    guard.begun.clear()
+    hand_over(1)
     assert guard.begun.wait(10)
-    for number in range(1, 10):
+    for number in range(2, 9):
         hand_over(number)
     assert thread.poll() == []
-    assert thread.skipped == 5
+    assert thread.skipped == 3
     for _ in range(5):
         guard.gate.release()
     thread.close(10)
-    looked = [tick * EVERY / RATE_HZ for tick in (0, 6, 7, 8, 9)]
-    assert guard.times == looked
+    assert guard.times == [tick * EVERY / RATE_HZ for tick in (0, 1, 5, 6, 7, 8)]
     # Neither is a chunk held against another's observation, nor the robot against a chunk that it left long ago.
     assert thread.poll() == []
-    # The first one's chunk was left out with the second observation.
-    assert guard.kinds == ["Seen", *["Seen", "Planned"] * 4]
+    # The second one's chunk was left out with the third observation.
+    assert guard.kinds == ["Seen", "Planned", "Seen", *["Seen", "Planned"] * 4]
 
 
 def test_an_error_is_the_last_warning():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -134,3 +135,32 @@ def test_a_guard_that_fails_says_so_once_and_others_go_on(guard, monkeypatch):
                 wait_until(lambda: status(server)["counts"].get("state range") == 1)
         (failed,) = [told for told in status(server)["recent"] if told["name"] == "failed"]
         assert "the guard looks no more: ArithmeticError: no sum" in failed["detail"]
+
+
+def test_answers_that_were_left_out_are_forgotten_with_their_chunks(guard, monkeypatch):
+    gate, seen, forgets = threading.Semaphore(0), [], []
+    honest = Guard.see
+
+    def see(self, observation, time_s):
+        seen.append(time_s)
+        gate.acquire()
+        return honest(self, observation, time_s)
+
+    monkeypatch.setattr(Guard, "see", see)
+    monkeypatch.setattr(Guard, "forget", lambda self: forgets.append(len(seen)))
+    with (
+        BackgroundServer(backend(EchoEngine()), ServerConfig(port=0, guard=guard)) as server,
+        Client(server.url) as client,
+    ):
+        client.infer(observation(0.5, instruction="Go."))
+        wait_until(lambda: len(seen) == 1)
+        for _ in range(3):
+            client.infer(observation(0.5, instruction="Go."))
+        gate.release()
+        wait_until(lambda: len(seen) == 2)
+        gate.release()
+        client.infer(observation(0.5, instruction="Go."))
+        gate.release()
+        wait_until(lambda: len(seen) == 3)
+    # Before the second look alone: of three answers it is of the newest.
+    assert forgets == [1]
