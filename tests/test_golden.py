@@ -240,7 +240,7 @@ def test_wrong_call_exits_with_2(arguments, message, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("way", "backend", "kind", "message"),
     [
-        ("sideways", "triton", ValueError, "way: expected one of table, chained, layered, persistent, overlap, "),
+        ("sideways", "triton", ValueError, "way: expected one of table, chained, layered, persistent, streamed, "),
         ("chained", "reference", ValueError, "way: backend 'reference' has one way alone, got 'chained'"),
         ("overlap", "triton", NotImplementedError, "way 'overlap': it takes two streams of a CUDA GPU"),
     ],
@@ -258,6 +258,7 @@ def test_way_that_cannot_be_is_refused(way, backend, kind, message, monkeypatch)
         ("chained", "chained", False, True),
         ("layered", "layered", False, True),
         ("persistent", "persistent", False, True),
+        ("streamed", "streamed", False, True),
         ("separate", "chained", False, False),
     ],
 )

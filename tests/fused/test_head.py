@@ -33,6 +33,8 @@ def make_head(dtype: torch.dtype = torch.float32, columns: int = 64, **variant: 
     """At the smallest sizes that have every part: 2 heads, which share one of the cache."""
     sizes = {"num_layers": 2, "hidden_size": columns, "head_dim": 32, "num_kv_heads": 1, "flow_steps": 2, **variant}
     text = {"head_dim": sizes["head_dim"], "num_kv_heads": sizes["num_kv_heads"]}
+    if sizes["head_dim"] == 64:
+        text["mrope_section"] = (12, 10, 10)
     config = make_config(text=text, head=sizes)
     torch.manual_seed(0)
     head = ActionHead(config)
@@ -107,6 +109,92 @@ def test_loops_compute_the_flow(flow, tactic, attention, programs, variant):
     assert not ops.workspace.counters(4).any(), "the next kernel counts from zero"
 
 
+STREAMED = {"columns": 256, "head_dim": 64, "num_kv_heads": 2}
+"""The smallest head that a streamed loop is for."""
+AS_CHAINED = 1.5
+"""How many times a chained flow's error a streamed one's may be: both round to bfloat16 at the same places, but for the
+norm of the output layer, and add up in other orders. Mean squares of a hundred numbers scatter by a tenth."""
+
+
+def rms(error: torch.Tensor) -> float:
+    return float(error.square().mean().sqrt())
+
+
+WIDE_AS_THE_STREAMS = {"output_width": 256, "action_dim": 20}
+
+
+def streamed_head(**variant: Any) -> FusedHead:
+    return make_head(torch.bfloat16, **{**STREAMED, **variant})
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize(
+    ("batch", "variant"),
+    [
+        pytest.param(1, {}, id="one row"),
+        pytest.param(2, {"flow_steps": 3, "num_layers": 3}, id="two rows, 3 steps, 3 layers", marks=ONE_CHIP),
+        pytest.param(1, {"num_kv_heads": 4}, id="heads of their own", marks=ONE_CHIP),
+        pytest.param(2, {"stream_norms": False}, id="no norms", marks=ONE_CHIP),
+        pytest.param(1, {**WIDE_AS_THE_STREAMS, "stream_norms": False}, id="xr1"),
+        pytest.param(1, WIDE_AS_THE_STREAMS, id="wide output", marks=ONE_CHIP),
+    ],
+)
+@pytest.mark.parametrize("programs", [None, 4])
+def test_a_streamed_loop_computes_the_flow(batch, variant, programs):
+    head = streamed_head(**variant)
+    inputs = make_inputs(head, batch)
+    inputs = replace(inputs, prefix_length=torch.arange(batch, dtype=torch.int32, device=DEVICE) + 2)
+    expected = head.run(FusedOps("reference", DEVICE), inputs, head.buffers(batch, 6))
+    ops, buffers = FusedOps("triton", DEVICE, programs=programs), head.buffers(batch, 6)
+    for name in ("middle", "middle_sums", "end", "end_sums", "q", "raw", "mixed", "hidden", "embedded", "z"):
+        getattr(buffers, name).fill_(torch.nan)
+    buffers.fragments.fill_(torch.nan)
+    chunk = head.run(ops, inputs, buffers, flow="streamed").clone()
+    chained = head.run(FusedOps("triton", DEVICE), inputs, head.buffers(batch, 6))
+    assert rms(chunk - expected) < AS_CHAINED * rms(chained - expected)
+    assert rms(chained - expected) < rms(expected) / 50
+    assert not ops.workspace.counters(4).any(), "the next kernel counts from zero"
+    assert torch.equal(head.run(ops, inputs, buffers, flow="streamed"), chunk), "a replay"
+
+
+@pytest.mark.compiled
+def test_a_streamed_loop_takes_over_from_a_chain():
+    """From step 1 on, as behind a first step beside the prefill."""
+    head, ops = streamed_head(flow_steps=3), FusedOps("triton", DEVICE)
+    inputs, buffers = make_inputs(head, 1), head.buffers(1, 6)
+    whole = head.run(ops, inputs, head.buffers(1, 6), flow="streamed").clone()
+    chained = head.run(ops, inputs, head.buffers(1, 6))
+    head.begin(ops, inputs, buffers)
+    for index in range(head.config.num_layers):
+        head.layer(ops, inputs, buffers, 0, index)
+    head.end_step(ops, inputs, buffers, 0)
+    rest = head.finish(ops, inputs, buffers, 1, flow="streamed")
+    assert 0 < rms(rest - whole) < AS_CHAINED * rms(chained - whole)
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize(
+    ("head", "batch", "complaint"),
+    [
+        pytest.param({"dtype": torch.float32}, 1, "expected bfloat16, got float32", id="dtype"),
+        pytest.param({"columns": 128}, 1, "expected 256 to 1024 columns, and a multiple inside; got 128", id="columns"),
+        pytest.param({"head_dim": 32}, 1, "expected heads of 64 columns or .* got 32", id="heads"),
+        pytest.param({"output_width": 64}, 1, "expected an output layer .* of 256 columns, got 64", id="output"),
+        pytest.param({}, 5, "expected at most 32 tokens in all, got 40", id="tokens"),
+    ],
+)
+def test_what_a_streamed_loop_is_not_for_is_refused_and_tables_run_chained(head, batch, complaint):
+    made = make_head(**{"dtype": torch.bfloat16, **STREAMED, **head})
+    ops, inputs, buffers = FusedOps("triton", DEVICE), make_inputs(made, batch), made.buffers(batch, 6)
+    with pytest.raises(NotImplementedError, match=f"flow streamed: {complaint}.*; take chained"):
+        made.run(ops, inputs, buffers, flow="streamed")
+    assert made.way("streamed", ops, inputs, buffers) == "chained"
+    assert made.way("persistent", ops, inputs, buffers) == "persistent"
+    fitting = streamed_head()
+    fits = fitting.way("streamed", ops, make_inputs(fitting, 1), fitting.buffers(1, 6))
+    assert fits == "streamed"
+
+
 def test_attention_may_finish_the_heads():
     """Where its tactic is "whole", queries and keys come to it as a plain linear layer leaves them."""
     head = make_head()
@@ -150,10 +238,11 @@ def test_replays_are_bit_identical():
     assert all(torch.equal(chunk, chunks[0]) for chunk in chunks)
 
 
-def test_the_reference_has_no_such_kernel():
+@pytest.mark.parametrize("flow", ["persistent", "streamed"])
+def test_the_reference_has_no_such_kernel(flow):
     head = make_head()
     with pytest.raises(NotImplementedError, match="runs op by op"):
-        head.run(FusedOps("reference", DEVICE), make_inputs(head, 1), head.buffers(1, 6), flow="persistent")
+        head.run(FusedOps("reference", DEVICE), make_inputs(head, 1), head.buffers(1, 6), flow=flow)
 
 
 @pytest.mark.parametrize(

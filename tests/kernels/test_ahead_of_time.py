@@ -38,6 +38,7 @@ from xr0_engine.kernels.arguments import (
     StatsOut,
     Tactic,
     Weight,
+    streamed_rows,
 )
 from xr0_engine.kernels.lambda_attention import lambda_attention, lambda_tactic
 from xr0_engine.kernels.launch import (
@@ -60,8 +61,9 @@ from xr0_engine.model.weights import inference_shapes
 from xr0_engine.sizes import published_config, published_xr1_config
 
 MAX_REGISTERS = 255
-ZEROS_FOR_TMA = {("_bulk_product", 120): 8}
-"""Bytes of its stack that ptxas 12.9, Triton 3.6's, clears before each tensor copy and never reads: no spills."""
+ON_THE_STACK = {("_bulk_product", 120): 8, **{("_streamed_flow", arch): 48 for arch in ARCHS}}
+"""Bytes of a thread's stack that no loop over K reads. ptxas 12.9, Triton 3.6's, clears some before each tensor copy. A
+streamed loop keeps there what it reads once a layer or step: XR-1's on 90 and 120, with Triton 3.6 XR-0's too."""
 
 EIGHT_BIT_PRODUCTS = {arch: {"i8": "IMMA", "fp8e4nv": "QMMA"} for arch in ARCHS} | {
     90: {"i8": "IGMMA", "fp8e4nv": "QGMMA"}
@@ -72,6 +74,7 @@ EVERY_PRODUCT_ON, EVERY_PRODUCT = 120, 11
 """The chip that all products of a step by 8-bit rows are compiled for, and how many there are of each dtype; the others
 have one of each."""
 
+LOOPS = ("_flow_loop", "_streamed_flow")
 MEMORY = ("ld.", "st.", "atom.", "red.", "cp.async.", "ldmatrix.", "stmatrix.")
 """How instructions begin that read or write memory."""
 
@@ -90,7 +93,7 @@ def test_every_variant_fits_the_chip(compiled):
         entry
         for entry in compiled
         if entry["shared"] > SHARED_LIMIT[entry["arch"]]
-        or entry["spills"] > ZEROS_FOR_TMA.get((entry["name"], entry["arch"]), 0)
+        or entry["spills"] > ON_THE_STACK.get((entry["name"], entry["arch"]), 0)
         or entry["registers"] > MAX_REGISTERS
     ]
     assert too_big == []
@@ -109,13 +112,14 @@ def test_products_of_8_bits_are_the_tensor_cores_own(compiled):
 
 def test_who_waits_for_the_grid_reads_and_does_nothing_else(compiled):
     """Then its program's threads meet, before any of them touches memory."""
-    loops = [(entry["arch"], parse(entry["ptx"])) for entry in compiled if entry["name"] == "_flow_loop"]
-    assert sorted(arch for arch, _ in loops) == sorted([*ARCHS] * 2), "one of each family"
-    for _, loop in loops:
+    loops = [(entry["arch"], entry["name"], parse(entry["ptx"])) for entry in compiled if entry["name"] in LOOPS]
+    assert sorted(arch for arch, *_ in loops) == sorted([*ARCHS] * 2 * len(LOOPS)), "one of each family"
+    for _, name, loop in loops:
         statements = loop.statements
         waits = [place for place, statement in enumerate(statements) if orders(statement.opcode) == {"acquire"}]
         arrivals = [place for place, statement in enumerate(statements) if orders(statement.opcode) == {"release"}]
-        assert len(waits) == len(arrivals) > 0
+        # Of a streamed loop, programs without a tile of the attention have a wait of their own.
+        assert len(waits) == len(arrivals) + (name == "_streamed_flow") > 1
         for place in waits:
             first, last = innermost_loop(loop, place)
             opcodes = [statement.opcode for statement in statements[first : last + 1]]
@@ -154,12 +158,12 @@ def main() -> None:
             record_library_epilogues()
             record_twelve_queries(arch)
             for config in (published_config(), published_xr1_config()):
-                record_flow_loop(arch, config.head)
+                record_flow_loops(arch, config.head)
             if arch >= TMA_FROM:
                 record_tma(arch)
         for call in variants(launches):
             entry = asdict(compile_for(call, arch))
-            if call.name == "_flow_loop":
+            if call.name in LOOPS:
                 # A second time from Triton's cache.
                 entry["ptx"] = compile_call(call, Signature(call, arch >= DEPENDENT_LAUNCH_FROM), arch).asm["ptx"]
             product = call.arguments.get("product")
@@ -297,8 +301,8 @@ def record_twelve_queries(arch: int) -> None:
     lambda_attention(*arguments, window=4, context=2, tactic=tactic, workspace=META_WORKSPACE)
 
 
-def record_flow_loop(arch: int, config: ActionHeadConfig) -> None:
-    """All steps for a chunk of 30 after 320 tokens."""
+def record_flow_loops(arch: int, config: ActionHeadConfig) -> None:
+    """All steps for a chunk of 30 after 320 tokens, persistent and streamed."""
     batch, tokens, layers, steps = 1, config.context + 30, config.num_layers, config.flow_steps
     columns, inner, heads, dim = config.hidden_size, config.intermediate_size, config.num_heads, config.head_dim
     actions, width = config.action_dim, config.output_hidden_size
@@ -334,16 +338,12 @@ def record_flow_loop(arch: int, config: ActionHeadConfig) -> None:
         *(meta(batch, tokens, columns), meta(batch, tokens, inner), meta(*chunk[:2], columns)),
         *(meta(batch, config.state_length, columns), table, table, meta_float(2, *chunk)),
         *(meta_float(batch, tokens, 3 * columns), None if width == actions else meta(*chunk[:2], width)),
+        fragments=meta(streamed_rows(batch * tokens), 4 * columns + inner),
     )
-    FusedOps("triton", torch.device("meta"), arch=arch).flow_loop(
-        weights,
-        inputs,
-        buffers,
-        eps=EPS,
-        context=config.context,
-        window=config.local_window,
-        places=(0, steps * layers),
-    )
+    ops = FusedOps("triton", torch.device("meta"), arch=arch)
+    options = {"eps": EPS, "context": config.context, "window": config.local_window}
+    ops.flow_loop(weights, inputs, buffers, places=(0, steps * layers), **options)
+    ops.streamed_loop(weights, inputs, buffers, steps=(0, steps), **options)
 
 
 if __name__ == "__main__":

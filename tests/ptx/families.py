@@ -13,7 +13,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from tests.fused.test_head import SPLIT, make_head, make_inputs
+from tests.fused.test_head import SPLIT, make_head, make_inputs, streamed_head
 from tests.kernels.products import EPS, Product, statistics
 from xr0_engine.env import emulated_arch
 from xr0_engine.fused.ops import FusedOps
@@ -259,6 +259,15 @@ def _flow_loop() -> tuple[Tensor, ...]:
     return chunk, ops.workspace.counters(ops.workspace.size[1])
 
 
+def _streamed_flow() -> tuple[Tensor, ...]:
+    head = streamed_head()
+    torch.manual_seed(0)
+    inputs, buffers = make_inputs(head, 1), head.buffers(1, 6)
+    ops = FusedOps("triton", CPU)
+    chunk = head.run(ops, inputs, buffers, flow="streamed")
+    return chunk, ops.workspace.counters(ops.workspace.size[1])
+
+
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
         "linear": Family("_linear", lambda: _linear(SKINNY)),
@@ -280,5 +289,6 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "layer_norm": Family("_layer_norm", _layer_norm),
         "quantize": Family("_quantize", _quantize),
         "flow_loop": Family("_flow_loop", _flow_loop),
+        "streamed_flow": Family("_streamed_flow", _streamed_flow),
     }
 )

@@ -56,6 +56,7 @@ TABLE: list[tuple[str, str, str]] = [
         "=p t t",
     ),
     (rf"(?P<o>and|or|xor|add|sub|mul\.lo)\.{INTEGER}", "{o}.{bits}", "=t t t"),
+    (r"add\.[su]16x2", "add.16x2", "=n n n"),
     (rf"(?P<o>not|neg)\.{INTEGER}", "{o}.{bits}", "=t t"),
     (r"abs\.(?P<t>s16|s32|s64)", "abs.{t}", "=t t"),
     (rf"mad\.lo\.{INTEGER}", "mad.lo.{bits}", "=t t t t"),

@@ -46,6 +46,15 @@ def remainder(a: int, b: int) -> int:
     return a if b == 0 else a - b * quotient(a, b)
 
 
+@pytest.mark.parametrize("kind", ["s16", "u16"])
+def test_halves_are_added_by_themselves(kind):
+    """Without a carry from one to the other."""
+    a, b = np.random.default_rng(0).choice(values(kind), (2, 2 * 32))
+    found = lanewise(f"add.{kind}x2 {{d}}, {{a}}, {{b}};", [a.view(np.uint32), b.view(np.uint32)], np.uint32)
+    with np.errstate(over="ignore"):
+        np.testing.assert_array_equal(found.view(TYPES[kind]), a + b)
+
+
 BINARY = {
     "add": lambda a, b, bits: a + b,
     "sub": lambda a, b, bits: a - b,

@@ -19,6 +19,8 @@ from tests.ptx.settings import ASYNCHRONOUS
 SEEDS = range(12)
 SPLIT = ("linear", "linear, 64 rows", "lambda_attention")
 """Whose parts of a sum arrive in any order."""
+STREAMED_PROCESSORS = (4, 5, 8, 16)
+"""A streamed loop takes as many as its last product's K has parts, or a multiple."""
 
 
 def results(name, monkeypatch, schedules):
@@ -44,6 +46,8 @@ def test_36_schedules_are_bit_identical(name, monkeypatch):
     assert_all_equal(results(name, monkeypatch, schedules))
 
 
-def test_the_persistent_loop_is_bit_identical_whatever_the_number_of_processors(monkeypatch):
-    schedules = [{"SEED": seed, "PROCESSORS": count} for count, seed in product((1, 3, 8, 16), (0, 2, 3))]
-    assert_all_equal(results("flow_loop", monkeypatch, schedules))
+@pytest.mark.parametrize("name", ["flow_loop", "streamed_flow"])
+def test_loops_are_bit_identical_whatever_the_number_of_processors(name, monkeypatch):
+    counts = (1, 3, 8, 16) if name == "flow_loop" else STREAMED_PROCESSORS
+    schedules = [{"SEED": seed, "PROCESSORS": count} for count, seed in product(counts, (0, 2, 3))]
+    assert_all_equal(results(name, monkeypatch, schedules))

@@ -22,7 +22,7 @@ def verify(
         str,
         typer.Option(
             help="With triton, how the flow runs: table (as this GPU's table says), chained, layered, persistent, "
-            "overlap or separate (chained, no kernel starting before the one ahead has ended)."
+            "streamed, overlap or separate (chained, no kernel starting before the one ahead has ended)."
         ),
     ] = "table",
     as_json: Annotated[bool, typer.Option("--json", help="Print the comparisons as JSON instead of a table.")] = False,

@@ -15,8 +15,9 @@ from xr0_engine.kernels.arguments import FlowBuffers, FlowInputs, Tactic
 Shape: TypeAlias = tuple[int, ...]
 """As tactic_key has it."""
 
-Flow = Literal["chained", "layered", "persistent"]
-"""The steps of the flow as a chain of kernels, as one kernel for each layer of each step, or as one kernel."""
+Flow = Literal["chained", "layered", "persistent", "streamed"]
+"""The steps of the flow as a chain of kernels, as one kernel for each layer of each step, as one kernel, or as one
+whose weights stream ahead of its barriers."""
 
 LOOP = "flow_loop."
 """How the kinds of a flow loop's stages begin: their tactics are apart from those of the ops themselves."""
@@ -70,10 +71,13 @@ def kernels_of(backend: str) -> SimpleNamespace:
     from xr0_engine.kernels.persistent import flow_loop
     from xr0_engine.kernels.qkv import qkv
     from xr0_engine.kernels.quantize import quantize
+    from xr0_engine.kernels.streamed import never_streams, streamed_loop
 
     ops: list[Callable[..., None]] = [linear, swiglu, qkv, attention, lambda_attention, start_flow, euler_step]
-    ops += [flow_loop, dit_rope_tables, rope_tables, embed, layer_norm, quantize]
-    return SimpleNamespace(**{op.__name__: op for op in ops}, default_tactic=_default_of_ours)
+    ops += [flow_loop, streamed_loop, dit_rope_tables, rope_tables, embed, layer_norm, quantize]
+    return SimpleNamespace(
+        **{op.__name__: op for op in ops}, default_tactic=_default_of_ours, never_streams=never_streams
+    )
 
 
 FEW_PROGRAMS = Tactic(block_m=64, block_n=128, block_k=128, split_k=2)

@@ -28,6 +28,7 @@ from xr0_engine.fused.ops import (
     Residual,
     StatsOut,
     Weight,
+    streamed_rows,
 )
 from xr0_engine.fused.products import Product, scratch_for
 from xr0_engine.fused.vlm import new_sums
@@ -86,6 +87,10 @@ class FusedHead:
         self._weights, self._shifts = _flow_weights(head, self._layers)
         self.has_loop = all(product.weight.scale is None for layer in self._layers for product in layer.products)
 
+    def way(self, flow: Flow, ops: FusedOps, inputs: FlowInputs, b: FlowBuffers) -> Flow:
+        """The flow that a table asks for, or chained where a streamed one is not for such sizes."""
+        return "chained" if flow == "streamed" and ops.never_streams(inputs, b) else flow
+
     @property
     def steps(self) -> int:
         return self.config.flow_steps
@@ -114,6 +119,7 @@ class FusedHead:
         # The sink never changes: neither do its row nor that row's sum.
         start[:, 0] = sink
         start_sums[0, :, 0, 0] = start[0, 0].square().sum()
+        height = streamed_rows(batch * tokens)
         heads = (batch, config.num_heads, tokens, config.head_dim)
         z_shape = (batch, chunk_length, config.action_dim)
         return FlowBuffers(
@@ -135,6 +141,7 @@ class FusedHead:
             sin=table(),
             z=empty(2, *z_shape, dtype=torch.float32),
             wide=empty(batch, chunk_length, config.output_hidden_size) if self._is_wide else None,
+            fragments=None if height is None else empty(height, 4 * width + config.intermediate_size),
             scratch=scratch_for(
                 ((product, batch * tokens) for layer in self._layers for product in layer.products),
                 sink.dtype,
@@ -172,6 +179,12 @@ class FusedHead:
         assert flow == "chained" or trace is None
         if flow != "chained" and not self.has_loop:
             raise NotImplementedError(f"flow {flow}: the loop multiplies in 16 bits alone; take chained")
+        if flow == "streamed":
+            ops.streamed_loop(
+                self._weights, inputs, b, eps=DIT_RMS_EPS, context=self.context, window=self.config.local_window,
+                steps=(first, self.steps),
+            )  # fmt: skip
+            return b.z[self.steps % 2]
         if flow != "chained":
             layers = self.config.num_layers
             end, width = self.steps * layers, 1 if flow == "layered" else self.steps * layers

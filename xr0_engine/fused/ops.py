@@ -7,15 +7,14 @@ oracle, which runs everywhere and shows what a stage is to compute.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from xr0_engine.backend import interpreted
 from xr0_engine.fused.backends import LOOP, Flow, Shape, capability, compiler_faults, kernels_of, loop_shapes
 from xr0_engine.kernels.arguments import (
     SHARED_LIMIT,
@@ -33,10 +32,8 @@ from xr0_engine.kernels.arguments import (
     Tactic,
     Weight,
     Workspace,
+    streamed_rows,
 )
-
-if TYPE_CHECKING:
-    from xr0_engine.kernels.launch import Compiled as Compiled
 
 __all__ = [
     "SHARED_LIMIT",
@@ -56,10 +53,8 @@ __all__ = [
     "StatsOut",
     "Tactic",
     "Weight",
-    "compile_beside",
-    "compile_kernels",
     "has_dependent_launch",
-    "on_paper",
+    "streamed_rows",
     "tactic_key",
     "without_dependent_launch",
 ]
@@ -253,6 +248,31 @@ class FusedOps:
         options = {**options, "programs": self.programs, "tactics": tactics, "workspace": self.workspace}
         self._kernels.flow_loop(weights, inputs, buffers, **options)
 
+    def streamed_loop(
+        self,
+        weights: FlowWeights,
+        inputs: FlowInputs,
+        buffers: FlowBuffers,
+        *,
+        eps: float,
+        context: int,
+        window: int | None,
+        steps: tuple[int, int],
+    ) -> None:
+        """A run of the flow's steps. As kernels/streamed.py: streamed_loop."""
+        if reason := self.never_streams(inputs, buffers):
+            raise NotImplementedError(f"flow streamed: {reason}; take chained")
+        self._kernels.streamed_loop(
+            weights, inputs, buffers, eps=eps, context=context, window=window, steps=steps, arch=self.arch,
+            programs=self.programs, workspace=self.workspace,
+        )  # fmt: skip
+
+    def never_streams(self, inputs: FlowInputs, buffers: FlowBuffers) -> str:
+        """Why a streamed loop is not for these; empty: it is."""
+        if self.backend == "reference":
+            return "the reference runs op by op; the triton backend has such a kernel"
+        return self._kernels.never_streams(inputs, buffers)
+
     def dit_rope_tables(
         self,
         next_position: Tensor,
@@ -344,45 +364,6 @@ def tactic_key(kind: str, shape: tuple[int, ...], dtype: torch.dtype, options: M
 def has_8bit_rows(options: Mapping[str, Any] | None) -> bool:
     """Of a call with these options."""
     return options is not None and options.get("x_scale") is not None
-
-
-def compile_kernels(work: Callable[[], None], arch: int, done: Callable[[int, int], None]) -> list[Compiled]:
-    """Compile every kernel variant that work launches, for a chip that need not be here.
-
-    work: runs stages on tensors of the meta device. arch: compute capability. done: called with the number compiled
-    and of all. Raises RuntimeError in Triton's interpreter, which hides the kernels from the compiler.
-    """
-    from xr0_engine.kernels.launch import compile_for, recording, variants
-
-    if interpreted():
-        raise RuntimeError("TRITON_INTERPRET=1 is set: the interpreter compiles nothing; unset it")
-    with recording() as launches:
-        work()
-    calls = variants(launches)
-    compiled = []
-    for number, call in enumerate(calls, 1):
-        compiled.append(compile_for(call, arch))
-        done(number, len(calls))
-    return compiled
-
-
-def compile_beside(work: Callable[[], None], threads: int) -> None:
-    """Compile the kernels that work launches, several at a time, and run none; they are found compiled afterwards.
-
-    work: calls with tactics that are no library's, on a CUDA GPU. What cannot be compiled is left out: its call will
-    say why.
-    """
-    from xr0_engine.kernels.launch import compiling
-
-    with compiling(threads):
-        work()
-
-
-def on_paper() -> AbstractContextManager[object]:
-    """Within, kernels whose tensors are on the meta device ask for their scratch memory and run nothing."""
-    from xr0_engine.kernels.launch import recording
-
-    return recording()
 
 
 def has_dependent_launch(device: torch.device) -> bool:

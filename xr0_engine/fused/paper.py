@@ -1,15 +1,18 @@
 """Kernels on paper: what ops launch on tensors of the meta device, and what a launch compiles to for any chip.
 
-For whoever predicts what a chip does with them.
+For whoever predicts what a chip does with them, asks how much scratch memory they take, or compiles them ahead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, NamedTuple
 
+from xr0_engine.backend import interpreted
+
 if TYPE_CHECKING:
+    from xr0_engine.kernels.launch import Compiled as Compiled
     from xr0_engine.kernels.launch import Launch as Launch
 
 
@@ -50,3 +53,35 @@ def row_pieces(rows: int, block_m: int) -> tuple[int, ...]:
     from xr0_engine.kernels import product
 
     return product.row_pieces(rows, block_m)
+
+
+def compile_kernels(work: Callable[[], None], arch: int, done: Callable[[int, int], None]) -> list[Compiled]:
+    """Compile every kernel variant that work launches, for a chip that need not be here.
+
+    work: runs stages on tensors of the meta device. arch: compute capability. done: called with the number compiled
+    and of all. Raises RuntimeError in Triton's interpreter, which hides the kernels from the compiler.
+    """
+    from xr0_engine.kernels.launch import compile_for, variants
+
+    if interpreted():
+        raise RuntimeError("TRITON_INTERPRET=1 is set: the interpreter compiles nothing; unset it")
+    with recording() as launches:
+        work()
+    calls = variants(launches)
+    compiled = []
+    for number, call in enumerate(calls, 1):
+        compiled.append(compile_for(call, arch))
+        done(number, len(calls))
+    return compiled
+
+
+def compile_beside(work: Callable[[], None], threads: int) -> None:
+    """Compile the kernels that work launches, several at a time, and run none; they are found compiled afterwards.
+
+    work: calls with tactics that are no library's, on a CUDA GPU. What cannot be compiled is left out: its call will
+    say why.
+    """
+    from xr0_engine.kernels.launch import compiling
+
+    with compiling(threads):
+        work()

@@ -78,10 +78,15 @@ class Session:
         self.chunk = self.flow.z[model.head.steps % 2]
         reserve(self.ops, self._encode, self._prefill)
         # The flow that begins beside the prefill is chained, whatever the table says.
-        flows: set[Flow] = {self.table.flow} | ({"chained"} if self.overlapped else set())
+        flows: set[Flow] = {self.way} | ({"chained"} if self.overlapped else set())
         reserve(self.flow_ops, *(partial(self._sample, flow=flow) for flow in flows))
         self.vision_free = torch.cuda.Event() if model.device.type == "cuda" else None
         self._note_vision()
+
+    @property
+    def way(self) -> Flow:
+        """How the flow runs behind the prefill: as the table has it, where that is for these sizes."""
+        return self.model.head.way(self.table.flow, self.flow_ops, self.flow_inputs, self.flow)
 
     # Here too: buffers that were made in inference mode can be written in it alone.
     @torch.inference_mode()
@@ -192,7 +197,7 @@ class Session:
 
     @torch.inference_mode()
     def sample(self) -> None:
-        self._sample(self.flow_ops, self.table.flow)
+        self._sample(self.flow_ops, self.way)
 
     def close(self) -> None:
         """Wait for the work queued on the current stream and for the last replays, and free the graphs.
@@ -251,7 +256,8 @@ class Session:
 class FlowSession:
     """The flow alone, on KV blocks that were kept: static buffers for one batch, bucket and chunk length.
 
-    graphs: capture and replay (a CUDA GPU), or run op by op.
+    graphs: capture and replay (a CUDA GPU), or run op by op. way: how the flow runs: as asked for, where that is for
+    these sizes.
     """
 
     def __init__(
@@ -285,11 +291,11 @@ class FlowSession:
             action_mask=zeros(*chunk),
         )
         self._buffers, self._ops, self._head = head.buffers(batch, chunk_length), ops, head
-        self._flow, self._graphs = flow, graphs
+        self.way, self._graphs = head.way(flow, ops, self.inputs, self._buffers), graphs
         self._graph: Graph | None = None
         if graphs:
             # As it is to run and, for a trace, as a chain, whichever comes first.
-            ways: set[Flow] = {flow, "chained"}
+            ways: set[Flow] = {self.way, "chained"}
             reserve(ops, *(partial(self._run, flow=way) for way in ways))
 
     @torch.inference_mode()
@@ -330,7 +336,7 @@ class FlowSession:
     @torch.inference_mode()
     def run(self, trace: Trace = None) -> None:
         """Op by op; with a trace, which nothing else leaves, as a chain of kernels."""
-        self._run(self._ops, self._flow if trace is None else "chained", trace)
+        self._run(self._ops, self.way if trace is None else "chained", trace)
 
     def _run(self, ops: FusedOps, flow: Flow, trace: Trace = None) -> None:
         self._head.run(ops, self.inputs, self._buffers, trace, flow=flow)

@@ -9,7 +9,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from xr0_engine.fused.ops import FlowBuffers, FlowInputs, FlowWeights, FusedOps, Tactic, on_paper
+from xr0_engine.fused.ops import FlowBuffers, FlowInputs, FlowWeights, FusedOps, Tactic
+from xr0_engine.fused.paper import recording
 
 META = torch.device("meta")
 
@@ -31,6 +32,9 @@ class PaperTwin(FusedOps):
     def flow_loop(self, weights: FlowWeights, inputs: FlowInputs, buffers: FlowBuffers, **options: Any) -> None:
         super().flow_loop(_twin(weights), _twin(inputs), _twin(buffers), **options)
 
+    def streamed_loop(self, weights: FlowWeights, inputs: FlowInputs, buffers: FlowBuffers, **options: Any) -> None:
+        super().streamed_loop(_twin(weights), _twin(inputs), _twin(buffers), **options)
+
     def _nothing(self, *arguments: Any, **options: Any) -> None: ...
 
     start_flow = euler_step = dit_rope_tables = rope_tables = embed = layer_norm = quantize = _nothing
@@ -42,7 +46,7 @@ def reserve(ops: FusedOps, *works: Callable[[FusedOps], None]) -> None:
     if ops.backend == "reference":
         return
     twin = PaperTwin(ops)
-    with on_paper():
+    with recording():
         for work in works:
             work(twin)
     ops.workspace.reserve(*twin.workspace.size)

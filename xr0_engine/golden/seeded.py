@@ -14,7 +14,7 @@ import torch
 from xr0_engine.comparison import FLOAT32_SEEDED_MAX_ERROR, Comparison, compare
 from xr0_engine.config import ActionHeadConfig, ModelConfig
 from xr0_engine.fused.head import FusedHead
-from xr0_engine.fused.ops import FusedOps
+from xr0_engine.fused.ops import Flow, FusedOps
 from xr0_engine.fused.prompts import bucket
 from xr0_engine.fused.session import FlowSession
 from xr0_engine.fused.tactics import TacticTable
@@ -90,14 +90,21 @@ def verify_seeded(
         prefix = torch.zeros_like(noise)
         prefix[:, :length] = inputs["prefix"][:, :length]
         lengths = torch.full((batch,), length)
+        ran = ""
         if backend == "reference":
             actions = head.sample(kv, state, noise, prefix, lengths, head.modulation_table())
         else:
             ops, fused = FusedOps(backend, device, table.tactics), FusedHead(head)
             session = FlowSession(fused, ops, batch, bucket(tokens), prefix.shape[1], flow=table.flow)
             actions = session.sample(kv, state, noise, prefix, lengths)
+            ran = told_way(table.flow, session.way)
         case = f"{path.stem}.{mode}.prefix{length}"
-        yield compare(case, "actions", actions, expected, dtype, FLOAT32_SEEDED_MAX_ERROR)
+        yield compare(case, f"actions{ran}", actions, expected, dtype, FLOAT32_SEEDED_MAX_ERROR)
+
+
+def told_way(asked: Flow, ran: Flow) -> str:
+    """What a comparison's name says beside: that the flow ran another way than it was asked to."""
+    return "" if ran == asked else f", {ran} flow"
 
 
 def _told(path: Path, name: str) -> tuple[str, int]:

@@ -19,7 +19,7 @@ from xr0_engine.fused.ops import without_dependent_launch
 from xr0_engine.fused.tactics import TacticTable, tactics_for
 from xr0_engine.golden.cases import check_case, chunk_inputs, golden_config, golden_inputs, load_case
 from xr0_engine.golden.losses import golden_flow, golden_turn, verify_joint_training, verify_training
-from xr0_engine.golden.seeded import verify_seeded
+from xr0_engine.golden.seeded import told_way, verify_seeded
 from xr0_engine.model.network import Network
 from xr0_engine.model.weights import load_model, read_headers
 from xr0_engine.types import CheckpointError, FileError, KVBlock, ModelInputs
@@ -30,10 +30,12 @@ WAYS: dict[str, dict[str, Any]] = {
     "chained": {"flow": "chained", "overlap": False},
     "layered": {"flow": "layered", "overlap": False},
     "persistent": {"flow": "persistent", "overlap": False},
+    "streamed": {"flow": "streamed", "overlap": False},
     "overlap": {"overlap": True},
     "separate": {"flow": "chained", "overlap": False},
 }
 """How the flow runs: as this GPU's tactic table has it; as a chain of kernels; as one kernel a layer; as one kernel;
+as one whose weights stream;
 with its first step beside the VLM's last layers; as a chain of kernels, none of which starts before the one ahead of it
 has ended."""
 
@@ -97,7 +99,9 @@ def _verify_model(path: Path, backend: str, device: torch.device, dtype: torch.d
         kv = yield from _verify_stages(file.stem, network, inputs, case, dtype)
         if backend != "reference":
             chunk = network.step(inputs, *chunk_inputs(case, case["prefix"])).clone()
-            yield compare(file.stem, "actions, one step", chunk, case["actions"], dtype)
+            assert isinstance(network, FusedModel)
+            ran = told_way(network.table.flow, network.session(inputs).way)
+            yield compare(file.stem, f"actions, one step{ran}", chunk, case["actions"], dtype)
             if device.type == "cuda":
                 again = network.step(inputs, *chunk_inputs(case, case["prefix"]))
                 yield Comparison(file.stem, "actions, replayed", float((again - chunk).abs().max()), 0.0, "max")

@@ -87,6 +87,15 @@ class StatsOut:
     centred: bool = False
 
 
+STREAMED_ROWS = 16, 32
+"""Of a streamed flow loop (streamed.py), padding included: a thread holds a warp's part of no more."""
+
+
+def streamed_rows(rows: int) -> int | None:
+    """To how many so many rows are padded in a streamed loop, None: it is for fewer."""
+    return next((height for height in STREAMED_ROWS if rows <= height), None)
+
+
 def slot_columns(name: str, sums: Tensor, columns: int) -> int:
     """How many of so many columns each slot of sums, (slots, B, M, 2), covers. Raises ValueError for no such width."""
     for width in SLOT_WIDTHS:
@@ -244,7 +253,8 @@ class FlowBuffers(NamedTuple):
     start: the step's input; middle: after a layer's attention; end: after its MLP. q, k, v: (B, H, Q, D); raw: (B, Q,
     3 H D) float32, the three before norms and RoPE; mixed: (B, Q, C); hidden: (B, Q, 4 C); embedded: (B, T, C);
     state_hidden: (B, state_length, C); cos, sin: (B, Q, D / 2); z: (2, B, T, A) float32, whose halves take turns; wide:
-    (B, T, wide), between the products of a wide output layer, None of another; scratch: of heads in 8 bits.
+    (B, T, wide), between the products of a wide output layer, None of another; scratch: of heads in 8 bits. fragments:
+    (padded rows of all batches, 4 C + F), of what a streamed loop multiplies, None of more rows than that is for.
     """
 
     start: Tensor
@@ -266,6 +276,7 @@ class FlowBuffers(NamedTuple):
     raw: Tensor
     wide: Tensor | None = None
     scratch: RowScratch | None = None
+    fragments: Tensor | None = None
 
 
 class Workspace:

@@ -23,6 +23,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler.errors import CompilationError
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.errors import OutOfResources, PTXASError
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -249,7 +250,8 @@ def compile_for(call: Launch, arch: int) -> Compiled:
 
 def compile_call(call: Launch, signature: Signature, arch: int) -> Any:
     """Triton's compiled kernel, with asm and metadata."""
-    source = ASTSource(
+    # As a launch takes it: of Gluon another than of Triton.
+    source = _source_of(call.kernel)(
         call.kernel,
         signature=signature.types,
         constexprs=signature.constants,
@@ -260,6 +262,10 @@ def compile_call(call: Launch, signature: Signature, arch: int) -> Any:
         return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     except RuntimeError as error:
         raise_named(error)
+
+
+def _source_of(kernel: Any) -> type[ASTSource]:
+    return GluonASTSource if kernel.is_gluon() else ASTSource
 
 
 def raise_named(error: RuntimeError) -> NoReturn:

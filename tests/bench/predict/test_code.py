@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from xr0_engine.bench.predict.code import Counts, count
+from xr0_engine.bench.predict.code import Code, Counts, count, stages_of
 
 LISTING = """
         Function : _linear
@@ -40,3 +40,36 @@ def test_code_without_a_product_has_no_main_loop():
     loop, outside = count(LISTING.replace("HMMA.16816.F32.BF16", "FFMA"))
     assert loop == Counts()
     assert outside.shared_bytes == 2 * 512
+
+
+BARRIERS = """
+        Function : _streamed_flow
+        /*0000*/                   LDG.E R4, desc[UR4][R2.64] ;
+        /*0010*/               @P0 REDG.E.ADD.STRONG.GPU desc[UR4][R2.64], R5 ;
+        /*0020*/                   IADD3 R4, R4, 0x1, RZ ;
+        /*0030*/                   LDG.E.STRONG.GPU R6, desc[UR4][R2.64] ;
+        /*0040*/                   CCTL.IVALL ;
+        /*0050*/               @P1 BRA 0x30 ;
+        /*0060*/                   HMMA.16816.F32.BF16 R4, R8, R12, R4 ;
+        /*0070*/               @P2 BRA 0x60 ;
+        /*0080*/                   LDG.E.STRONG.GPU R6, desc[UR4][R2.64] ;
+        /*0090*/                   STG.E desc[UR4][R2.64], R4 ;
+        /*00a0*/               @P0 RED.E.ADD.STRONG.GPU [R2.64], R5 ;
+        /*00b0*/                   IADD3 R4, R4, 0x1, RZ ;
+        /*00c0*/                   LDG.E.STRONG.GPU R6, [R2.64] ;
+        /*00d0*/                   ISETP.GE.AND P0, PT, R6, R5, PT ;
+        /*00e0*/                   CCTL.IVALL ;
+        /*00f0*/                   MUFU.EX2 R5, R5 ;
+        /*0100*/                   EXIT ;
+"""
+
+
+def test_a_stage_is_what_lies_between_a_wait_for_the_grid_and_the_next_arrival():
+    """What comes ahead of the wait is hidden by it; a load past the caches alone is no wait."""
+    (first_loop, first), (second_loop, second) = stages_of(BARRIERS)
+    assert first_loop == Counts(1, mma_operations=2 * 16 * 8 * 16)
+    assert first == Counts(4)
+    assert (second_loop, second) == (Counts(), Counts(4, special=1))
+    code = Code("loop", 1, 2, 0, 8, stages=stages_of(BARRIERS))
+    assert code.of_stage(1) == Code("loop", 1, 2, 0, 8, second_loop, second)
+    assert stages_of(LISTING) == ()

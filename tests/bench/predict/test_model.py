@@ -8,7 +8,15 @@ import pytest
 
 from xr0_engine.bench.predict.code import Code, Counts
 from xr0_engine.bench.predict.figures import CHIPS
-from xr0_engine.bench.predict.model import Launched, chain_seconds, launch_time, resident, share_beside, spread
+from xr0_engine.bench.predict.model import (
+    Launched,
+    chain_seconds,
+    launch_time,
+    resident,
+    share_beside,
+    spread,
+    stream_share,
+)
 from xr0_engine.bench.predict.step import predict_launch
 from xr0_engine.bench.predict.work import Work, op_work
 from xr0_engine.fused.ops import Tactic
@@ -103,3 +111,20 @@ def test_a_tile_of_ones_own_can_be_asked_for():
     low, central, high = predict_launch("linear", (32, 1024, 4096), Tactic(32, 64, 128, 8), H200)
     assert 0 < low < central < high
     assert predict_launch("linear", (32, 1024, 4096), Tactic(32, 64, 128, 8), H200, combines=0)[1] < central
+
+
+def test_streamed_stages_wait_for_nothing_but_for_all_their_weights_together():
+    """Their own times do not know of memory; all of them together take at least as long as it and L2 need."""
+    at = H200.settings()[0]
+    work = replace(SKINNY, ahead_bytes=SKINNY.memory_bytes, streamed_bytes=SKINNY.memory_bytes)
+    stage = Launched(work, None, barrier=True, streamed=True)
+    times = chain_seconds([stage] * 3, H200, at)
+    assert times[1] == launch_time(stage, H200, at, 1.0)
+    assert times[1].total_s < chain_seconds([replace(stage, streamed=False)] * 3, H200, at)[1].total_s
+    pairs = [(stage, time) for time in times]
+    alone = sum(time.total_s for time in times)
+    assert alone * stream_share(pairs, at) > max(alone, 3 * work.memory_bytes / at["memory_bytes_s"])
+    slow = {**at, "memory_bytes_s": at["memory_bytes_s"] / 1000}
+    bound = 3 * work.memory_bytes / slow["memory_bytes_s"]
+    assert alone * stream_share(pairs, slow) == pytest.approx(bound, rel=1e-3)
+    assert stream_share([], at) == 1

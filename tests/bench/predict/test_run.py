@@ -77,7 +77,7 @@ def test_a_tables_tactics_and_flow_are_taken(asked, tmp_path):
     ("chip", "flow", "complaint"),
     [
         ("v100", None, "chip: expected a100"),
-        ("h200", "both", "flow: expected chained, layered, persistent; got 'both'"),
+        ("h200", "both", "flow: expected chained, layered, persistent, streamed; got 'both'"),
     ],
 )
 def test_wrong_words_are_refused_by_name(chip, flow, complaint):

@@ -23,7 +23,7 @@ from xr0_engine.bench.step.workload import Workload
 chip = find_chip("h200")
 config, work = Workload.of_case(Setup(find_case("libero"), "4b"))
 told = {}
-for flow in ("chained", "layered", "persistent"):
+for flow in ("chained", "layered", "persistent", "streamed"):
     ops = record(config, work, torch.bfloat16, {}, chip, flow)
     lines = predict_step(ops, chip, {})
     told[flow] = {
@@ -64,7 +64,14 @@ def test_a_loop_does_what_the_chain_does_in_fewer_launches(told, flow):
     assert loop["stages"] == chained["stages"]
 
 
-@pytest.mark.parametrize("flow", ["chained", "layered", "persistent"])
+def test_a_streamed_loop_does_what_the_chain_does_in_one_launch(told):
+    streamed, chained = told["streamed"], told["chained"]
+    assert streamed["layers"] == chained["layers"]
+    assert streamed["launches"] == told["persistent"]["launches"]
+    assert streamed["stages"] == chained["stages"] + 1, "what scales the first step's input"
+
+
+@pytest.mark.parametrize("flow", ["chained", "layered", "persistent", "streamed"])
 def test_a_stage_has_a_range_and_the_step_is_their_sum(told, flow):
     ms = told[flow]["ms"]
     assert all(0 < low < central < high for low, central, high in ms.values())

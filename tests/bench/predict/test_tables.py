@@ -70,6 +70,6 @@ def test_the_command_writes_a_table_that_says_it_is_predicted(tmp_path):
     assert done.returncode == 0, done.stderr
     table = read_tactics(path)
     assert (table.gpu, table.predicted, table.tactics) == ("sm_89", True, {})
-    assert set(table.measured["step libero"]) == {"chained", "layered", "persistent"}
+    assert set(table.measured["step libero"]) == {"chained", "layered", "persistent", "streamed"}
     assert table.environment["chip"] == "rtx4090"
     assert "predicted" in done.stdout

@@ -320,7 +320,8 @@ from contextlib import nullcontext
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
-from xr0_engine.fused.ops import FusedOps, Tactic, Weight, compile_beside
+from xr0_engine.fused.ops import FusedOps, Tactic, Weight
+from xr0_engine.fused.paper import compile_beside
 from xr0_engine.kernels import launch, linear
 
 class Absent:

@@ -163,6 +163,7 @@ const char* machine_kind_name(int32_t kind);
 //   bra (target)    ret    trap        ret: exit too
 // Integers. B: {16 32 64}, I: {s16 u16 s32 u32 s64 u64}
 //   add.B sub.B mul.lo.B and.B or.B xor.B d, a, b      not.B neg.B d, a      mad.lo.B d, a, b, c
+//   add.16x2 d, a, b                                   two halves of 32 bits
 //   shl.B d, a, b  shr.I d, a, b                       b: 32 bits; shifts are clamped
 //   mul.hi.I div.I rem.I min.I max.I d, a, b           abs.{s16 s32 s64} d, a
 //   mul.wide.{s16 u16 s32 u32} d, a, b                 mad.wide.{s16 u16 s32 u32} d, a, b, c   mad.hi.{s32 u32}

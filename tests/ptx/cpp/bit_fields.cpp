@@ -123,6 +123,8 @@ void add_bit_fields(Ops& ops) {
     add_counts<uint32_t>(ops, "32");
     add_counts<uint64_t>(ops, "64");
     ops.add("lop3.b32", lop3);
+    ops.add("add.16x2",
+            lanewise<u32(u32, u32)>([](u32 a, u32 b) { return ((a + b) & 0xffff) | ((a >> 16) + (b >> 16)) << 16; }));
     ops.add("prmt.b32", lanewise<u32(u32, u32, u32)>([](u32 a, u32 b, u32 c) { return permute(a, b, c); }));
     ops.add("shf.l.wrap.b32",
             lanewise<u32(u32, u32, u32)>([](u32 a, u32 b, u32 c) { return funnel(a, b, c & 31, true); }));

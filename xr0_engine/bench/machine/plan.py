@@ -186,6 +186,7 @@ class _Plan:
             "chained": "the flow as a chain of kernels",
             "layered": "the flow as one kernel a layer",
             "persistent": "the flow as one kernel",
+            "streamed": "the flow as one kernel whose weights stream",
             "overlap": "the flow's first step beside the VLM's last layers",
             "separate": "no kernel starts before the one ahead of it has ended",
         }

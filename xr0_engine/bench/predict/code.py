@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,10 +30,14 @@ WARPS_OF_A_GROUP = 4
 """Warps that issue one wgmma together."""
 INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", re.MULTILINE)
 MMA_SHAPE = re.compile(r"\.(\d+)x(\d+)x(\d+)")
+ARRIVAL, WAIT = re.compile(r"REDG?\.E\.ADD.*STRONG\.GPU"), re.compile(r"LDG?\.E.*STRONG\.GPU")
+"""At a barrier of the grid: who counts up, and who looks."""
+INVALIDATES_WITHIN = 3
+"""So many instructions behind such a look, what the processor has in its cache is no longer valid."""
 SYNC_SHAPES = {"16816": 16 * 8 * 16, "1688": 16 * 8 * 8, "16832": 16 * 8 * 32, "1684": 16 * 8 * 4}
 SHARED_BYTES = {"LDSM": 512, "STSM": 512, "LDS": 128, "STS": 128, "LDGSTS": 128}
 """Of a warp's instruction that names no width: LDSM's matrices are counted as four."""
-VERSION = 4
+VERSION = 5
 """Of what is kept."""
 
 
@@ -54,7 +58,8 @@ class Counts:
 @dataclass(frozen=True)
 class Code:
     """Bytes of shared memory and spilled, registers per thread; loop, outside: of the main loop once, and of the rest,
-    every instruction as if it ran once."""
+    every instruction as if it ran once. stages: both of each stage of a kernel that waits for its grid, from the wait
+    to the arrival; what is done between an arrival and the next wait is hidden by it."""
 
     name: str
     shared: int
@@ -63,6 +68,12 @@ class Code:
     warps: int
     loop: Counts = field(default_factory=Counts)
     outside: Counts = field(default_factory=Counts)
+    stages: tuple[tuple[Counts, Counts], ...] = ()
+
+    def of_stage(self, number: int) -> Code:
+        """The code of one stage alone, on a program of this kernel."""
+        loop, outside = self.stages[number]
+        return replace(self, loop=loop, outside=outside, stages=())
 
 
 def compiled_code(call: Launch, arch: int) -> Code:
@@ -73,12 +84,15 @@ def compiled_code(call: Launch, arch: int) -> Code:
     with suppress(OSError, KeyError, *FAULTS):
         content = read_json(path)
         if content.pop("version") == VERSION:
-            return Code(**content | {name: Counts(**content[name]) for name in ("loop", "outside")})
+            stages = tuple((Counts(**loop), Counts(**outside)) for loop, outside in content.pop("stages"))
+            return Code(
+                **content | {name: Counts(**content[name]) for name in ("loop", "outside")} | {"stages": stages}
+            )
     report = _read(binary.cubin)
     found = re.search(r"REG:(\d+) STACK:(\d+)", report)
     assert found, f"cuobjdump's report was not understood: {report[:1000]}"
-    loop, outside = count(report)
-    code = Code(call.name, binary.shared, int(found[1]), int(found[2]), binary.warps, loop, outside)
+    resources = call.name, binary.shared, int(found[1]), int(found[2]), binary.warps
+    code = Code(*resources, *count(report), stages_of(report))
     write_whole(path, json.dumps({"version": VERSION, **asdict(code)}) + "\n")
     return code
 
@@ -94,13 +108,41 @@ def _read(cubin: bytes) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+Instruction = tuple[int, str, str]
+"""Address, name with its options, the rest."""
+
+
+def _instructions(listing: str) -> list[Instruction]:
+    return [(int(at, 16), name, rest) for at, name, rest in INSTRUCTION.findall(listing)]
+
+
 def count(listing: str) -> tuple[Counts, Counts]:
     """Of the main loop and of the rest, from what `cuobjdump -sass` writes of one kernel."""
-    found = [(int(at, 16), name, rest) for at, name, rest in INSTRUCTION.findall(listing)]
+    return _split(_instructions(listing))
+
+
+def stages_of(listing: str) -> tuple[tuple[Counts, Counts], ...]:
+    """As count, of each run of instructions from the first wait for the grid behind an arrival to the next arrival."""
+    found = _instructions(listing)
+    stages, begin, arrived = [], None, False
+    for number, (_, name, _) in enumerate(found):
+        following = [name for _, name, _ in found[number + 1 : number + 1 + INVALIDATES_WITHIN]]
+        if ARRIVAL.match(name):
+            if begin is not None:
+                stages.append(_split(found[begin:number]))
+            begin, arrived = None, True
+        elif arrived and begin is None and WAIT.match(name) and "CCTL.IVALL" in following:
+            begin = number
+    if begin is not None:
+        stages.append(_split(found[begin:]))
+    return tuple(stages)
+
+
+def _split(found: list[Instruction]) -> tuple[Counts, Counts]:
     loops = []
     for at, name, rest in found:
         target = re.search(r"0x([0-9a-f]+)", rest)
-        if name.startswith("BRA") and target and int(target[1], 16) < at:
+        if name.startswith("BRA") and target and found[0][0] <= int(target[1], 16) < at:
             loops.append((int(target[1], 16), at))
     inside = {loop: [each for each in found if loop[0] <= each[0] <= loop[1]] for loop in loops}
     innermost = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
@@ -110,7 +152,7 @@ def count(listing: str) -> tuple[Counts, Counts]:
     return _count(inside[main]), _count(each for each in found if not main[0] <= each[0] <= main[1])
 
 
-def _count(found: Iterable[tuple[int, str, str]]) -> Counts:
+def _count(found: Iterable[Instruction]) -> Counts:
     instructions = special = shared = 0
     operations = grouped = paid = 0.0
     for _, name, _ in found:

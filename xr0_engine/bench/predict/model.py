@@ -53,12 +53,14 @@ class Time(NamedTuple):
 @dataclass(frozen=True)
 class Launched:
     """A launch to be timed. code: None, and instructions count for nothing. dependent: starts while the one ahead runs.
-    barrier: no launch, but a stage of one, behind a barrier of the grid."""
+    barrier: no launch, but a stage of one, behind a barrier of the grid. streamed: what it reads from memory comes
+    without its waiting for it; stream_share says what all such stages wait for together."""
 
     work: Work
     code: Code | None = None
     dependent: bool = True
     barrier: bool = False
+    streamed: bool = False
 
     @property
     def warps(self) -> int:
@@ -185,6 +187,8 @@ def chain_seconds(chain: Sequence[Launched], chip: Chip, at: Settings) -> list[T
 
 
 def _after(before: Launched | None, time: Time | None, each: Launched, chip: Chip, at: Settings) -> Time:
+    if each.streamed:
+        return launch_time(each, chip, at, 1.0)
     can = each.barrier or (each.dependent and chip.arch >= DEPENDENT_FROM)
     if before is None or time is None or not can or not each.work.ahead_bytes:
         return launch_time(each, chip, at)
@@ -195,6 +199,18 @@ def _after(before: Launched | None, time: Time | None, each: Launched, chip: Chi
     window = max(0.0, alone + beside * time.spare_s - at["memory_cycles"] / at["clock_hz"])
     ahead = each.work.ahead_bytes / at["memory_bytes_s"]
     return launch_time(each, chip, at, min(1.0, window / ahead))
+
+
+def stream_share(stages: Sequence[tuple[Launched, Time]], at: Settings) -> float:
+    """How many times as long streamed stages take as by their own times: their weights come at most as fast as memory
+    and L2 bring them, all of a launch at once with all else that it does."""
+    alone = sum(time.total_s for _, time in stages)
+    if not alone:
+        return 1.0
+    memory_s = sum(launched.work.memory_bytes for launched, _ in stages) / at["memory_bytes_s"]
+    l2_s = sum(launched.work.all_l2_bytes for launched, _ in stages) / at["l2_bytes_cycle"] / at["clock_hz"]
+    power = at["overlap_power"]
+    return float((alone**power + max(memory_s, l2_s) ** power) ** (1 / power) / alone)
 
 
 def spread(seconds: Sequence[float]) -> tuple[float, float, float]:

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from xr0_engine.backend import resolve_dtype
 from xr0_engine.bench.cases import Setup
+from xr0_engine.bench.predict import streamed
 from xr0_engine.bench.predict.code import Code, compiled_code
 from xr0_engine.bench.predict.figures import Chip
-from xr0_engine.bench.predict.model import Launched, chain_seconds, spread
+from xr0_engine.bench.predict.model import Launched, chain_seconds, spread, stream_share
 from xr0_engine.bench.predict.work import Work, glue_work, op_work
 from xr0_engine.bench.step.recorder import META, StagedOps, parts_on_meta, step_on_meta
 from xr0_engine.bench.step.workload import Workload
@@ -33,7 +34,8 @@ Spread = tuple[float, float, float]
 @dataclass
 class Op:
     """An op as it was called. launches: what it launched, in order. phases: of a kernel that does several ops' work,
-    each behind a barrier: what each would be as a kernel of its own."""
+    each behind a barrier: what each would be as a kernel of its own. part: of a streamed loop, the stage (streamed.py)
+    that it is."""
 
     stage: str
     kind: str
@@ -43,6 +45,7 @@ class Op:
     options: Mapping[str, Any] = field(default_factory=dict)
     launches: list[Any] = field(default_factory=list)
     phases: tuple[Op, ...] = ()
+    part: str = ""
 
     @property
     def name(self) -> str:
@@ -76,6 +79,11 @@ class LaunchOps(StagedOps):
         super().flow_loop(*arguments, **options)
         self.ops.append(Op(self.stage, "flow_loop", (), None, arguments, options, self._rest()))
 
+    def streamed_loop(self, *arguments: Any, **options: Any) -> None:
+        self.take_glue()
+        super().streamed_loop(*arguments, **options)
+        self.ops.append(Op(self.stage, "streamed_loop", (), None, arguments, options, self._rest()))
+
     def take_glue(self) -> None:
         """What was launched by ops without tactics."""
         for launch in self._rest():
@@ -105,7 +113,25 @@ def record(
         chained = written("chained", {**tactics, **loop_tactics(loops[0], tactics, chip)})
         for op in loops:
             op.phases = _phases(op, chained)
+    for op in ops:
+        if op.kind == "streamed_loop":
+            op.phases = _streamed_phases(op)
     return ops
+
+
+def _streamed_phases(loop: Op) -> tuple[Op, ...]:
+    weights, inputs, buffers = loop.arguments
+    shapes = {**loop_shapes(inputs, buffers), **streamed.shapes(buffers)}
+    first, last = loop.options["steps"]
+    layers = weights.attention.scale.shape[1]
+    names = [streamed.BEGIN]
+    for step in range(first, last):
+        names += [*streamed.LAYER * layers, streamed.END, *((streamed.TOKENS,) if step + 1 < last else ())]
+    parts = {
+        name: Op(loop.stage, LOOP_STAGES.get(name, name), shapes[name], None, (), {}, loop.launches, part=name)
+        for name in dict.fromkeys(names)
+    }
+    return tuple(parts[name] for name in names)
 
 
 def loop_tactics(loop: Op, tactics: Mapping[str, Tactic], chip: Chip) -> dict[str, Tactic]:
@@ -129,6 +155,8 @@ def _phases(loop: Op, chained: Sequence[Op]) -> tuple[Op, ...]:
 
 def work_of(op: Op, chip: Chip) -> Work:
     """Of an op's last launch."""
+    if op.part:
+        return streamed.stage_work(op.part, op.shape, op.launches[-1])
     if op.tactic is not None:
         return op_work(op.kind, op.shape, op.tactic, op.arguments, op.options)
     launch = op.launches[-1]
@@ -186,11 +214,18 @@ def predict_step(ops: Sequence[Op], chip: Chip, codes: Mapping[Hashable, Code]) 
     for body, looped, behind in _bodies(ops):
         group = (body.stage, body.name, body.variant, looped, behind)
         if group not in made:
-            made[group] = Launched(work_of(body, chip), codes.get(body.variant), barrier=behind)
+            code = codes.get(body.variant)
+            if body.part and code:
+                code = None if body.part == streamed.BEGIN else code.of_stage(streamed.STAGES.index(body.part))
+            made[group] = Launched(work_of(body, chip), code, barrier=behind, streamed=bool(body.part))
         places.setdefault(group, []).append(len(chain))
         chain.append(made[group])
         kinds.append(body)
     times = [chain_seconds(chain, chip, at) for at in chip.settings()]
+    shares = [
+        stream_share([pair for pair in zip(chain, time, strict=True) if pair[0].streamed], at)
+        for time, at in zip(times, chip.settings(), strict=True)
+    ]
     lines = []
     for (_, _, _, looped, behind), found in places.items():  # type: ignore[misc]
         op, launched = kinds[found[0]], chain[found[0]]
@@ -205,7 +240,10 @@ def predict_step(ops: Sequence[Op], chip: Chip, codes: Mapping[Hashable, Code]) 
                 code=launched.code,
                 limit=times[0][found[len(found) // 2]].limit,
                 busy=min(launched.work.programs, chip.processors),
-                seconds=tuple(sum(at[place].total_s for place in found) for at in times),
+                seconds=tuple(
+                    sum(at[place].total_s for place in found) * (share if launched.streamed else 1.0)
+                    for at, share in zip(times, shares, strict=True)
+                ),
             )
         )
     return lines

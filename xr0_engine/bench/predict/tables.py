@@ -21,7 +21,7 @@ from xr0_engine.bench.cases import Case, Setup
 from xr0_engine.bench.predict.code import Code, compiled_code
 from xr0_engine.bench.predict.figures import Chip, find_chip
 from xr0_engine.bench.predict.model import Launched, chain_seconds
-from xr0_engine.bench.predict.step import LaunchOps, Op, predict_step, record, total_ms
+from xr0_engine.bench.predict.step import LaunchOps, Op, compile_ops, predict_step, record, total_ms
 from xr0_engine.bench.predict.work import fits, op_work
 from xr0_engine.bench.results import current_commit, environment
 from xr0_engine.bench.step import candidates
@@ -32,7 +32,7 @@ from xr0_engine.fused.ops import SHARED_LIMIT, Flow, FusedOps, Tactic, tactic_ke
 from xr0_engine.fused.paper import recording, variant
 from xr0_engine.fused.tactics import TacticTable, predicted_path, write_tactics
 
-FLOWS: tuple[Flow, ...] = ("chained", "layered", "persistent")
+FLOWS: tuple[Flow, ...] = ("chained", "layered", "persistent", "streamed")
 SCHEDULED = 3
 """Of the best tiles, so many are tried with other warps and stages."""
 MOST_COMPILED, MOST_TRIED = 2, 4
@@ -161,10 +161,19 @@ def predicted_table(
         tactics = alone
     measured: dict[str, Mapping[str, float]] = {key: choice.microseconds for key, choice in choices.items()}
     steps: dict[str, dict[str, float]] = {f"step {setup.case.name}": {} for setup in setups}
+    possible: list[Flow] = []
+    refusals: tuple[type[Exception], ...] = (NotImplementedError, *compiler_faults("triton"))
     for flow in FLOWS:
-        for name, ops in zip(steps, ops_of(flow, tactics), strict=True):
-            steps[name][flow] = round(1e3 * total_ms(predict_step(ops, chip, search.codes))[1], 1)
-    best = min(FLOWS, key=lambda flow: sum(told[flow] for told in steps.values()))
+        try:
+            given_ops = ops_of(flow, tactics)
+            codes = [compile_ops(ops, chip.arch, lambda *_: None) for ops in given_ops]
+        except refusals:
+            # Not for these sizes, or not for this chip.
+            continue
+        possible.append(flow)
+        for name, ops, read in zip(steps, given_ops, codes, strict=True):
+            steps[name][flow] = round(1e3 * total_ms(predict_step(ops, chip, read))[1], 1)
+    best = min(possible, key=lambda flow: sum(told[flow] for told in steps.values()))
     return TacticTable(f"sm_{chip.arch}", tactics, measured=measured | steps, flow=best, predicted=True), choices
 
 

@@ -34,6 +34,7 @@ class Work:
     each: reads and writes outside the loop, and trips to L2 that wait for one another. combines: tiles whose parts come
     together through memory, parts: of each, part_bytes: of one, which is written and read. special: exponentials of a
     program. wasted: share of the rows that are padding. warps, shared: of a block, where no code says so.
+    streamed_bytes: of all, that come through L2 whatever is waited for meanwhile.
     """
 
     programs: int
@@ -56,6 +57,7 @@ class Work:
     warps: int = 4
     shared: int = 0
     busy: float = 1.0
+    streamed_bytes: float = 0.0
 
     @property
     def all_end_bytes(self) -> float:
@@ -66,7 +68,7 @@ class Work:
 
     @property
     def all_l2_bytes(self) -> float:
-        return self.programs * self.busy * self.l2_bytes + self.all_end_bytes
+        return self.programs * self.busy * self.l2_bytes + self.all_end_bytes + self.streamed_bytes
 
 
 @dataclass(frozen=True)

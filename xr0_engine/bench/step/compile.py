@@ -16,11 +16,12 @@ from xr0_engine.bench.cases import Setup
 from xr0_engine.bench.step.recorder import META, parts_on_meta, step_on_meta
 from xr0_engine.bench.step.workload import Workload
 from xr0_engine.config import ModelConfig
-from xr0_engine.fused.ops import SHARED_LIMIT, FusedOps, compile_kernels
+from xr0_engine.fused.ops import SHARED_LIMIT, FusedOps
+from xr0_engine.fused.paper import compile_kernels
 from xr0_engine.fused.prompts import bucket
 
 if TYPE_CHECKING:
-    from xr0_engine.fused.ops import Compiled
+    from xr0_engine.fused.paper import Compiled
 
 TILES = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLIT_K", "SPLITS")
 """Compile-time sizes worth telling."""

@@ -11,7 +11,8 @@ import torch
 from xr0_engine.bench.step import candidates
 from xr0_engine.bench.step.chain import Chain, Timer
 from xr0_engine.bench.step.recorder import Call
-from xr0_engine.fused.ops import FusedOps, Tactic, compile_beside
+from xr0_engine.fused.ops import FusedOps, Tactic
+from xr0_engine.fused.paper import compile_beside
 
 FINALISTS = 3
 MARGIN = 0.02

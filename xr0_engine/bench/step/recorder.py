@@ -28,8 +28,8 @@ META = torch.device("meta")
 STAGES = ("vision", "prefill", "flow")
 WRITTEN = {"linear": (2,), "swiglu": (2,), "qkv": (2, 3, 4), "attention": (3,), "lambda_attention": (7,)}
 """Kind -> which of its arguments it writes."""
-LOOP_READS = ("state_hidden", "cos", "sin", "scratch")
-"""Buffers that no flow loop writes."""
+LOOP_READS = ("state_hidden", "cos", "sin", "scratch", "fragments")
+"""Buffers that no flow loop with tactics writes; the last are a streamed one's."""
 LOOP_HANDS_ON = ("start", "start_sums", "end", "end_sums", "z")
 """Buffers that one launch of a flow loop takes over from the one ahead."""
 LOOP_SCRATCH = ("q", "k", "v", "raw", "mixed", "hidden", "embedded", "wide")

@@ -38,7 +38,7 @@ from xr0_engine.bench.step.recorder import RecordingOps
 from xr0_engine.bench.timing import CallTimer, take_turns
 from xr0_engine.env import emulated_arch
 from xr0_engine.fused.model import FusedModel
-from xr0_engine.fused.ops import compile_beside
+from xr0_engine.fused.paper import compile_beside
 from xr0_engine.fused.prompts import session_key
 from xr0_engine.fused.session import Session
 from xr0_engine.fused.tactics import TacticTable, gpu_name, own_folder, read_tactics, write_tactics
@@ -243,7 +243,7 @@ def _rivals(table: TacticTable, model: FusedModel) -> dict[str, TacticTable]:
         if few < layers:
             rivals[f"tuned, overlap {few}"] = replace(table, overlap=few)
     if model.has_loop:
-        rivals |= {f"tuned, {flow} flow": replace(table, flow=flow) for flow in ("layered", "persistent")}
+        rivals |= {f"tuned, {flow} flow": replace(table, flow=flow) for flow in ("layered", "persistent", "streamed")}
     return rivals
 
 

@@ -1,0 +1,206 @@
+"""The attention of a streamed flow (streamed.py): a program has the queries of one head, and all its keys.
+
+Its warps share out the keys of a product of queries and keys, and the columns of one of probabilities and values: so
+of what a warp computes nothing has to be added up to another's, and the softmax alone goes round. Cached keys are
+loaded, in the order in which a thread multiplies them, before the program waits for its queries. Head norm and rotation
+as in whole_attention.py.
+
+Shape legend: streamed.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+
+from xr0_engine.kernels.device import with_last
+from xr0_engine.kernels.ring import WARPS, WIDE, barrier, fragment_place, wait
+
+KEYS = gl.constexpr(64)
+"""Of a block."""
+HELD = gl.constexpr(2)
+"""Blocks that a program holds while it waits."""
+QUERIES = gl.constexpr(16)
+
+
+class Cache(NamedTuple):
+    """A layer's KV block: kv_keys, kv_values with the same strides; begin, end: (B,). length: N."""
+
+    kv_keys: Any
+    kv_values: Any
+    stride_b: Any
+    stride_g: Any
+    stride_n: Any
+    begin: Any
+    end: Any
+    length: Any
+
+
+class Turn(NamedTuple):
+    """A layer's head norms, and the rotary tables, (B, Q, D / 2). window: tokens; scale: of scores, to base 2."""
+
+    q_norm: Any
+    k_norm: Any
+    cos: Any
+    sin: Any
+    window: Any
+    scale: Any
+
+
+@gluon.constexpr_function
+def _scores_layout() -> Any:
+    return gl.NVMMADistributedLayout([2, 0], [1, WARPS], [16, 8])
+
+
+@gluon.constexpr_function
+def _head_layout() -> Any:
+    """Of rows of half a head."""
+    return gl.BlockedLayout([1, 4], [2, 16], [WARPS, 1], [1, 0])
+
+
+@gluon.constexpr_function
+def _values_layout() -> Any:
+    """Of rows of a head, as they come from memory."""
+    return gl.BlockedLayout([1, WIDE], [2, 16], [WARPS, 1], [1, 0])
+
+
+@gluon.constexpr_function
+def _swizzled() -> Any:
+    return gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
+
+
+@gluon.jit
+def _load_keys(cache, batch, group, first, end, HALF: gl.constexpr):
+    """(HALF, KEYS) twice, of the keys from first on, zeros from end on: both halves of a head, each as a product's
+    second factor."""
+    LAYOUT: gl.constexpr = gl.DotOperandLayout(1, _scores_layout(), WIDE)
+    column = gl.arange(0, HALF, layout=gl.SliceLayout(1, LAYOUT))[:, None]
+    key = first + gl.arange(0, KEYS, layout=gl.SliceLayout(0, LAYOUT))[None, :]
+    place = cache.kv_keys + batch * cache.stride_b + group * cache.stride_g + key * cache.stride_n + column
+    inside = (key < end) & (column >= 0)
+    return gl.load(place, inside, 0.0), gl.load(place + HALF, inside, 0.0)
+
+
+@gluon.jit
+def _load_values(cache, batch, group, first, end, DIM: gl.constexpr):
+    """(KEYS, DIM)."""
+    LAYOUT: gl.constexpr = _values_layout()
+    key = first + gl.arange(0, KEYS, layout=gl.SliceLayout(1, LAYOUT))[:, None]
+    column = gl.arange(0, DIM, layout=gl.SliceLayout(0, LAYOUT))[None, :]
+    place = cache.kv_values + batch * cache.stride_b + group * cache.stride_g + key * cache.stride_n + column
+    return gl.load(place, (key < end) & (column >= 0), 0.0)
+
+
+@gluon.jit
+def _turned(place, row, rows, norm, turn, batch, tokens, eps, W: gl.constexpr):
+    """Both halves of a head's rows at place after its norm and rotation, (QUERIES, D / 2) bfloat16 each."""
+    HALF: gl.constexpr = W.DIM // 2
+    LAYOUT: gl.constexpr = _head_layout()
+    near = gl.minimum(row, rows - 1)[:, None]
+    column = gl.arange(0, HALF, layout=gl.SliceLayout(0, LAYOUT))
+    place = place + near * (3 * W.COLUMNS) + column[None, :]
+    first, second = gl.load(place), gl.load(place + HALF)
+    angle = (batch * tokens + near) * HALF + column[None, :]
+    c, s = gl.load(turn.cos + angle), gl.load(turn.sin + angle)
+    scale = gl.rsqrt(gl.sum(first * first + second * second, 1) * (1.0 / W.DIM) + eps)[:, None]
+    first *= scale * gl.load(norm + column)[None, :]
+    second *= scale * gl.load(norm + HALF + column)[None, :]
+    return (first * c - second * s).to(gl.bfloat16), (second * c + first * s).to(gl.bfloat16)
+
+
+@gluon.jit
+def attention_stage(loop, stage, cache, turn, out, W: gl.constexpr):
+    """out = attention of raw's queries over the cached tokens and their own; of a head, QUERIES queries a program."""
+    b, tokens, context = loop.buffers, loop.tokens, loop.context
+    DIM: gl.constexpr = W.DIM
+    HALF: gl.constexpr = DIM // 2
+    OWN: gl.constexpr = W.OWN
+    BLOCKS: gl.constexpr = W.KEYS
+    TILES: gl.constexpr = OWN // QUERIES
+    SCORES: gl.constexpr = _scores_layout()
+    KEY: gl.constexpr = gl.DotOperandLayout(1, SCORES, WIDE)
+    QUERY: gl.constexpr = gl.DotOperandLayout(0, SCORES, WIDE)
+    P: gl.constexpr = gl.DotOperandLayout(0, SCORES, 2)
+    V: gl.constexpr = gl.DotOperandLayout(1, SCORES, 2)
+    HEAD: gl.constexpr = _head_layout()
+    VALUES: gl.constexpr = _values_layout()
+    units = loop.rows // tokens * W.HEADS * TILES
+    program = gl.program_id(0)
+    if program >= units:
+        wait(loop.barrier, stage)
+    for unit in tl.range(program, units, gl.num_programs(0), disable_licm=True):
+        first, head = unit % TILES * QUERIES, unit // TILES % W.HEADS
+        batch, group = unit // TILES // W.HEADS, head // W.SHARE
+        begin = gl.maximum(gl.load(cache.begin + batch), 0)
+        end = gl.minimum(gl.load(cache.end + batch), cache.length)
+        keys = ()
+        for block in gl.static_range(BLOCKS):
+            if block < HELD:
+                keys = with_last(keys, _load_keys(cache, batch, group, begin + block * KEYS, end, HALF))
+        if unit == program:
+            wait(loop.barrier, stage)
+
+        place = b.raw + batch * tokens * (3 * W.COLUMNS) + head * DIM
+        own_row = gl.arange(0, OWN, layout=gl.SliceLayout(1, HEAD))
+        k1, k2 = _turned(place + W.COLUMNS, own_row, tokens, turn.k_norm, turn, batch, tokens, loop.eps, W)
+        row = first + gl.arange(0, QUERIES, layout=gl.SliceLayout(1, HEAD))
+        q1, q2 = _turned(place, row, tokens, turn.q_norm, turn, batch, tokens, loop.eps, W)
+        own_row = gl.minimum(gl.arange(0, OWN, layout=gl.SliceLayout(1, VALUES)), tokens - 1)[:, None]
+        column = gl.arange(0, DIM, layout=gl.SliceLayout(0, VALUES))[None, :]
+        own_values = gl.load(place + 2 * W.COLUMNS + own_row * (3 * W.COLUMNS) + column).to(gl.bfloat16)
+        values = _load_values(cache, batch, group, begin, end, DIM)
+        own1 = gl.allocate_shared_memory(gl.bfloat16, [OWN, HALF], _swizzled(), k1)
+        own2 = gl.allocate_shared_memory(gl.bfloat16, [OWN, HALF], _swizzled(), k2)
+        shared_values = gl.allocate_shared_memory(gl.bfloat16, [OWN, DIM], _swizzled(), own_values)
+        q1, q2 = gl.convert_layout(q1, QUERY), gl.convert_layout(q2, QUERY)
+        barrier()
+
+        query = first + gl.arange(0, QUERIES, layout=gl.SliceLayout(1, SCORES))[:, None]
+        own_key = gl.arange(0, OWN, layout=gl.SliceLayout(0, SCORES))[None, :]
+        distance = query - own_key
+        allowed = (own_key < tokens) & (distance >= 0) & ((own_key < context) | (distance <= turn.window))
+        own_scores = gl.zeros([QUERIES, OWN], gl.float32, SCORES)
+        own_scores = mma_v2(q1, own1.permute((1, 0)).load(KEY), own_scores)
+        own_scores = mma_v2(q2, own2.permute((1, 0)).load(KEY), own_scores) * turn.scale
+        own_scores = gl.where(allowed, own_scores, float("-inf"))
+        scores = ()
+        key = begin + gl.arange(0, KEYS, layout=gl.SliceLayout(0, SCORES))[None, :]
+        most = gl.full([QUERIES, KEYS], float("-inf"), gl.float32, SCORES)
+        for block in gl.static_range(BLOCKS):
+            if block >= HELD:
+                keys = with_last(keys, _load_keys(cache, batch, group, begin + block * KEYS, end, HALF))
+            found = mma_v2(q1, keys[block][0], gl.zeros([QUERIES, KEYS], gl.float32, SCORES))
+            found = mma_v2(q2, keys[block][1], found) * turn.scale
+            found = gl.where(key + block * KEYS < end, found, float("-inf"))
+            most = gl.maximum(most, found)
+            scores = with_last(scores, found)
+        # Every query sees itself: it has a maximum; those behind the last see somebody.
+        top = gl.maximum(gl.max(own_scores, 1), gl.max(most, 1))[:, None]
+
+        exponentials = gl.exp2(own_scores - top)
+        weight = gl.sum(exponentials, 1)
+        seen = gl.allocate_shared_memory(gl.bfloat16, [QUERIES, OWN], _swizzled(), exponentials.to(gl.bfloat16))
+        barrier()
+        total = gl.zeros([QUERIES, DIM], gl.float32, SCORES)
+        total = mma_v2(seen.load(P), shared_values.load(V), total)
+        added = gl.zeros([QUERIES, KEYS], gl.float32, SCORES)
+        for block in gl.static_range(BLOCKS):
+            exponentials = gl.exp2(scores[block] - top)
+            added += exponentials
+            block_seen = gl.allocate_shared_memory(
+                gl.bfloat16, [QUERIES, KEYS], _swizzled(), exponentials.to(gl.bfloat16)
+            )
+            block_values = gl.allocate_shared_memory(gl.bfloat16, [KEYS, DIM], _swizzled(), values)
+            if block + 1 < BLOCKS:
+                values = _load_values(cache, batch, group, begin + (block + 1) * KEYS, end, DIM)
+            barrier()
+            total = mma_v2(block_seen.load(P), block_values.load(V), total)
+        weight += gl.sum(added, 1)
+
+        column = gl.arange(0, DIM, layout=gl.SliceLayout(0, SCORES))[None, :]
+        place = out + head * (DIM * W.ROWS) + fragment_place(batch * tokens + query, column, W)
+        gl.store(place, (total * (1.0 / weight)[:, None]).to(gl.bfloat16), query < tokens)
