@@ -234,9 +234,8 @@ def _fragments_layout() -> Any:
 
 
 @gluon.constexpr_function
-def _along(dim: int) -> Any:
-    """The layout of one of its five dimensions."""
-    layout = _fragments_layout()
+def along(dim: int, layout: Any) -> Any:
+    """The layout of one dimension of five."""
     for other in reversed([each for each in range(5) if each != dim]):
         layout = gl.SliceLayout(other, layout)
     return layout
@@ -245,13 +244,14 @@ def _along(dim: int) -> Any:
 @gluon.jit
 def load_rows(fragments, W: gl.constexpr):
     """(WARPS, ROWS, COLUMNS / WARPS) factors."""
+    LAYOUT: gl.constexpr = _fragments_layout()
     DEEP: gl.constexpr = W.COLUMNS // WARPS // BLOCK
     HIGH: gl.constexpr = W.ROWS // BLOCK
-    warp = gl.arange(0, WARPS, layout=_along(0))[:, None, None, None, None]
-    column = gl.arange(0, DEEP, layout=_along(1))[None, :, None, None, None]
-    row = gl.arange(0, HIGH, layout=_along(2))[None, None, :, None, None]
-    thread = gl.arange(0, 32, layout=_along(3))[None, None, None, :, None]
-    number = gl.arange(0, WIDE, layout=_along(4))[None, None, None, None, :]
+    warp = gl.arange(0, WARPS, layout=along(0, LAYOUT))[:, None, None, None, None]
+    column = gl.arange(0, DEEP, layout=along(1, LAYOUT))[None, :, None, None, None]
+    row = gl.arange(0, HIGH, layout=along(2, LAYOUT))[None, None, :, None, None]
+    thread = gl.arange(0, 32, layout=along(3, LAYOUT))[None, None, None, :, None]
+    number = gl.arange(0, WIDE, layout=along(4, LAYOUT))[None, None, None, None, :]
     block = (warp * DEEP + column) * HIGH + row
     found = gl.load(fragments + block * (BLOCK * BLOCK) + (thread * WIDE + number))
     # A thread has, of 8 by 4 places, the pairs of both halves of rows of both halves of columns.

@@ -18,11 +18,13 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from xr0_engine.kernels.device import with_last
-from xr0_engine.kernels.ring import WARPS, WIDE, barrier, fragment_place, wait
+from xr0_engine.kernels.ring import BLOCK, WARPS, WIDE, along, barrier, fragment_place, wait
 
 KEYS = gl.constexpr(64)
 """Of a block."""
-HELD = gl.constexpr(2)
+DEPTH = gl.constexpr(32)
+"""Columns that four threads load of a key at a time."""
+HELD = gl.constexpr(5)
 """Blocks that a program holds while it waits."""
 QUERIES = gl.constexpr(16)
 
@@ -73,35 +75,62 @@ def _swizzled() -> Any:
     return gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
 
 
+@gluon.constexpr_function
+def _keys_layout() -> Any:
+    """(blocks of DEPTH columns, warps, keys of a warp, threads of a key, WIDE)."""
+    return gl.BlockedLayout([1, 1, 1, 1, WIDE], [1, 1, 8, 4, 1], [1, WARPS, 1, 1, 1], [4, 3, 2, 1, 0])
+
+
+@gluon.jit
+def _order(HALF: gl.constexpr, layout: gl.constexpr):
+    """(HALF,): the column that stands at each place of a product's K: as _load_keys has them."""
+    place = gl.arange(0, HALF, layout=layout)
+    within = place // BLOCK % 2 * 4 + place // 8 % 2 * 2 + place % 2
+    return place // DEPTH * DEPTH + place % 8 // 2 * WIDE + within
+
+
 @gluon.jit
 def _load_keys(cache, batch, group, first, end, HALF: gl.constexpr):
     """(HALF, KEYS) twice, of the keys from first on, zeros from end on: both halves of a head, each as a product's
-    second factor."""
-    LAYOUT: gl.constexpr = gl.DotOperandLayout(1, _scores_layout(), WIDE)
-    column = gl.arange(0, HALF, layout=gl.SliceLayout(1, LAYOUT))[:, None]
-    key = first + gl.arange(0, KEYS, layout=gl.SliceLayout(0, LAYOUT))[None, :]
+    second factor. A thread's WIDE columns are those of two of its instructions, which takes them out of order."""
+    LAYOUT: gl.constexpr = _keys_layout()
+    block = gl.arange(0, HALF // DEPTH, layout=along(0, LAYOUT))[:, None, None, None, None]
+    warp = gl.arange(0, WARPS, layout=along(1, LAYOUT))[None, :, None, None, None]
+    within = gl.arange(0, 8, layout=along(2, LAYOUT))[None, None, :, None, None]
+    thread = gl.arange(0, 4, layout=along(3, LAYOUT))[None, None, None, :, None]
+    number = gl.arange(0, WIDE, layout=along(4, LAYOUT))[None, None, None, None, :]
+    key, column = first + warp * 8 + within, block * DEPTH + thread * WIDE + number
     place = cache.kv_keys + batch * cache.stride_b + group * cache.stride_g + key * cache.stride_n + column
     inside = (key < end) & (column >= 0)
-    return gl.load(place, inside, 0.0), gl.load(place + HALF, inside, 0.0)
+    return _as_factor(gl.load(place, inside, 0.0), HALF), _as_factor(gl.load(place + HALF, inside, 0.0), HALF)
+
+
+@gluon.jit
+def _as_factor(keys, HALF: gl.constexpr):
+    SPREAD: gl.constexpr = [HALF // DEPTH, WARPS, 8, 4, 2, 2, 2]
+    FLAT: gl.constexpr = [HALF, KEYS]
+    keys = gl.reshape(gl.permute(gl.reshape(keys, SPREAD), (0, 4, 5, 3, 6, 1, 2)), FLAT)
+    return gl.convert_layout(keys, gl.DotOperandLayout(1, _scores_layout(), 2), assert_trivial=True)
 
 
 @gluon.jit
 def _load_values(cache, batch, group, first, end, DIM: gl.constexpr):
     """(KEYS, DIM)."""
     LAYOUT: gl.constexpr = _values_layout()
-    key = first + gl.arange(0, KEYS, layout=gl.SliceLayout(1, LAYOUT))[:, None]
+    key = gl.arange(0, KEYS, layout=gl.SliceLayout(1, LAYOUT))[:, None]
     column = gl.arange(0, DIM, layout=gl.SliceLayout(0, LAYOUT))[None, :]
-    place = cache.kv_values + batch * cache.stride_b + group * cache.stride_g + key * cache.stride_n + column
-    return gl.load(place, (key < end) & (column >= 0), 0.0)
+    values = cache.kv_values + (batch * cache.stride_b + group * cache.stride_g + first * cache.stride_n)
+    return gl.load(values + (key * cache.stride_n + column), (key < end - first) & (column >= 0), 0.0)
 
 
 @gluon.jit
 def _turned(place, row, rows, norm, turn, batch, tokens, eps, W: gl.constexpr):
-    """Both halves of a head's rows at place after its norm and rotation, (QUERIES, D / 2) bfloat16 each."""
+    """Both halves of a head's rows at place after its norm and rotation, (QUERIES, D / 2) bfloat16 each, columns in the
+    order of the keys'."""
     HALF: gl.constexpr = W.DIM // 2
     LAYOUT: gl.constexpr = _head_layout()
     near = gl.minimum(row, rows - 1)[:, None]
-    column = gl.arange(0, HALF, layout=gl.SliceLayout(0, LAYOUT))
+    column = _order(HALF, gl.SliceLayout(0, LAYOUT))
     place = place + near * (3 * W.COLUMNS) + column[None, :]
     first, second = gl.load(place), gl.load(place + HALF)
     angle = (batch * tokens + near) * HALF + column[None, :]
@@ -122,10 +151,8 @@ def attention_stage(loop, stage, cache, turn, out, W: gl.constexpr):
     BLOCKS: gl.constexpr = W.KEYS
     TILES: gl.constexpr = OWN // QUERIES
     SCORES: gl.constexpr = _scores_layout()
-    KEY: gl.constexpr = gl.DotOperandLayout(1, SCORES, WIDE)
-    QUERY: gl.constexpr = gl.DotOperandLayout(0, SCORES, WIDE)
-    P: gl.constexpr = gl.DotOperandLayout(0, SCORES, 2)
-    V: gl.constexpr = gl.DotOperandLayout(1, SCORES, 2)
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, SCORES, 2)
+    RIGHT: gl.constexpr = gl.DotOperandLayout(1, SCORES, 2)
     HEAD: gl.constexpr = _head_layout()
     VALUES: gl.constexpr = _values_layout()
     units = loop.rows // tokens * W.HEADS * TILES
@@ -156,16 +183,18 @@ def attention_stage(loop, stage, cache, turn, out, W: gl.constexpr):
         own1 = gl.allocate_shared_memory(gl.bfloat16, [OWN, HALF], _swizzled(), k1)
         own2 = gl.allocate_shared_memory(gl.bfloat16, [OWN, HALF], _swizzled(), k2)
         shared_values = gl.allocate_shared_memory(gl.bfloat16, [OWN, DIM], _swizzled(), own_values)
-        q1, q2 = gl.convert_layout(q1, QUERY), gl.convert_layout(q2, QUERY)
+        queries1 = gl.allocate_shared_memory(gl.bfloat16, [QUERIES, HALF], _swizzled(), q1)
+        queries2 = gl.allocate_shared_memory(gl.bfloat16, [QUERIES, HALF], _swizzled(), q2)
         barrier()
+        q1, q2 = queries1.load(LEFT), queries2.load(LEFT)
 
         query = first + gl.arange(0, QUERIES, layout=gl.SliceLayout(1, SCORES))[:, None]
         own_key = gl.arange(0, OWN, layout=gl.SliceLayout(0, SCORES))[None, :]
         distance = query - own_key
         allowed = (own_key < tokens) & (distance >= 0) & ((own_key < context) | (distance <= turn.window))
         own_scores = gl.zeros([QUERIES, OWN], gl.float32, SCORES)
-        own_scores = mma_v2(q1, own1.permute((1, 0)).load(KEY), own_scores)
-        own_scores = mma_v2(q2, own2.permute((1, 0)).load(KEY), own_scores) * turn.scale
+        own_scores = mma_v2(q1, own1.permute((1, 0)).load(RIGHT), own_scores)
+        own_scores = mma_v2(q2, own2.permute((1, 0)).load(RIGHT), own_scores) * turn.scale
         own_scores = gl.where(allowed, own_scores, float("-inf"))
         scores = ()
         key = begin + gl.arange(0, KEYS, layout=gl.SliceLayout(0, SCORES))[None, :]
@@ -186,7 +215,7 @@ def attention_stage(loop, stage, cache, turn, out, W: gl.constexpr):
         seen = gl.allocate_shared_memory(gl.bfloat16, [QUERIES, OWN], _swizzled(), exponentials.to(gl.bfloat16))
         barrier()
         total = gl.zeros([QUERIES, DIM], gl.float32, SCORES)
-        total = mma_v2(seen.load(P), shared_values.load(V), total)
+        total = mma_v2(seen.load(LEFT), shared_values.load(RIGHT), total)
         added = gl.zeros([QUERIES, KEYS], gl.float32, SCORES)
         for block in gl.static_range(BLOCKS):
             exponentials = gl.exp2(scores[block] - top)
@@ -198,7 +227,7 @@ def attention_stage(loop, stage, cache, turn, out, W: gl.constexpr):
             if block + 1 < BLOCKS:
                 values = _load_values(cache, batch, group, begin + (block + 1) * KEYS, end, DIM)
             barrier()
-            total = mma_v2(block_seen.load(P), block_values.load(V), total)
+            total = mma_v2(block_seen.load(LEFT), block_values.load(RIGHT), total)
         weight += gl.sum(added, 1)
 
         column = gl.arange(0, DIM, layout=gl.SliceLayout(0, SCORES))[None, :]
