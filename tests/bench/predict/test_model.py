@@ -123,8 +123,11 @@ def test_streamed_stages_wait_for_nothing_but_for_all_their_weights_together():
     assert times[1].total_s < chain_seconds([replace(stage, streamed=False)] * 3, H200, at)[1].total_s
     pairs = [(stage, time) for time in times]
     alone = sum(time.total_s for time in times)
-    assert alone * stream_share(pairs, at) > max(alone, 3 * work.memory_bytes / at["memory_bytes_s"])
+    assert alone * stream_share(pairs, at)[0] > max(alone, 3 * work.memory_bytes / at["memory_bytes_s"])
     slow = {**at, "memory_bytes_s": at["memory_bytes_s"] / 1000}
     bound = 3 * work.memory_bytes / slow["memory_bytes_s"]
-    assert alone * stream_share(pairs, slow) == pytest.approx(bound, rel=1e-3)
-    assert stream_share([], at) == 1
+    share, limit = stream_share(pairs, slow)
+    assert alone * share == pytest.approx(bound, rel=1e-3)
+    assert limit == "memory"
+    assert stream_share(pairs, {**at, "memory_bytes_s": 1e18, "l2_bytes_cycle": 1e18}) == (pytest.approx(1.0), "")
+    assert stream_share([], at) == (1.0, "")

@@ -201,16 +201,18 @@ def _after(before: Launched | None, time: Time | None, each: Launched, chip: Chi
     return launch_time(each, chip, at, min(1.0, window / ahead))
 
 
-def stream_share(stages: Sequence[tuple[Launched, Time]], at: Settings) -> float:
+def stream_share(stages: Sequence[tuple[Launched, Time]], at: Settings) -> tuple[float, str]:
     """How many times as long streamed stages take as by their own times: their weights come at most as fast as memory
-    and L2 bring them, all of a launch at once with all else that it does."""
+    and L2 bring them, all of a launch at once with all else that it does. And which of both limits them, if one does
+    more than their own times."""
     alone = sum(time.total_s for _, time in stages)
     if not alone:
-        return 1.0
+        return 1.0, ""
     memory_s = sum(launched.work.memory_bytes for launched, _ in stages) / at["memory_bytes_s"]
     l2_s = sum(launched.work.all_l2_bytes for launched, _ in stages) / at["l2_bytes_cycle"] / at["clock_hz"]
-    power = at["overlap_power"]
-    return float((alone**power + max(memory_s, l2_s) ** power) ** (1 / power) / alone)
+    power, most = at["overlap_power"], max(memory_s, l2_s)
+    limit = "" if most < alone else "memory" if memory_s >= l2_s else "L2"
+    return float((alone**power + most**power) ** (1 / power) / alone), limit
 
 
 def spread(seconds: Sequence[float]) -> tuple[float, float, float]:

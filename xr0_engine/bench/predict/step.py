@@ -238,11 +238,11 @@ def predict_step(ops: Sequence[Op], chip: Chip, codes: Mapping[Hashable, Code]) 
                 launches=0 if behind else len(found),
                 work=launched.work,
                 code=launched.code,
-                limit=times[0][found[len(found) // 2]].limit,
+                limit=(launched.streamed and shares[0][1]) or times[0][found[len(found) // 2]].limit,
                 busy=min(launched.work.programs, chip.processors),
                 seconds=tuple(
                     sum(at[place].total_s for place in found) * (share if launched.streamed else 1.0)
-                    for at, share in zip(times, shares, strict=True)
+                    for at, (share, _) in zip(times, shares, strict=True)
                 ),
             )
         )
