@@ -40,3 +40,26 @@ def line(name: str, before: Row, after: Row) -> str:
 def test_the_document_says_what_the_predictions_say(chip, case):
     lines = DOCUMENT.read_text(encoding="utf-8").splitlines()
     assert [line for line in lines if line.startswith(f"| {chip}, {case}, ")] == rows(chip, case)
+
+
+STREAMED_DAY = "2026-12-01"
+
+
+def streamed_line(chip: str, case: str) -> str:
+    """The flow alone, chained and streamed, and the whole step with either."""
+    chained = results.read(FOLDER / f"predicted-{DAY}-after-{chip}-{case}.json").facts
+    streamed = results.read(FOLDER / f"predicted-{STREAMED_DAY}-streamed-{chip}-{case}.json").facts
+    assert (chained["part"], streamed["part"]) == ("chained", "streamed")
+    assert streamed["table"] is None, "of the stated defaults"
+    launches = [stages(facts)["flow"].launches for facts in (chained, streamed)]
+    cells = [f"{launches[0]} → {launches[1]}"]
+    for part in ("flow", "total"):
+        low, central, high = streamed["ms"][part]
+        cells += [f"{chained['ms'][part][1]:.2f} → {central:.2f}", f"{low:.2f} to {high:.2f}"]
+        cells.append(f"{streamed['bound_ms'][part]:.2f}")
+    return f"| {chip}, {case} | {' | '.join(cells)} |"
+
+
+@pytest.mark.parametrize(("chip", "case"), list(product(CHIPS, CASES)))
+def test_the_document_says_what_a_streamed_flow_is_predicted_to_take(chip, case):
+    assert streamed_line(chip, case) in DOCUMENT.read_text(encoding="utf-8").splitlines()
