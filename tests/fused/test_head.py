@@ -190,7 +190,9 @@ def test_what_a_streamed_loop_is_not_for_is_refused_and_tables_run_chained(head,
         made.run(ops, inputs, buffers, flow="streamed")
     assert made.way("streamed", ops, inputs, buffers) == "chained"
     assert made.way("persistent", ops, inputs, buffers) == "persistent"
-    fitting = streamed_head()
+    fitting, few = streamed_head(), FusedOps("triton", DEVICE, programs=3)
+    with pytest.raises(NotImplementedError, match="expected at least 4 programs, got 3; take chained"):
+        fitting.finish(few, make_inputs(fitting, 1), fitting.buffers(1, 6), 0, flow="streamed")
     fits = fitting.way("streamed", ops, make_inputs(fitting, 1), fitting.buffers(1, 6))
     assert fits == "streamed"
 

@@ -14,6 +14,24 @@ def prefetch_l2(pointers):
     )
 
 
+POLL = tl.constexpr("""
+{
+.reg .pred again;
+.reg .b32 value;
+mov.u32 value, %tid.x;
+setp.ne.u32 again, value, 0;
+@again bra DONE;
+POLL:
+ld.acquire.gpu.global.b32 value, [$1];
+setp.lt.s32 again, value, $2;
+@again bra POLL;
+DONE:
+mov.b32 $0, 0;
+}
+""")
+"""The first thread reads an int32 until it is at least a number; the others go on."""
+
+
 @triton.jit
 def wait_for(counter, count):
     """Hold the program until the int32 at counter, which only grows, is at least count. Not for the interpreter.
@@ -22,28 +40,7 @@ def wait_for(counter, count):
     count. Its loads acquire what was released by whoever counted up to there; the block's barrier passes that on to the
     other threads, whose later loads see it too.
     """
-    tl.inline_asm_elementwise(
-        """
-        {
-        .reg .pred again;
-        .reg .b32 value;
-        mov.u32 value, %tid.x;
-        setp.ne.u32 again, value, 0;
-        @again bra DONE;
-        POLL:
-        ld.acquire.gpu.global.b32 value, [$1];
-        setp.lt.s32 again, value, $2;
-        @again bra POLL;
-        DONE:
-        mov.b32 $0, 0;
-        }
-        """,
-        "=r,l,r",
-        [counter, count],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
+    tl.inline_asm_elementwise(POLL, "=r,l,r", [counter, count], dtype=tl.int32, is_pure=False, pack=1)
     tl.debug_barrier()
 
 

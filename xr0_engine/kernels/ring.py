@@ -26,6 +26,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from xr0_engine.kernels.device import POLL
+
 WARPS, CHUNK_ROWS = gl.constexpr(8), gl.constexpr(16)
 WIDE = gl.constexpr(8)
 """16-bit numbers that a thread moves at a time."""
@@ -322,28 +324,8 @@ def refill(stream, ring, before, number, W: gl.constexpr):
 @gluon.jit
 def wait(counter, stage):
     """As stages.py: until all programs have arrived at the stage. The first thread alone asks."""
-    gl.inline_asm_elementwise(
-        """
-        {
-        .reg .pred again;
-        .reg .b32 value;
-        mov.u32 value, %tid.x;
-        setp.ne.u32 again, value, 0;
-        @again bra DONE;
-        POLL:
-        ld.acquire.gpu.global.b32 value, [$1];
-        setp.lt.s32 again, value, $2;
-        @again bra POLL;
-        DONE:
-        mov.b32 $0, 0;
-        }
-        """,
-        "=r,l,r",
-        [counter, stage * gl.num_programs(0)],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )
+    arrivals = stage * gl.num_programs(0)
+    gl.inline_asm_elementwise(POLL, "=r,l,r", [counter, arrivals], dtype=gl.int32, is_pure=False, pack=1)
     barrier()
 
 

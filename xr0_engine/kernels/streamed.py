@@ -238,8 +238,6 @@ def streamed_loop(
     inner, actions = buffers.hidden.shape[-1], buffers.z.shape[-1]
     if not 0 <= steps[0] < steps[1] <= total:
         raise ValueError(f"steps: expected a run within {total}, got {steps}")
-    if programs is not None and programs < 1:
-        raise ValueError(f"programs: expected at least 1, got {programs}")
     assert buffers.fragments is not None
     if slot_columns("start_sums", buffers.start_sums, columns) != CHUNK_ROWS.value:
         raise ValueError(f"start_sums: expected slots of {CHUNK_ROWS.value} columns")
@@ -260,7 +258,10 @@ def streamed_loop(
         WIDE=buffers.wide is not None,
     )
     # In each tile that a program has of the last product, it has the same part of K.
-    grid = max(1, min(programs or available, available) // splits) * splits
+    grid = min(available if programs is None else programs, available) // splits * splits
+    if grid < 1:
+        given = available if programs is None else programs
+        raise NotImplementedError(f"flow streamed: expected at least {splits} programs, got {given}; take chained")
     counters = workspace.counters(1 + columns // CHUNK_ROWS.value)
     launch(
         _streamed_flow,
