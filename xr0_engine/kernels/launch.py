@@ -23,7 +23,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler.errors import CompilationError
-from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 from triton.runtime.errors import OutOfResources, PTXASError
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -265,7 +265,7 @@ def compile_call(call: Launch, signature: Signature, arch: int) -> Any:
 
 
 def _source_of(kernel: Any) -> type[ASTSource]:
-    return GluonASTSource if kernel.is_gluon() else ASTSource
+    return GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
 
 
 def raise_named(error: RuntimeError) -> NoReturn:
