@@ -281,6 +281,22 @@ def test_the_flow_runs_as_the_way_says(way, flow, overlap, dependent, one_case, 
     assert launch._dependent
 
 
+def test_another_way_than_was_asked_for_is_told(one_case, monkeypatch):
+    """What a streamed flow is not for runs chained, and does not pass for streamed."""
+
+    class Oracle(verify.FusedModel):
+        def __init__(self, model, backend, table, graphs):
+            super().__init__(model, "reference", table, graphs)
+
+    monkeypatch.setattr(verify, "resolve_backend", lambda name, device: name)
+    monkeypatch.setattr(verify, "FusedModel", Oracle)
+    told = {each.quantity for each in verify_folder(one_case, "triton", "cpu", "float32", "streamed")}
+    assert "actions, one step, chained flow" in told
+    assert "actions, one step" in {
+        each.quantity for each in verify_folder(one_case, "triton", "cpu", "float32", "chained")
+    }
+
+
 def test_truncated_weights_are_named(one_case):
     path = one_case / "grouped.weights.safetensors"
     path.write_bytes(path.read_bytes()[:-100])

@@ -133,7 +133,8 @@ def streamed_head(**variant: Any) -> FusedHead:
     [
         pytest.param(1, {}, id="one row"),
         pytest.param(2, {"flow_steps": 3, "num_layers": 3}, id="two rows, 3 steps, 3 layers", marks=ONE_CHIP),
-        pytest.param(1, {"num_kv_heads": 4}, id="heads of their own", marks=ONE_CHIP),
+        pytest.param(1, {"num_kv_heads": 4, "mlp_width": 256}, id="heads of their own, K whole", marks=ONE_CHIP),
+        pytest.param(1, {"mlp_width": 768}, id="three parts of K", marks=ONE_CHIP),
         pytest.param(2, {"stream_norms": False}, id="no norms", marks=ONE_CHIP),
         pytest.param(1, {**WIDE_AS_THE_STREAMS, "stream_norms": False}, id="xr1"),
         pytest.param(1, WIDE_AS_THE_STREAMS, id="wide output", marks=ONE_CHIP),
@@ -178,7 +179,7 @@ def test_a_streamed_loop_takes_over_from_a_chain():
     [
         pytest.param({"dtype": torch.float32}, 1, "expected bfloat16, got float32", id="dtype"),
         pytest.param({"columns": 128}, 1, "expected 256 to 1024 columns, and a multiple inside; got 128", id="columns"),
-        pytest.param({"head_dim": 32}, 1, "expected heads of 64 columns or .* got 32", id="heads"),
+        pytest.param({"head_dim": 32}, 1, "expected heads of 64 or 128 columns, got 32", id="heads"),
         pytest.param({"output_width": 64}, 1, "expected an output layer .* of 256 columns, got 64", id="output"),
         pytest.param({}, 5, "expected at most 32 tokens in all, got 40", id="tokens"),
     ],

@@ -260,8 +260,8 @@ class FusedOps:
         steps: tuple[int, int],
     ) -> None:
         """A run of the flow's steps. As kernels/streamed.py: streamed_loop."""
-        if reason := self.never_streams(inputs, buffers):
-            raise NotImplementedError(f"flow streamed: {reason}; take chained")
+        if self.backend == "reference":
+            raise NotImplementedError(f"flow streamed: {self.never_streams(inputs, buffers)}")
         self._kernels.streamed_loop(
             weights, inputs, buffers, eps=eps, context=context, window=window, steps=steps, arch=self.arch,
             programs=self.programs, workspace=self.workspace,

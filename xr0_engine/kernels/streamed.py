@@ -59,11 +59,12 @@ from xr0_engine.kernels.streamed_stages import (
 )
 
 MOST_COLUMNS = 1024
-LEAST_DIM = 64
+DIMS = 64, 128
+"""Of a head: of larger ones the attention takes more shared memory than is left for it."""
 MOST_KEYS = 512
 """A program holds its part of so many cached keys in registers."""
 STAGES_SHARED = 28 * 1024
-"""Bytes that the stages take beside the ring at most: attention's, of 32 queries."""
+"""Bytes that the stages take beside the ring at most. Ahead of time the published sizes are held to the chips'."""
 
 
 @gluon.jit
@@ -231,7 +232,7 @@ def streamed_loop(
     """
     check_loop(weights, inputs, buffers, context)
     if reason := never_streams(inputs, buffers):
-        raise NotImplementedError(reason)
+        raise NotImplementedError(f"flow streamed: {reason}; take chained")
     total, layers, columns = weights.attention.scale.shape
     batch, heads, tokens, dim = buffers.q.shape
     groups, cached = inputs.keys.shape[2:4]
@@ -322,8 +323,8 @@ def never_streams(inputs: FlowInputs, buffers: FlowBuffers) -> str:
     least = WARPS.value * LEAST_PART.value
     if columns & (columns - 1) or not least <= columns <= MOST_COLUMNS or inner % columns:
         return f"expected {least} to {MOST_COLUMNS} columns, and a multiple inside; got {columns}, {inner}"
-    if dim < LEAST_DIM or dim & (dim - 1):
-        return f"expected heads of {LEAST_DIM} columns or another power of two above it, got {dim}"
+    if dim not in DIMS:
+        return f"expected heads of {' or '.join(map(str, DIMS))} columns, got {dim}"
     if buffers.fragments is None:
         return f"expected at most {STREAMED_ROWS[-1]} tokens in all, got {batch * tokens}"
     if cached > MOST_KEYS:

@@ -6,10 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from tests.support import ROOT
+from xr0_engine.bench.predict import streamed
+from xr0_engine.bench.predict.code import Code, Counts
 
 pytest.importorskip("triton")
 
@@ -76,3 +80,18 @@ def test_a_stage_has_a_range_and_the_step_is_their_sum(told, flow):
     ms = told[flow]["ms"]
     assert all(0 < low < central < high for low, central, high in ms.values())
     assert ms[""][1] == pytest.approx(sum(ms[stage][1] for stage in ("vision", "prefill", "flow")))
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_every_stage_of_a_streamed_loop_has_its_own_code(wide):
+    """A wide output layer's product is a stage more, in the code as in the step."""
+    launch = SimpleNamespace(arguments={"W": SimpleNamespace(WIDE=wide)})
+    names = [*streamed.LAYER, *streamed.step_end(launch), streamed.TOKENS]
+    assert ("wide" in names) == wide
+    stages = tuple((Counts(number), Counts()) for number in range(len(names)))
+    code = Code("_streamed_flow", 1, 2, 0, 8, stages=stages)
+    found = [streamed.stage_code(name, launch, code) for name in names]
+    assert [each.loop.instructions for each in found] == list(range(len(names)))
+    assert streamed.stage_code(streamed.BEGIN, launch, code) is None
+    with pytest.raises(AssertionError, match=f"expected {len(names)} stages in the code, got {len(names) - 1}"):
+        streamed.stage_code("qkv", launch, replace(code, stages=stages[1:]))

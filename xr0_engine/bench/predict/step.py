@@ -126,7 +126,11 @@ def _streamed_phases(loop: Op) -> tuple[Op, ...]:
     layers = weights.attention.scale.shape[1]
     names = [streamed.BEGIN]
     for step in range(first, last):
-        names += [*streamed.LAYER * layers, streamed.END, *((streamed.TOKENS,) if step + 1 < last else ())]
+        names += [
+            *streamed.LAYER * layers,
+            *streamed.step_end(loop.launches[-1]),
+            *((streamed.TOKENS,) if step + 1 < last else ()),
+        ]
     parts = {
         name: Op(loop.stage, LOOP_STAGES.get(name, name), shapes[name], None, (), {}, loop.launches, part=name)
         for name in dict.fromkeys(names)
@@ -188,10 +192,14 @@ class Line:
         return _scaled(self.seconds, 1e3)
 
 
-def compile_ops(ops: Sequence[Op], arch: int, done: Done) -> dict[Hashable, Code]:
-    """Each variant's code. Raises what compile_launch raises for what cannot be compiled."""
+def compile_ops(
+    ops: Sequence[Op], arch: int, done: Done, known: Mapping[Hashable, Code] | None = None
+) -> dict[Hashable, Code]:
+    """Each variant's code, with what is known already. Raises what compile_launch raises for what cannot be
+    compiled."""
+    codes = dict(known or {})
     calls = {body.variant: body.launches[-1] for op in ops for body in op.phases or (op,)}
-    codes = {}
+    calls = {key: call for key, call in calls.items() if key not in codes}
     for number, (key, call) in enumerate(calls.items(), 1):
         codes[key] = compiled_code(call, arch)
         done(number, len(calls))
@@ -212,11 +220,11 @@ def predict_step(ops: Sequence[Op], chip: Chip, codes: Mapping[Hashable, Code]) 
     chain: list[Launched] = []
     kinds: list[Op] = []
     for body, looped, behind in _bodies(ops):
-        group = (body.stage, body.name, body.variant, looped, behind)
+        group = (body.stage, body.name, (body.variant, body.part), looped, behind)
         if group not in made:
             code = codes.get(body.variant)
             if body.part and code:
-                code = None if body.part == streamed.BEGIN else code.of_stage(streamed.STAGES.index(body.part))
+                code = streamed.stage_code(body.part, body.launches[-1], code)
             made[group] = Launched(work_of(body, chip), code, barrier=behind, streamed=bool(body.part))
         places.setdefault(group, []).append(len(chain))
         chain.append(made[group])

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from xr0_engine.bench.predict.code import Code
 from xr0_engine.bench.predict.work import FLOAT32, HALF, Work, glue_work
 from xr0_engine.fused.backends import Shape
 from xr0_engine.fused.ops import FlowBuffers
@@ -17,16 +18,27 @@ from xr0_engine.fused.ops import FlowBuffers
 if TYPE_CHECKING:
     from xr0_engine.fused.paper import Launch
 
-BEGIN, END, TOKENS = "scale", "euler", "tokens"
+BEGIN, WIDE, END, TOKENS = "scale", "wide", "euler", "tokens"
 LAYER = ("qkv", "attention", "out", "gate_up", "down")
-STAGES = (*LAYER, END, TOKENS)
-"""In the order of the kernel's code."""
 CHUNK_ROWS = 16
 """As kernels/ring.py: weight rows that a program multiplies at a time."""
 HIDDEN = 64
 """As kernels/streamed_end.py: columns of the next step's input that a program computes at a step's end."""
 QUERIES, WARPS = 16, 8
 """As kernels/streamed_attention.py, kernels/ring.py."""
+
+
+def step_end(launch: Launch) -> tuple[str, ...]:
+    """The stages behind a step's layers."""
+    return (WIDE, END) if launch.arguments["W"].WIDE else (END,)
+
+
+def stage_code(name: str, launch: Launch, code: Code) -> Code | None:
+    """Of one stage: the kernel has all of them behind each other, but what it begins with, whose code counts for
+    nothing."""
+    stages = (*LAYER, *step_end(launch), TOKENS)
+    assert len(code.stages) == len(stages), f"expected {len(stages)} stages in the code, got {len(code.stages)}"
+    return None if name == BEGIN else code.of_stage(stages.index(name))
 
 
 def shapes(buffers: FlowBuffers) -> dict[str, Shape]:
@@ -36,7 +48,7 @@ def shapes(buffers: FlowBuffers) -> dict[str, Shape]:
 
 
 def stage_work(name: str, shape: Sequence[int], launch: Launch) -> Work:
-    """name: of STAGES, or BEGIN. shape: as backends.py: loop_shapes has it. launch: of the whole loop."""
+    """name: of a stage, BEGIN too. shape: as backends.py: loop_shapes has it. launch: of the whole loop."""
     widths, programs = launch.arguments["W"], math.prod(launch.grid)
     if name == BEGIN:
         rows, columns = shape
@@ -71,7 +83,7 @@ def _product(name: str, shape: Sequence[int], widths: Any, programs: int) -> Wor
     # Of rows whose norm is taken, two sums of each slot.
     normed = 2 * FLOAT32 * widths.ROWS * widths.COLUMNS / CHUNK_ROWS if name in ("qkv", "gate_up") else 0.0
     # Of each output: queries, keys and values in float32; a gated one's half; of a stream both.
-    end_bytes = {"qkv": FLOAT32, "gate_up": HALF / 2}.get(name, FLOAT32 + HALF)
+    end_bytes = {"qkv": FLOAT32, "gate_up": HALF / 2, WIDE: HALF}.get(name, FLOAT32 + HALF)
     return Work(
         busy,
         mma_operations=2.0 * widths.ROWS * CHUNK_ROWS * widths.COLUMNS * trips,

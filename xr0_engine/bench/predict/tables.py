@@ -166,13 +166,14 @@ def predicted_table(
     for flow in FLOWS:
         try:
             given_ops = ops_of(flow, tactics)
-            codes = [compile_ops(ops, chip.arch, lambda *_: None) for ops in given_ops]
+            for ops in given_ops:
+                search.codes = compile_ops(ops, chip.arch, lambda *_: None, search.codes)
         except refusals:
             # Not for these sizes, or not for this chip.
             continue
         possible.append(flow)
-        for name, ops, read in zip(steps, given_ops, codes, strict=True):
-            steps[name][flow] = round(1e3 * total_ms(predict_step(ops, chip, read))[1], 1)
+        for name, ops in zip(steps, given_ops, strict=True):
+            steps[name][flow] = round(1e3 * total_ms(predict_step(ops, chip, search.codes))[1], 1)
     best = min(possible, key=lambda flow: sum(told[flow] for told in steps.values()))
     return TacticTable(f"sm_{chip.arch}", tactics, measured=measured | steps, flow=best, predicted=True), choices
 
