@@ -29,6 +29,8 @@ from xr0_engine.fused.head import SLOT_COLUMNS
 from xr0_engine.fused.ops import FusedOps
 from xr0_engine.kernels.arguments import (
     SHARED_LIMIT,
+    TMA_FROM,
+    WARPGROUPS_ON,
     FlowBuffers,
     FlowInputs,
     FlowWeights,
@@ -43,7 +45,6 @@ from xr0_engine.kernels.arguments import (
 from xr0_engine.kernels.lambda_attention import lambda_attention, lambda_tactic
 from xr0_engine.kernels.launch import (
     DEPENDENT_LAUNCH_FROM,
-    TMA_FROM,
     Signature,
     compile_call,
     compile_for,
@@ -161,6 +162,7 @@ def main() -> None:
                 record_flow_loops(arch, config.head)
             if arch >= TMA_FROM:
                 record_tma(arch)
+            record_swapped(arch)
         for call in variants(launches):
             entry = asdict(compile_for(call, arch))
             if call.name in LOOPS:
@@ -291,6 +293,46 @@ def record_tma(arch: int) -> None:
         meta(1, 512, 1024), Weight(meta(4096, 1024)), meta(1, 512, 4096), bias=meta(4096), norm=layer_norm,
         activation="gelu_tanh", tactic=replace(narrow, block_m=128), **run,
     )  # fmt: skip
+
+
+def record_swapped(arch: int) -> None:
+    """Prefill of 208 and 320 rows, vision of 512 and 960: whole tiles, tiles that are cut evenly, and anywhere."""
+    run = {"workspace": META_WORKSPACE}
+    # Ada's and Blackwell's shared memory holds three blocks of 32.
+    whole = Tactic(256, 128, 32, 1, 8, 3, schedule="swapped")
+    if arch == WARPGROUPS_ON:
+        whole = Tactic(256, 128, 64, 1, 8, 4, schedule="warpgroups")
+    for rows in (208, 320):
+        norm, residual = InputNorm(meta_sums(rows, 2560), EPS), Residual(meta(1, rows, 2560))
+        heads, keys = meta(1, 32, rows, 128), meta(1, 8, rows, 128)
+        tables = {name: meta_float(1, rows, 64) for name in ("cos", "sin")}
+        for split in (1, 96, PROCESSORS[arch]):
+            qkv(
+                meta(1, rows, 2560), Weight(meta(6144, 2560)), heads, keys, keys, norm=norm,
+                q_weight=meta_float(128), k_weight=meta_float(128), **tables, tactic=replace(whole, split_k=split),
+                **run,
+            )  # fmt: skip
+        for split, inputs in ((100, 4096), (120, 9728)):
+            linear(
+                meta(1, rows, inputs), Weight(meta(2560, inputs)), meta(1, rows, 2560), residual=residual,
+                stats=StatsOut(meta_sums(rows, 2560)), tactic=replace(whole, split_k=split), **run,
+            )  # fmt: skip
+        for split in (1, PROCESSORS[arch]):
+            swiglu(
+                meta(1, rows, 2560), Weight(meta(19456, 2560)), meta(1, rows, 9728), norm=norm,
+                tactic=replace(whole, block_n=64, split_k=split), **run,
+            )  # fmt: skip
+    for rows in (512, 960):
+        layer_norm = InputNorm(meta_sums(rows, 1024), EPS, "layer", meta_float(4096))
+        linear(
+            meta(1, rows, 1024), Weight(meta(4096, 1024)), meta(1, rows, 4096), bias=meta(4096), norm=layer_norm,
+            activation="gelu_tanh", tactic=replace(whole, block_m=128), **run,
+        )  # fmt: skip
+        linear(
+            meta(1, rows, 4096), Weight(meta(1024, 4096)), meta(1, rows, 1024), bias=meta(1024),
+            residual=Residual(meta(1, rows, 1024)), stats=StatsOut(meta_sums(rows, 1024), centred=True),
+            tactic=replace(whole, block_m=128, split_k=PROCESSORS[arch]), **run,
+        )  # fmt: skip
 
 
 def record_twelve_queries(arch: int) -> None:

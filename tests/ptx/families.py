@@ -7,7 +7,7 @@ something to wait for.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import torch
@@ -33,6 +33,10 @@ WHOLE_WARPGROUP = Tactic(64, 64, 64, split_k=2, warps=4, stages=3)
 """Products of 64 rows are wgmma on sm_90."""
 BULK = Tactic(128, 64, 64, split_k=4, warps=4, stages=3, schedule="tma")
 """Tiles that come by TMA, each shared by two programs; of 72 rows 64 are the MMA's rows, the rest among 16 columns."""
+SWAPPED = Tactic(128, 64, 64, split_k=4, warps=4, stages=3, schedule="swapped")
+"""The weight's rows are the MMA's, each tile cut for two programs; 72 rows are the columns of two products."""
+GROUPS = replace(SWAPPED, schedule="warpgroups")
+"""The same by warpgroups and TMA."""
 SKINNY = Tactic(16, 64, 64, split_k=2, warps=4, stages=3)
 """Products of few rows: mma.sync everywhere."""
 STREAM = Tactic(128, 64, 64, split_k=3, warps=4, stages=3, schedule="stream")
@@ -276,6 +280,12 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "linear, 8 bits": Family("_linear", _linear_of_8_bits),
         "linear, whole": Family("_whole_linear", lambda: _linear(WHOLE, 12, 512)),
         **({} if emulated_arch() == 89 else {"linear, tma": Family("_bulk_product", lambda: _linear(BULK, 72, 640))}),
+        "linear, swapped": Family("_swapped", lambda: _linear(SWAPPED, 72, 640)),
+        **(
+            {"linear, warpgroups": Family("_swapped", lambda: _linear(GROUPS, 72, 640))}
+            if emulated_arch() == 90
+            else {}
+        ),
         "swiglu": Family("_swiglu", _swiglu),
         "qkv": Family("_qkv", _qkv),
         "attention": Family("_attention", _attention),

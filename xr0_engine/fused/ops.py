@@ -32,6 +32,10 @@ from xr0_engine.kernels.arguments import (
     Tactic,
     Weight,
     Workspace,
+    end_passes,
+    heads_of_tile,
+    schedule_runs,
+    sharers_of,
     streamed_rows,
 )
 
@@ -53,7 +57,11 @@ __all__ = [
     "StatsOut",
     "Tactic",
     "Weight",
+    "end_passes",
     "has_dependent_launch",
+    "heads_of_tile",
+    "schedule_runs",
+    "sharers_of",
     "streamed_rows",
     "tactic_key",
     "without_dependent_launch",

@@ -48,11 +48,11 @@ def compile_launch(call: Launch, arch: int) -> Binary:
     return Binary(binary.asm["cubin"], int(binary.metadata.shared), int(warps))
 
 
-def row_pieces(rows: int, block_m: int) -> tuple[int, ...]:
+def row_pieces(rows: int, block_m: int, least: int = 16) -> tuple[int, ...]:
     """As kernels/product.py."""
     from xr0_engine.kernels import product
 
-    return product.row_pieces(rows, block_m)
+    return product.row_pieces(rows, block_m, least)
 
 
 def compile_kernels(work: Callable[[], None], arch: int, done: Callable[[int, int], None]) -> list[Compiled]:

@@ -105,12 +105,24 @@ def slot_columns(name: str, sums: Tensor, columns: int) -> int:
     raise ValueError(f"{name}: expected {slots} slots for {columns} columns, got {sums.shape[0]}")
 
 
-Schedule = Literal["tiled", "stream", "whole", "tma"]
+Schedule = Literal["tiled", "stream", "whole", "tma", "swapped", "warpgroups"]
 """tiled: a program computes one tile of rows and columns, over one of split_k parts of K (product.py). stream: tiles
 of up to block_m rows in pieces of mixed heights, shared out evenly over split_k programs, or each its own where that is
 1 (wide.py). whole: its warps share out K, its weight is loaded before the wait (whole.py); of lambda_attention, they
 share out the keys. tma: tiles come by TMA; whole ones in waves of split_k programs, the last of which shares out what
-is left (bulk.py)."""
+is left (bulk.py). swapped: the weight's rows are the MMA's, those of x its columns; warpgroups: the same where
+warpgroups multiply what TMA brings (swapped.py)."""
+
+
+TMA_FROM = 90
+"""Compute capability from which tiles of a tensor are copied by a unit of their own (TMA), as a descriptor has them."""
+WARPGROUPS_ON = 90
+"""Compute capability of the chips whose warps multiply in groups of four, sums in their registers (wgmma)."""
+
+
+def schedule_runs(schedule: Schedule, arch: int) -> bool:
+    """Whether a chip has what a schedule is made of."""
+    return {"tma": arch >= TMA_FROM, "warpgroups": arch == WARPGROUPS_ON}.get(schedule, True)
 
 
 @dataclass(frozen=True)
@@ -130,6 +142,43 @@ class Tactic:
     library: bool = False
     flash: bool = False
     schedule: Schedule = "tiled"
+
+
+def heads_of_tile(tactic: Tactic, dim: int) -> int:
+    """How many heads of queries, keys and values a tile of swapped.py has: as block_n asks, one or two."""
+    return max(1, min(2, tactic.block_n // dim))
+
+
+IDLE = 8
+"""Where as many programs for each tile would leave more than this part of them without any, tiles are cut anywhere."""
+
+
+def sharers_of(shared: int, programs: int, blocks: int) -> tuple[int, int]:
+    """How many of the programs share out the tiles of swapped.py that are cut, of blocks of K each, and how many of
+    them a tile has at most; 1: none is cut, and some programs have a whole one more than others."""
+    if not shared or blocks == 1:
+        return 0, 1
+    each = min(programs // shared, blocks)
+    if each > 1 and IDLE * (programs - shared * each) <= programs:
+        return shared * each, each
+    sharers = min(programs, shared * blocks)
+    runs = [
+        (program * shared * blocks // sharers, (program + 1) * shared * blocks // sharers) for program in range(sharers)
+    ]
+    held = [tile for first, last in runs for tile in range(first // blocks, (last - 1) // blocks + 1)]
+    return sharers, max(held.count(tile) for tile in range(shared))
+
+
+def end_passes(height: int, warps: int, unit: int, parts: int) -> int:
+    """Of a tile of swapped.py that is cut into parts: how many passes over its height rows, each of all
+    threads with eight of unit columns, are finished together. As many as cost nobody a row more."""
+    rows, most = 256 * warps // unit, 64
+
+    def ended(passes: int) -> int:
+        return -(-height // (rows * passes) // parts) * rows * passes
+
+    possible = [passes for passes in (1, 2, 4) if passes == 1 or passes * parts * 8 <= most]
+    return max(possible, key=lambda passes: (-ended(passes), passes))
 
 
 @dataclass(frozen=True)

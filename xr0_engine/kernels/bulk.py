@@ -24,9 +24,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from xr0_engine.kernels.arguments import TMA_FROM
 from xr0_engine.kernels.calls import ProductCall
 from xr0_engine.kernels.device import gdc_begin, paired, rows_from, with_last
-from xr0_engine.kernels.launch import INTERPRETED, TMA_FROM, capability, launch
+from xr0_engine.kernels.launch import INTERPRETED, capability, launch
 from xr0_engine.kernels.product import MIN_DOT, Tile, finish, of_rows, prefetch_weight, row_pieces
 
 MOST_ROWS = 256
@@ -245,7 +246,8 @@ def launch_bulk(call: ProductCall) -> None:
     different dtypes, of 8 bits or float32, to be scaled by column; rows that are no multiples of 16 bytes apart, or
     whose batches do not follow each other), ValueError for more than MOST_ROWS.
     """
-    _check(call)
+    check_tma(call)
+    check_factors(call)
     x, weight, tactic, rows = call.x, call.weight.data, call.tactic, call.rows
     pieces = tuple(_cut(row_pieces(rows, tactic.block_m)))
     height = sum(pieces)
@@ -300,30 +302,37 @@ def _described(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
     return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])
 
 
-def _check(call: ProductCall) -> None:
-    x, weight, tactic = call.x, call.weight.data, call.tactic
+def check_tma(call: ProductCall) -> None:
+    """Raises NotImplementedError for a chip without TMA."""
+    x, schedule = call.x, call.tactic.schedule
     if x.device.type != "meta" and not INTERPRETED and capability(x.device) < TMA_FROM:
         raise NotImplementedError(
-            f"tactic.schedule 'tma': expected a chip from sm_{TMA_FROM} on, got sm_{capability(x.device)}"
+            f"tactic.schedule {schedule!r}: expected a chip from sm_{TMA_FROM} on, got sm_{capability(x.device)}"
         )
+
+
+def check_factors(call: ProductCall) -> None:
+    """Raises as launch_bulk, for every schedule that multiplies factors as they lie in memory."""
+    x, weight, tactic = call.x, call.weight.data, call.tactic
+    schedule = f"schedule {tactic.schedule!r}"
     if x.dtype != weight.dtype or x.dtype not in (torch.bfloat16, torch.float16):
         raise NotImplementedError(
-            f"tactic.schedule 'tma': expected x and weight both in bfloat16 or float16, got {x.dtype}, {weight.dtype}"
+            f"tactic.{schedule}: expected x and weight both in bfloat16 or float16, got {x.dtype}, {weight.dtype}"
         )
     if call.col_scale is not None:
-        raise NotImplementedError("tactic.schedule 'tma': expected no col_scale, got one")
+        raise NotImplementedError(f"tactic.{schedule}: expected no col_scale, got one")
     if x.shape[0] > 1 and x.stride(0) != x.shape[1] * x.stride(1):
         raise NotImplementedError(
-            f"tactic.schedule 'tma': expected batches of x that follow each other, got strides {x.stride()}"
+            f"tactic.{schedule}: expected batches of x that follow each other, got strides {x.stride()}"
         )
     for name, tensor in (("x", x), ("weight", weight)):
         apart = tensor.stride(-2) * tensor.element_size()
         if apart % UNIT_BYTES or tensor.data_ptr() % UNIT_BYTES:
             raise NotImplementedError(
-                f"tactic.schedule 'tma': expected rows of {name} at multiples of {UNIT_BYTES} bytes, got {apart} from "
-                f"row to row, the first at {tensor.data_ptr() % UNIT_BYTES}"
+                f"tactic.{schedule}: expected rows of {name} at multiples of {UNIT_BYTES} bytes, got {apart} from row "
+                f"to row, the first at {tensor.data_ptr() % UNIT_BYTES}"
             )
     if tactic.block_m > MOST_ROWS:
-        raise ValueError(f"tactic.block_m: expected at most {MOST_ROWS} for schedule 'tma', got {tactic.block_m}")
+        raise ValueError(f"tactic.block_m: expected at most {MOST_ROWS} for {schedule}, got {tactic.block_m}")
     if call.distance is not None and call.tile_weights < 2 * MIN_DOT:
         raise ValueError(f"tactic.block_n: expected pairs of at least {MIN_DOT}, got {call.tile_weights // 2}")

@@ -24,6 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler.errors import CompilationError
 from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonTensorDescriptor
 from triton.runtime.errors import OutOfResources, PTXASError
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -40,9 +41,6 @@ PROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
 
 DEPENDENT_LAUNCH_FROM = 90
 """Compute capability from which a kernel may start before the one ahead of it has ended."""
-
-TMA_FROM = 90
-"""Compute capability from which tiles of a tensor are copied by a unit of their own (TMA), as a descriptor has them."""
 
 DTYPES = {
     torch.bfloat16: "bf16",
@@ -312,8 +310,10 @@ class Signature:
         if hasattr(value, "_asdict"):
             fields = enumerate(value._asdict().items())
             return value._make([self._type((*place, index), *field) for index, field in fields])
-        if isinstance(value, TensorDescriptor):
-            kind = f"tensordesc<{DTYPES[value.base.dtype]}{list(value.block_shape)}>"
+        if isinstance(value, TensorDescriptor | GluonTensorDescriptor):
+            # Gluon's says how it lies in shared memory.
+            layout = f",{value.layout!r}" if isinstance(value, GluonTensorDescriptor) else ""
+            kind = f"tensordesc<{DTYPES[value.base.dtype]}{list(value.block_shape)}{layout}>"
             self.given.append((name, kind, value))
             return kind
         if isinstance(value, float):

@@ -158,7 +158,7 @@ def linear(
     applied norm and col_scale, which are None then. Sums of int8 are exact.
 
     Raises ValueError for shapes that do not belong together and for impossible tiles, NotImplementedError for 8-bit
-    weights with a library tactic, and for 8-bit x with the schedules "whole" and "tma".
+    weights with a library tactic, and for 8-bit x with other schedules than "tiled" and "stream".
     """
     check_product(x, weight, x_scale, bias, col_scale, norm, tactic)
     batch, rows = x.shape[:2]

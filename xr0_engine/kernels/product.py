@@ -306,13 +306,13 @@ def finish(y, product, tile, n, HOW: tl.constexpr):
     return y
 
 
-def row_pieces(rows: int, block_m: int) -> tuple[int, ...]:
+def row_pieces(rows: int, block_m: int, least: int = MIN_DOT) -> tuple[int, ...]:
     """Heights of the pieces of a group of rows, all of whose groups are alike and hold at most block_m.
 
-    Powers of two, the fewest that keep to MOST_WASTE, or whose waste is the least if none do.
+    Powers of two of at least `least`, the fewest that keep to MOST_WASTE, or whose waste is the least if none do.
     """
     groups = triton.cdiv(rows, block_m)
-    heights = range(triton.cdiv(triton.cdiv(rows, groups), MIN_DOT) * MIN_DOT, block_m + 1, MIN_DOT)
+    heights = range(triton.cdiv(triton.cdiv(rows, groups), least) * least, block_m + 1, least)
     within = [height for height in heights if groups * height - rows <= MOST_WASTE * groups * height]
     height = min(within or heights[:1], key=lambda height: (height.bit_count(), height))
     return tuple(1 << bit for bit in reversed(range(height.bit_length())) if height >> bit & 1)

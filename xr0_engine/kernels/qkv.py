@@ -8,8 +8,6 @@ Shape legend: B batch, M rows of each, K columns in, H query heads, G KV heads, 
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -17,77 +15,10 @@ from torch import Tensor
 from xr0_engine.kernels.arguments import InputNorm, Tactic, Weight, Workspace
 from xr0_engine.kernels.calls import ProductCall, check_product
 from xr0_engine.kernels.device import paired
+from xr0_engine.kernels.ends import HeadsEnd, finish_qkv
 from xr0_engine.kernels.product import finish, multiply, take_tile
 from xr0_engine.kernels.schedules import launch_scheduled
 from xr0_engine.kernels.shapes import expect, expect_head_dim, strided
-
-
-@triton.jit
-def _store_head(first, second, out, place, mask, HALF: tl.constexpr):
-    target = out + place[:, None] + tl.arange(0, HALF)[None, :]
-    tl.store(target, first.to(out.dtype.element_ty), mask)
-    tl.store(target + HALF, second.to(out.dtype.element_ty), mask)
-
-
-@triton.jit
-def _store_rotated(first, second, norm_weight, eps, cos, sin, angles, out, place, mask, HALF: tl.constexpr):
-    """Head norm and rotation of the halves of one head's rows; cos, sin at angles, out at place."""
-    d = tl.arange(0, HALF)
-    if norm_weight is not None:
-        squares = tl.sum(first * first, 1) + tl.sum(second * second, 1)
-        row_scale = tl.rsqrt(squares / (2 * HALF) + eps)[:, None]
-        first *= row_scale * tl.load(norm_weight + d).to(tl.float32)[None, :]
-        second *= row_scale * tl.load(norm_weight + HALF + d).to(tl.float32)[None, :]
-    c = tl.load(cos + angles[0][:, None] + d[None, :])
-    s = tl.load(sin + angles[1][:, None] + d[None, :])
-    _store_head(first * c - second * s, second * c + first * s, out, place, mask, HALF)
-
-
-class HeadsEnd(NamedTuple):
-    """What the epilogue of queries, keys and values reads and writes, as one argument: as qkv has it."""
-
-    query_heads: int
-    kv_heads: int
-    q: Tensor | None
-    q_b: int
-    q_h: int
-    q_m: int
-    k: Tensor
-    k_b: int
-    k_h: int
-    k_m: int
-    v: Tensor
-    v_b: int
-    v_h: int
-    v_m: int
-    q_weight: Tensor | None
-    k_weight: Tensor | None
-    eps: float
-    cos: Tensor
-    cos_b: int
-    cos_m: int
-    sin: Tensor
-    sin_b: int
-    sin_m: int
-
-
-@triton.jit
-def finish_qkv(y, tile, end, HOW: tl.constexpr):
-    """Head norm, rotation and output of a tile's y, (BLOCK_M, BLOCK_N) float32: one head, its columns in pairs."""
-    HALF: tl.constexpr = HOW.BLOCK_N // 2
-    batch, row, head = tile.batch, tile.row, tl.cast(tile.column_tile, tl.int64)
-    first, second = tl.split(tl.reshape(y, (HOW.BLOCK_M, HALF, 2)))
-    mask = tile.inside[:, None]
-    cos, sin, angles = end.cos, end.sin, (batch * end.cos_b + row * end.cos_m, batch * end.sin_b + row * end.sin_m)
-    if head >= end.query_heads + end.kv_heads:
-        place = batch * end.v_b + (head - end.query_heads - end.kv_heads) * end.v_h + row * end.v_m
-        _store_head(first, second, end.v, place, mask, HALF)
-    elif head >= end.query_heads:
-        place = batch * end.k_b + (head - end.query_heads) * end.k_h + row * end.k_m
-        _store_rotated(first, second, end.k_weight, end.eps, cos, sin, angles, end.k, place, mask, HALF)
-    elif end.q is not None:
-        place = batch * end.q_b + head * end.q_h + row * end.q_m
-        _store_rotated(first, second, end.q_weight, end.eps, cos, sin, angles, end.q, place, mask, HALF)
 
 
 @triton.jit

@@ -322,11 +322,16 @@ def refill(stream, ring, before, number, W: gl.constexpr):
 
 
 @gluon.jit
-def wait(counter, stage):
-    """As stages.py: until all programs have arrived at the stage. The first thread alone asks."""
-    arrivals = stage * gl.num_programs(0)
-    gl.inline_asm_elementwise(POLL, "=r,l,r", [counter, arrivals], dtype=gl.int32, is_pure=False, pack=1)
+def wait_count(counter, count):
+    """As device.py: wait_for. The first thread alone asks."""
+    gl.inline_asm_elementwise(POLL, "=r,l,r", [counter, count], dtype=gl.int32, is_pure=False, pack=1)
     barrier()
+
+
+@gluon.jit
+def wait(counter, stage):
+    """As stages.py: until all programs have arrived at the stage."""
+    wait_count(counter, stage * gl.num_programs(0))
 
 
 @gluon.jit

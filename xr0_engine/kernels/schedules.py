@@ -6,6 +6,7 @@ from typing import Any
 
 from xr0_engine.kernels.bulk import launch_bulk
 from xr0_engine.kernels.calls import ProductCall, launch_tiles
+from xr0_engine.kernels.swapped import launch_swapped
 from xr0_engine.kernels.whole import launch_whole
 from xr0_engine.kernels.wide import launch_wide
 
@@ -19,5 +20,7 @@ def launch_scheduled(kernel: Any, call: ProductCall) -> None:
         launch_wide(call)
     elif schedule == "tma":
         launch_bulk(call)
+    elif schedule in ("swapped", "warpgroups"):
+        launch_swapped(call)
     else:
         launch_whole(call)

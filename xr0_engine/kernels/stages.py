@@ -30,10 +30,10 @@ import triton.language as tl
 from torch import Tensor
 
 from xr0_engine.kernels.device import gdc_begin, paired, tile_of, wait_for
-from xr0_engine.kernels.ends import LinearEnd, SwigluEnd
+from xr0_engine.kernels.ends import HeadsEnd, LinearEnd, SwigluEnd
 from xr0_engine.kernels.linear import _linear, _swiglu
 from xr0_engine.kernels.product import How, Product, prefetch_weight, take_tile
-from xr0_engine.kernels.qkv import HeadsEnd, _qkv
+from xr0_engine.kernels.qkv import _qkv
 from xr0_engine.kernels.whole import Whole, linear_after, linear_ahead, swiglu_after, swiglu_ahead
 from xr0_engine.kernels.whole_attention import attention_after, attention_ahead
 

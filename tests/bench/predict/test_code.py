@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from xr0_engine.bench.predict.code import Code, Counts, count, stages_of
+from xr0_engine.bench.predict.code import Code, Counts, behind, count, stages_of
 
 LISTING = """
         Function : _linear
@@ -40,6 +40,21 @@ def test_code_without_a_product_has_no_main_loop():
     loop, outside = count(LISTING.replace("HMMA.16816.F32.BF16", "FFMA"))
     assert loop == Counts()
     assert outside.shared_bytes == 2 * 512
+
+
+def test_behind_the_main_loop_are_loops_that_have_nothing_of_it():
+    """That of a wait which stands at the end, and jumps back into the main loop, is none of them."""
+    later = """
+        /*0090*/                   LDG.E R4, desc[UR4][R2.64] ;
+        /*00a0*/                   LDG.E R5, desc[UR4][R2.64] ;
+        /*00b0*/               @P1 BRA 0xa0 ;
+        /*00c0*/               @P2 BRA 0x90 ;
+        /*00d0*/                   SYNCS.PHASECHK.TRYWAIT P0, [R2], R3 ;
+        /*00e0*/              @!P0 BRA 0x50 ;
+"""
+    before = LISTING.index("        /*0090*/")
+    assert behind(LISTING) == Counts(1, special=1)
+    assert behind(LISTING[:before] + later) == Counts(1 + 2, special=1)
 
 
 BARRIERS = """

@@ -69,6 +69,21 @@ def test_a_loop_has_what_is_not_multiplied_outside_of_it():
     assert none == seconds(PRODUCT, code=replace(CODE, outside=all_outside, loop=replace(CODE.loop, instructions=0)))
 
 
+def test_a_loop_beside_the_main_one_runs_as_often_as_the_work_says():
+    loops = replace(CODE, behind=Counts(400))
+    once, thrice = (seconds(replace(PRODUCT, units=units), code=loops) for units in (1, 3))
+    more = seconds(replace(PRODUCT, units=1), code=replace(loops, outside=Counts(CODE.outside.instructions + 800)))
+    assert once == seconds(PRODUCT, code=CODE)
+    assert thrice == pytest.approx(more)
+    assert seconds(replace(PRODUCT, units=1, stores=800.0), code=loops) == pytest.approx(more)
+
+
+def test_parts_of_ones_rows_alone_are_moved():
+    split = replace(PRODUCT, combines=8, parts=6, part_bytes=1e5)
+    assert seconds(replace(split, moved_parts=2.0)) < seconds(replace(split, moved_parts=7.0)) == seconds(split)
+    assert seconds(replace(split, gathers=1.0)) < seconds(replace(split, gathers=3.0))
+
+
 def test_products_of_single_warps_and_narrow_ones_of_warpgroups_take_longer():
     """On Hopper, whose mma.sync reaches a part of the rate, as does a wgmma of few columns."""
     single = replace(CODE, loop=replace(CODE.loop, grouped=0.0, paid=0.0))

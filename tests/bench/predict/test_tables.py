@@ -54,6 +54,14 @@ def test_instructions_that_the_code_has_may_turn_it_round(search, monkeypatch):
     assert search.choose(OP, "linear").tactic == SLOW
 
 
+@pytest.mark.parametrize(("chip", "left"), [("h200", 3), ("rtx4090", 1), ("rtx5090", 2)])
+def test_what_a_chip_has_no_instructions_for_is_no_candidate(search, monkeypatch, chip, left):
+    schedules = [replace(FAST, schedule=schedule) for schedule in ("swapped", "tma", "warpgroups")]
+    monkeypatch.setattr(candidates, "tiles", lambda *asked: schedules)
+    search.chip = CHIPS[chip]
+    assert len(search._ranked(OP, "linear", SLOW, False)) == left
+
+
 def test_where_nothing_compiles_the_default_stays(search, monkeypatch):
     monkeypatch.setattr(search, "_code", lambda op, tactic: None)
     choice = search.choose(OP, "linear")

@@ -21,7 +21,12 @@ DOWN = (208, 2560, 9728)
         ("linear", DOWN, Tactic(256, 64, 64, 1, 8, 4, schedule="stream")),
         ("linear", DOWN, Tactic(256, 64, 64, 132, 8, 4, schedule="stream")),
         ("linear", DOWN, Tactic(256, 128, 64, 132, 8, 4, schedule="tma")),
+        ("linear", DOWN, Tactic(256, 128, 64, 132, 8, 4, schedule="swapped")),
+        ("swiglu", GATE_UP, Tactic(256, 64, 64, 132, 8, 4, schedule="warpgroups")),
+        ("linear", (512, 1024, 1024), Tactic(256, 128, 64, 12, 8, 4, schedule="warpgroups")),
         ("qkv", (208, 6144, 2560, 128), Tactic(128, 128, 64, 1, 8, 4)),
+        ("qkv", (208, 6144, 2560, 128), Tactic(256, 128, 64, 132, 8, 4, schedule="swapped")),
+        ("qkv", (512, 3072, 1024, 64), Tactic(128, 128, 64, 1, 8, 4, schedule="swapped")),
         ("linear", (32, 1024, 4096), Tactic(32, 16, 1024, 1, 8, 2, schedule="whole")),
     ],
     ids=lambda value: "x".join(map(str, value)) if isinstance(value, tuple) else getattr(value, "schedule", value),
@@ -52,6 +57,24 @@ def test_a_line_of_tiles_is_cut_between_programs():
     assert (work.programs, work.combines) == (132, 20)
     assert op_work("linear", DOWN, Tactic(256, 128, 64, 20, schedule="stream")).combines == 0
     assert op_work("linear", DOWN, Tactic(256, 128, 64, 10, schedule="stream")).combines == 0
+
+
+def test_who_has_a_part_of_a_tile_ends_some_of_its_rows():
+    # 20 tiles for 120 of 132 programs; 13 passes over the rows of each are three for some of six.
+    even = op_work("linear", DOWN, Tactic(256, 128, 64, 132, schedule="swapped", warps=8))
+    assert (even.programs, even.combines, even.parts, even.gathers) == (132, 20, 6, 3)
+    assert even.moved_parts == pytest.approx(1 + 3 * 6 * 16 / 208)
+    # 48 heads: on a line, each of 132 programs has up to two.
+    line = op_work("qkv", (208, 6144, 2560, 128), Tactic(256, 128, 64, 132, 8, schedule="swapped"))
+    assert (line.combines, line.parts, line.runs) == (48, 4, 2)
+    whole = op_work("qkv", (208, 6144, 2560, 128), Tactic(256, 128, 64, 1, 8, schedule="swapped"))
+    assert (whole.programs, whole.combines, whole.moved_parts) == (48, 0, 0)
+
+
+def test_a_wave_of_whole_tiles_comes_before_parts_and_two_heads_fit_a_tile():
+    work = op_work("swiglu", GATE_UP, Tactic(256, 64, 64, 132, 8, schedule="swapped"))
+    assert (work.programs, work.tiles, work.combines, work.trips) == (132, 152, 20, 40 + 7)
+    assert op_work("qkv", (512, 3072, 1024, 64), Tactic(256, 128, 64, 1, 8, schedule="swapped")).tiles == 2 * 24
 
 
 def test_a_warp_wide_split_of_k_needs_no_combine_and_has_its_weight_ahead():

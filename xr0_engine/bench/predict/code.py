@@ -37,7 +37,7 @@ INVALIDATES_WITHIN = 3
 SYNC_SHAPES = {"16816": 16 * 8 * 16, "1688": 16 * 8 * 8, "16832": 16 * 8 * 32, "1684": 16 * 8 * 4}
 SHARED_BYTES = {"LDSM": 512, "STSM": 512, "LDS": 128, "STS": 128, "LDGSTS": 128}
 """Of a warp's instruction that names no width: LDSM's matrices are counted as four."""
-VERSION = 5
+VERSION = 7
 """Of what is kept."""
 
 
@@ -58,8 +58,9 @@ class Counts:
 @dataclass(frozen=True)
 class Code:
     """Bytes of shared memory and spilled, registers per thread; loop, outside: of the main loop once, and of the rest,
-    every instruction as if it ran once. stages: both of each stage of a kernel that waits for its grid, from the wait
-    to the arrival; what is done between an arrival and the next wait is hidden by it."""
+    every instruction as if it ran once; behind: of that, what stands in loops of its own. stages: both of each stage of
+    a kernel that waits for its grid, from the wait to the arrival; what is done between an arrival and the next wait is
+    hidden by it."""
 
     name: str
     shared: int
@@ -68,12 +69,13 @@ class Code:
     warps: int
     loop: Counts = field(default_factory=Counts)
     outside: Counts = field(default_factory=Counts)
+    behind: Counts = field(default_factory=Counts)
     stages: tuple[tuple[Counts, Counts], ...] = ()
 
     def of_stage(self, number: int) -> Code:
         """The code of one stage alone, on a program of this kernel."""
         loop, outside = self.stages[number]
-        return replace(self, loop=loop, outside=outside, stages=())
+        return replace(self, loop=loop, outside=outside, behind=Counts(), stages=())
 
 
 def compiled_code(call: Launch, arch: int) -> Code:
@@ -86,13 +88,15 @@ def compiled_code(call: Launch, arch: int) -> Code:
         if content.pop("version") == VERSION:
             stages = tuple((Counts(**loop), Counts(**outside)) for loop, outside in content.pop("stages"))
             return Code(
-                **content | {name: Counts(**content[name]) for name in ("loop", "outside")} | {"stages": stages}
+                **content
+                | {name: Counts(**content[name]) for name in ("loop", "outside", "behind")}
+                | {"stages": stages}
             )
     report = _read(binary.cubin)
     found = re.search(r"REG:(\d+) STACK:(\d+)", report)
     assert found, f"cuobjdump's report was not understood: {report[:1000]}"
     resources = call.name, binary.shared, int(found[1]), int(found[2]), binary.warps
-    code = Code(*resources, *count(report), stages_of(report))
+    code = Code(*resources, *count(report), behind(report), stages_of(report))
     write_whole(path, json.dumps({"version": VERSION, **asdict(code)}) + "\n")
     return code
 
@@ -121,6 +125,14 @@ def count(listing: str) -> tuple[Counts, Counts]:
     return _split(_instructions(listing))
 
 
+def behind(listing: str) -> Counts:
+    """As count, of what stands in loops that have nothing of the main one."""
+    found = _instructions(listing)
+    loops, main = _loops(found)
+    apart = [loop for loop in loops if main is None or loop[1] < main[0] or main[1] < loop[0]]
+    return _count(each for each in found if any(first <= each[0] <= last for first, last in apart))
+
+
 def stages_of(listing: str) -> tuple[tuple[Counts, Counts], ...]:
     """As count, of each run of instructions from the first wait for the grid behind an arrival to the next arrival."""
     found = _instructions(listing)
@@ -138,7 +150,8 @@ def stages_of(listing: str) -> tuple[tuple[Counts, Counts], ...]:
     return tuple(stages)
 
 
-def _split(found: list[Instruction]) -> tuple[Counts, Counts]:
+def _loops(found: list[Instruction]) -> tuple[list[tuple[int, int]], tuple[int, int] | None]:
+    """(first, last) address of all loops, and of the main one, if there is one."""
     loops = []
     for at, name, rest in found:
         target = re.search(r"0x([0-9a-f]+)", rest)
@@ -147,9 +160,15 @@ def _split(found: list[Instruction]) -> tuple[Counts, Counts]:
     inside = {loop: [each for each in found if loop[0] <= each[0] <= loop[1]] for loop in loops}
     innermost = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
     main = max(innermost, key=lambda loop: _count(inside[loop]).mma_operations, default=None)
-    if main is None or _count(inside[main]).mma_operations == 0:
+    return loops, None if main is None or _count(inside[main]).mma_operations == 0 else main
+
+
+def _split(found: list[Instruction]) -> tuple[Counts, Counts]:
+    _, main = _loops(found)
+    if main is None:
         return Counts(), _count(found)
-    return _count(inside[main]), _count(each for each in found if not main[0] <= each[0] <= main[1])
+    inside = (each for each in found if main[0] <= each[0] <= main[1])
+    return _count(inside), _count(each for each in found if not main[0] <= each[0] <= main[1])
 
 
 def _count(found: Iterable[Instruction]) -> Counts:

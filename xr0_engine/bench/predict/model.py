@@ -134,7 +134,13 @@ def launch_time(launched: Launched, chip: Chip, at: Settings, ahead_share: float
         parts["instructions"] = load * trips * warps * code.loop.instructions / issue * cycle
         parts["shared memory"] = load * trips * warps * code.loop.shared_bytes / SHARED_BYTES_CYCLE * cycle
         special = warps * 32 * trips * code.loop.special
-        end_cycles = at_once * warps * code.outside.instructions / issue
+        runs = work.runs or work.ends
+        end_cycles = at_once * warps / issue * runs * code.outside.instructions
+        if work.units:
+            again = (
+                runs * (code.outside.instructions - code.behind.instructions) + work.units * code.behind.instructions
+            )
+            end_cycles = at_once * warps / issue * (again + work.stores)
     parts["exponentials"] = load * special / SPECIAL_CYCLE * cycle
     power = at["overlap_power"]
     body = sum(part**power for part in parts.values()) ** (1 / power)
@@ -142,11 +148,12 @@ def launch_time(launched: Launched, chip: Chip, at: Settings, ahead_share: float
     fill = max(l2_s, memory_s if from_memory else 0.0) if work.trips else 0.0
     rounds = work.rounds
     if work.combines:
-        rounds += at["atomic_trips"] + work.parts / LOADS_AT_ONCE
+        rounds += at["atomic_trips"] + (work.gathers or work.parts / LOADS_AT_ONCE)
     # Who comes last reads all parts.
-    own_end = work.ends * work.end_bytes + (1 + work.parts if work.combines else 0) * work.part_bytes
+    moved_parts = (work.moved_parts or 1 + work.parts) if work.combines else 0
+    own_end = work.ends * work.end_bytes + moved_parts * work.part_bytes
     moved = max(at_once * own_end / at["processor_bytes_cycle"], work.all_end_bytes / waves / at["l2_bytes_cycle"])
-    ends = (moved + work.ends * end_cycles) * cycle
+    ends = (moved + end_cycles) * cycle
     end = work.ends * rounds * l2_s + ends
     # While one program ends, another beside it is in its body.
     again = (waves - 1) * (fill + end) * (1.0 if at_once == 1 else 0.5)

@@ -28,14 +28,14 @@ from xr0_engine.bench.step import candidates
 from xr0_engine.bench.step.recorder import META
 from xr0_engine.bench.step.workload import Workload
 from xr0_engine.fused.backends import LOOP, LOOP_STAGES, compiler_faults, loop_shapes
-from xr0_engine.fused.ops import SHARED_LIMIT, Flow, FusedOps, Tactic, tactic_key
+from xr0_engine.fused.ops import SHARED_LIMIT, Flow, FusedOps, Tactic, schedule_runs, tactic_key
 from xr0_engine.fused.paper import recording, variant
 from xr0_engine.fused.tactics import TacticTable, predicted_path, write_tactics
 
 FLOWS: tuple[Flow, ...] = ("chained", "layered", "persistent", "streamed")
-SCHEDULED = 3
+SCHEDULED = 4
 """Of the best tiles, so many are tried with other warps and stages."""
-MOST_COMPILED, MOST_TRIED = 2, 4
+MOST_COMPILED, MOST_TRIED = 4, 8
 """Candidates of a key that are compiled; the same with those that are refused or spill."""
 MATTERS = 0.98
 """A candidate must take less than this share of the default's time."""
@@ -95,7 +95,9 @@ class Search:
             return {
                 tactic: self._seconds(op, tactic, None, barrier)
                 for tactic in tactics
-                if not tactic.library and fits(op_work(op.kind, op.shape, tactic), self.chip.arch)
+                if not tactic.library
+                and schedule_runs(tactic.schedule, self.chip.arch)
+                and fits(op_work(op.kind, op.shape, tactic), self.chip.arch)
             }
 
         found = timed(candidates.tiles(kind, op.shape, default, self.chip.processors))

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from xr0_engine.fused.ops import SHARED_LIMIT, STATS_COLUMNS, Tactic
+from xr0_engine.fused.ops import SHARED_LIMIT, STATS_COLUMNS, Tactic, end_passes, heads_of_tile, sharers_of
 from xr0_engine.fused.paper import row_pieces
 
 FLOAT32 = 4
@@ -21,6 +21,8 @@ PREFETCHED_BLOCKS = 8
 OWN_BLOCK = 32
 """Own keys that lambda_attention takes at a time."""
 MIN_ROWS = 16
+WIDE, END_ROWS, LEAST_PIECE = 8, 32, 8
+"""As kernels/swapped.py and swapped_ends.py."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,11 @@ class Work:
     each: reads and writes outside the loop, and trips to L2 that wait for one another. combines: tiles whose parts come
     together through memory, parts: of each, part_bytes: of one, which is written and read. special: exponentials of a
     program. wasted: share of the rows that are padding. warps, shared: of a block, where no code says so.
-    streamed_bytes: of all, that come through L2 whatever is waited for meanwhile.
+    streamed_bytes: of all, that come through L2 whatever is waited for meanwhile. moved_parts: parts of tiles that a
+    program writes and reads, 0: its own, and all of the tile that it ends; gathers: how often it waits for such parts,
+    one after another, 0: as LOADS_AT_ONCE of them come together. runs: how often it goes through its code outside of
+    the loop, 0: once for each end; units: how often through what of it stands in loops of its own, 0: as often; stores:
+    instructions of a warp beside those. tiles: that are ended, 0: as ends and parts say.
     """
 
     programs: int
@@ -58,12 +64,18 @@ class Work:
     shared: int = 0
     busy: float = 1.0
     streamed_bytes: float = 0.0
+    moved_parts: float = 0.0
+    gathers: float = 0.0
+    runs: float = 0.0
+    units: float = 0.0
+    stores: float = 0.0
+    tiles: int = 0
 
     @property
     def all_end_bytes(self) -> float:
         """Of all programs, outside their loops. A split tile has one epilogue; its parts are written and read once."""
         joined = self.combines * (self.parts - 1)
-        ends = max(1.0, self.programs * self.busy * self.ends - joined)
+        ends = self.tiles or max(1.0, self.programs * self.busy * self.ends - joined)
         return ends * self.end_bytes + 2 * self.combines * self.parts * self.part_bytes
 
     @property
@@ -75,7 +87,8 @@ class Work:
 class Given:
     """A product as its op is called.
 
-    rows, outputs, inputs: of a weight (outputs, inputs); tile: weight rows that a tile holds. x_bytes, weight_bytes: of
+    rows, outputs, inputs: of a weight (outputs, inputs); tile: weight rows that a tile holds, unit: of these, columns
+    that lie beside each other. x_bytes, weight_bytes: of
     an element; end_bytes: what the epilogue moves of each output. rounds: trips to L2 that it has in a row. normed:
     whether the sums of the rows are read.
     """
@@ -84,6 +97,7 @@ class Given:
     outputs: int
     inputs: int
     tile: int
+    unit: int
     x_bytes: int
     weight_bytes: int
     end_bytes: float
@@ -100,7 +114,13 @@ def given_product(
 ) -> Given:
     """arguments, options: of the op's call; without them 16-bit factors, a norm before a gated product and before
     queries, keys and values, and a residual after another."""
-    tile = shape[3] if kind == "qkv" else tactic.block_n * (2 if kind == "swiglu" else 1)
+    tile = unit = tactic.block_n
+    if kind == "swiglu":
+        tile *= 2
+    elif kind == "qkv":
+        tile, unit = shape[3], shape[3] // 2
+        if SCHEDULES[tactic.schedule] is _swapped:
+            tile *= heads_of_tile(tactic, tile)
     x_bytes = arguments[0].element_size() if arguments else HALF
     weight_bytes = arguments[1].data.element_size() if arguments else HALF
     options = options if options is not None else {"norm": kind != "linear", "residual": kind == "linear"}
@@ -111,7 +131,7 @@ def given_product(
     # The norm of the rows; the residual, and its own norm before it; a head's angles.
     rounds = 1 + bool(residual) + own_norm if kind == "linear" else 1 + (kind == "qkv")
     rows, outputs, inputs = shape[:3]
-    return Given(rows, outputs, inputs, tile, x_bytes, weight_bytes, end_bytes, rounds, bool(options.get("norm")))
+    return Given(rows, outputs, inputs, tile, unit, x_bytes, weight_bytes, end_bytes, rounds, bool(options.get("norm")))
 
 
 def _tiled(given: Given, tactic: Tactic) -> Work:
@@ -163,11 +183,49 @@ def _shared_out(given: Given, tactic: Tactic, whole_first: bool) -> Work:
     return replace(work, ends=whole + max(1.0, math.ceil(share)), busy=(whole * blocks + rest / programs) / trips)
 
 
+def _swapped(given: Given, tactic: Tactic) -> Work:
+    """Whole tiles, then parts of those that are left for fewer than all programs, each of whom ends some rows."""
+    height = sum(row_pieces(given.rows, tactic.block_m, LEAST_PIECE))
+    groups, blocks = math.ceil(given.rows / height), math.ceil(given.inputs / tactic.block_k)
+    tiles = groups * math.ceil(given.outputs / given.tile)
+    programs = tiles if tactic.split_k == 1 else min(tactic.split_k, tiles * blocks)
+    shared = tiles % programs
+    sharers, parts = sharers_of(shared, programs, blocks)
+    shared = shared if parts > 1 else 0
+    whole, run = math.ceil((tiles - shared) / programs), shared * blocks / max(1, sharers)
+    trips = whole * blocks + math.ceil(run)
+    # A run within one tile is one part; others are two.
+    deposits = 1 if sharers == shared * parts else math.ceil(run / blocks) + 1
+    work = replace(
+        _product(given, tactic, height, programs, trips), tiles=tiles, busy=tiles * blocks / programs / trips
+    )
+    work = _combined(work, given, height, groups, shared, parts)
+    at_once = 32 * tactic.warps * WIDE // given.unit
+    slices = math.ceil(height / max(END_ROWS, at_once))
+    at_once *= end_passes(height, tactic.warps, given.unit, parts)
+    units = deposits * math.ceil(math.ceil(height / at_once) / parts) if shared else 0
+    # The rows of a norm are read once; what else an epilogue reads, for some rows after others.
+    return replace(
+        work,
+        ends=1,
+        rounds=1 + whole * (1 + slices * (given.rounds - 1)) + units * (given.rounds - 1),
+        # Its own, and of its rows everybody's.
+        moved_parts=deposits + units * parts * min(1.0, at_once / height) if shared else 0.0,
+        gathers=float(units),
+        runs=max(1, whole, deposits),
+        units=units,
+        # A number of the sums is stored by one instruction, and every fourth has an address of its own.
+        stores=1.25 * deposits * height * given.tile / (32 * tactic.warps) if whole and shared else 0.0,
+    )
+
+
 SCHEDULES: dict[str, Callable[[Given, Tactic], Work]] = {
     "tiled": _tiled,
     "stream": _stream,
     "whole": _whole,
     "tma": _tma,
+    "swapped": _swapped,
+    "warpgroups": _swapped,
 }
 
 

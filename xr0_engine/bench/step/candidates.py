@@ -33,8 +33,12 @@ LOOP_TILES = ((64, 128), (64, 64), (32, 128))
 LOOP_WHOLE = ((16, 256), (16, 512), (32, 128), (32, 512), (64, 128))
 STREAM_TILES = ((128, 64), (128, 128), (256, 64), (256, 128), (512, 64))
 """(rows at most, weight rows) of a program that has pieces of mixed heights, for more than SKINNY_ROWS rows."""
-TMA_TILES = ((256, 128), (128, 128), (256, 64), (128, 64), (64, 64))
+TMA_TILES = ((256, 128), (128, 128), (128, 64))
 """(rows, weight rows) of one that TMA feeds."""
+SWAPPED_TILES = ((256, 128), (128, 128), (128, 64))
+"""(rows at most, weight rows) of one whose weight rows are the MMA's."""
+WARP_WEIGHTS = 16
+"""Of these a warp has so many."""
 SHARED_OUT_WARPS = 8
 SPLITS_TRIED = 3
 MAX_WIDE_SPLIT = 8
@@ -69,9 +73,14 @@ def schedules(kind: str, best: Tactic) -> list[Tactic]:
     """The second round: the same tile, other warps and stages, of which a flow loop has one number for all its own."""
     if best.library or kind.startswith(LOOP):
         return []
-    # Where warps share out K, nothing is loaded in stages.
-    stages_tried = (best.stages,) if best.schedule == "whole" else STAGES
-    found = [replace(best, warps=warps, stages=stages) for warps in WARPS for stages in stages_tried]
+    stages_tried, warps_tried = [*STAGES], [*WARPS]
+    if best.schedule == "whole":
+        # Where warps share out K, nothing is loaded in stages.
+        stages_tried = [best.stages]
+    elif best.schedule in ("swapped", "warpgroups"):
+        # A warp has its own rows of the weight; of two stages, one is never on its way.
+        stages_tried, warps_tried = [*STAGES[1:]], [best.warps]
+    found = [replace(best, warps=warps, stages=stages) for warps in warps_tried for stages in stages_tried]
     return [tactic for tactic in found if tactic != best]
 
 
@@ -116,6 +125,11 @@ def _product_tiles(kind: str, shape: tuple[int, ...], default: Tactic, processor
         shared_out = replace(tiled, warps=SHARED_OUT_WARPS)
         found += _shared_out(replace(shared_out, schedule="stream"), STREAM_TILES, kind, shape, processors)
         found += _shared_out(replace(shared_out, schedule="tma"), TMA_TILES, kind, shape, processors)
+        found += [
+            tactic
+            for schedule in ("swapped", "warpgroups")
+            for tactic in _swapped(replace(tiled, schedule=schedule), kind, shape, processors)
+        ]
     # A gated product's tile counts its own columns: it reads as many weight rows of the gate as of the other half.
     return [replace(tactic, block_n=tactic.block_n // 2) for tactic in found] if kind == "swiglu" else found
 
@@ -138,6 +152,20 @@ def _shared_out(
     """A program a tile, and as many programs as processors, among whom all of the work is shared out."""
     tiles = dict.fromkeys((m, width) for m, n in sizes for width, _ in _widths([(n, tactic.block_k)], kind, shape))
     return [replace(tactic, block_m=m, block_n=width, split_k=split) for m, width in tiles for split in (1, processors)]
+
+
+def _swapped(tactic: Tactic, kind: str, shape: tuple[int, ...], processors: int) -> list[Tactic]:
+    """A program a tile; as many programs as processors; and as many for each tile as there are processors."""
+    rows, n = shape[:2]
+    found = []
+    for block_m, width in SWAPPED_TILES:
+        if kind == "qkv" and width not in (shape[3], 2 * shape[3]):
+            continue
+        tiles = math.ceil(rows / block_m) * math.ceil(n / width)
+        even = processors // tiles * tiles
+        for split in sorted({1, processors, *((even,) if even > tiles else ())}):
+            found.append(replace(tactic, block_m=block_m, block_n=width, split_k=split, warps=width // WARP_WEIGHTS))
+    return found
 
 
 def _loop_tiles(kind: str, shape: tuple[int, ...], default: Tactic, processors: int) -> list[Tactic]:

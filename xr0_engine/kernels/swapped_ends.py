@@ -1,0 +1,316 @@
+"""What follows a product of the schedule "swapped": the epilogues of ends.py for what has none of a flow's norms, in
+Gluon, where a tile's rows are finished some at a time, each thread with eight neighbouring columns.
+
+Shape legend: R rows at a time, W weight rows of a tile, B batch, M rows of each.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from xr0_engine.kernels.arguments import STATS_COLUMNS
+
+WIDE = gl.constexpr(8)
+"""Columns of a thread that lie beside each other: 16 bytes of what is written."""
+GROUP_ROWS = gl.constexpr(256)
+"""Of a program at most: columns of its MMAs."""
+SLOT = gl.constexpr(STATS_COLUMNS)
+
+
+class Sizes(NamedTuple):
+    """What the kernel is compiled for, as one argument.
+
+    GROUPED: whether warpgroups multiply what TMA brings. WEIGHTS: weight rows of a tile; UNIT: of these, columns that
+    lie beside each other: of pairs half, of heads half of one. HEIGHTS: of the pieces of a group's rows. GROUPS: of
+    rows. HEADS: that a tile has. NORM, SLOTS, EVEN_K: as How. PARTS: of a tile that is cut along K at most, 1: none is;
+    UNIFORM: of all of them. UNITS: passes of all threads over its rows that are one. SINGLE: whether there is one batch
+    alone.
+    """
+
+    GROUPED: bool
+    WARPS: int
+    STAGES: int
+    WEIGHTS: int
+    UNIT: int
+    BLOCK_K: int
+    HEIGHTS: tuple[int, ...]
+    GROUPS: int
+    HEADS: int
+    NORM: str | None
+    SLOTS: int
+    PARTS: int
+    UNITS: int
+    UNIFORM: bool
+    EVEN_K: bool
+    SINGLE: bool
+
+
+@gluon.constexpr_function
+def height_of(sizes: Any) -> int:
+    """Rows of a group."""
+    return sum(sizes.HEIGHTS)
+
+
+@gluon.constexpr_function
+def lanes_of(unit: int) -> int:
+    """Threads of a row's unit."""
+    # Of a named tuple, Triton 3.6 passes such a function no names on.
+    return min(32, unit // WIDE)
+
+
+@gluon.constexpr_function
+def pass_rows(sizes: Any) -> int:
+    """Rows that all threads hold once."""
+    return sizes.WARPS * 32 // lanes_of(sizes.UNIT)
+
+
+@gluon.constexpr_function
+def row_layout(sizes: Any) -> Any:
+    """(R, W), or units of it: all columns of a thread's rows that are a multiple of UNIT apart are its own."""
+    lanes = lanes_of(sizes.UNIT)
+    return gl.BlockedLayout([1, WIDE], [32 // lanes, lanes], [sizes.WARPS, 1], [1, 0])
+
+
+@gluon.constexpr_function
+def _slots_layout(sizes: Any, width: int) -> Any:
+    """(R, slots, width) of a row_layout's columns."""
+    lanes, own = lanes_of(sizes.UNIT), width // WIDE
+    return gl.BlockedLayout([1, 1, WIDE], [32 // lanes, lanes // own, own], [sizes.WARPS, 1, 1], [2, 1, 0])
+
+
+@gluon.constexpr_function
+def _sums_layout(sizes: Any) -> Any:
+    """(slots, GROUP_ROWS)."""
+    return gl.BlockedLayout([1, 1], [1, 32], [sizes.WARPS, 1], [1, 0])
+
+
+class Rows(NamedTuple):
+    """Of R rows, on the device. place: the first one's number within its group; batch, row, inside: (R,), as rows_of
+    has them; scales: of all groups' rows, as new_scales has them."""
+
+    group: Any
+    place: Any
+    batch: Any
+    row: Any
+    inside: Any
+    scales: Any
+
+
+@gluon.jit
+def _in_batch(index, product, S: gl.constexpr):
+    """(batch, row) of a row, int64: a place in a batch may be beyond 2^31 elements."""
+    batch = gl.full_like(index, 0) if S.SINGLE else index // product.batch_rows
+    return batch.to(gl.int64), (index - batch * product.batch_rows).to(gl.int64)
+
+
+@gluon.jit
+def rows_at(product, group, place, scales, R: gl.constexpr, S: gl.constexpr):
+    """R Rows of a group, from place on."""
+    within = place + gl.arange(0, R, layout=gl.SliceLayout(1, row_layout(S)))
+    index = group * height_of(S) + within
+    inside = (within < height_of(S)) & (index < product.rows)
+    batch, row = _in_batch(gl.minimum(index, product.rows - 1), product, S)
+    return Rows(group, place, batch, row, inside, scales)
+
+
+@gluon.jit
+def new_scales(S: gl.constexpr):
+    """Room for what a norm multiplies each row by, and for its mean."""
+    SHAPE: gl.constexpr = [2 * S.GROUPS, GROUP_ROWS]
+    return gl.allocate_shared_memory(gl.float32, SHAPE, gl.SwizzledSharedLayout(1, 1, 1, [0]))
+
+
+@gluon.jit
+def fill_scales(scales, product, S: gl.constexpr):
+    """The norms of all groups' rows, as statistics.py has them: row_norm."""
+    LAYOUT: gl.constexpr = _sums_layout(S)
+    GROUPS: gl.constexpr = S.GROUPS
+    for group in gl.static_range(GROUPS):
+        within = gl.arange(0, GROUP_ROWS, layout=gl.SliceLayout(0, LAYOUT))
+        index = group * height_of(S) + within
+        batch, row = _in_batch(gl.minimum(index, product.rows - 1), product, S)
+        slot = gl.arange(0, S.SLOTS, layout=gl.SliceLayout(1, LAYOUT))[:, None]
+        inside = (slot < product.slots) & (within < height_of(S))[None, :]
+        place = product.sums + slot * product.sums_s + (batch * product.sums_b + row * product.sums_m)[None, :]
+        first = gl.load(place, inside, 0.0)
+        if S.NORM == "layer":
+            totals = gl.load(place + 1, inside, 0.0)
+            mean = gl.sum(totals, 0) / product.inputs
+            count = gl.maximum(gl.minimum(product.inputs - slot * SLOT, SLOT), 1).to(gl.float32)
+            apart = gl.where(inside, totals / count - mean[None, :], 0.0)
+            variance = gl.sum(first + count * apart * apart, 0) / product.inputs
+            scales.index(GROUPS + group).store(mean)
+        else:
+            variance = gl.sum(first, 0) * (1.0 / product.inputs)
+        scales.index(group).store(gl.rsqrt(variance + product.norm_eps))
+
+
+@gluon.jit
+def _scale_of(scales, group, place, R: gl.constexpr, S: gl.constexpr):
+    SHAPE: gl.constexpr = [2 * S.GROUPS * GROUP_ROWS // R, R]
+    view = scales._reinterpret(gl.float32, SHAPE, gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    return view.index(group * (GROUP_ROWS // R) + place // R).load(gl.SliceLayout(1, row_layout(S)))
+
+
+@gluon.jit
+def finish_rows(y, rows, n, product, R: gl.constexpr, S: gl.constexpr):
+    """As product.py: finish, of y (R, W) float32 in row_layout; n: (W,), the weight rows."""
+    if product.scale is not None:
+        y *= gl.load(product.scale + n)[None, :]
+    if S.NORM is not None:
+        if S.NORM == "layer":
+            mean = _scale_of(rows.scales, rows.group + S.GROUPS, rows.place, R, S)
+            y -= mean[:, None] * gl.load(product.column_sums + n)[None, :]
+        y *= _scale_of(rows.scales, rows.group, rows.place, R, S)[:, None]
+    if product.bias is not None:
+        y += gl.load(product.bias + n).to(gl.float32)[None, :]
+    return y
+
+
+@gluon.jit
+def _sigmoid(x):
+    """1 / (1 + exp(-x)) by the unit's own exponential and reciprocal, each within two last bits: what comes of it is
+    rounded to 16 bits."""
+    power = gl.inline_asm_elementwise(
+        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * -1.4426950408889634], dtype=gl.float32, is_pure=True, pack=1
+    )
+    return gl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + power], dtype=gl.float32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def _columns(S: gl.constexpr):
+    return gl.arange(0, S.WEIGHTS, layout=gl.SliceLayout(0, row_layout(S)))
+
+
+@gluon.jit
+def _halves(y, R: gl.constexpr, N: gl.constexpr, S: gl.constexpr):
+    """Both halves of y's N columns, (R, N / 2) each in row_layout."""
+    SPREAD: gl.constexpr = [R, 2, N // 2]
+    first, second = gl.split(gl.permute(gl.reshape(y, SPREAD), (0, 2, 1)))
+    first = gl.convert_layout(first, row_layout(S), assert_trivial=True)
+    return first, gl.convert_layout(second, row_layout(S), assert_trivial=True)
+
+
+@gluon.jit
+def end_linear(
+    y, rows, column_tile, product, walk, end, ACTIVATION: gl.constexpr, CENTRED: gl.constexpr, WIDTH: gl.constexpr,
+    R: gl.constexpr, S: gl.constexpr,
+):  # fmt: skip
+    """As finish_linear, of a residual that is added as it is. WIDTH: columns of a slot of the statistics."""
+    column = column_tile * S.WEIGHTS + _columns(S)
+    inside = column < end.outputs
+    mask = rows.inside[:, None] & inside[None, :]
+    base, extra = 0.0, 0.0
+    if end.residual is not None:
+        place = rows.row * end.residual_m + rows.batch * end.residual_b
+        base = gl.load(end.residual + place[:, None] + column[None, :], mask, 0.0).to(gl.float32)
+        if end.extra is not None:
+            index = gl.load(end.extra_index + rows.batch * end.extra_index_b + rows.row)
+            extra_place = (index.to(gl.int64) * end.extra_r)[:, None] + column[None, :]
+            extra = gl.load(end.extra + extra_place, mask & (index >= 0)[:, None], 0.0).to(gl.float32)
+    y = finish_rows(y, rows, gl.minimum(column, walk.weights - 1), product, R, S)
+    if ACTIVATION == "gelu":
+        y = 0.5 * y * (1.0 + gl.erf(y * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":
+        # As device.py: gelu_tanh.
+        y = y * _sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y))
+    if end.residual is not None:
+        y = y + base + extra
+    written = y.to(end.out.dtype.element_ty)
+    out_place = rows.row * end.out_m + rows.batch * end.out_b
+    gl.store(end.out + out_place[:, None] + column[None, :], written, mask)
+    if end.stats is not None:
+        LAYOUT: gl.constexpr = _slots_layout(S, WIDTH)
+        SLOTS: gl.constexpr = S.WEIGHTS // WIDTH
+        SPREAD: gl.constexpr = [R, SLOTS, WIDTH]
+        x = gl.where(inside[None, :], written.to(gl.float32), 0.0)
+        x = gl.convert_layout(gl.reshape(x, SPREAD), LAYOUT, assert_trivial=True)
+        slot = column_tile * SLOTS + gl.arange(0, SLOTS, layout=gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))[None, :]
+        of_rows: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT))
+        stats_row = gl.convert_layout(rows.batch * end.stats_b + rows.row * end.stats_m, of_rows)[:, None]
+        stats_inside = gl.convert_layout(rows.inside, of_rows)[:, None] & (slot * WIDTH < end.outputs)
+        stats_place = end.stats + stats_row + slot * end.stats_s
+        if CENTRED:
+            total = gl.sum(x, 2)
+            gl.store(stats_place + 1, total, stats_inside)
+            x -= gl.expand_dims(total * (1.0 / WIDTH), 2)
+        gl.store(stats_place, gl.sum(x * x, 2), stats_inside)
+
+
+@gluon.jit
+def end_swiglu(
+    y, rows, column_tile, product, walk, end, ACTIVATION: gl.constexpr, CENTRED: gl.constexpr, WIDTH: gl.constexpr,
+    R: gl.constexpr, S: gl.constexpr,
+):  # fmt: skip
+    """As finish_swiglu: the first half of a tile's columns are gates."""
+    HALF: gl.constexpr = S.WEIGHTS // 2
+    place = _columns(S)
+    n = column_tile * HALF + place % HALF + place // HALF * walk.distance
+    gate, up = _halves(finish_rows(y, rows, gl.minimum(n, walk.weights - 1), product, R, S), R, S.WEIGHTS, S)
+    column = column_tile * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(0, row_layout(S)))
+    out_place = rows.row * end.out_m + rows.batch * end.out_b
+    value = (gate * _sigmoid(gate) * up).to(end.out.dtype.element_ty)
+    gl.store(
+        end.out + out_place[:, None] + column[None, :], value, rows.inside[:, None] & (column < end.outputs)[None, :]
+    )
+
+
+@gluon.jit
+def _end_head(first, second, rows, head, end, S: gl.constexpr):
+    """As finish_qkv, of the halves of one head's rows: one way for all heads, of which values keep what they are."""
+    values, keys = head - end.query_heads - end.kv_heads, head - end.query_heads
+    of_values, of_keys = values >= 0, keys >= 0
+    there = head < end.query_heads + 2 * end.kv_heads
+    column = gl.arange(0, S.UNIT, layout=gl.SliceLayout(0, row_layout(S)))
+    # Bits of an address, since Triton selects no pointers.
+    out, out_b, out_h, out_m = end.k.to(gl.int64), end.k_b, end.k_h, end.k_m
+    at = gl.where(of_values, values, keys)
+    if end.q is not None:
+        out, at = gl.where(of_keys, out, end.q.to(gl.int64)), gl.where(of_keys, at, head)
+        out_b, out_h = gl.where(of_keys, out_b, end.q_b), gl.where(of_keys, out_h, end.q_h)
+        out_m = gl.where(of_keys, out_m, end.q_m)
+    out, out_b = gl.where(of_values, end.v.to(gl.int64), out), gl.where(of_values, end.v_b, out_b)
+    out_h, out_m = gl.where(of_values, end.v_h, out_h), gl.where(of_values, end.v_m, out_m)
+    angle_place = (rows.batch * end.cos_b + rows.row * end.cos_m)[:, None] + column[None, :]
+    cos = gl.where(of_values, 1.0, gl.load(end.cos + angle_place))
+    angle_place = (rows.batch * end.sin_b + rows.row * end.sin_m)[:, None] + column[None, :]
+    sin = gl.where(of_values, 0.0, gl.load(end.sin + angle_place))
+    if end.k_weight is not None:
+        weight = end.k_weight.to(gl.int64)
+        if end.q is not None:
+            weight = gl.where(of_keys, weight, end.q_weight.to(gl.int64))
+        weight = weight.to(gl.pointer_type(end.k_weight.dtype.element_ty), bitcast=True)
+        squares = gl.sum(first * first, 1) + gl.sum(second * second, 1)
+        scale = gl.where(of_values, 1.0, gl.rsqrt(squares * (0.5 / S.UNIT) + end.eps))[:, None]
+        first *= scale * gl.where(of_values, 1.0, gl.load(weight + column).to(gl.float32))[None, :]
+        second *= scale * gl.where(of_values, 1.0, gl.load(weight + S.UNIT + column).to(gl.float32))[None, :]
+    pointer = gl.multiple_of(out.to(gl.pointer_type(end.k.dtype.element_ty), bitcast=True), 16)
+    place = pointer + (rows.batch * out_b + at.to(gl.int64) * out_h + rows.row * out_m)[:, None] + column[None, :]
+    mask = rows.inside[:, None] & there
+    gl.store(place, (first * cos - second * sin).to(end.k.dtype.element_ty), mask)
+    gl.store(place + S.UNIT, (second * cos + first * sin).to(end.k.dtype.element_ty), mask)
+
+
+@gluon.jit
+def end_qkv(
+    y, rows, column_tile, product, walk, end, ACTIVATION: gl.constexpr, CENTRED: gl.constexpr, WIDTH: gl.constexpr,
+    R: gl.constexpr, S: gl.constexpr,
+):  # fmt: skip
+    """As finish_qkv, of the HEADS heads of a tile, each with its halves one behind the other."""
+    n = gl.minimum(column_tile * S.WEIGHTS + _columns(S), walk.weights - 1)
+    y = finish_rows(y, rows, n, product, R, S)
+    head = column_tile * S.HEADS
+    if S.HEADS == 1:
+        first, second = _halves(y, R, S.WEIGHTS, S)
+        _end_head(first, second, rows, head, end, S)
+    else:
+        left, right = _halves(y, R, S.WEIGHTS, S)
+        first, second = _halves(left, R, S.WEIGHTS // 2, S)
+        _end_head(first, second, rows, head, end, S)
+        first, second = _halves(right, R, S.WEIGHTS // 2, S)
+        _end_head(first, second, rows, head + 1, end, S)
