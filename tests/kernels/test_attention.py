@@ -36,11 +36,17 @@ def workspace():
 )
 @pytest.mark.parametrize("library", [False, True], ids=["kernel", "library"])
 def test_attention(batch, heads, groups, rows, keys, dim, dtype, causal, library, workspace):
+    check_attention((batch, heads, rows, groups, keys, dim), dtype, causal, Tactic(library=library, **SMALL), workspace)
+
+
+def check_attention(shape, dtype, causal, tactic, workspace):
+    """shape: (B, H, M, G, N, D)."""
+    batch, heads, rows, groups, keys, dim = shape
     torch.manual_seed(0)
     # As the products leave them: heads beside each other in a row.
     q = randn(batch, rows, heads, dim, dtype=dtype, scale=2).transpose(1, 2)
     k, v = (randn(batch, groups, keys, dim, dtype=dtype) for _ in range(2))
-    common = {"causal": causal, "tactic": Tactic(library=library, **SMALL), "workspace": workspace}
+    common = {"causal": causal, "tactic": tactic, "workspace": workspace}
     out, exact = Frame(batch, rows, heads * dim, dtype=dtype), torch.empty(batch, rows, heads * dim, device=DEVICE)
     attention(q, k, v, out.view, **common)
     fused_reference.attention(q, k, v, exact, **common)
@@ -182,10 +188,16 @@ def lambda_case(batch, heads, groups, queries, cached, dim, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("batch", "heads", "groups", "queries", "cached", "dim"), LAMBDA_SIZES)
 def test_lambda_attention(batch, heads, groups, queries, cached, dim, dtype, window, context, splits, workspace):
+    shape = batch, heads, queries, groups, cached, dim
+    check_lambda(shape, dtype, window, context, Tactic(split_k=splits, **SMALL), workspace)
+
+
+def check_lambda(shape, dtype, window, context, tactic, workspace):
+    """shape: (B, H, Q, G, N, D)."""
+    batch, heads, queries, groups, cached, dim = shape
     torch.manual_seed(0)
     case = lambda_case(batch, heads, groups, queries, cached, dim, dtype)
-    common = {"window": window, "context": context, "workspace": workspace}
-    common["tactic"] = Tactic(split_k=splits, **SMALL)
+    common = {"window": window, "context": context, "workspace": workspace, "tactic": tactic}
     out, exact = (
         Frame(batch, queries, heads * dim, dtype=dtype),
         torch.empty(batch, queries, heads * dim, device=DEVICE),

@@ -177,6 +177,9 @@ def predicted_table(
         for name, ops in zip(steps, given_ops, strict=True):
             steps[name][flow] = round(1e3 * total_ms(predict_step(ops, chip, search.codes))[1], 1)
     best = min(possible, key=lambda flow: sum(told[flow] for told in steps.values()))
+    if best not in ("layered", "persistent"):
+        # Those of a loop's stages are for nobody.
+        tactics = alone
     return TacticTable(f"sm_{chip.arch}", tactics, measured=measured | steps, flow=best, predicted=True), choices
 
 
