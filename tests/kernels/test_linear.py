@@ -132,8 +132,11 @@ def test_linear_of_a_float32_stream(use, tactic, dtype):
     check_linear(SMALL, dtype, USES[use], tactic, x_dtype=torch.float32)
 
 
-def check_linear(shape, dtype, use, tactic, x_dtype=None):
+def check_linear(shape, dtype, use, tactic, x_dtype=None, adjacent=False):
+    """adjacent: whether the batches of x follow each other."""
     product, epilogue, stats_options = make_case(shape, dtype, use, x_dtype)
+    if adjacent:
+        product = replace(product, x=product.x.contiguous())
     batch, rows, _, outputs = shape
     out = Frame(batch, rows, outputs, dtype=x_dtype or dtype)
     sums = Frame(-(-outputs // STATS_COLUMNS), batch, rows, 2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -99,9 +101,12 @@ def test_qkv_of_a_float32_stream(tactic, dtype):
     check_qkv(SMALL, dtype, tactic, USES["dit"] | {"x_dtype": torch.float32})
 
 
-def check_qkv(shape, dtype, tactic, use):
+def check_qkv(shape, dtype, tactic, use, adjacent=False):
+    """adjacent: whether the batches of x follow each other."""
     batch, rows, _, _, groups, dim = shape
     product, heads, arguments = make_case(shape, dtype, **use)
+    if adjacent:
+        product = replace(product, x=product.x.contiguous())
     # A frame's rows, heads and batches are not adjacent: they lie like slices of a larger KV block.
     q, k, v = (Frame(batch, count, rows, dim, dtype=dtype) for count in (heads, groups, groups))
     run = {"tactic": tactic, "workspace": workspace()}

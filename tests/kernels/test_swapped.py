@@ -103,6 +103,17 @@ def test_qkv(use, shape, tactic, schedule, dtype):
 
 @schedules
 @pytest.mark.parametrize("tactic", [SWAPPED, CUT], ids=["whole", "cut"])
+def test_norms_heads_and_statistics_of_batches(tactic, schedule):
+    """As in the vision of two views: rows of both in a group, and in a piece."""
+    dtype, tactic = torch.bfloat16, replace(tactic, schedule=schedule)
+    check_qkv((2, 50, 136, 2, 1, 64), dtype, tactic, QKV_USES["vision"], adjacent=True)
+    check_qkv((2, 50, 136, 2, 1, 128), dtype, replace(tactic, warps=8), QKV_USES["vlm"], adjacent=True)
+    for use in ("patch embedding", "vision fc1", "deepstack"):
+        check_linear((2, 50, 136, 128), dtype, USES[use], tactic, adjacent=True)
+
+
+@schedules
+@pytest.mark.parametrize("tactic", [SWAPPED, CUT], ids=["whole", "cut"])
 def test_replays_are_bit_identical_and_leave_the_counters(tactic, schedule):
     torch.manual_seed(0)
     product = Product.make((1, 40, 200, 64), torch.float16, bias=True)
