@@ -113,6 +113,48 @@ def test_an_op_runs_with_its_entry_else_with_the_default(monkeypatch, known):
     assert used == [TABLE.tactics[KEY] if known else default, default]
 
 
+ROWS = {rows: Tactic(rows) for rows in (208, 320)}
+
+
+def _product(rows: int, kind: str = "linear", inputs: int = 2560) -> str:
+    return f"{kind} {rows}x2560x{inputs} bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("key", "found"),
+    [
+        (_product(192), 208),
+        (_product(272), 320),
+        # The nearest one's default was not beaten.
+        (_product(240), None),
+        # Twice the tokens of a prompt are no neighbours, nor is another product, nor few rows.
+        (_product(416 + 16), None),
+        (_product(144), None),
+        (_product(208, "swiglu"), None),
+        (_product(192, inputs=4096), None),
+        (_product(48), None),
+        (f"{_product(208)} rows", None),
+        ("attention 1x32x192x8x192x128 bfloat16", None),
+        ("flow_loop.down 192x2560x2560 bfloat16", None),
+        # Its default was not beaten.
+        (_product(224), None),
+    ],
+)
+def test_a_product_of_nearly_as_many_rows_has_the_same_tactic(key, found):
+    tactics = {_product(rows): tactic for rows, tactic in ROWS.items()} | {
+        _product(64): Tactic(1),
+        "attention 1x32x208x8x208x128 bfloat16": Tactic(2),
+        "flow_loop.down 208x2560x2560 bfloat16": Tactic(3),
+    }
+    ops = FusedOps("reference", torch.device("cpu"), tactics, kept=[_product(224), "step libero"])
+    assert ops.entry(key) == (None if found is None else ROWS[found])
+
+
+def test_a_table_tells_which_keys_keep_their_default():
+    table = TacticTable("toy", {KEY: Tactic()}, measured={KEY: {"a": 1.0}, "linear 5x8x16 bfloat16": {"b": 1.0}})
+    assert table.kept == {"linear 5x8x16 bfloat16"}
+
+
 def test_a_graph_needs_a_gpu():
     with pytest.raises(NotImplementedError, match="step: CUDA graphs need a CUDA GPU, not cpu"):
         Graph(lambda: None, torch.device("cpu"), "step")

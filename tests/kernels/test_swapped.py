@@ -15,7 +15,9 @@ from tests.kernels.test_linear import USES, check_linear, check_swiglu
 from tests.kernels.test_qkv import USES as QKV_USES
 from tests.kernels.test_qkv import check_qkv
 from xr0_engine.env import emulated_arch
-from xr0_engine.kernels import fused_reference
+from xr0_engine.fused.ops import FusedOps, tactic_key
+from xr0_engine.fused.sizing import reserve
+from xr0_engine.kernels import fused_reference, swapped
 from xr0_engine.kernels.arguments import (
     InputNorm,
     Residual,
@@ -142,6 +144,20 @@ def test_batches_that_follow_each_other_are_rows(tactic, schedule):
     linear(product.x, product.weight, out.view, **options)
     fused_reference.linear(product.x, product.weight, exact, **options)
     assert_close(out.result(), exact, product.textbook(torch.float16) + base)
+
+
+@schedules
+def test_what_is_reserved_on_paper_is_enough_for_a_chip_of_fewer_processors(schedule, monkeypatch):
+    """Twelve tiles for twelve programs need no scratch memory, for five they do."""
+    product = Product.make((1, 40, 200, 12 * 64), torch.float16)
+    tactic = replace(SWAPPED, split_k=12, schedule=schedule)
+    key = tactic_key("linear", (40, 12 * 64, 200), torch.float16)
+    ops, out = FusedOps("triton", DEVICE, {key: tactic}), Frame(1, 40, 12 * 64, dtype=torch.float16)
+    arguments = {name: value for name, value in product.arguments.items() if value is not None}
+    reserve(ops, lambda ops: ops.linear(product.x, product.weight, out.view, **arguments))
+    monkeypatch.setattr(swapped, "processors", lambda device: 5)
+    ops.linear(product.x, product.weight, out.view, **arguments)
+    assert_close(out.result(), product.x.float() @ product.weight.data.float().T, product.textbook(torch.float16))
 
 
 @schedules

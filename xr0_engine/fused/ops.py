@@ -7,7 +7,7 @@ oracle, which runs everywhere and shows what a stage is to compute.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, Literal
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from xr0_engine.fused.backends import LOOP, Flow, Shape, capability, compiler_faults, kernels_of, loop_shapes
+from xr0_engine.fused.neighbours import Neighbours
 from xr0_engine.kernels.arguments import (
     SHARED_LIMIT,
     STATS_COLUMNS,
@@ -71,7 +72,8 @@ __all__ = [
 class FusedOps:
     """The fused ops of one backend, in the order of one stream.
 
-    tactics: key -> tactic, as measured on this GPU; an op without an entry runs with the stated default of its kernel.
+    tactics: key -> tactic, as measured on this GPU; kept: keys whose default was not beaten. An op without an entry
+    runs with that of nearly as many rows (neighbours.py), else with the stated default of its kernel.
     arch: compute capability (90 for an H200) that defaults are chosen for; None is the device's own. programs: at most
     so many run a flow loop, what they leave of the chip is free for other kernels; None: as many as it has processors.
     """
@@ -83,8 +85,11 @@ class FusedOps:
         tactics: Mapping[str, Tactic] | None = None,
         arch: int | None = None,
         programs: int | None = None,
+        kept: Collection[str] = (),
     ) -> None:
         self.backend, self.tactics, self.programs = backend, dict(tactics or {}), programs
+        self.kept = frozenset(kept)
+        self._neighbours = Neighbours(self.tactics, self.kept)
         self.workspace = Workspace(device)
         self._kernels = kernels_of(backend)
         self.arch = arch if arch is not None else capability(device)
@@ -347,13 +352,16 @@ class FusedOps:
         return self._kernels.default_tactic(kind, shape, self.arch, factor_bytes)
 
     def tactic(self, kind: str, shape: Shape, dtype: torch.dtype, options: Mapping[str, Any] | None = None) -> Tactic:
-        """That of the table for its key, else the default."""
-        found = self.tactics.get(tactic_key(kind, shape, dtype, options))
-        if found is not None:
+        """That of the table, else the default."""
+        if (found := self.entry(tactic_key(kind, shape, dtype, options))) is not None:
             return found
         default = self.default(kind, shape, options)
         # In float32 keys and values are more than one program of the schedule "whole" holds.
         return replace(default, schedule="tiled") if (kind, dtype) == ("lambda_attention", torch.float32) else default
+
+    def entry(self, key: str) -> Tactic | None:
+        """Of the table, for a key or its neighbour; None: the default."""
+        return self.tactics.get(key) or self._neighbours.of(key)
 
     def run(
         self, kind: str, shape: Shape, dtype: torch.dtype, arguments: tuple[Any, ...], options: Mapping[str, Any]

@@ -44,4 +44,4 @@ class FusedParts:
     def ops(self, table: TacticTable | None = None) -> FusedOps:
         """Fused ops for one stream, with scratch memory of their own. table: None is the model's."""
         table = table or self.table
-        return FusedOps(self.backend, self.device, table.tactics, programs=table.programs)
+        return FusedOps(self.backend, self.device, table.tactics, programs=table.programs, kept=table.kept)

@@ -22,7 +22,7 @@ class PaperTwin(FusedOps):
     """
 
     def __init__(self, ops: FusedOps) -> None:
-        super().__init__(ops.backend, META, ops.tactics, ops.arch, ops.programs)
+        super().__init__(ops.backend, META, ops.tactics, ops.arch, ops.programs, ops.kept)
 
     def call(self, kind: str, arguments: tuple[Any, ...], options: Mapping[str, Any], tactic: Tactic) -> None:
         # flash-attn has scratch memory of its own, and nothing to run on the meta device.

@@ -49,6 +49,11 @@ class TacticTable:
     predicted: bool = False
 
     @property
+    def kept(self) -> frozenset[str]:
+        """Keys whose default nothing beat."""
+        return frozenset(self.measured) - frozenset(self.tactics)
+
+    @property
     def origin(self) -> str:
         """In words: where its tactics come from."""
         if self.predicted:

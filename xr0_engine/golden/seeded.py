@@ -94,7 +94,7 @@ def verify_seeded(
         if backend == "reference":
             actions = head.sample(kv, state, noise, prefix, lengths, head.modulation_table())
         else:
-            ops, fused = FusedOps(backend, device, table.tactics), FusedHead(head)
+            ops, fused = FusedOps(backend, device, table.tactics, kept=table.kept), FusedHead(head)
             session = FlowSession(fused, ops, batch, bucket(tokens), prefix.shape[1], flow=table.flow)
             actions = session.sample(kv, state, noise, prefix, lengths)
             ran = told_way(table.flow, session.way)

@@ -56,6 +56,7 @@ from xr0_engine.kernels.swapped_blocks import (
 from xr0_engine.kernels.swapped_ends import (
     WIDE,
     Sizes,
+    added_parts,
     end_linear,
     end_qkv,
     end_swiglu,
@@ -63,6 +64,7 @@ from xr0_engine.kernels.swapped_ends import (
     height_of,
     lanes_of,
     new_scales,
+    part_place,
     pass_rows,
     row_layout,
     rows_at,
@@ -86,34 +88,6 @@ ENDS = {finish_linear: end_linear, finish_swiglu: end_swiglu, finish_qkv: end_qk
 @gluon.constexpr_function
 def _rows_at_once(sizes: Sizes) -> int:
     return max(END_ROWS, sizes.WARPS * 32 // lanes_of(sizes.UNIT))
-
-
-@gluon.jit
-def _part_place(product, part, rows_before, layout: gl.constexpr, ROWS: gl.constexpr, S: gl.constexpr):
-    """Where a piece of a part lies among the partials, (WEIGHTS, ROWS)."""
-    begin = product.partials + (part.to(gl.int64) * height_of(S) + rows_before) * S.WEIGHTS
-    weight = gl.arange(0, S.WEIGHTS, layout=gl.SliceLayout(1, layout))
-    row = gl.arange(0, ROWS, layout=gl.SliceLayout(0, layout))
-    return begin + row[None, :] * S.WEIGHTS + weight[:, None]
-
-
-@gluon.jit
-def _added_parts(product, part, parts, place, R: gl.constexpr, S: gl.constexpr):
-    """(R, WEIGHTS) float32 of a tile's rows from place on: its parts, from part on, added up in the order of K."""
-    LAYOUT: gl.constexpr = row_layout(S)
-    HEIGHT: gl.constexpr = height_of(S)
-    row = gl.minimum(place + gl.arange(0, R, layout=gl.SliceLayout(1, LAYOUT)), HEIGHT - 1)[:, None]
-    column = gl.arange(0, S.WEIGHTS, layout=gl.SliceLayout(0, LAYOUT))[None, :]
-    begin = product.partials + part.to(gl.int64) * (HEIGHT * S.WEIGHTS) + (row * S.WEIGHTS + column)
-    total = gl.load(begin, cache_modifier=".cg")
-    PARTS: gl.constexpr = S.PARTS
-    for number in gl.static_range(1, PARTS):
-        place_of = begin + number * (HEIGHT * S.WEIGHTS)
-        if S.UNIFORM:
-            total += gl.load(place_of, cache_modifier=".cg")
-        else:
-            total += gl.load(place_of, (row >= 0) & (column >= 0) & (number < parts), 0.0, cache_modifier=".cg")
-    return total
 
 
 @gluon.jit
@@ -244,7 +218,7 @@ def _swapped(
         if PARTS > 1 and (not WHOLE or tile >= walk.full):
             place = 0
             for i in gl.static_range(PIECE_COUNT):
-                target = _part_place(
+                target = part_place(
                     product, program + tile - walk.full, place, sums_layout(S, HEIGHTS[i]), HEIGHTS[i], S
                 )
                 gl.store(target, sums[i])
@@ -270,7 +244,7 @@ def _swapped(
             counter, tile = product.counters + index, walk.full + index
             wait_count(counter, parts)
             for unit in tl.range(program - opening, gl.cdiv(height_of(S), R), parts, disable_licm=True):
-                y = _added_parts(product, opening + index, parts, unit * R, R, S)
+                y = added_parts(product, opening + index, parts, unit * R, R, S)
                 rows = rows_at(product, tile % walk.groups, unit * R, scales, R, S)
                 FINISH(y, rows, tile // walk.groups, product, walk, end, ACTIVATION, CENTRED, WIDTH, R, S)
             # Who is the last to have read it sets the counter back.
@@ -341,8 +315,12 @@ def launch_swapped(call: ProductCall) -> None:
     described: dict[str, TensorDescriptor | None] = {f"x_{index}": None for index in range(PIECES)}
     if grouped:
         described |= {f"x_{index}": _described(flat, piece, tactic.block_k) for index, piece in enumerate(heights)}
-    partials = call.workspace.partials((sharers + shared - 1) * height * width) if shared else None
-    counters = call.workspace.counters(shared) if shared else None
+    partials = counters = None
+    if tactic.split_k > 1:
+        # As much as fewer programs could need: how many run is the chip's number, which nobody knows on paper.
+        most = min(tactic.split_k, tiles * blocks)
+        scratch = call.workspace.partials(2 * most * height * width), call.workspace.counters(min(most, tiles))
+        partials, counters = scratch if shared else (None, None)
     launch(
         _swapped,
         (programs,),

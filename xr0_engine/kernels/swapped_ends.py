@@ -197,6 +197,34 @@ def _halves(y, R: gl.constexpr, N: gl.constexpr, S: gl.constexpr):
 
 
 @gluon.jit
+def part_place(product, part, rows_before, layout: gl.constexpr, ROWS: gl.constexpr, S: gl.constexpr):
+    """Where a piece of a part lies among the partials, (WEIGHTS, ROWS)."""
+    begin = product.partials + (part.to(gl.int64) * height_of(S) + rows_before) * S.WEIGHTS
+    weight = gl.arange(0, S.WEIGHTS, layout=gl.SliceLayout(1, layout))
+    row = gl.arange(0, ROWS, layout=gl.SliceLayout(0, layout))
+    return begin + row[None, :] * S.WEIGHTS + weight[:, None]
+
+
+@gluon.jit
+def added_parts(product, part, parts, place, R: gl.constexpr, S: gl.constexpr):
+    """(R, WEIGHTS) float32 of a tile's rows from place on: its parts, from part on, added up in the order of K."""
+    LAYOUT: gl.constexpr = row_layout(S)
+    HEIGHT: gl.constexpr = height_of(S)
+    row = gl.minimum(place + gl.arange(0, R, layout=gl.SliceLayout(1, LAYOUT)), HEIGHT - 1)[:, None]
+    column = gl.arange(0, S.WEIGHTS, layout=gl.SliceLayout(0, LAYOUT))[None, :]
+    begin = product.partials + part.to(gl.int64) * (HEIGHT * S.WEIGHTS) + (row * S.WEIGHTS + column)
+    total = gl.load(begin, cache_modifier=".cg")
+    PARTS: gl.constexpr = S.PARTS
+    for number in gl.static_range(1, PARTS):
+        place_of = begin + number * (HEIGHT * S.WEIGHTS)
+        if S.UNIFORM:
+            total += gl.load(place_of, cache_modifier=".cg")
+        else:
+            total += gl.load(place_of, (row >= 0) & (column >= 0) & (number < parts), 0.0, cache_modifier=".cg")
+    return total
+
+
+@gluon.jit
 def end_linear(
     y, rows, column_tile, product, walk, end, ACTIVATION: gl.constexpr, CENTRED: gl.constexpr, WIDTH: gl.constexpr,
     R: gl.constexpr, S: gl.constexpr,

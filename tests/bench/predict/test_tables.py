@@ -62,6 +62,16 @@ def test_what_a_chip_has_no_instructions_for_is_no_candidate(search, monkeypatch
     assert len(search._ranked(OP, "linear", SLOW, False)) == left
 
 
+def test_a_tile_is_compiled_a_few_times_before_others_are(search, monkeypatch):
+    tried = []
+    deep = [replace(FAST, stages=stages) for stages in (3, 5, 6, 7)]
+    monkeypatch.setattr(candidates, "tiles", lambda *asked: [*deep, SPILLING])
+    monkeypatch.setattr(search, "_code", lambda op, tactic: tried.append(tactic))
+    search.choose(OP, "linear")
+    assert len(set(tried) & set(deep)) == tables.MOST_ALIKE
+    assert SPILLING in tried
+
+
 def test_where_nothing_compiles_the_default_stays(search, monkeypatch):
     monkeypatch.setattr(search, "_code", lambda op, tactic: None)
     choice = search.choose(OP, "linear")

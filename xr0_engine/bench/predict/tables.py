@@ -35,7 +35,9 @@ from xr0_engine.fused.tactics import TacticTable, predicted_path, write_tactics
 FLOWS: tuple[Flow, ...] = ("chained", "layered", "persistent", "streamed")
 SCHEDULED = 4
 """Of the best tiles, so many are tried with other warps and stages."""
-MOST_COMPILED, MOST_TRIED = 4, 8
+MOST_ALIKE = 2
+"""Of a tile, tactics that differ in warps and stages alone: without their code they are as good as one."""
+MOST_COMPILED, MOST_TRIED = 8, 12
 """Candidates of a key that are compiled; the same with those that are refused or spill."""
 MATTERS = 0.98
 """A candidate must take less than this share of the default's time."""
@@ -64,7 +66,7 @@ class Search:
         default, barrier = self._ops.default(kind, op.shape, op.options), kind.startswith(LOOP)
         ranked = self._ranked(op, kind, default, barrier)
         found: dict[Tactic, float] = {}
-        for tactic, least in ranked[:MOST_TRIED]:
+        for tactic, least in _of_many_tiles(ranked)[:MOST_TRIED]:
             if len(found) >= MOST_COMPILED or (found and least >= min(found.values())):
                 break
             if (code := self._code(op, tactic)) is not None:
@@ -181,6 +183,18 @@ def predicted_table(
         # Those of a loop's stages are for nobody.
         tactics = alone
     return TacticTable(f"sm_{chip.arch}", tactics, measured=measured | steps, flow=best, predicted=True), choices
+
+
+def _of_many_tiles(ranked: Iterable[tuple[Tactic, float]]) -> list[tuple[Tactic, float]]:
+    """Those among them that are the first MOST_ALIKE of their tile, whatever their warps and stages."""
+    alike: dict[Tactic, int] = {}
+    found = []
+    for tactic, least in ranked:
+        tile = replace(tactic, warps=0, stages=0)
+        alike[tile] = alike.get(tile, 0) + 1
+        if alike[tile] <= MOST_ALIKE:
+            found.append((tactic, least))
+    return found
 
 
 def _stages(loop: Op) -> dict[str, tuple[Op, str]]:

@@ -64,7 +64,7 @@ def measure_model(
         for key, call in calls.items():
             name = f"{stage}: {key.rpartition(' ')[0]}"
             trial = Trial(ops, call, Tactic(), GATE[dtype], oracle)
-            tactic = ops.tactics.get(key) or ops.default(call.kind, call.shape, call.options)
+            tactic = ops.entry(key) or ops.default(call.kind, call.shape, call.options)
             if fault := trial.fault(tactic):
                 raise RuntimeError(f"nothing was timed: {name}: {fault}")
             trials[name] = trial, tactic
