@@ -164,7 +164,9 @@ def _swapped(tactic: Tactic, kind: str, shape: tuple[int, ...], processors: int)
         tiles = math.ceil(rows / block_m) * math.ceil(n / width)
         even = processors // tiles * tiles
         for split in sorted({1, processors, *((even,) if even > tiles else ())}):
-            found.append(replace(tactic, block_m=block_m, block_n=width, split_k=split, warps=width // WARP_WEIGHTS))
+            tile = replace(tactic, block_m=block_m, block_n=width, split_k=split)
+            # Few stages: what does not fit is tried with no others.
+            found.append(replace(tile, warps=width // WARP_WEIGHTS, stages=STAGES[1]))
     return found
 
 
