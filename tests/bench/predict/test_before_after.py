@@ -8,6 +8,7 @@ import pytest
 
 from tests.support import ROOT
 from xr0_engine.bench import results
+from xr0_engine.bench.predict.figures import find_chip
 from xr0_engine.bench.tell.predicted import CELLS, Row, stages
 
 FOLDER = ROOT / "bench" / "results"
@@ -63,3 +64,24 @@ def streamed_line(chip: str, case: str) -> str:
 @pytest.mark.parametrize(("chip", "case"), list(product(CHIPS, CASES)))
 def test_the_document_says_what_a_streamed_flow_is_predicted_to_take(chip, case):
     assert streamed_line(chip, case) in DOCUMENT.read_text(encoding="utf-8").splitlines()
+
+
+def table_line(chip: str, case: str) -> str:
+    """Vision and prefill by stated defaults and by the table, the flow, and the whole step: by defaults with a chained
+    and with a streamed flow, and by the table."""
+    chained = results.read(FOLDER / f"predicted-{DAY}-after-{chip}-{case}.json").facts
+    streamed, table = (
+        results.read(FOLDER / f"predicted-{STREAMED_DAY}-{way}-{chip}-{case}.json").facts
+        for way in ("streamed", "tables")
+    )
+    assert (table["part"], table["table"]) == ("streamed", f"sm_{find_chip(chip).arch}.json")
+    cells = [f"{streamed['ms'][stage][1]:.2f} → {table['ms'][stage][1]:.2f}" for stage in ("vision", "prefill")]
+    low, _, high = table["ms"]["total"]
+    steps = (facts["ms"]["total"][1] for facts in (chained, streamed, table))
+    cells += [f"{table['ms']['flow'][1]:.2f}", " → ".join(f"{step:.2f}" for step in steps), f"{low:.2f} to {high:.2f}"]
+    return f"| {chip}, {case} | {' | '.join(cells)} | {table['bound_ms']['total']:.2f} |"
+
+
+@pytest.mark.parametrize(("chip", "case"), list(product(CHIPS, CASES)))
+def test_the_document_says_what_the_tables_are_predicted_to_take(chip, case):
+    assert table_line(chip, case) in DOCUMENT.read_text(encoding="utf-8").splitlines()
