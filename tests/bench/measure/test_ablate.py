@@ -77,6 +77,14 @@ def test_variants_of_a_machine_without_a_gpu(tuned):
     assert found["chained flow"].table == replace(model.table, flow="persistent")
 
 
+def test_predicted_tactics_are_not_called_measured(tuned, monkeypatch):
+    model, _ = tuned
+    monkeypatch.setattr(model, "table", replace(model.table, predicted=True))
+    assert "predicted tactics" in variants(model)
+    assert features(model)["predicted tactics"] == 1
+    assert "measured tactics" not in {**variants(model), **features(model)}
+
+
 AFTER, BESIDE, ONE = (False, "chained"), (True, "chained"), (False, "persistent")
 
 

@@ -53,12 +53,17 @@ def features(model: FusedModel) -> dict[str, Any]:
     overlap = on_gpu and table.overlap
     return {
         "CUDA graph": model.graphs,
-        "measured tactics": len(table.tactics),
+        _tactics(table): len(table.tactics),
         "dependent launch": on_gpu and has_dependent_launch(model.device),
         "overlap": overlap,
         # Beside the VLM it is chained, whatever the table says.
         "flow": "chained" if overlap else table.flow,
     }
+
+
+def _tactics(table: TacticTable) -> str:
+    """What they are called, by where they come from."""
+    return f"{'predicted' if table.predicted else 'measured'} tactics"
 
 
 def variants(model: FusedModel) -> dict[str, Variant]:
@@ -68,8 +73,8 @@ def variants(model: FusedModel) -> dict[str, Variant]:
     found = {}
     if graphs:
         found["CUDA graph"] = Variant("every kernel is launched from the host", table, graphs=False)
-    if has["measured tactics"]:
-        found["measured tactics"] = Variant("kernels have their stated defaults", replace(table, tactics={}), graphs)
+    if table.tactics:
+        found[_tactics(table)] = Variant("kernels have their stated defaults", replace(table, tactics={}), graphs)
     if has["dependent launch"]:
         instead = "a kernel starts when the one before it has ended"
         found["dependent launch"] = Variant(instead, table, graphs, scope=without_dependent_launch)
