@@ -115,7 +115,7 @@ class Engine:
             choice = choose(chosen_device, dtype, folder, layers, quantize, None if tuned is None else tuned.folder)
         else:
             choice = chosen(by_name, chosen_device, preprocess.config, layers)
-        table = tactics_for(chosen_device) if choice.backend == "triton" else None
+        table = (choice.table or tactics_for(chosen_device)) if choice.backend == "triton" else None
         is_8bit = bool(layers) and quantize is None
         stored, merges = read_index(folder, is_8bit), {}
         if tuned is not None:

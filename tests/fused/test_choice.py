@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import CPU, make_config
+from xr0_engine import engine as engine_module
 from xr0_engine.checkpoint import init_checkpoint, write_checkpoint
 from xr0_engine.comparison import Comparison
 from xr0_engine.config import ModelConfig
@@ -295,6 +296,64 @@ def test_the_checkpoint_s_own_layers_are_checked_where_the_seeded_model_passed(g
     assert "checkpoint, float32: failed on" in found.reason
     assert found.reason.endswith("first layers, op by op: its process was ended by SIGABRT")
     assert recall(identity(config=ModelConfig.load(folder))).outcome == "failed"
+
+
+def predicted(monkeypatch, outcomes):
+    """A table predicted for the CPU that stands for a GPU; outcomes: of checks, by whether they were with it. Returns
+    it and the commands of those that ran."""
+    table, ran = TacticTable("sm_90", {"linear 5x8x16 float32": Tactic()}, predicted=True), []
+    for module in (choice, engine_module):
+        monkeypatch.setattr(module, "tactics_for", lambda device: table)
+
+    def check(command, identity, limit_s):
+        ran.append(command)
+        return replace(outcomes["--stated-defaults" not in command], identity=identity)
+
+    monkeypatch.setattr(choice, "run_check", check)
+    return table, ran
+
+
+HANGS = Verdict("failed", {}, "chunk", "it did not end within 300 s")
+
+
+def test_where_predicted_tactics_fail_stated_defaults_are_checked(gpu, folder, monkeypatch, caplog):
+    _, ran = predicted(monkeypatch, {True: HANGS, False: Verdict("passed", {})})
+    for _ in range(2):
+        found = choose(CPU, "float32", folder)
+        assert (found.backend, found.table) == ("triton", TacticTable(""))
+        assert found.reason.endswith(", with stated defaults: predicted for sm_90, they did not")
+    # The seeded model with the table; both with defaults; all kept, said once.
+    assert ["--stated-defaults" in command for command in ran] == [False, True, True]
+    assert len(caplog.records) == 1
+    assert "it did not end within 300 s" in caplog.text
+    engine = Engine.from_pretrained(folder, device="cpu", dtype="float32")
+    assert engine.model.table == TacticTable("")
+
+
+def test_where_predicted_tactics_pass_they_run(gpu, folder, monkeypatch):
+    table, ran = predicted(monkeypatch, {True: Verdict("passed", {}), False: HANGS})
+    assert choose(CPU, "float32", folder).table == table
+    assert len(ran) == 2
+    assert not any("--stated-defaults" in command for command in ran)
+
+
+@pytest.mark.parametrize(
+    ("first", "checks"),
+    [(HANGS, 2), (replace(HANGS, reason="CUDA error: out of memory", lasting=False), 1)],
+    ids=["lasting", "of the moment"],
+)
+def test_where_defaults_fail_too_or_would_the_reference_runs(gpu, folder, monkeypatch, first, checks):
+    _, ran = predicted(monkeypatch, {True: first, False: HANGS})
+    found = choose(CPU, "float32", folder)
+    assert (found.backend, found.table) == ("reference", None)
+    assert len(ran) == checks
+
+
+def test_measured_tactics_that_fail_are_no_prediction(gpu, folder, monkeypatch):
+    table, ran = predicted(monkeypatch, {True: HANGS, False: Verdict("passed", {})})
+    monkeypatch.setattr(choice, "tactics_for", lambda device: replace(table, predicted=False))
+    assert choose(CPU, "float32", folder).backend == "reference"
+    assert len(ran) == 1
 
 
 def test_a_model_without_kernels_runs_the_reference_without_a_word(gpu, folder, caplog, monkeypatch):

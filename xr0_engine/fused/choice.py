@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -29,7 +29,7 @@ from xr0_engine.env import emulated_arch
 from xr0_engine.fused.backends import capability
 from xr0_engine.fused.products import refusal_of
 from xr0_engine.fused.selfcheck import MARK, NOT_FINITE, WHOLE
-from xr0_engine.fused.tactics import TacticTable, tactics_for
+from xr0_engine.fused.tactics import TacticTable, stated_defaults, tactics_for
 from xr0_engine.fused.verdict import Verdict, identity_of, keep, recall, verdict_path
 from xr0_engine.model.quantization import Format, Formats, format_pairs
 from xr0_engine.model.weights import check_stored, read_index
@@ -47,10 +47,12 @@ log = logging.getLogger("xr0_engine.selfcheck")
 
 @dataclass(frozen=True)
 class Choice:
-    """A backend, and why it runs, in one line."""
+    """A backend, and why it runs, in one line. table: of the tactics that the kernels passed with, None where nobody
+    asked."""
 
     backend: str
     reason: str
+    table: TacticTable | None = None
 
 
 def chosen(backend: str, device: torch.device, config: ModelConfig, layers: Mapping[str, Format]) -> Choice:
@@ -73,6 +75,7 @@ def choose(
     """What `auto` runs on a device for a checkpoint, both of which were found to be usable.
 
     On a GPU the first call checks the kernels, in processes of their own, and keeps the verdict; a later one reads it.
+    Tactics that were predicted have run nowhere: where kernels fail with them, they are checked with stated defaults.
     layers: those in 8 bits; recipe: by which they are quantised as they are read, None if they are stored so.
     described_by: the folder whose config.json says how the checkpoint runs, an adapter's; None: its own. Raises
     CheckpointError for tensors that do not fit config.json.
@@ -81,21 +84,36 @@ def choose(
         return Choice("reference", "the device is no GPU")
     if fault := triton_fault():
         return Choice("reference", fault)
-    table, config, created = tactics_for(device), ModelConfig.load(described_by or folder), ""
+    known, config = tactics_for(device), ModelConfig.load(described_by or folder)
     if refusal := refusal_of(layers, config.text.num_layers, capability(device)):
         return Choice("reference", refusal)
     subjects = [Checked(formats=formats) for formats in format_pairs(layers)]
-    for subject in (*subjects, Checked(folder, layers, recipe, described_by=described_by)):
-        verdict = recall(subject.identity(device, dtype, table, config))
-        if verdict is None:
-            verdict = check_now(device, dtype, table, subject)
+    subjects.append(Checked(folder, layers, recipe, described_by=described_by))
+    found = Choice("reference", "")
+    for table in (known, stated_defaults(device)) if known.predicted else (known,):
+        verdict = _verdict(subjects, device, dtype, table, config)
+        if verdict.outcome == "passed":
+            others = "" if table == known else f", with stated defaults: {known.origin}, they did not"
+            return Choice("triton", f"its kernels passed their self-check on {verdict.created[:10]}{others}", table)
         if verdict.outcome == "refused":
             return Choice("reference", verdict.reason)
-        if verdict.outcome == "failed":
-            _warn_once(_report(verdict))
-            return Choice("reference", f"the kernels' self-check: {verdict.told()}")
-        created = verdict.created[:10]
-    return Choice("triton", f"its kernels passed their self-check on {created}")
+        _warn_once(_report(verdict))
+        found = Choice("reference", f"the kernels' self-check: {verdict.told()}")
+        if not verdict.lasting:
+            break
+    return found
+
+
+def _verdict(
+    subjects: Sequence[Checked], device: torch.device, dtype: str, table: TacticTable, config: ModelConfig
+) -> Verdict:
+    """The first one of subjects that is no pass, else the last. Kept ones count."""
+    for subject in subjects:
+        kept = recall(subject.identity(device, dtype, table, config))
+        verdict = kept or check_now(device, dtype, table, subject)
+        if verdict.outcome != "passed":
+            break
+    return verdict
 
 
 @dataclass(frozen=True)
@@ -121,8 +139,8 @@ class Checked:
 
 
 def check_now(device: torch.device, dtype: str, table: TacticTable, subject: Checked) -> Verdict:
-    """Check it in a new process, whatever the cache holds, and keep the verdict. Raises CheckpointError for tensors
-    that do not fit config.json."""
+    """Check it in a new process, whatever the cache holds, and keep the verdict. table: the device's, or of stated
+    defaults. Raises CheckpointError for tensors that do not fit config.json."""
     config, checkpoint = None, subject.checkpoint
     if checkpoint is not None:
         config = ModelConfig.load(subject.described_by or checkpoint)
@@ -136,6 +154,7 @@ def check_now(device: torch.device, dtype: str, table: TacticTable, subject: Che
     words += [] if subject.described_by is None else ["--described-by", str(subject.described_by)]
     words += ["--formats", *(format or WHOLE for format in subject.formats)] if any(subject.formats) else []
     words += [] if subject.recipe is None else ["--quantize", subject.recipe]
+    words += [] if table == tactics_for(device) else ["--stated-defaults"]
     limit_s = TIME_LIMIT_S if emulated_arch() is None else EMULATED_TIME_LIMIT_S
     command = [sys.executable, "-m", "xr0_engine.fused.selfcheck", *words]
     verdict = run_check(command, subject.identity(device, dtype, table, config), limit_s)

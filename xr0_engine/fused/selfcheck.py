@@ -29,7 +29,7 @@ from xr0_engine.config import ActionHeadConfig, ModelConfig, TextConfig, TokenId
 from xr0_engine.fused.model import FusedModel
 from xr0_engine.fused.prompts import left_padded, session_key
 from xr0_engine.fused.session import Session
-from xr0_engine.fused.tactics import TacticTable, tactics_for
+from xr0_engine.fused.tactics import TacticTable, stated_defaults, tactics_for
 from xr0_engine.model.quantization import Formats, formatted_layers, quantized_layers, read_quantization
 from xr0_engine.model.weights import allocated, fillings, inference_shapes, read_index
 from xr0_engine.model.xr0 import XR0Model
@@ -298,12 +298,14 @@ def main() -> None:
     parser.add_argument("--described-by", type=Path)
     parser.add_argument("--quantize")
     parser.add_argument("--formats", nargs=2, default=(WHOLE, WHOLE))
+    parser.add_argument("--stated-defaults", action="store_true")
     given = parser.parse_args()
     device, dtype = torch.device(given.device), resolve_dtype(given.dtype)
 
     def tell(**line: object) -> None:
         print(MARK + json.dumps(line), flush=True)
 
+    table = stated_defaults(device) if given.stated_defaults else tactics_for(device)
     tell(stage="loading")
     if given.checkpoint is None:
         vlm, head = (None if format == WHOLE else format for format in given.formats)
@@ -313,7 +315,7 @@ def main() -> None:
         model = checkpoint_model(given.checkpoint, device, dtype, given.quantize, given.described_by)
         sessions = checkpoint_sessions(model.config)
     try:
-        for comparison in check(model, sessions, "triton", tactics_for(device), lambda stage: tell(stage=stage)):
+        for comparison in check(model, sessions, "triton", table, lambda stage: tell(stage=stage)):
             tell(comparison=asdict(comparison))
     except NotImplementedError as error:
         tell(refused=str(error))

@@ -82,7 +82,12 @@ def tactics_for(device: torch.device) -> TacticTable:
     for path in paths:
         if path.is_file():
             return read_tactics(path)
-    return TacticTable(gpu=name)
+    return stated_defaults(device)
+
+
+def stated_defaults(device: torch.device) -> TacticTable:
+    """No tactics: what runs where there is no table."""
+    return TacticTable(gpu=gpu_name(device))
 
 
 def predicted_path(folder: Path, arch: int) -> Path:
