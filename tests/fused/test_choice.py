@@ -321,10 +321,11 @@ def test_where_predicted_tactics_fail_stated_defaults_are_checked(gpu, folder, m
     for _ in range(2):
         found = choose(CPU, "float32", folder)
         assert (found.backend, found.table) == ("triton", TacticTable(""))
-        assert found.reason.endswith(", with stated defaults: predicted for sm_90, they did not")
+        assert found.reason.endswith(", with stated defaults: with tactics predicted for sm_90 they did not")
     # The seeded model with the table; both with defaults; all kept, said once.
     assert ["--stated-defaults" in command for command in ran] == [False, True, True]
     assert len(caplog.records) == 1
+    assert "auto runs the kernels with stated defaults" in caplog.text
     assert "it did not end within 300 s" in caplog.text
     engine = Engine.from_pretrained(folder, device="cpu", dtype="float32")
     assert engine.model.table == TacticTable("")

@@ -89,18 +89,22 @@ def choose(
         return Choice("reference", refusal)
     subjects = [Checked(formats=formats) for formats in format_pairs(layers)]
     subjects.append(Checked(folder, layers, recipe, described_by=described_by))
-    found = Choice("reference", "")
+    found, failed = Choice("reference", ""), list[Verdict]()
     for table in (known, stated_defaults(device)) if known.predicted else (known,):
         verdict = _verdict(subjects, device, dtype, table, config)
         if verdict.outcome == "passed":
-            others = "" if table == known else f", with stated defaults: {known.origin}, they did not"
+            others = "" if table == known else f", with stated defaults: with tactics {known.origin} they did not"
+            for before in failed:
+                _warn_once(_report(before, "the kernels with stated defaults"))
             return Choice("triton", f"its kernels passed their self-check on {verdict.created[:10]}{others}", table)
         if verdict.outcome == "refused":
             return Choice("reference", verdict.reason)
-        _warn_once(_report(verdict))
+        failed.append(verdict)
         found = Choice("reference", f"the kernels' self-check: {verdict.told()}")
         if not verdict.lasting:
             break
+    for before in failed:
+        _warn_once(_report(before, "'reference'"))
     return found
 
 
@@ -216,12 +220,13 @@ def _end(code: int | None, errors: list[str], limit_s: float) -> str:
     return last[0] if last else f"its process ended with code {code}"
 
 
-def _report(verdict: Verdict) -> str:
+def _report(verdict: Verdict, runs: str) -> str:
+    """runs: what `auto` runs instead."""
     stage, reason = verdict.why
     path = verdict_path(verdict.identity)
     told = f"and the file {path}" if path.is_file() else "and this message"
     return (
-        f"backend auto runs 'reference', which is slower: the GPU kernels failed their self-check on this machine "
+        f"backend auto runs {runs}, which is slower: the GPU kernels failed their self-check on this machine "
         f"({verdict.subject}) at {stage}: {reason}. Please report it with the output of `xr0 doctor --json` {told}; "
         f"`xr0 doctor --check` checks again"
     )
