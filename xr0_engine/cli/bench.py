@@ -323,7 +323,9 @@ def tune(
     if predicted:
         from xr0_engine.bench.predict import tables
 
-        tables.run(_setup(found[0].name, size, checkpoint, "cpu", dtype, None, "triton"), found, chip, minutes, out)
+        # Each of its own family's sizes.
+        setups = [_setup(case.name, size, checkpoint, "cpu", dtype, None, "triton") for case in found]
+        tables.run(setups, chip, minutes, out)
         return
     module.run(_setup(found[0].name, size, checkpoint, device, dtype, None, "triton"), found, minutes, out)
 

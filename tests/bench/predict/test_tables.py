@@ -81,7 +81,7 @@ def test_where_nothing_compiles_the_default_stays(search, monkeypatch):
 def test_the_command_writes_a_table_that_says_it_is_predicted(tmp_path):
     """No time for any key: how the flow is to run is told all the same."""
     path = tmp_path / "sm_89.json"
-    arguments = ("--predict", "--chip", "rtx4090", "--size", "tiny", "--case", "libero", "--minutes", "0")
+    arguments = ("--predict", "--chip", "rtx4090", "--size", "tiny", "--case", "libero,robodojo", "--minutes", "0")
     inherited = {key: value for key, value in os.environ.items() if key not in ("TRITON_INTERPRET", "XR0_EMULATE")}
     command = [sys.executable, "-m", "xr0_engine", "bench", "tune", *arguments, "--out", str(path)]
     done = subprocess.run(command, cwd=ROOT, env=inherited, capture_output=True, text=True, check=False)
@@ -89,5 +89,6 @@ def test_the_command_writes_a_table_that_says_it_is_predicted(tmp_path):
     table = read_tactics(path)
     assert (table.gpu, table.predicted, table.tactics) == ("sm_89", True, {})
     assert set(table.measured["step libero"]) == {"chained", "layered", "persistent", "streamed"}
+    assert table.measured.keys() == {"step libero", "step robodojo"}, "of either family"
     assert table.environment["chip"] == "rtx4090"
     assert "predicted" in done.stdout

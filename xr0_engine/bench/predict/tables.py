@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from xr0_engine.backend import resolve_dtype, triton_installed
-from xr0_engine.bench.cases import Case, Setup
+from xr0_engine.bench.cases import Setup
 from xr0_engine.bench.predict.code import Code, compiled_code
 from xr0_engine.bench.predict.figures import Chip, find_chip
 from xr0_engine.bench.predict.model import Launched, chain_seconds
@@ -208,8 +208,9 @@ def _stages(loop: Op) -> dict[str, tuple[Op, str]]:
     return found
 
 
-def run(setup: Setup, cases: Sequence[Case], chip_name: str, minutes: float, out: Path | None) -> None:
-    """`xr0 bench tune --predict`. Writes the table and tells what it holds. out: instead of the package's own folder.
+def run(setups: Sequence[Setup], chip_name: str, minutes: float, out: Path | None) -> None:
+    """`xr0 bench tune --predict`, of setups' cases. Writes the table and tells what it holds. out: instead of the
+    package's own folder.
 
     Raises ValueError for a chip that is not known, NotImplementedError without Triton.
     """
@@ -224,9 +225,9 @@ def run(setup: Setup, cases: Sequence[Case], chip_name: str, minutes: float, out
             progress.update(task, completed=number, total=of, description=key)
             progress.refresh()
 
-        table, choices = predicted_table(chip, [replace(setup, case=case) for case in cases], minutes, done)
+        table, choices = predicted_table(chip, setups, minutes, done)
     versions = {name: environment("cpu")[name] for name in ("torch", "triton")}
-    told = {**versions, "commit": current_commit(), "chip": chip.name, "cases": [case.name for case in cases]}
+    told = {**versions, "commit": current_commit(), "chip": chip.name, "cases": [setup.case.name for setup in setups]}
     write_tactics(replace(table, environment=told), path)
     for name, times in table.measured.items():
         if name.startswith("step "):
