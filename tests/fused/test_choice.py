@@ -339,22 +339,15 @@ def test_where_predicted_tactics_pass_they_run(gpu, folder, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("first", "checks"),
-    [(HANGS, 2), (replace(HANGS, reason="CUDA error: out of memory", lasting=False), 1)],
-    ids=["lasting", "of the moment"],
+    ("first", "is_predicted", "checks"),
+    [(HANGS, True, 2), (replace(HANGS, reason="out of memory", lasting=False), True, 1), (HANGS, False, 1)],
+    ids=["both", "of the moment", "measured"],
 )
-def test_where_defaults_fail_too_or_would_the_reference_runs(gpu, folder, monkeypatch, first, checks):
-    _, ran = predicted(monkeypatch, {True: first, False: HANGS})
+def test_the_reference_runs_where_no_defaults_help(gpu, folder, monkeypatch, first, is_predicted, checks):
+    table, ran = predicted(monkeypatch, {True: first, False: HANGS})
+    monkeypatch.setattr(choice, "tactics_for", lambda device: replace(table, predicted=is_predicted))
     found = choose(CPU, "float32", folder)
-    assert (found.backend, found.table) == ("reference", None)
-    assert len(ran) == checks
-
-
-def test_measured_tactics_that_fail_are_no_prediction(gpu, folder, monkeypatch):
-    table, ran = predicted(monkeypatch, {True: HANGS, False: Verdict("passed", {})})
-    monkeypatch.setattr(choice, "tactics_for", lambda device: replace(table, predicted=False))
-    assert choose(CPU, "float32", folder).backend == "reference"
-    assert len(ran) == 1
+    assert (found.backend, found.table, len(ran)) == ("reference", None, checks)
 
 
 def test_a_model_without_kernels_runs_the_reference_without_a_word(gpu, folder, caplog, monkeypatch):

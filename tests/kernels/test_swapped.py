@@ -161,6 +161,24 @@ def test_what_is_reserved_on_paper_is_enough_for_a_chip_of_fewer_processors(sche
 
 
 @schedules
+def test_a_flow_s_product_with_the_key_of_a_vision_s_has_the_default(schedule):
+    """Of many observations a layer's down product has as many rows as two views: gates and norms are its own."""
+    torch.manual_seed(0)
+    product = Product.make((1, 100, 136, 128), torch.bfloat16)
+    out, exact = Frame(1, 100, 128), torch.empty(1, 100, 128, device=DEVICE)
+    stream, gate = torch.randn(1, 100, 128).to(DEVICE), torch.randn(128).to(DEVICE)
+    sums = [torch.zeros(2, 1, 100, 2, device=DEVICE) for _ in range(2)]
+    asked = [{"residual": Residual(stream, gate), "stats": StatsOut(each, gate)} for each in sums]
+    key = tactic_key("linear", (100, 128, 136), torch.bfloat16)
+    ops = FusedOps("triton", DEVICE, {key: replace(SWAPPED, schedule=schedule)})
+    ops.linear(product.x, product.weight, out.view, **asked[0])
+    run = {"tactic": SWAPPED, "workspace": workspace()}
+    fused_reference.linear(product.x, product.weight, exact, **asked[1], **run)
+    assert_close(out.result(), exact)
+    assert_close(*sums)
+
+
+@schedules
 def test_silu_of_the_largest_numbers(schedule):
     """Its exponential overflows for one sign and is nothing for the other."""
     x = torch.zeros(1, 64, 64).to(DEVICE, torch.bfloat16)

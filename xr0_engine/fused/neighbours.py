@@ -18,12 +18,11 @@ class Neighbours:
     """tactics: key (ops.tactic_key) -> tactic; kept: keys whose default was not beaten."""
 
     def __init__(self, tactics: Mapping[str, Tactic], kept: Collection[str]) -> None:
-        self._tactics = tactics
-        self._rows: dict[str, list[int]] = {}
-        for key in (*tactics, *kept):
+        self._known: dict[tuple[str, str], dict[int, Tactic | None]] = {}
+        for key in (*kept, *tactics):
             if (product := _product_of(key)) is not None:
                 rows, others = product
-                self._rows.setdefault(others, []).append(rows)
+                self._known.setdefault(others, {})[rows] = tactics.get(key)
 
     def of(self, key: str) -> Tactic | None:
         """The tactic of the same product for as nearly as many rows as there are; None if none is near, or if nothing
@@ -32,15 +31,15 @@ class Neighbours:
             return None
         rows, others = product
         near = {
-            known: apart
-            for known in self._rows.get(others, ())
+            apart: tactic
+            for known, tactic in self._known.get(others, {}).items()
             if min(known, rows) > SKINNY_ROWS and (apart := abs(math.log(known / rows))) <= math.log(NEAR_ROWS)
         }
-        return self._tactics.get(others.format(min(near, key=near.__getitem__))) if near else None
+        return near[min(near)] if near else None
 
 
-def _product_of(key: str) -> tuple[int, str] | None:
-    """(rows, the key with a place for others) of a product's key, None for another op's."""
+def _product_of(key: str) -> tuple[int, tuple[str, str]] | None:
+    """(rows, what else tells it) of a product's key, None for what is none."""
     kind, _, rest = key.partition(" ")
     rows, _, others = rest.partition("x")
-    return (int(rows), f"{kind} {{}}x{others}") if kind in PRODUCTS else None
+    return (int(rows), (kind, others)) if kind in PRODUCTS and rows.isdecimal() else None

@@ -33,10 +33,6 @@ from xr0_engine.kernels.arguments import (
     Tactic,
     Weight,
     Workspace,
-    end_passes,
-    heads_of_tile,
-    schedule_runs,
-    sharers_of,
     streamed_rows,
 )
 
@@ -58,11 +54,7 @@ __all__ = [
     "StatsOut",
     "Tactic",
     "Weight",
-    "end_passes",
     "has_dependent_launch",
-    "heads_of_tile",
-    "schedule_runs",
-    "sharers_of",
     "streamed_rows",
     "tactic_key",
     "without_dependent_launch",
@@ -72,23 +64,17 @@ __all__ = [
 class FusedOps:
     """The fused ops of one backend, in the order of one stream.
 
-    tactics: key -> tactic, as measured on this GPU; kept: keys whose default was not beaten. An op without an entry
-    runs with that of nearly as many rows (neighbours.py), else with the stated default of its kernel.
-    arch: compute capability (90 for an H200) that defaults are chosen for; None is the device's own. programs: at most
-    so many run a flow loop, what they leave of the chip is free for other kernels; None: as many as it has processors.
+    tactics: key -> tactic, as measured on this GPU; kept: keys whose default was not beaten. What has no entry runs
+    with that of nearly as many rows (neighbours.py), else with its kernel's stated default. arch: compute
+    capability that defaults are chosen for; None: the device's. programs: at most so many run a flow loop, and
+    leave the rest of the chip free; None: as many as it has processors.
     """
 
     def __init__(
-        self,
-        backend: str,
-        device: torch.device,
-        tactics: Mapping[str, Tactic] | None = None,
-        arch: int | None = None,
-        programs: int | None = None,
-        kept: Collection[str] = (),
-    ) -> None:
-        self.backend, self.tactics, self.programs = backend, dict(tactics or {}), programs
-        self.kept = frozenset(kept)
+        self, backend: str, device: torch.device, tactics: Mapping[str, Tactic] | None = None, arch: int | None = None,
+        programs: int | None = None, kept: Collection[str] = (),
+    ) -> None:  # fmt: skip
+        self.backend, self.tactics, self.programs, self.kept = backend, dict(tactics or {}), programs, frozenset(kept)
         self._neighbours = Neighbours(self.tactics, self.kept)
         self.workspace = Workspace(device)
         self._kernels = kernels_of(backend)
@@ -153,8 +139,9 @@ class FusedOps:
     def _run_product(
         self, kind: str, x: Tensor, weight: Weight, outs: tuple[Tensor | None, ...], options: dict[str, Any], *dim: int
     ) -> None:
-        shape = (x.shape[0] * x.shape[1], *weight.data.shape, *dim)
-        self.run(kind, shape, weight.data.dtype, (x, weight, *outs), options)
+        self.run(
+            kind, (x.shape[0] * x.shape[1], *weight.data.shape, *dim), weight.data.dtype, (x, weight, *outs), options
+        )
 
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, *, causal: bool, segments: Segments | None = None
@@ -348,12 +335,11 @@ class FusedOps:
 
     def default(self, kind: str, shape: tuple[int, ...], options: Mapping[str, Any] | None = None) -> Tactic:
         """What runs where the table has no entry: a stated rule, never a guess at run time."""
-        factor_bytes = 1 if has_8bit_rows(options) else 2
-        return self._kernels.default_tactic(kind, shape, self.arch, factor_bytes)
+        return self._kernels.default_tactic(kind, shape, self.arch, 1 if has_8bit_rows(options) else 2)
 
     def tactic(self, kind: str, shape: Shape, dtype: torch.dtype, options: Mapping[str, Any] | None = None) -> Tactic:
         """That of the table, else the default."""
-        if (found := self.entry(tactic_key(kind, shape, dtype, options))) is not None:
+        if found := self.entry(tactic_key(kind, shape, dtype, options)):
             return found
         default = self.default(kind, shape, options)
         # In float32 keys and values are more than one program of the schedule "whole" holds.
@@ -367,7 +353,22 @@ class FusedOps:
         self, kind: str, shape: Shape, dtype: torch.dtype, arguments: tuple[Any, ...], options: Mapping[str, Any]
     ) -> None:
         """Where every op that has tactics comes through."""
-        self.call(kind, arguments, options, self.tactic(kind, shape, dtype, options))
+        self.call_tuned(kind, shape, dtype, arguments, options)
+
+    def call_tuned(
+        self, kind: str, shape: Shape, dtype: torch.dtype, arguments: tuple[Any, ...], options: Mapping[str, Any]
+    ) -> Tactic:
+        """By the table's tactic, or the default where the table's schedule has not what is asked for: a flow of many
+        observations has keys of the vision's products, with gates and norms of its own. Returns what ran."""
+        tactic = self.tactic(kind, shape, dtype, options)
+        try:
+            self.call(kind, arguments, options, tactic)
+        except NotImplementedError:
+            if tactic == (default := self.default(kind, shape, options)):
+                raise
+            self.call(kind, arguments, options, default)
+            return default
+        return tactic
 
 
 def tactic_key(kind: str, shape: tuple[int, ...], dtype: torch.dtype, options: Mapping[str, Any] | None = None) -> str:

@@ -10,6 +10,10 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, NamedTuple
 
 from xr0_engine.backend import interpreted
+from xr0_engine.kernels.arguments import end_passes as end_passes
+from xr0_engine.kernels.arguments import heads_of_tile as heads_of_tile
+from xr0_engine.kernels.arguments import schedule_runs as schedule_runs
+from xr0_engine.kernels.arguments import sharers_of as sharers_of
 
 if TYPE_CHECKING:
     from xr0_engine.kernels.launch import Compiled as Compiled

@@ -135,12 +135,8 @@ def launch_time(launched: Launched, chip: Chip, at: Settings, ahead_share: float
         parts["shared memory"] = load * trips * warps * code.loop.shared_bytes / SHARED_BYTES_CYCLE * cycle
         special = warps * 32 * trips * code.loop.special
         runs = work.runs or work.ends
-        end_cycles = at_once * warps / issue * runs * code.outside.instructions
-        if work.units:
-            again = (
-                runs * (code.outside.instructions - code.behind.instructions) + work.units * code.behind.instructions
-            )
-            end_cycles = at_once * warps / issue * (again + work.stores)
+        more = (work.units - runs) * code.behind.instructions if work.units else 0.0
+        end_cycles = at_once * warps / issue * (runs * code.outside.instructions + more + work.stores)
     parts["exponentials"] = load * special / SPECIAL_CYCLE * cycle
     power = at["overlap_power"]
     body = sum(part**power for part in parts.values()) ** (1 / power)

@@ -70,8 +70,7 @@ class LaunchOps(StagedOps):
         self, kind: str, shape: Shape, dtype: torch.dtype, arguments: tuple[Any, ...], options: Mapping[str, Any]
     ) -> None:
         self.take_glue()
-        tactic = self.tactic(kind, shape, dtype, options)
-        self.call(kind, arguments, options, tactic)
+        tactic = self.call_tuned(kind, shape, dtype, arguments, options)
         self.ops.append(Op(self.stage, kind, shape, tactic, arguments, options, self._rest()))
 
     def flow_loop(self, *arguments: Any, **options: Any) -> None:

@@ -28,8 +28,8 @@ from xr0_engine.bench.step import candidates
 from xr0_engine.bench.step.recorder import META
 from xr0_engine.bench.step.workload import Workload
 from xr0_engine.fused.backends import LOOP, LOOP_STAGES, compiler_faults, loop_shapes
-from xr0_engine.fused.ops import SHARED_LIMIT, Flow, FusedOps, Tactic, schedule_runs, tactic_key
-from xr0_engine.fused.paper import recording, variant
+from xr0_engine.fused.ops import SHARED_LIMIT, Flow, FusedOps, Tactic, tactic_key
+from xr0_engine.fused.paper import recording, schedule_runs, variant
 from xr0_engine.fused.tactics import TacticTable, predicted_path, write_tactics
 
 FLOWS: tuple[Flow, ...] = ("chained", "layered", "persistent", "streamed")

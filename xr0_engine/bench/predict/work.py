@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from xr0_engine.fused.ops import SHARED_LIMIT, STATS_COLUMNS, Tactic, end_passes, heads_of_tile, sharers_of
-from xr0_engine.fused.paper import row_pieces
+from xr0_engine.fused.ops import SHARED_LIMIT, STATS_COLUMNS, Tactic
+from xr0_engine.fused.paper import end_passes, heads_of_tile, row_pieces, sharers_of
 
 FLOAT32 = 4
 HALF = 2
