@@ -128,6 +128,7 @@ def test_wrong_rounds_exit_with_2(name):
         pytest.param(("graph",), "it needs CUDA graphs", id="graph without a GPU"),
         pytest.param(("ablate",), "`xr0 bench latency` compares", id="ablation without a GPU"),
         pytest.param(("tune", "--case", "kitchen"), "case: expected one of libero", id="case"),
+        pytest.param(("tune", "--case", "libero,robodojo"), "cases of one model family", id="two families"),
         pytest.param(("latency", "--part", "tail"), "part: expected one of all, dit", id="part"),
         pytest.param(("throughput", "--batches", "1;2"), "batches: expected whole numbers", id="batches"),
         pytest.param(("jitter", "--rate", "0"), "rate: expected more than 0", id="rate"),

@@ -327,6 +327,11 @@ def tune(
         setups = [_setup(case.name, size, checkpoint, "cpu", dtype, None, "triton") for case in found]
         tables.run(setups, chip, minutes, out)
         return
+    if len({case.family for case in found}) > 1:
+        # One checkpoint is measured; what is predicted needs none.
+        raise ValueError(
+            f"--case: expected cases of one model family, got {cases}; name those of the model that you run"
+        )
     module.run(_setup(found[0].name, size, checkpoint, device, dtype, None, "triton"), found, minutes, out)
 
 

@@ -259,9 +259,8 @@ def launch_bulk(call: ProductCall) -> None:
     if max(shared, blocks) * (sharers + 1) >= COUNTED:
         raise ValueError(f"tactic.split_k: expected programs that 32 bits count, got {tactic.split_k}")
     halves = 1 if call.distance is None else 2
-    flat = x.as_strided((rows, inputs), (x.stride(1), 1)) if x.shape[0] > 1 else x[0]
     described: dict[str, TensorDescriptor | None] = {f"x_{index}": None for index in range(PIECES)}
-    described |= {f"x_{index}": _described(flat, piece, tactic.block_k) for index, piece in enumerate(pieces)}
+    described |= {f"x_{index}": _described(call.flat_x, piece, tactic.block_k) for index, piece in enumerate(pieces)}
     partials = call.workspace.partials(sharers * height * call.tile_weights) if shared else None
     counters = call.workspace.counters(shared) if shared else None
     launch(

@@ -48,6 +48,12 @@ class ProductCall:
         return self.x.shape[0] * self.x.shape[1]
 
     @property
+    def flat_x(self) -> Tensor:
+        """(rows, K), of batches that follow each other (bulk.py: check_factors)."""
+        x = self.x
+        return x.as_strided((self.rows, x.shape[2]), (x.stride(1), 1)) if x.shape[0] > 1 else x[0]
+
+    @property
     def column_step(self) -> int:
         """Weight rows from a tile's first to the next one's: of pairs that are farther apart than a tile, half."""
         together = self.distance is None or 2 * self.distance == self.tile_weights

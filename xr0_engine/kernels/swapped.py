@@ -311,10 +311,11 @@ def launch_swapped(call: ProductCall) -> None:
         EVEN_K=how.EVEN_K,
         SINGLE=call.x.shape[0] == 1,
     )
-    flat = call.x.as_strided((rows, inputs), (call.x.stride(1), 1)) if call.x.shape[0] > 1 else call.x[0]
     described: dict[str, TensorDescriptor | None] = {f"x_{index}": None for index in range(PIECES)}
     if grouped:
-        described |= {f"x_{index}": _described(flat, piece, tactic.block_k) for index, piece in enumerate(heights)}
+        described |= {
+            f"x_{index}": _described(call.flat_x, piece, tactic.block_k) for index, piece in enumerate(heights)
+        }
     partials = counters = None
     if tactic.split_k > 1:
         # As much as fewer programs could need: how many run is the chip's number, which nobody knows on paper.
