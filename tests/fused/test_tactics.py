@@ -134,7 +134,11 @@ def _product(rows: int, kind: str = "linear", inputs: int = 2560) -> str:
         (_product(192, inputs=4096), None),
         (_product(48), None),
         (f"{_product(208)} rows", None),
-        ("attention 1x32x192x8x192x128 bfloat16", None),
+        # Neither is an attention of twice the queries or keys, or of other heads; a flow's has its own default.
+        ("attention 1x32x104x8x208x128 bfloat16", None),
+        ("attention 1x32x208x8x416x128 bfloat16", None),
+        ("attention 1x32x208x4x208x128 bfloat16", None),
+        ("lambda_attention 1x8x12x8x200x128 bfloat16", None),
         ("flow_loop.down 192x2560x2560 bfloat16", None),
         # Not written by tune.
         ("linear {}x2560x2560 bfloat16", None),
@@ -148,10 +152,19 @@ def test_a_product_of_nearly_as_many_rows_has_the_same_tactic(key, found):
         "linear {}x2560x2560 bfloat16": Tactic(4),
         "linear": Tactic(5),
         "attention 1x32x208x8x208x128 bfloat16": Tactic(2),
+        "lambda_attention 1x8x12x8x208x128 bfloat16": Tactic(2),
         "flow_loop.down 208x2560x2560 bfloat16": Tactic(3),
     }
     ops = FusedOps("reference", torch.device("cpu"), tactics, kept=[_product(224), "step libero"])
     assert ops.entry(key) == (tactics.get(key) if found is None else ROWS[found])
+
+
+@pytest.mark.parametrize("sizes", ["1x32x183x8x200x128", "1x32x192x8x192x128", "1x32x260x8x277x128"])
+def test_an_attention_of_nearly_as_many_tokens_has_the_same_tactic(sizes):
+    tactics = {"attention 1x32x208x8x208x128 bfloat16": Tactic(2), "attention 1x32x400x8x400x128 bfloat16": Tactic(3)}
+    ops = FusedOps("reference", torch.device("cpu"), tactics)
+    assert ops.entry(f"attention {sizes} bfloat16") == Tactic(2)
+    assert ops.entry(f"attention {sizes} float16") is None
 
 
 def test_a_table_tells_which_keys_keep_their_default():

@@ -62,8 +62,9 @@ from xr0_engine.model.weights import inference_shapes
 from xr0_engine.sizes import published_config, published_xr1_config
 
 MAX_REGISTERS = 255
-ON_THE_STACK = {("_bulk_product", 120): 8, **{("_streamed_flow", arch): 16 for arch in ARCHS}}
+ON_THE_STACK = {("_bulk_product", 120): 8, ("_swapped", 120): 8, **{("_streamed_flow", arch): 16 for arch in ARCHS}}
 """Bytes of a thread's stack that no loop over K reads. ptxas 12.9, Triton 3.6's, clears some before each tensor copy. A
+gated product of 320 rows puts one word there before a tile's loop and reads it behind it (ptxas of Triton 3.7.1). A
 streamed loop keeps there what it reads once a layer or step: 8 with Triton 3.7 on sm_89, up to 16 with 3.6."""
 
 EIGHT_BIT_PRODUCTS = {arch: {"i8": "IMMA", "fp8e4nv": "QMMA"} for arch in ARCHS} | {

@@ -48,7 +48,8 @@ LARGE = Tactic(256, 128, 64, split_k=1, warps=8, stages=2, schedule="swapped")
 LINE = replace(SWAPPED, split_k=5)
 """Of three tiles, which five programs share out: where a program's share ends, a tile may go on."""
 
-# Rows that make pieces of 32 + 16; of 64 + 32 + 16; of 128 + 32; of two groups of 64 + 16; of 256.
+# Rows that make pieces of 32 + 8; of 64 + 32 + 8; of 128 + 16 + 8; of two groups of 64 + 16; of 256; of
+# 256 + 32 + 16. For warpgroups some are wider.
 LINEAR = [
     pytest.param("plain", (1, 40, 200, 128), SWAPPED, id="40 rows, K of no whole block"),
     pytest.param("plain", (1, 40, 8, 64), replace(SWAPPED, stages=2), id="K within a block"),
@@ -59,6 +60,9 @@ LINEAR = [
     pytest.param("merger fc1", (1, 150, 4160, 64), LARGE, id="slots in parts"),
     pytest.param("vision fc1", (1, 150, 328, 328), WAVES, id="150 rows, waves, N of no whole tile"),
     pytest.param("vision fc1", (1, 150, 328, 448), replace(UNEVEN, block_m=128), id="two groups, waves"),
+    pytest.param("vision fc1", (1, 150, 328, 448), replace(UNEVEN, block_m=128, split_k=3), id="two groups by turns"),
+    pytest.param("vision fc1", (1, 150, 328, 448), replace(CUT, block_m=128, split_k=17), id="two groups, cut"),
+    pytest.param("vision fc1", (1, 300, 72, 128), replace(LARGE, block_m=512, block_k=32), id="a group of 300"),
     pytest.param("vision fc1", (1, 150, 64, 328), UNEVEN, id="a wave for some alone"),
     pytest.param("deepstack", (1, 100, 640, 192), LINE, id="a line"),
     pytest.param("vision fc1", (1, 250, 128, 256), replace(LARGE, stages=4, split_k=6), id="a piece of 256, cut"),
@@ -217,7 +221,7 @@ def _sums(slots: int = 1) -> torch.Tensor:
             NotImplementedError,
             "K in multiples of 8, got 68",
         ),
-        ({}, replace(SWAPPED, block_m=512), ValueError, "block_m: expected at most 256 for schedule 'swapped'"),
+        ({}, replace(SWAPPED, block_m=1024), ValueError, "block_m: expected at most 512 for schedule 'swapped'"),
     ],
     ids=["float32", "norm", "gate", "weighted", "warps", "stride", "K", "block_m"],
 )

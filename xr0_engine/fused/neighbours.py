@@ -1,4 +1,4 @@
-"""Products of nearly as many rows as one that a table of tactics has: prompts have all lengths, a table a few."""
+"""Ops of nearly as many rows or keys as one that a table of tactics has: prompts have all lengths, a table a few."""
 
 from __future__ import annotations
 
@@ -7,39 +7,54 @@ from collections.abc import Collection, Mapping
 
 from xr0_engine.kernels.arguments import Tactic
 
+LENGTHS = {"linear": (0,), "swiglu": (0,), "qkv": (0,), "attention": (2, 4)}
+"""Kind -> where in its shape (ops.tactic_key) stands what the length of a prompt decides: a product's rows; queries and
+keys. Not of lambda_attention, whose default holds as many keys as registers do."""
 PRODUCTS = ("linear", "swiglu", "qkv")
 SKINNY_ROWS = 64
-"""Up to so many rows a tile has all of them: another number is another tile."""
-NEAR_ROWS = 4 / 3
-"""A product of so many times as many rows is no neighbour any more."""
+"""Up to so many rows a product's tile has all of them: another number is another tile."""
+NEAR = 4 / 3
+"""What is so many times as long is no neighbour any more."""
 
 
 class Neighbours:
     """tactics: key (ops.tactic_key) -> tactic; kept: keys whose default was not beaten."""
 
     def __init__(self, tactics: Mapping[str, Tactic], kept: Collection[str]) -> None:
-        self._known: dict[tuple[str, str], dict[int, Tactic | None]] = {}
+        self._known: dict[tuple[str, ...], dict[tuple[int, ...], Tactic | None]] = {}
         for key in (*kept, *tactics):
-            if (product := _product_of(key)) is not None:
-                rows, others = product
-                self._known.setdefault(others, {})[rows] = tactics.get(key)
+            if (parted := _parted(key)) is not None:
+                lengths, others = parted
+                self._known.setdefault(others, {})[lengths] = tactics.get(key)
 
     def of(self, key: str) -> Tactic | None:
-        """The tactic of the same product for as nearly as many rows as there are; None if none is near, or if nothing
-        beat the default of that, be it the key itself."""
-        if (product := _product_of(key)) is None:
+        """The tactic of the same op for as nearly as many rows and keys as there are; None if none is near, or if
+        nothing beat the default of that, be it the key itself."""
+        if (parted := _parted(key)) is None:
             return None
-        rows, others = product
+        lengths, others = parted
         near = {
             apart: tactic
             for known, tactic in self._known.get(others, {}).items()
-            if min(known, rows) > SKINNY_ROWS and (apart := abs(math.log(known / rows))) <= math.log(NEAR_ROWS)
+            if (apart := _apart(known, lengths)) <= math.log(NEAR)
         }
         return near[min(near)] if near else None
 
 
-def _product_of(key: str) -> tuple[int, tuple[str, str]] | None:
-    """(rows, what else tells it) of a product's key, None for what is none."""
+def _apart(one: tuple[int, ...], other: tuple[int, ...]) -> float:
+    return max(abs(math.log(first / second)) for first, second in zip(one, other, strict=True))
+
+
+def _parted(key: str) -> tuple[tuple[int, ...], tuple[str, ...]] | None:
+    """(lengths, what else tells the op) of a key, None for one that has no neighbours."""
     kind, _, rest = key.partition(" ")
-    rows, _, others = rest.partition("x")
-    return (int(rows), (kind, others)) if kind in PRODUCTS and rows.isdecimal() else None
+    sizes, _, dtype = rest.partition(" ")
+    shape = sizes.split("x")
+    places = LENGTHS.get(kind, ())
+    if not places or len(shape) <= max(places) or not all(size.isdecimal() and int(size) for size in shape):
+        return None
+    lengths = tuple(int(shape[place]) for place in places)
+    if kind in PRODUCTS and lengths[0] <= SKINNY_ROWS:
+        return None
+    others = (size for place, size in enumerate(shape) if place not in places)
+    return lengths, (kind, *others, dtype)

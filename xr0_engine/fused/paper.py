@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, NamedTuple
 
 from xr0_engine.backend import interpreted
+from xr0_engine.kernels.arguments import Tactic
 from xr0_engine.kernels.arguments import end_passes as end_passes
 from xr0_engine.kernels.arguments import heads_of_tile as heads_of_tile
 from xr0_engine.kernels.arguments import schedule_runs as schedule_runs
@@ -52,11 +53,13 @@ def compile_launch(call: Launch, arch: int) -> Binary:
     return Binary(binary.asm["cubin"], int(binary.metadata.shared), int(warps))
 
 
-def row_pieces(rows: int, block_m: int, least: int = 16) -> tuple[int, ...]:
-    """As kernels/product.py."""
+def row_pieces(rows: int, tactic: Tactic) -> tuple[int, ...]:
+    """Heights of the pieces of a group of a product's rows, by a schedule that has such."""
     from xr0_engine.kernels import product
 
-    return product.row_pieces(rows, block_m, least)
+    if tactic.schedule in ("swapped", "warpgroups"):
+        return product.swapped_pieces(rows, tactic)
+    return product.row_pieces(rows, tactic.block_m)
 
 
 def compile_kernels(work: Callable[[], None], arch: int, done: Callable[[int, int], None]) -> list[Compiled]:

@@ -310,8 +310,9 @@ def check_tma(call: ProductCall) -> None:
         )
 
 
-def check_factors(call: ProductCall) -> None:
-    """Raises as launch_bulk, for every schedule that multiplies factors as they lie in memory."""
+def check_factors(call: ProductCall, most_rows: int = MOST_ROWS) -> None:
+    """Raises as launch_bulk, for every schedule that multiplies factors as they lie in memory. most_rows: of a
+    program."""
     x, weight, tactic = call.x, call.weight.data, call.tactic
     schedule = f"schedule {tactic.schedule!r}"
     if x.dtype != weight.dtype or x.dtype not in (torch.bfloat16, torch.float16):
@@ -331,7 +332,7 @@ def check_factors(call: ProductCall) -> None:
                 f"tactic.{schedule}: expected rows of {name} at multiples of {UNIT_BYTES} bytes, got {apart} from row "
                 f"to row, the first at {tensor.data_ptr() % UNIT_BYTES}"
             )
-    if tactic.block_m > MOST_ROWS:
-        raise ValueError(f"tactic.block_m: expected at most {MOST_ROWS} for {schedule}, got {tactic.block_m}")
+    if tactic.block_m > most_rows:
+        raise ValueError(f"tactic.block_m: expected at most {most_rows} for {schedule}, got {tactic.block_m}")
     if call.distance is not None and call.tile_weights < 2 * MIN_DOT:
         raise ValueError(f"tactic.block_n: expected pairs of at least {MIN_DOT}, got {call.tile_weights // 2}")

@@ -37,6 +37,7 @@ if EMULATED and INTERPRETED:
     raise ValueError("XR0_EMULATE, TRITON_INTERPRET: expected one of them, got both; unset one")
 
 PROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
+L2_BYTES = {80: 40e6, 86: 6e6, 89: 72e6, 90: 50e6, 100: 126e6, 120: 96e6}
 """Compute capability -> streaming multiprocessors of the chip that default tactics are made for."""
 
 DEPENDENT_LAUNCH_FROM = 90
@@ -153,9 +154,19 @@ def processors(device: torch.device) -> int:
     return _multiprocessors(device) if device.type == "cuda" else 1
 
 
+def l2_bytes(device: torch.device, arch: int) -> float:
+    """Of a GPU's cache; elsewhere that of the largest one of its compute capability."""
+    return _l2_bytes(device) if device.type == "cuda" else L2_BYTES[arch]
+
+
 @lru_cache(maxsize=8)
 def _multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@lru_cache(maxsize=8)
+def _l2_bytes(device: torch.device) -> float:
+    return float(torch.cuda.get_device_properties(device).L2_cache_size)
 
 
 def launch(

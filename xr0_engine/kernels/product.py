@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from xr0_engine.kernels.arguments import Tactic
 from xr0_engine.kernels.device import gdc_begin, prefetch_l2, rows_of, tile_of
 from xr0_engine.kernels.statistics import row_norm
 
@@ -39,6 +40,9 @@ MOST_FLOAT8 = 128
 FACTORS = {"bfloat16": tl.bfloat16, "float16": tl.float16, "float32": tl.float32}
 MOST_WASTE = 0.08
 """Of the rows that pieces of mixed heights hold, at most so many are none, where multiples of MIN_DOT allow it."""
+LEAST_PIECE, LEAST_WASTE = 8, 0.02
+"""Rows of a piece at least, and how many at most are none, where the weight's rows are the MMA's and warps multiply one
+by one: there a row costs its own arithmetic alone, and chips without warpgroups are limited by that."""
 
 
 class Product(NamedTuple):
@@ -306,13 +310,19 @@ def finish(y, product, tile, n, HOW: tl.constexpr):
     return y
 
 
-def row_pieces(rows: int, block_m: int, least: int = MIN_DOT) -> tuple[int, ...]:
+def row_pieces(rows: int, block_m: int, least: int = MIN_DOT, waste: float = MOST_WASTE) -> tuple[int, ...]:
     """Heights of the pieces of a group of rows, all of whose groups are alike and hold at most block_m.
 
-    Powers of two of at least `least`, the fewest that keep to MOST_WASTE, or whose waste is the least if none do.
+    Powers of two of at least `least`, the fewest that keep to that waste, or whose waste is the least if none do.
     """
     groups = triton.cdiv(rows, block_m)
     heights = range(triton.cdiv(triton.cdiv(rows, groups), least) * least, block_m + 1, least)
-    within = [height for height in heights if groups * height - rows <= MOST_WASTE * groups * height]
+    within = [height for height in heights if groups * height - rows <= waste * groups * height]
     height = min(within or heights[:1], key=lambda height: (height.bit_count(), height))
     return tuple(1 << bit for bit in reversed(range(height.bit_length())) if height >> bit & 1)
+
+
+def swapped_pieces(rows: int, tactic: Tactic) -> tuple[int, ...]:
+    """As row_pieces, of the schedules "swapped" and "warpgroups" (swapped.py)."""
+    waste = MOST_WASTE if tactic.schedule == "warpgroups" else LEAST_WASTE
+    return row_pieces(rows, tactic.block_m, LEAST_PIECE, waste)

@@ -46,7 +46,8 @@ class Widths(NamedTuple):
     ROWS: of all batches' tokens, a power of two; OWN: the same of one batch. COLUMNS: of the streams; INNER: of the
     MLP; SHARE: heads that share a KV head; ACTIONS: of an action, in multiples of CHUNK_ROWS. KEYS: blocks of cached
     keys. DOUBLE: whether streams are normalised themselves; WIDE: whether the output layer's first product is one of
-    its own, of as many columns.
+    its own, of as many columns. KEPT: whether the L2 cache is told to keep the cached keys and values of all layers,
+    which the next step reads again.
     """
 
     ROWS: int
@@ -61,6 +62,7 @@ class Widths(NamedTuple):
     RING: int
     DOUBLE: bool
     WIDE: bool
+    KEPT: bool
 
 
 class Stream(NamedTuple):

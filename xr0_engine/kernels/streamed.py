@@ -26,7 +26,7 @@ from xr0_engine.kernels.arguments import (
     slot_columns,
 )
 from xr0_engine.kernels.attention import LOG2_E
-from xr0_engine.kernels.launch import INTERPRETED, PROCESSORS, launch, processors
+from xr0_engine.kernels.launch import INTERPRETED, PROCESSORS, l2_bytes, launch, processors
 from xr0_engine.kernels.loop import check_loop
 from xr0_engine.kernels.ring import (
     CHUNK_ROWS,
@@ -63,6 +63,8 @@ DIMS = 64, 128
 """Of a head: of larger ones the attention takes more shared memory than is left for it."""
 MOST_KEYS = 512
 """A program holds its part of so many cached keys in registers."""
+MOST_KEPT = 0.5
+"""Of the L2 cache, which weights stream through: what the keys and values of all layers may take of it for good."""
 STAGES_SHARED = 28 * 1024
 """Bytes that the stages take beside the ring at most. Ahead of time the published sizes are held to the chips'."""
 
@@ -257,6 +259,7 @@ def streamed_loop(
         RING=min(8, ring_slots(columns, SHARED_LIMIT[arch], STAGES_SHARED)),
         DOUBLE=weights.middle_norms is not None,
         WIDE=buffers.wide is not None,
+        KEPT=2 * inputs.keys.nbytes <= MOST_KEPT * l2_bytes(device, arch),
     )
     # In each tile that a program has of the last product, it has the same part of K.
     grid = min(available if programs is None else programs, available) // splits * splits

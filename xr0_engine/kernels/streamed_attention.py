@@ -24,8 +24,8 @@ KEYS = gl.constexpr(64)
 """Of a block."""
 DEPTH = gl.constexpr(32)
 """Columns that four threads load of a key at a time."""
-HELD = gl.constexpr(5)
-"""Blocks that a program holds while it waits."""
+HELD, HELD_VALUES = gl.constexpr(5), gl.constexpr(4)
+"""Blocks of keys and of values that a program holds while it waits."""
 QUERIES = gl.constexpr(16)
 
 
@@ -90,7 +90,7 @@ def _order(HALF: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
-def _load_keys(cache, batch, group, first, end, HALF: gl.constexpr):
+def _load_keys(cache, batch, group, first, end, HALF: gl.constexpr, POLICY: gl.constexpr):
     """(HALF, KEYS) twice, of the keys from first on, zeros from end on: both halves of a head, each as a product's
     second factor. A thread's WIDE columns are those of two of its instructions, which takes them out of order."""
     LAYOUT: gl.constexpr = _keys_layout()
@@ -102,7 +102,9 @@ def _load_keys(cache, batch, group, first, end, HALF: gl.constexpr):
     key, column = first + warp * 8 + within, block * DEPTH + thread * WIDE + number
     place = cache.kv_keys + batch * cache.stride_b + group * cache.stride_g + key * cache.stride_n + column
     inside = (key < end) & (column >= 0)
-    return _as_factor(gl.load(place, inside, 0.0), HALF), _as_factor(gl.load(place + HALF, inside, 0.0), HALF)
+    one = gl.load(place, inside, 0.0, eviction_policy=POLICY)
+    other = gl.load(place + HALF, inside, 0.0, eviction_policy=POLICY)
+    return _as_factor(one, HALF), _as_factor(other, HALF)
 
 
 @gluon.jit
@@ -114,31 +116,48 @@ def _as_factor(keys, HALF: gl.constexpr):
 
 
 @gluon.jit
-def _load_values(cache, batch, group, first, end, DIM: gl.constexpr):
+def _load_values(cache, batch, group, first, end, DIM: gl.constexpr, POLICY: gl.constexpr):
     """(KEYS, DIM)."""
     LAYOUT: gl.constexpr = _values_layout()
     key = gl.arange(0, KEYS, layout=gl.SliceLayout(1, LAYOUT))[:, None]
     column = gl.arange(0, DIM, layout=gl.SliceLayout(0, LAYOUT))[None, :]
     values = cache.kv_values + (batch * cache.stride_b + group * cache.stride_g + first * cache.stride_n)
-    return gl.load(values + (key * cache.stride_n + column), (key < end - first) & (column >= 0), 0.0)
+    place = values + (key * cache.stride_n + column)
+    return gl.load(place, (key < end - first) & (column >= 0), 0.0, eviction_policy=POLICY)
+
+
+class Factors(NamedTuple):
+    """What heads' rows at place are normalised and turned by, (rows, D / 2) or (D / 2,): there before the rows are."""
+
+    place: Any
+    first_norm: Any
+    second_norm: Any
+    cos: Any
+    sin: Any
 
 
 @gluon.jit
-def _turned(place, row, rows, norm, turn, batch, tokens, eps, W: gl.constexpr):
-    """Both halves of a head's rows at place after its norm and rotation, (QUERIES, D / 2) bfloat16 each, columns in the
-    order of the keys'."""
+def _factors(place, row, norm, turn, batch, tokens, W: gl.constexpr):
+    """Columns in the order of the keys'."""
     HALF: gl.constexpr = W.DIM // 2
-    LAYOUT: gl.constexpr = _head_layout()
-    near = gl.minimum(row, rows - 1)[:, None]
-    column = _order(HALF, gl.SliceLayout(0, LAYOUT))
-    place = place + near * (3 * W.COLUMNS) + column[None, :]
-    first, second = gl.load(place), gl.load(place + HALF)
+    column = _order(HALF, gl.SliceLayout(0, _head_layout()))
+    near = gl.minimum(row, tokens - 1)[:, None]
     angle = (batch * tokens + near) * HALF + column[None, :]
-    c, s = gl.load(turn.cos + angle), gl.load(turn.sin + angle)
+    return Factors(
+        place + near * (3 * W.COLUMNS) + column[None, :], gl.load(norm + column), gl.load(norm + HALF + column),
+        gl.load(turn.cos + angle), gl.load(turn.sin + angle),
+    )  # fmt: skip
+
+
+@gluon.jit
+def _turned(by, eps, W: gl.constexpr):
+    """Both halves of a head's rows after its norm and rotation, (rows, D / 2) bfloat16 each."""
+    HALF: gl.constexpr = W.DIM // 2
+    first, second = gl.load(by.place), gl.load(by.place + HALF)
     scale = gl.rsqrt(gl.sum(first * first + second * second, 1) * (1.0 / W.DIM) + eps)[:, None]
-    first *= scale * gl.load(norm + column)[None, :]
-    second *= scale * gl.load(norm + HALF + column)[None, :]
-    return (first * c - second * s).to(gl.bfloat16), (second * c + first * s).to(gl.bfloat16)
+    first *= scale * by.first_norm[None, :]
+    second *= scale * by.second_norm[None, :]
+    return (first * by.cos - second * by.sin).to(gl.bfloat16), (second * by.cos + first * by.sin).to(gl.bfloat16)
 
 
 @gluon.jit
@@ -150,6 +169,7 @@ def attention_stage(loop, stage, cache, turn, out, W: gl.constexpr):
     OWN: gl.constexpr = W.OWN
     BLOCKS: gl.constexpr = W.KEYS
     TILES: gl.constexpr = OWN // QUERIES
+    POLICY: gl.constexpr = "evict_last" if W.KEPT else ""
     SCORES: gl.constexpr = _scores_layout()
     LEFT: gl.constexpr = gl.DotOperandLayout(0, SCORES, 2)
     RIGHT: gl.constexpr = gl.DotOperandLayout(1, SCORES, 2)
@@ -167,19 +187,29 @@ def attention_stage(loop, stage, cache, turn, out, W: gl.constexpr):
         keys = ()
         for block in gl.static_range(BLOCKS):
             if block < HELD:
-                keys = with_last(keys, _load_keys(cache, batch, group, begin + block * KEYS, end, HALF))
+                keys = with_last(keys, _load_keys(cache, batch, group, begin + block * KEYS, end, HALF, POLICY))
+        values = ()
+        for block in gl.static_range(BLOCKS):
+            if block < HELD_VALUES:
+                values = with_last(values, _load_values(cache, batch, group, begin + block * KEYS, end, DIM, POLICY))
+        place = b.raw + batch * tokens * (3 * W.COLUMNS) + head * DIM
+        own_row = gl.arange(0, OWN, layout=gl.SliceLayout(1, HEAD))
+        of_keys = _factors(place + W.COLUMNS, own_row, turn.k_norm, turn, batch, tokens, W)
+        row = first + gl.arange(0, QUERIES, layout=gl.SliceLayout(1, HEAD))
+        of_queries = _factors(place, row, turn.q_norm, turn, batch, tokens, W)
+        own_row = gl.minimum(gl.arange(0, OWN, layout=gl.SliceLayout(1, VALUES)), tokens - 1)[:, None]
+        column = gl.arange(0, DIM, layout=gl.SliceLayout(0, VALUES))[None, :]
+        own_place = place + 2 * W.COLUMNS + own_row * (3 * W.COLUMNS) + column
+        query = first + gl.arange(0, QUERIES, layout=gl.SliceLayout(1, SCORES))[:, None]
+        own_key = gl.arange(0, OWN, layout=gl.SliceLayout(0, SCORES))[None, :]
+        distance = query - own_key
+        allowed = (own_key < tokens) & (distance >= 0) & ((own_key < context) | (distance <= turn.window))
         if unit == program:
             wait(loop.barrier, stage)
 
-        place = b.raw + batch * tokens * (3 * W.COLUMNS) + head * DIM
-        own_row = gl.arange(0, OWN, layout=gl.SliceLayout(1, HEAD))
-        k1, k2 = _turned(place + W.COLUMNS, own_row, tokens, turn.k_norm, turn, batch, tokens, loop.eps, W)
-        row = first + gl.arange(0, QUERIES, layout=gl.SliceLayout(1, HEAD))
-        q1, q2 = _turned(place, row, tokens, turn.q_norm, turn, batch, tokens, loop.eps, W)
-        own_row = gl.minimum(gl.arange(0, OWN, layout=gl.SliceLayout(1, VALUES)), tokens - 1)[:, None]
-        column = gl.arange(0, DIM, layout=gl.SliceLayout(0, VALUES))[None, :]
-        own_values = gl.load(place + 2 * W.COLUMNS + own_row * (3 * W.COLUMNS) + column).to(gl.bfloat16)
-        values = _load_values(cache, batch, group, begin, end, DIM)
+        k1, k2 = _turned(of_keys, loop.eps, W)
+        q1, q2 = _turned(of_queries, loop.eps, W)
+        own_values = gl.load(own_place).to(gl.bfloat16)
         own1 = gl.allocate_shared_memory(gl.bfloat16, [OWN, HALF], _swizzled(), k1)
         own2 = gl.allocate_shared_memory(gl.bfloat16, [OWN, HALF], _swizzled(), k2)
         shared_values = gl.allocate_shared_memory(gl.bfloat16, [OWN, DIM], _swizzled(), own_values)
@@ -188,10 +218,6 @@ def attention_stage(loop, stage, cache, turn, out, W: gl.constexpr):
         barrier()
         q1, q2 = queries1.load(LEFT), queries2.load(LEFT)
 
-        query = first + gl.arange(0, QUERIES, layout=gl.SliceLayout(1, SCORES))[:, None]
-        own_key = gl.arange(0, OWN, layout=gl.SliceLayout(0, SCORES))[None, :]
-        distance = query - own_key
-        allowed = (own_key < tokens) & (distance >= 0) & ((own_key < context) | (distance <= turn.window))
         own_scores = gl.zeros([QUERIES, OWN], gl.float32, SCORES)
         own_scores = mma_v2(q1, own1.permute((1, 0)).load(RIGHT), own_scores)
         own_scores = mma_v2(q2, own2.permute((1, 0)).load(RIGHT), own_scores) * turn.scale
@@ -201,7 +227,7 @@ def attention_stage(loop, stage, cache, turn, out, W: gl.constexpr):
         most = gl.full([QUERIES, KEYS], float("-inf"), gl.float32, SCORES)
         for block in gl.static_range(BLOCKS):
             if block >= HELD:
-                keys = with_last(keys, _load_keys(cache, batch, group, begin + block * KEYS, end, HALF))
+                keys = with_last(keys, _load_keys(cache, batch, group, begin + block * KEYS, end, HALF, POLICY))
             found = mma_v2(q1, keys[block][0], gl.zeros([QUERIES, KEYS], gl.float32, SCORES))
             found = mma_v2(q2, keys[block][1], found) * turn.scale
             found = gl.where(key + block * KEYS < end, found, float("-inf"))
@@ -223,9 +249,10 @@ def attention_stage(loop, stage, cache, turn, out, W: gl.constexpr):
             block_seen = gl.allocate_shared_memory(
                 gl.bfloat16, [QUERIES, KEYS], _swizzled(), exponentials.to(gl.bfloat16)
             )
-            block_values = gl.allocate_shared_memory(gl.bfloat16, [KEYS, DIM], _swizzled(), values)
-            if block + 1 < BLOCKS:
-                values = _load_values(cache, batch, group, begin + (block + 1) * KEYS, end, DIM)
+            block_values = gl.allocate_shared_memory(gl.bfloat16, [KEYS, DIM], _swizzled(), values[block])
+            if block + HELD_VALUES < BLOCKS:
+                later = begin + (block + HELD_VALUES) * KEYS
+                values = with_last(values, _load_values(cache, batch, group, later, end, DIM, POLICY))
             barrier()
             total = mma_v2(block_seen.load(LEFT), block_values.load(RIGHT), total)
         weight += gl.sum(added, 1)

@@ -37,7 +37,7 @@ from xr0_engine.kernels.calls import ProductCall
 from xr0_engine.kernels.device import with_last
 from xr0_engine.kernels.ends import finish_linear, finish_qkv, finish_swiglu
 from xr0_engine.kernels.launch import INTERPRETED, PROCESSORS, capability, launch, processors
-from xr0_engine.kernels.product import row_pieces
+from xr0_engine.kernels.product import swapped_pieces
 from xr0_engine.kernels.ring import barrier, wait_count
 from xr0_engine.kernels.swapped_blocks import (
     Walk,
@@ -70,9 +70,8 @@ from xr0_engine.kernels.swapped_ends import (
     rows_at,
 )
 
-PIECES = 5
-"""Up to so many make up any multiple of LEAST_PIECE rows up to 256."""
-LEAST_PIECE = 8
+MOST_ROWS, PIECES = 512, 5
+"""Of a program: rows, and pieces of them."""
 MOST_PROGRAMS = max(PROCESSORS.values())
 """On paper."""
 WARP_WEIGHTS = 16
@@ -111,6 +110,17 @@ def _end_piece(
         y = gl.convert_layout(gl.permute(total, (1, 0)), row_layout(S))
         rows = rows_at(product, group, place, scales, ROWS, S)
         FINISH(y, rows, column_tile, product, walk, end, ACTIVATION, CENTRED, WIDTH, ROWS, S)
+
+
+@gluon.jit
+def _scales_of(scales, filled, group, product, S: gl.constexpr):
+    """Those of a group, where the group whose they are is another. Returns whose they are."""
+    if filled != group:
+        # Of the group before, somebody may still be reading.
+        barrier()
+        fill_scales(scales, group, product, S)
+        barrier()
+    return group
 
 
 @gluon.jit
@@ -182,13 +192,18 @@ def _swapped(
     for slot in gl.static_range(STAGES - 1):
         ask_rows(x, pieces, full, slot, ask_tile, ask_k, product, walk, slot < total, S)
         ask_tile, ask_k = next_block(ask_tile, ask_k, rest_tile, rest_k, walk)
-    if S.NORM is not None:
-        fill_scales(scales, product, S)
-
+    ALIKE: gl.constexpr = S.GROUPS == 1
+    # Of one group alone the norms are there before the first block; of several, when a tile of another group comes.
+    if S.NORM is not None and ALIKE:
+        fill_scales(scales, 0, product, S)
+    filled = -1
     cut = gl.where(last > first, gl.cdiv(last, blocks) - first // blocks, 0) if PARTS > 1 else 0
     done, slot, phase = 0, 0, 0
     for _ in tl.range(whole + cut, disable_licm=True):
         stop = gl.minimum(blocks, k + total - done)
+        group, column_tile = tile % walk.groups, tile // walk.groups
+        if S.NORM is not None and not ALIKE:
+            filled = _scales_of(scales, filled, group, product, S)
         sums = ()
         for i in gl.static_range(PIECE_COUNT):
             sums = with_last(sums, zeros(HEIGHTS[i], S))
@@ -214,7 +229,6 @@ def _swapped(
             slot, phase = gl.where(wraps, 0, slot + 1), gl.where(wraps, phase ^ 1, phase)
         if S.GROUPED:
             sums = waited(sums, 0, S)
-        group, column_tile = tile % walk.groups, tile // walk.groups
         if PARTS > 1 and (not WHOLE or tile >= walk.full):
             place = 0
             for i in gl.static_range(PIECE_COUNT):
@@ -243,6 +257,8 @@ def _swapped(
             parts = ((index + 1) * blocks * walk.sharers - 1) // places - opening + 1
             counter, tile = product.counters + index, walk.full + index
             wait_count(counter, parts)
+            if S.NORM is not None and not ALIKE:
+                filled = _scales_of(scales, filled, tile % walk.groups, product, S)
             for unit in tl.range(program - opening, gl.cdiv(height_of(S), R), parts, disable_licm=True):
                 y = added_parts(product, opening + index, parts, unit * R, R, S)
                 rows = rows_at(product, tile % walk.groups, unit * R, scales, R, S)
@@ -265,7 +281,7 @@ def launch_swapped(call: ProductCall) -> None:
     grouped = call.tactic.schedule == "warpgroups"
     if grouped:
         check_tma(call)
-    check_factors(call)
+    check_factors(call, MOST_ROWS)
     _check(call)
     tactic, weight, rows = call.tactic, call.weight.data, call.rows
     paired = call.finish_tile is finish_swiglu
@@ -278,8 +294,10 @@ def launch_swapped(call: ProductCall) -> None:
             f"tactic.warps: expected {'a multiple of 4' if grouped else 'so many'} of which each has {WARP_WEIGHTS} of "
             f"{width} weight rows, got {tactic.warps}"
         )
-    heights = row_pieces(rows, tactic.block_m, LEAST_PIECE)
+    heights = swapped_pieces(rows, tactic)
     height = sum(heights)
+    if len(heights) > PIECES:
+        raise ValueError(f"tactic.block_m: {height} rows are more than {PIECES} pieces")
     if height * width > MOST_SUMS[tactic.warps > 8] * 32 * tactic.warps:
         raise ValueError(f"tactic.block_n: {height} rows by {width} are more sums than {tactic.warps} warps hold")
     groups, inputs = triton.cdiv(rows, height), weight.shape[1]
@@ -304,7 +322,7 @@ def launch_swapped(call: ProductCall) -> None:
         GROUPS=groups,
         HEADS=heads,
         NORM=how.NORM,
-        SLOTS=how.SLOTS,
+        TURNS=0 if call.norm is None else triton.cdiv(call.norm.sums.shape[0], tactic.warps),
         PARTS=parts,
         UNITS=end_passes(height, tactic.warps, unit, parts),
         UNIFORM=sharers == shared * parts,

@@ -12,11 +12,12 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from xr0_engine.kernels.arguments import STATS_COLUMNS
+from xr0_engine.kernels.device import with_last
 
 WIDE = gl.constexpr(8)
 """Columns of a thread that lie beside each other: 16 bytes of what is written."""
-GROUP_ROWS = gl.constexpr(256)
-"""Of a program at most: columns of its MMAs."""
+LEAST_ROOM = 128
+"""Rows that a group's scales have room for at least."""
 SLOT = gl.constexpr(STATS_COLUMNS)
 
 
@@ -25,9 +26,9 @@ class Sizes(NamedTuple):
 
     GROUPED: whether warpgroups multiply what TMA brings. WEIGHTS: weight rows of a tile; UNIT: of these, columns that
     lie beside each other: of pairs half, of heads half of one. HEIGHTS: of the pieces of a group's rows. GROUPS: of
-    rows. HEADS: that a tile has. NORM, SLOTS, EVEN_K: as How. PARTS: of a tile that is cut along K at most, 1: none is;
-    UNIFORM: of all of them. UNITS: passes of all threads over its rows that are one. SINGLE: whether there is one batch
-    alone.
+    rows. HEADS: that a tile has. NORM, EVEN_K: as How. TURNS: of all warps, until every slot of a norm's sums had one.
+    PARTS: of a tile that is cut along K at most, 1: none is; UNIFORM: of all of them. UNITS: passes of all threads over
+    its rows that are one. SINGLE: whether there is one batch alone.
     """
 
     GROUPED: bool
@@ -40,7 +41,7 @@ class Sizes(NamedTuple):
     GROUPS: int
     HEADS: int
     NORM: str | None
-    SLOTS: int
+    TURNS: int
     PARTS: int
     UNITS: int
     UNIFORM: bool
@@ -52,6 +53,12 @@ class Sizes(NamedTuple):
 def height_of(sizes: Any) -> int:
     """Rows of a group."""
     return sum(sizes.HEIGHTS)
+
+
+@gluon.constexpr_function
+def _room_of(sizes: Any) -> int:
+    """Rows that a group's scales have room for."""
+    return max(LEAST_ROOM, 1 << (sum(sizes.HEIGHTS) - 1).bit_length())
 
 
 @gluon.constexpr_function
@@ -83,15 +90,14 @@ def _slots_layout(sizes: Any, width: int) -> Any:
 
 @gluon.constexpr_function
 def _sums_layout(sizes: Any) -> Any:
-    """(slots, GROUP_ROWS)."""
+    """(WARPS, rows of a group)."""
     return gl.BlockedLayout([1, 1], [1, 32], [sizes.WARPS, 1], [1, 0])
 
 
 class Rows(NamedTuple):
     """Of R rows, on the device. place: the first one's number within its group; batch, row, inside: (R,), as rows_of
-    has them; scales: of all groups' rows, as new_scales has them."""
+    has them; scales: of their group, as new_scales has them."""
 
-    group: Any
     place: Any
     batch: Any
     row: Any
@@ -113,61 +119,75 @@ def rows_at(product, group, place, scales, R: gl.constexpr, S: gl.constexpr):
     index = group * height_of(S) + within
     inside = (within < height_of(S)) & (index < product.rows)
     batch, row = _in_batch(gl.minimum(index, product.rows - 1), product, S)
-    return Rows(group, place, batch, row, inside, scales)
+    return Rows(place, batch, row, inside, scales)
 
 
 @gluon.jit
 def new_scales(S: gl.constexpr):
     """Room for what a norm multiplies each row by, and for its mean."""
-    SHAPE: gl.constexpr = [2 * S.GROUPS, GROUP_ROWS]
+    SHAPE: gl.constexpr = [2, _room_of(S)]
     return gl.allocate_shared_memory(gl.float32, SHAPE, gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
 
 @gluon.jit
-def fill_scales(scales, product, S: gl.constexpr):
-    """The norms of all groups' rows, as statistics.py has them: row_norm."""
+def fill_scales(scales, group, product, S: gl.constexpr):
+    """The norms of a group's rows, as statistics.py has them: row_norm."""
     LAYOUT: gl.constexpr = _sums_layout(S)
-    GROUPS: gl.constexpr = S.GROUPS
-    for group in gl.static_range(GROUPS):
-        within = gl.arange(0, GROUP_ROWS, layout=gl.SliceLayout(0, LAYOUT))
-        index = group * height_of(S) + within
-        batch, row = _in_batch(gl.minimum(index, product.rows - 1), product, S)
-        slot = gl.arange(0, S.SLOTS, layout=gl.SliceLayout(1, LAYOUT))[:, None]
+    ROOM: gl.constexpr = _room_of(S)
+    SHAPE: gl.constexpr = [S.WARPS, ROOM]
+    TURNS: gl.constexpr = S.TURNS
+    within = gl.arange(0, ROOM, layout=gl.SliceLayout(0, LAYOUT))
+    index = group * height_of(S) + within
+    batch, row = _in_batch(gl.minimum(index, product.rows - 1), product, S)
+    place = product.sums + (batch * product.sums_b + row * product.sums_m)[None, :]
+    # A slot of each warp at a time.
+    warp = gl.arange(0, S.WARPS, layout=gl.SliceLayout(1, LAYOUT))[:, None]
+    squares = gl.zeros(SHAPE, gl.float32, LAYOUT)
+    totals, total = (), squares
+    for turn in gl.static_range(TURNS):
+        slot = turn * S.WARPS + warp
         inside = (slot < product.slots) & (within < height_of(S))[None, :]
-        place = product.sums + slot * product.sums_s + (batch * product.sums_b + row * product.sums_m)[None, :]
-        first = gl.load(place, inside, 0.0)
+        squares += gl.load(place + slot * product.sums_s, inside, 0.0)
         if S.NORM == "layer":
-            totals = gl.load(place + 1, inside, 0.0)
-            mean = gl.sum(totals, 0) / product.inputs
+            totals = with_last(totals, gl.load(place + slot * product.sums_s + 1, inside, 0.0))
+            total += totals[turn]
+    if S.NORM == "layer":
+        mean = gl.sum(total, 0) / product.inputs
+        for turn in gl.static_range(TURNS):
+            slot = turn * S.WARPS + warp
             count = gl.maximum(gl.minimum(product.inputs - slot * SLOT, SLOT), 1).to(gl.float32)
-            apart = gl.where(inside, totals / count - mean[None, :], 0.0)
-            variance = gl.sum(first + count * apart * apart, 0) / product.inputs
-            scales.index(GROUPS + group).store(mean)
-        else:
-            variance = gl.sum(first, 0) * (1.0 / product.inputs)
-        scales.index(group).store(gl.rsqrt(variance + product.norm_eps))
+            apart = gl.where(slot < product.slots, totals[turn] / count - mean[None, :], 0.0)
+            squares += count * apart * apart
+        variance = gl.sum(squares, 0) / product.inputs
+        scales.index(1).store(mean)
+    else:
+        variance = gl.sum(squares, 0) * (1.0 / product.inputs)
+    scales.index(0).store(gl.rsqrt(variance + product.norm_eps))
 
 
 @gluon.jit
-def _scale_of(scales, group, place, R: gl.constexpr, S: gl.constexpr):
-    SHAPE: gl.constexpr = [2 * S.GROUPS * GROUP_ROWS // R, R]
+def _scale_of(scales, number, place, R: gl.constexpr, S: gl.constexpr):
+    """number: 0, what a norm multiplies by; 1, the means."""
+    ROOM: gl.constexpr = _room_of(S)
+    SHAPE: gl.constexpr = [2 * ROOM // R, R]
     view = scales._reinterpret(gl.float32, SHAPE, gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    return view.index(group * (GROUP_ROWS // R) + place // R).load(gl.SliceLayout(1, row_layout(S)))
+    return view.index(number * (ROOM // R) + place // R).load(gl.SliceLayout(1, row_layout(S)))
 
 
 @gluon.jit
 def finish_rows(y, rows, n, product, R: gl.constexpr, S: gl.constexpr):
     """As product.py: finish, of y (R, W) float32 in row_layout; n: (W,), the weight rows."""
+    bias = 0.0
+    if product.bias is not None:
+        bias = gl.load(product.bias + n).to(gl.float32)[None, :]
     if product.scale is not None:
         y *= gl.load(product.scale + n)[None, :]
     if S.NORM is not None:
         if S.NORM == "layer":
-            mean = _scale_of(rows.scales, rows.group + S.GROUPS, rows.place, R, S)
-            y -= mean[:, None] * gl.load(product.column_sums + n)[None, :]
-        y *= _scale_of(rows.scales, rows.group, rows.place, R, S)[:, None]
-    if product.bias is not None:
-        y += gl.load(product.bias + n).to(gl.float32)[None, :]
-    return y
+            mean = _scale_of(rows.scales, 1, rows.place, R, S)
+            y = gl.fma(-mean[:, None], gl.load(product.column_sums + n)[None, :], y)
+        return gl.fma(y, _scale_of(rows.scales, 0, rows.place, R, S)[:, None], bias)
+    return y + bias
 
 
 @gluon.jit
@@ -246,7 +266,7 @@ def end_linear(
         y = 0.5 * y * (1.0 + gl.erf(y * 0.7071067811865476))
     elif ACTIVATION == "gelu_tanh":
         # As device.py: gelu_tanh.
-        y = y * _sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y))
+        y = y * _sigmoid(y * gl.fma(y * y, 0.07135481282603588, 1.5957691216057308))
     if end.residual is not None:
         y = y + base + extra
     written = y.to(end.out.dtype.element_ty)
@@ -320,8 +340,8 @@ def _end_head(first, second, rows, head, end, S: gl.constexpr):
     pointer = gl.multiple_of(out.to(gl.pointer_type(end.k.dtype.element_ty), bitcast=True), 16)
     place = pointer + (rows.batch * out_b + at.to(gl.int64) * out_h + rows.row * out_m)[:, None] + column[None, :]
     mask = rows.inside[:, None] & there
-    gl.store(place, (first * cos - second * sin).to(end.k.dtype.element_ty), mask)
-    gl.store(place + S.UNIT, (second * cos + first * sin).to(end.k.dtype.element_ty), mask)
+    gl.store(place, gl.fma(first, cos, -second * sin).to(end.k.dtype.element_ty), mask)
+    gl.store(place + S.UNIT, gl.fma(second, cos, first * sin).to(end.k.dtype.element_ty), mask)
 
 
 @gluon.jit

@@ -78,6 +78,16 @@ def test_a_loop_beside_the_main_one_runs_as_often_as_the_work_says():
     assert seconds(replace(PRODUCT, units=1, stores=800.0), code=loops) == pytest.approx(more)
 
 
+def test_what_comes_during_a_barriers_wait_takes_the_rest_alone():
+    def at_a_barrier(held: float) -> float:
+        launched = Launched(replace(SKINNY, trips=1.0, l2_bytes=1e4, held_bytes=held), None, barrier=True)
+        return launch_time(launched, H200, H200.settings()[0]).total_s
+
+    at = H200.settings()[0]
+    wait = at["barrier_trips"] * at["l2_cycles"] * at["processor_bytes_cycle"]
+    assert at_a_barrier(0) == at_a_barrier(0.9 * wait) < at_a_barrier(3 * wait)
+
+
 def test_parts_of_ones_rows_alone_are_moved():
     split = replace(PRODUCT, combines=8, parts=6, part_bytes=1e5)
     assert seconds(replace(split, moved_parts=2.0)) < seconds(replace(split, moved_parts=7.0)) == seconds(split)

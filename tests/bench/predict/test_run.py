@@ -59,8 +59,9 @@ def test_every_kernel_is_listed(asked, capsys):
     result = run.measure(SETUP, "h200", None, None, "xr0 bench predict")
     kernel = result.facts["launches"][1]
     assert (kernel["launches"], kernel["combines"], kernel["processors"]) == (35, 35 * 40, 80)
-    # Padding of the prompt is waste as well: 194 tokens in 256 rows.
-    assert kernel["wasted_rows"] == pytest.approx(1 - 208 / 256 * 194 / 208)
+    # Padding of the prompt is waste as well: of 194 tokens 17 are kept, of 200 too.
+    assert result.facts["kept_tokens"] == 17
+    assert kernel["wasted_rows"] == pytest.approx(1 - 208 / 256 * 177 / 183)
     run.show(result, list_kernels=True)
     assert capsys.readouterr().out.count("linear 208x2560x4096") == 3
 

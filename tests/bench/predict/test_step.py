@@ -82,6 +82,17 @@ def test_a_stage_has_a_range_and_the_step_is_their_sum(told, flow):
     assert ms[""][1] == pytest.approx(sum(ms[stage][1] for stage in ("vision", "prefill", "flow")))
 
 
+@pytest.mark.parametrize("kept", [False, True])
+def test_keys_that_the_cache_keeps_come_from_memory_once(kept):
+    """Of 400 cached tokens 320 keys and 256 values are there when the wait is over."""
+    arguments = {"W": SimpleNamespace(KEPT=kept), "first_step": 0, "last_step": 5}
+    launch = SimpleNamespace(arguments=arguments, grid=(128,))
+    work = streamed.stage_work("attention", (1, 8, 12, 8, 400, 128), launch)
+    assert work.memory_bytes == 2 * 8 * 400 * 128 * 2 / (5 if kept else 1)
+    assert work.held_bytes == (320 + 256) * 128 * 2
+    assert work.l2_bytes + work.held_bytes == 4 * 128 * (16 + 2 * 12) + 2 * 400 * 128 * 2
+
+
 @pytest.mark.parametrize("wide", [False, True])
 def test_every_stage_of_a_streamed_loop_has_its_own_code(wide):
     """A wide output layer's product is a stage more, in the code as in the step."""

@@ -44,6 +44,17 @@ def test_rows_of_tiles_are_padding_and_mixed_heights_have_less():
     assert op_work("linear", (194, 2560, 9728), Tactic(256, 128, schedule="stream")).wasted <= 0.08
 
 
+@pytest.mark.parametrize(
+    ("rows", "warps", "warpgroups"),
+    [(183, 184, 192), (208, 208, 208), (302, 2 * 152, 2 * 160), (960, 4 * 240, 4 * 256)],
+)
+def test_what_warps_multiply_alone_has_hardly_a_row_too_many(rows, warps, warpgroups):
+    """Fewer and wider pieces where warpgroups multiply, which are fast with those."""
+    for schedule, computed in (("swapped", warps), ("warpgroups", warpgroups)):
+        work = op_work("linear", (rows, 2560, 9728), Tactic(256, 128, 64, 1, 8, schedule=schedule))
+        assert work.wasted == pytest.approx(1 - rows / computed)
+
+
 def test_a_split_tile_is_combined_and_moved_through_memory():
     whole, split = (op_work("linear", (12, 1024, 4096), Tactic(16, 64, 128, parts)) for parts in (1, 8))
     assert (whole.combines, split.combines, split.parts) == (0, 16, 8)

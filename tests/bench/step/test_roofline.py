@@ -214,7 +214,16 @@ def test_highest_ceilings():
 
 @pytest.mark.parametrize(("case", "expected"), [("libero", LIBERO), ("bimanual", BIMANUAL)])
 def test_workload_of_case(case, expected):
-    assert Workload.of_case(Setup(CASES[case], size="4b")) == (published_config(), expected)
+    setup = Setup(CASES[case], size="4b")
+    assert Workload.of_case(setup) == (published_config(), expected)
+    # What a robot's later calls compute: less than the bound of the first.
+    kept = Workload.of_case(setup, kept=True)[1]
+    assert kept == replace(expected, preamble_tokens=CASES[case].preamble_tokens)
+    bounds = [bounds_ms(operators(published_config(), work, "bfloat16"), CHIPS["rtx4090"]) for work in (expected, kept)]
+    # Of fewer rows, memory limits more products.
+    share = 1 - kept.preamble_tokens / kept.tokens
+    assert share * bounds[0]["prefill"] < bounds[1]["prefill"] < bounds[0]["prefill"]
+    assert [bound["vision"] for bound in bounds] == [bounds[0]["vision"]] * 2
 
 
 def test_result_and_its_table(tmp_path, capsys):

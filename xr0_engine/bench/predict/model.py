@@ -114,10 +114,13 @@ def launch_time(launched: Launched, chip: Chip, at: Settings, ahead_share: float
     issue = SCHEDULERS * min(1.0, at["issue_share"] * at_once * warps / SCHEDULERS)
 
     from_memory = max(0.0, work.memory_bytes - ahead_share * work.ahead_bytes)
+    # What comes during the wait at a barrier takes the rest of its own time alone.
+    held = work.held_bytes / at["processor_bytes_cycle"] * cycle
+    late = max(0.0, held - at["barrier_trips"] * l2_s) if launched.barrier else held
     parts = {
         "arithmetic": load * work.mma_operations / _rate(chip, code, at) * cycle,
         "L2": max(
-            load * work.l2_bytes / at["processor_bytes_cycle"] * cycle,
+            load * work.l2_bytes / at["processor_bytes_cycle"] * cycle + late,
             work.programs * work.busy * work.l2_bytes / at["l2_bytes_cycle"] * cycle,
         ),
         "memory": from_memory / at["memory_bytes_s"],

@@ -22,7 +22,6 @@ from xr0_engine.bench.step.roofline import bounds_ms, operators
 from xr0_engine.bench.step.workload import Workload
 from xr0_engine.bench.tell.predicted import CELLS, row, stages
 from xr0_engine.fused.ops import Flow
-from xr0_engine.fused.prompts import bucket
 from xr0_engine.fused.tactics import TacticTable, read_tactics
 
 MEASURED_HERE = ("device", "processor", "cores", "threads", "driver", "clocks_mhz", "emulated")
@@ -65,11 +64,12 @@ def _with_progress(work: Callable[[Callable[[int, int], None]], Any], what: str)
 
 
 def _result(setup: Setup, chip: Chip, flow: str, table: Path | None, lines: Sequence[Line], command: str) -> Result:
-    config, work = Workload.of_case(setup)
+    config, work = Workload.of_case(setup, kept=True)
     ceilings = chip.ceilings
     peak = ceilings.peak(setup.dtype)
     # A prompt's padding is computed as well.
-    padded = {"prefill": work.tokens / bucket(work.tokens)}
+    rows = work.padded_tokens - work.preamble_tokens
+    padded = {"prefill": (work.tokens - work.preamble_tokens) / rows}
     launches = []
     for line in lines:
         low, central, high = line.ms
@@ -106,6 +106,7 @@ def _result(setup: Setup, chip: Chip, flow: str, table: Path | None, lines: Sequ
             "predicted": True,
             "chip": chip.name,
             "part": flow,
+            "kept_tokens": work.preamble_tokens,
             "table": None if table is None else table.name,
             "ms": {stage or "total": list(total_ms(lines, stage)) for stage in (*STAGES, "")},
             "bound_ms": bounds_ms(operators(config, work, setup.dtype), ceilings),

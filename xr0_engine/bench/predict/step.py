@@ -24,7 +24,6 @@ from xr0_engine.config import ModelConfig
 from xr0_engine.fused.backends import LOOP, LOOP_STAGES, loop_shapes
 from xr0_engine.fused.ops import Flow, FusedOps, Shape, Tactic, tactic_key
 from xr0_engine.fused.paper import recording, variant
-from xr0_engine.fused.prompts import bucket
 
 Done = Callable[[int, int], None]
 Spread = tuple[float, float, float]
@@ -103,7 +102,7 @@ def record(
     def written(flow: Flow, tactics: Mapping[str, Tactic]) -> list[Op]:
         with recording() as recorded:
             ops = LaunchOps(recorded, tactics, chip.arch)
-            step_on_meta(parts, work, ops, bucket(work.tokens), config.vision.frame_dim, flow)
+            step_on_meta(parts, work, ops, work.padded_tokens, config.vision.frame_dim, flow)
             ops.take_glue()
         return ops.ops
 
@@ -258,7 +257,7 @@ def predict_step(ops: Sequence[Op], chip: Chip, codes: Mapping[Hashable, Code]) 
 
 def predict_case(setup: Setup, chip: Chip, tactics: Mapping[str, Tactic], flow: Flow, done: Done) -> list[Line]:
     """Raises ValueError for what is wrong in setup."""
-    config, work = Workload.of_case(setup)
+    config, work = Workload.of_case(setup, kept=True)
     ops = record(config, work, resolve_dtype(setup.dtype), tactics, chip, flow)
     return predict_step(ops, chip, compile_ops(ops, chip.arch, done))
 

@@ -25,6 +25,7 @@ CHUNK_ROWS = 16
 HIDDEN = 64
 """As kernels/streamed_end.py: columns of the next step's input that a program computes at a step's end."""
 QUERIES, WARPS = 16, 8
+KEYS, HELD, HELD_VALUES = 64, 5, 4
 """As kernels/streamed_attention.py, kernels/ring.py."""
 
 
@@ -54,7 +55,7 @@ def stage_work(name: str, shape: Sequence[int], launch: Launch) -> Work:
         rows, columns = shape
         return glue_work(min(programs, columns // CHUNK_ROWS), WARPS, rows * columns * (FLOAT32 + HALF))
     if name == "attention":
-        return _attention(shape)
+        return _attention(shape, launch)
     if name == END:
         rows, columns, actions = shape
         read = HALF * (widths.ROWS * columns + actions * columns + actions * HIDDEN)
@@ -105,17 +106,21 @@ def _product(name: str, shape: Sequence[int], widths: Any, programs: int) -> Wor
     )
 
 
-def _attention(shape: Sequence[int]) -> Work:
-    """A program has QUERIES queries of one head."""
+def _attention(shape: Sequence[int], launch: Launch) -> Work:
+    """A program has QUERIES queries of one head. What the L2 cache keeps comes from memory in the first step alone."""
     batch, heads, queries, groups, cached, dim = shape
     tiles = math.ceil(queries / QUERIES)
     own = FLOAT32 * dim * (QUERIES + 2 * queries)
     cache = 2.0 * batch * groups * cached * dim * HALF
+    if launch.arguments["W"].KEPT:
+        cache /= launch.arguments["last_step"] - launch.arguments["first_step"]
+    held = min(cached, HELD * KEYS) + min(cached, HELD_VALUES * KEYS)
     return Work(
         batch * heads * tiles,
         mma_operations=4.0 * QUERIES * dim * (cached + queries),
         useful=4.0 * batch * queries * (cached + queries) * heads * dim,
-        l2_bytes=own + 2 * cached * dim * HALF,
+        l2_bytes=own + (2 * cached - held) * dim * HALF,
+        held_bytes=held * dim * HALF,
         memory_bytes=cache,
         ahead_bytes=cache,
         trips=1,

@@ -136,7 +136,7 @@ def predicted_table(
     How the two streams of an overlap share a chip is not modelled: overlap is left to those who measure.
     """
     end = time.monotonic() + 60 * minutes
-    given = [(setup, *Workload.of_case(setup), resolve_dtype(setup.dtype)) for setup in setups]
+    given = [(setup, *Workload.of_case(setup, kept=True), resolve_dtype(setup.dtype)) for setup in setups]
 
     def ops_of(flow: Flow, tactics: Mapping[str, Tactic]) -> list[list[Op]]:
         return [record(config, work, dtype, tactics, chip, flow) for _, config, work, dtype in given]

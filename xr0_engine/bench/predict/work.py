@@ -21,7 +21,7 @@ PREFETCHED_BLOCKS = 8
 OWN_BLOCK = 32
 """Own keys that lambda_attention takes at a time."""
 MIN_ROWS = 16
-WIDE, END_ROWS, LEAST_PIECE = 8, 32, 8
+WIDE, END_ROWS = 8, 32
 """As kernels/swapped.py and swapped_ends.py."""
 
 
@@ -36,7 +36,8 @@ class Work:
     each: reads and writes outside the loop, and trips to L2 that wait for one another. combines: tiles whose parts come
     together through memory, parts: of each, part_bytes: of one, which is written and read. special: exponentials of a
     program. wasted: share of the rows that are padding. warps, shared: of a block, where no code says so.
-    streamed_bytes: of all, that come through L2 whatever is waited for meanwhile. moved_parts: parts of tiles that a
+    streamed_bytes: of all, that come through L2 whatever is waited for meanwhile; held_bytes: of a program, that come
+    into its registers while it waits at its barrier. moved_parts: parts of tiles that a
     program writes and reads, 0: its own, and all of the tile that it ends; gathers: how often it waits for such parts,
     one after another, 0: as LOADS_AT_ONCE of them come together. runs: how often it goes through its code outside of
     the loop, 0: once for each end; units: how often through what of it stands in loops of its own, 0: as often; stores:
@@ -64,6 +65,7 @@ class Work:
     shared: int = 0
     busy: float = 1.0
     streamed_bytes: float = 0.0
+    held_bytes: float = 0.0
     moved_parts: float = 0.0
     gathers: float = 0.0
     runs: float = 0.0
@@ -80,7 +82,8 @@ class Work:
 
     @property
     def all_l2_bytes(self) -> float:
-        return self.programs * self.busy * self.l2_bytes + self.all_end_bytes + self.streamed_bytes
+        each = self.l2_bytes + self.held_bytes
+        return self.programs * self.busy * each + self.all_end_bytes + self.streamed_bytes
 
 
 @dataclass(frozen=True)
@@ -164,7 +167,7 @@ def _tma(given: Given, tactic: Tactic) -> Work:
 
 
 def _shared_out(given: Given, tactic: Tactic, whole_first: bool) -> Work:
-    height = sum(row_pieces(given.rows, tactic.block_m))
+    height = sum(row_pieces(given.rows, tactic))
     groups, blocks = math.ceil(given.rows / height), math.ceil(given.inputs / tactic.block_k)
     tiles = groups * math.ceil(given.outputs / given.tile)
     programs = tiles if tactic.split_k == 1 else min(tactic.split_k, tiles * blocks)
@@ -185,7 +188,7 @@ def _shared_out(given: Given, tactic: Tactic, whole_first: bool) -> Work:
 
 def _swapped(given: Given, tactic: Tactic) -> Work:
     """Whole tiles, then parts of those that are left for fewer than all programs, each of whom ends some rows."""
-    height = sum(row_pieces(given.rows, tactic.block_m, LEAST_PIECE))
+    height = sum(row_pieces(given.rows, tactic))
     groups, blocks = math.ceil(given.rows / height), math.ceil(given.inputs / tactic.block_k)
     tiles = groups * math.ceil(given.outputs / given.tile)
     programs = tiles if tactic.split_k == 1 else min(tactic.split_k, tiles * blocks)

@@ -36,7 +36,8 @@ STREAM_TILES = ((128, 64), (128, 128), (256, 64), (256, 128), (512, 64))
 TMA_TILES = ((256, 128), (128, 128), (128, 64))
 """(rows, weight rows) of one that TMA feeds."""
 SWAPPED_TILES = ((256, 128), (128, 128), (128, 64))
-"""(rows at most, weight rows) of one whose weight rows are the MMA's."""
+WARPGROUP_TILES = (*SWAPPED_TILES, (512, 128), (256, 256))
+"""(rows at most, weight rows) of one whose weight rows are the MMA's; of more, warps alone have too few registers."""
 WARP_WEIGHTS = 16
 """Of these a warp has so many."""
 SHARED_OUT_WARPS = 8
@@ -158,8 +159,8 @@ def _swapped(tactic: Tactic, kind: str, shape: tuple[int, ...], processors: int)
     """A program a tile; as many programs as processors; and as many for each tile as there are processors."""
     rows, n = shape[:2]
     found = []
-    for block_m, width in SWAPPED_TILES:
-        if kind == "qkv" and width not in (shape[3], 2 * shape[3]):
+    for block_m, width in WARPGROUP_TILES if tactic.schedule == "warpgroups" else SWAPPED_TILES:
+        if (kind == "qkv" and width not in (shape[3], 2 * shape[3])) or (block_m > 256 and rows <= 256):
             continue
         tiles = math.ceil(rows / block_m) * math.ceil(n / width)
         even = processors // tiles * tiles

@@ -18,7 +18,6 @@ from xr0_engine.bench.step.workload import Workload
 from xr0_engine.config import ModelConfig
 from xr0_engine.fused.ops import SHARED_LIMIT, FusedOps
 from xr0_engine.fused.paper import compile_kernels
-from xr0_engine.fused.prompts import bucket
 
 if TYPE_CHECKING:
     from xr0_engine.fused.paper import Compiled
@@ -40,14 +39,13 @@ def compile_step(
     if not triton_installed():
         raise NotImplementedError("compiling needs Triton: pip install 'xr0-engine[cuda]'")
     parts, ops = parts_on_meta(config, precision), FusedOps("triton", META, arch=arch)
-    tokens = bucket(work.tokens)
     columns = config.vision.frame_dim
-    return compile_kernels(lambda: step_on_meta(parts, work, ops, tokens, columns), arch, done)
+    return compile_kernels(lambda: step_on_meta(parts, work, ops, work.padded_tokens, columns), arch, done)
 
 
 def run(setup: Setup, arch: int, as_json: bool) -> bool:
     """`xr0 bench compile`. Prints what each kernel takes; whether all fit. Raises as compile_step."""
-    config, work = Workload.of_case(setup)
+    config, work = Workload.of_case(setup, kept=True)
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(f"compiling for sm_{arch}", total=None)
 

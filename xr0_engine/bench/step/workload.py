@@ -9,6 +9,7 @@ import numpy as np
 
 from xr0_engine.bench.cases import Setup
 from xr0_engine.config import ModelConfig, VisionConfig
+from xr0_engine.fused.prompts import bucket
 from xr0_engine.model.weights import resolve_checkpoint
 from xr0_engine.robot.limits import RELEASED_LIMITS, ImageLimits, load_limits, load_video_limits
 from xr0_engine.robot.normalize import load_statistics, select_robot_type
@@ -36,9 +37,15 @@ class Workload:
         batch, tokens = inputs.input_ids.shape
         return Workload(inputs.image_grids, tokens, inputs.action_mask.shape[1], batch, inputs.preamble_length)
 
+    @property
+    def padded_tokens(self) -> int:
+        """N of the session that it runs in."""
+        return bucket(self.tokens)
+
     @staticmethod
-    def of_case(setup: Setup) -> tuple[ModelConfig, Workload]:
-        """The case's nominal sizes, nothing kept, and the configuration. No weights are made or read.
+    def of_case(setup: Setup, kept: bool = False) -> tuple[ModelConfig, Workload]:
+        """The case's nominal sizes, and the configuration. kept: with the prompt's head known from an earlier call, as
+        in every call of a robot but its first. No weights are made or read.
 
         Raises ValueError for an unknown size, CheckpointError for a checkpoint that cannot be used.
         """
@@ -59,7 +66,8 @@ class Workload:
             for view in case.embodiment.views
             for _ in range(pictures)
         ]
-        return config, Workload(tuple(grids) * case.batch, case.tokens, chunk_length, case.batch)
+        preamble = case.preamble_tokens if kept else 0
+        return config, Workload(tuple(grids) * case.batch, case.tokens, chunk_length, case.batch, preamble)
 
 
 def image_grid(shape: Sequence[int], vision: VisionConfig, limits: ImageLimits) -> tuple[int, int]:
