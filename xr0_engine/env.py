@@ -22,7 +22,7 @@ def api_key() -> str | None:
     return os.environ.get("XR0_API_KEY")
 
 
-EMULATED_CHIPS = {"89": 89, "90": 90, "120": 120}
+EMULATED_CHIPS = {"80": 80, "86": 86, "89": 89, "90": 90, "120": 120}
 
 
 def emulated_arch() -> int | None:

@@ -150,6 +150,18 @@ def test_batches_that_follow_each_other_are_rows(tactic, schedule):
     assert_close(out.result(), exact, product.textbook(torch.float16) + base)
 
 
+def test_a_neighbours_tile_that_cannot_be_is_the_default_and_ones_own_is_refused():
+    """Of 200 rows four warps hold the sums, of 250 not."""
+    product, tactic = Product.make((1, 250, 72, 128), torch.float16), replace(LARGE, warps=4)
+    out = Frame(1, 250, 128, dtype=torch.float16)
+    ops = FusedOps("triton", DEVICE, {tactic_key("linear", (200, 128, 72), torch.float16): tactic})
+    ops.linear(product.x, product.weight, out.view)
+    assert_close(out.result(), product.x.float() @ product.weight.data.float().T, product.textbook(torch.float16))
+    ops = FusedOps("triton", DEVICE, {tactic_key("linear", (250, 128, 72), torch.float16): tactic})
+    with pytest.raises(ValueError, match="more sums than 4 warps hold"):
+        ops.linear(product.x, product.weight, out.view)
+
+
 @schedules
 def test_what_is_reserved_on_paper_is_enough_for_a_chip_of_fewer_processors(schedule, monkeypatch):
     """Twelve tiles for twelve programs need no scratch memory, for five they do."""

@@ -101,8 +101,8 @@ def in_new_process(code: str, **variables: str) -> subprocess.CompletedProcess[s
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"XR0_EMULATE": "91"}, "XR0_EMULATE: expected 89, 90 or 120; got '91'"),
-        ({"XR0_EMULATE": "sm_90"}, "XR0_EMULATE: expected 89, 90 or 120; got 'sm_90'"),
+        ({"XR0_EMULATE": "91"}, "XR0_EMULATE: expected 80, 86, 89, 90 or 120; got '91'"),
+        ({"XR0_EMULATE": "sm_90"}, "XR0_EMULATE: expected 80, 86, 89, 90 or 120; got 'sm_90'"),
         ({"XR0_EMULATE": "90", "TRITON_INTERPRET": "1"}, "expected one of them, got both"),
     ],
 )

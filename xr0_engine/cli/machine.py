@@ -21,7 +21,7 @@ def machine(
     only: Annotated[str | None, typer.Option(metavar="PART,...", help="Only these parts, or steps of theirs.")] = None,
     emulate: Annotated[
         int | None,
-        typer.Option(metavar="ARCH", help="Without a GPU: 89, 90 or 120, executed on the CPU of a checkout."),
+        typer.Option(metavar="ARCH", help="Without a GPU: 80, 86, 89, 90 or 120, executed on the CPU of a checkout."),
     ] = None,
 ) -> None:
     """All that is worth knowing of this machine's GPU, in order of worth, each part a process of its own with a limit.

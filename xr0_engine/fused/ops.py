@@ -358,12 +358,14 @@ class FusedOps:
     def call_tuned(
         self, kind: str, shape: Shape, dtype: torch.dtype, arguments: tuple[Any, ...], options: Mapping[str, Any]
     ) -> Tactic:
-        """By the table's tactic, or the default where the table's schedule has not what is asked for: a flow of many
-        observations has keys of the vision's products, with gates and norms of its own. Returns what ran."""
+        """By the table's tactic, or the default where the table's schedule has not what is asked for, as gates and
+        norms of many observations' flows, or a neighbour's tile cannot be, as of more rows. Returns what ran."""
         tactic = self.tactic(kind, shape, dtype, options)
+        own = tactic_key(kind, shape, dtype, options) in self.tactics
+        refusals = (NotImplementedError,) if own else (NotImplementedError, ValueError)
         try:
             self.call(kind, arguments, options, tactic)
-        except NotImplementedError:
+        except refusals:
             if tactic == (default := self.default(kind, shape, options)):
                 raise
             self.call(kind, arguments, options, default)

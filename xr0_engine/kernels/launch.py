@@ -29,10 +29,10 @@ from triton.runtime.errors import OutOfResources, PTXASError
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-EMULATED = {"": 0, "89": 89, "90": 90, "120": 120}.get(os.environ.get("XR0_EMULATE", ""), -1)
+EMULATED = {"": 0, "80": 80, "86": 86, "89": 89, "90": 90, "120": 120}.get(os.environ.get("XR0_EMULATE", ""), -1)
 """Compute capability of the chip whose code runs on the CPU, 0 for none. As env.py: emulated_arch."""
 if EMULATED < 0:
-    raise ValueError(f"XR0_EMULATE: expected 89, 90 or 120; got {os.environ['XR0_EMULATE']!r}")
+    raise ValueError(f"XR0_EMULATE: expected 80, 86, 89, 90 or 120; got {os.environ['XR0_EMULATE']!r}")
 if EMULATED and INTERPRETED:
     raise ValueError("XR0_EMULATE, TRITON_INTERPRET: expected one of them, got both; unset one")
 
