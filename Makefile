@@ -52,14 +52,16 @@ test: $(INSTALLED)-cpu $(VENV)/.renders
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 ifeq ($(origin PYTEST_ARGS),file)
 	$(foreach chip,$(TESTED_CHIPS),$(call emulated,$(chip),$(PYTEST_ARGS) $(COMPILED_TESTS) $(ONLY_$(chip))) &&) true
+	$(foreach chip,$(TABLED_CHIPS),$(call emulated,$(chip),$(PYTEST_ARGS) tests/kernels/test_predicted_tactics.py) &&) true
 endif
 
 # Kernels as compiled code, executed on this CPU: tests/ptx/README.md. `make test` has one schedule of two chips of it,
-# of sm_89 only what tells something of its own.
+# of sm_89 only what tells something of its own, and what the tables of others name.
 # Another Triton need only come first on the path.
 COMPILED_TESTS := tests/kernels tests/fused/test_head.py $(patsubst %,tests/ptx/test_%.py,golden launcher mutations schedules) \
   --ignore tests/kernels/test_ahead_of_time.py
 TESTED_CHIPS := 89 90
+TABLED_CHIPS := 80 86 120
 ONLY_89 := -m "not one_chip"
 CHIPS ?= 89 90 120
 SEEDS ?= 1 2 3

@@ -279,7 +279,11 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "linear, stream": Family("_wide", lambda: _linear(STREAM)),
         "linear, 8 bits": Family("_linear", _linear_of_8_bits),
         "linear, whole": Family("_whole_linear", lambda: _linear(WHOLE, 12, 512)),
-        **({} if emulated_arch() == 89 else {"linear, tma": Family("_bulk_product", lambda: _linear(BULK, 72, 640))}),
+        **(
+            {}
+            if (emulated_arch() or 0) < 90
+            else {"linear, tma": Family("_bulk_product", lambda: _linear(BULK, 72, 640))}
+        ),
         "linear, swapped": Family("_swapped", lambda: _linear(SWAPPED, 72, 640)),
         **(
             {"linear, warpgroups": Family("_swapped", lambda: _linear(GROUPS, 72, 640))}

@@ -116,10 +116,7 @@ def _end_piece(
 def _scales_of(scales, filled, group, product, S: gl.constexpr):
     """Those of a group, where the group whose they are is another. Returns whose they are."""
     if filled != group:
-        # Of the group before, somebody may still be reading.
-        barrier()
         fill_scales(scales, group, product, S)
-        barrier()
     return group
 
 
