@@ -359,3 +359,21 @@ def ring_slots(columns: int, limit: int, reserved: int) -> int:
 def padded(rows: int) -> int:
     """A power of two that matrix units take."""
     return max(16, triton.next_power_of_2(rows))
+
+
+@gluon.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x)) by the unit's own exponential and reciprocal, each within two last bits: what comes of it is
+    rounded to 16 bits."""
+    power = gl.inline_asm_elementwise(
+        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * -1.4426950408889634], dtype=gl.float32, is_pure=True, pack=1
+    )
+    return gl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + power], dtype=gl.float32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def gelu_tanh(x):
+    """As device.py."""
+    return x * sigmoid(x * gl.fma(x * x, 0.07135481282603588, 1.5957691216057308))

@@ -59,6 +59,13 @@ def _scores_layout() -> Any:
 
 
 @gluon.constexpr_function
+def _own_layout(own: int) -> Any:
+    """Of scores of a chunk's own keys. As long as they are few, every warp has all of them: nothing of theirs goes
+    round then."""
+    return gl.NVMMADistributedLayout([2, 0], [WARPS, 1] if own == QUERIES else [1, WARPS], [16, 8])
+
+
+@gluon.constexpr_function
 def _head_layout() -> Any:
     """Of rows of half a head."""
     return gl.BlockedLayout([1, 4], [2, 16], [WARPS, 1], [1, 0])
@@ -86,7 +93,8 @@ def _order(HALF: gl.constexpr, layout: gl.constexpr):
     """(HALF,): the column that stands at each place of a product's K: as _load_keys has them."""
     place = gl.arange(0, HALF, layout=layout)
     within = place // BLOCK % 2 * 4 + place // 8 % 2 * 2 + place % 2
-    return place // DEPTH * DEPTH + place % 8 // 2 * WIDE + within
+    column = place // DEPTH * DEPTH + place % 8 // 2 * WIDE + within
+    return gl.max_contiguous(gl.multiple_of(column, 2), 2)
 
 
 @gluon.jit
@@ -127,13 +135,14 @@ def _load_values(cache, batch, group, first, end, DIM: gl.constexpr, POLICY: gl.
 
 
 class Factors(NamedTuple):
-    """What heads' rows at place are normalised and turned by, (rows, D / 2) or (D / 2,): there before the rows are."""
+    """What both halves of heads' rows at place are normalised and turned by, (rows, D / 2): there before the rows are.
+    A half's norm, times the cosine and times the sine."""
 
     place: Any
-    first_norm: Any
-    second_norm: Any
-    cos: Any
-    sin: Any
+    first_cos: Any
+    first_sin: Any
+    second_cos: Any
+    second_sin: Any
 
 
 @gluon.jit
@@ -143,10 +152,11 @@ def _factors(place, row, norm, turn, batch, tokens, W: gl.constexpr):
     column = _order(HALF, gl.SliceLayout(0, _head_layout()))
     near = gl.minimum(row, tokens - 1)[:, None]
     angle = (batch * tokens + near) * HALF + column[None, :]
+    cos, sin = gl.load(turn.cos + angle), gl.load(turn.sin + angle)
+    first, second = gl.load(norm + column)[None, :], gl.load(norm + HALF + column)[None, :]
     return Factors(
-        place + near * (3 * W.COLUMNS) + column[None, :], gl.load(norm + column), gl.load(norm + HALF + column),
-        gl.load(turn.cos + angle), gl.load(turn.sin + angle),
-    )  # fmt: skip
+        place + near * (3 * W.COLUMNS) + column[None, :], first * cos, first * sin, second * cos, second * sin
+    )
 
 
 @gluon.jit
@@ -154,10 +164,11 @@ def _turned(by, eps, W: gl.constexpr):
     """Both halves of a head's rows after its norm and rotation, (rows, D / 2) bfloat16 each."""
     HALF: gl.constexpr = W.DIM // 2
     first, second = gl.load(by.place), gl.load(by.place + HALF)
-    scale = gl.rsqrt(gl.sum(first * first + second * second, 1) * (1.0 / W.DIM) + eps)[:, None]
-    first *= scale * by.first_norm[None, :]
-    second *= scale * by.second_norm[None, :]
-    return (first * by.cos - second * by.sin).to(gl.bfloat16), (second * by.cos + first * by.sin).to(gl.bfloat16)
+    squares = gl.sum(gl.fma(first, first, second * second), 1)
+    scale = gl.rsqrt(gl.fma(squares, 1.0 / W.DIM, eps))[:, None]
+    one = scale * gl.fma(first, by.first_cos, -second * by.second_sin)
+    other = scale * gl.fma(second, by.second_cos, first * by.first_sin)
+    return one.to(gl.bfloat16), other.to(gl.bfloat16)
 
 
 @gluon.jit
@@ -171,6 +182,8 @@ def attention_stage(loop, stage, cache, turn, out, W: gl.constexpr):
     TILES: gl.constexpr = OWN // QUERIES
     POLICY: gl.constexpr = "evict_last" if W.KEPT else ""
     SCORES: gl.constexpr = _scores_layout()
+    OWN_SCORES: gl.constexpr = _own_layout(OWN)
+    ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
     LEFT: gl.constexpr = gl.DotOperandLayout(0, SCORES, 2)
     RIGHT: gl.constexpr = gl.DotOperandLayout(1, SCORES, 2)
     HEAD: gl.constexpr = _head_layout()
@@ -201,8 +214,8 @@ def attention_stage(loop, stage, cache, turn, out, W: gl.constexpr):
         column = gl.arange(0, DIM, layout=gl.SliceLayout(0, VALUES))[None, :]
         own_place = place + 2 * W.COLUMNS + own_row * (3 * W.COLUMNS) + column
         query = first + gl.arange(0, QUERIES, layout=gl.SliceLayout(1, SCORES))[:, None]
-        own_key = gl.arange(0, OWN, layout=gl.SliceLayout(0, SCORES))[None, :]
-        distance = query - own_key
+        own_key = gl.arange(0, OWN, layout=gl.SliceLayout(0, OWN_SCORES))[None, :]
+        distance = gl.convert_layout(query, OWN_SCORES, assert_trivial=True) - own_key
         allowed = (own_key < tokens) & (distance >= 0) & ((own_key < context) | (distance <= turn.window))
         if unit == program:
             wait(loop.barrier, stage)
@@ -218,9 +231,11 @@ def attention_stage(loop, stage, cache, turn, out, W: gl.constexpr):
         barrier()
         q1, q2 = queries1.load(LEFT), queries2.load(LEFT)
 
-        own_scores = gl.zeros([QUERIES, OWN], gl.float32, SCORES)
-        own_scores = mma_v2(q1, own1.permute((1, 0)).load(RIGHT), own_scores)
-        own_scores = mma_v2(q2, own2.permute((1, 0)).load(RIGHT), own_scores) * turn.scale
+        own_scores = gl.zeros([QUERIES, OWN], gl.float32, OWN_SCORES)
+        own_q1 = gl.convert_layout(q1, gl.DotOperandLayout(0, OWN_SCORES, 2), assert_trivial=True)
+        own_q2 = gl.convert_layout(q2, gl.DotOperandLayout(0, OWN_SCORES, 2), assert_trivial=True)
+        own_scores = mma_v2(own_q1, own1.permute((1, 0)).load(gl.DotOperandLayout(1, OWN_SCORES, 2)), own_scores)
+        own_scores = mma_v2(own_q2, own2.permute((1, 0)).load(gl.DotOperandLayout(1, OWN_SCORES, 2)), own_scores)
         own_scores = gl.where(allowed, own_scores, float("-inf"))
         scores = ()
         key = begin + gl.arange(0, KEYS, layout=gl.SliceLayout(0, SCORES))[None, :]
@@ -229,22 +244,24 @@ def attention_stage(loop, stage, cache, turn, out, W: gl.constexpr):
             if block >= HELD:
                 keys = with_last(keys, _load_keys(cache, batch, group, begin + block * KEYS, end, HALF, POLICY))
             found = mma_v2(q1, keys[block][0], gl.zeros([QUERIES, KEYS], gl.float32, SCORES))
-            found = mma_v2(q2, keys[block][1], found) * turn.scale
+            found = mma_v2(q2, keys[block][1], found)
             found = gl.where(key + block * KEYS < end, found, float("-inf"))
             most = gl.maximum(most, found)
             scores = with_last(scores, found)
         # Every query sees itself: it has a maximum; those behind the last see somebody.
-        top = gl.maximum(gl.max(own_scores, 1), gl.max(most, 1))[:, None]
+        top = gl.convert_layout(gl.max(own_scores, 1), ROWS, assert_trivial=True)
+        top = -turn.scale * gl.maximum(top, gl.max(most, 1))[:, None]
 
-        exponentials = gl.exp2(own_scores - top)
-        weight = gl.sum(exponentials, 1)
+        own_top = gl.convert_layout(top, OWN_SCORES, assert_trivial=True)
+        exponentials = gl.exp2(gl.fma(own_scores, turn.scale, own_top))
+        weight = gl.convert_layout(gl.sum(exponentials, 1), ROWS, assert_trivial=True)
         seen = gl.allocate_shared_memory(gl.bfloat16, [QUERIES, OWN], _swizzled(), exponentials.to(gl.bfloat16))
         barrier()
         total = gl.zeros([QUERIES, DIM], gl.float32, SCORES)
         total = mma_v2(seen.load(LEFT), shared_values.load(RIGHT), total)
         added = gl.zeros([QUERIES, KEYS], gl.float32, SCORES)
         for block in gl.static_range(BLOCKS):
-            exponentials = gl.exp2(scores[block] - top)
+            exponentials = gl.exp2(gl.fma(scores[block], turn.scale, top))
             added += exponentials
             block_seen = gl.allocate_shared_memory(
                 gl.bfloat16, [QUERIES, KEYS], _swizzled(), exponentials.to(gl.bfloat16)

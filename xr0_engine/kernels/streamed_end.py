@@ -19,6 +19,7 @@ from xr0_engine.kernels.ring import (
     ask,
     barrier,
     fragment_place,
+    gelu_tanh,
     load_rows,
     multiply,
     norm_of,
@@ -30,12 +31,6 @@ from xr0_engine.kernels.streamed_stages import end_ahead, finish, tile_columns, 
 
 HIDDEN = gl.constexpr(64)
 """Columns of the action projector's hidden layer that a program computes."""
-
-
-@gluon.jit
-def _gelu_tanh(x):
-    """As device.py."""
-    return x / (1.0 + gl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
 
 
 @gluon.jit
@@ -74,7 +69,7 @@ def wide_stage(loop, stage, number, last, ring, x, out, W: gl.constexpr):
             row_scale = norm_of(loop.buffers.end_sums, rows, loop.eps, W)[:, None]
         row = tile_rows(W)[:, None]
         while chunk < last:
-            y = _gelu_tanh(add_tile(multiply(factors, take(ring, number, W), W)) * row_scale)
+            y = gelu_tanh(add_tile(multiply(factors, take(ring, number, W), W)) * row_scale)
             place = out + fragment_place(row, tile_columns(chunk - first)[None, :], W)
             gl.store(place, y.to(gl.bfloat16), row < rows)
             number += 1
@@ -153,7 +148,7 @@ def euler_stage(loop, stage, x, out, o, W: gl.constexpr):
                 tiles.slice(tile * CHUNK_ROWS, CHUNK_ROWS, dim=1).store(y)
             else:
                 second = _load_factor(o.weight2, 0, tile * CHUNK_ROWS, o.actions, o.actions, ACTIONS, CHUNK_ROWS)
-                inner = gl.convert_layout(_gelu_tanh(y).to(gl.bfloat16), LEFT)
+                inner = gl.convert_layout(gelu_tanh(y).to(gl.bfloat16), LEFT)
                 velocity = mma_v2(inner, second, velocity)
         if W.WIDE:
             barrier()
@@ -173,6 +168,6 @@ def euler_stage(loop, stage, x, out, o, W: gl.constexpr):
         value *= gl.load(o.action_mask + place, inside, 0.0)
         projection = _load_factor(o.in_weight, column_tile * HIDDEN, 0, W.COLUMNS, o.actions, HIDDEN, ACTIONS)
         hidden = gl.zeros([ROWS, HIDDEN], gl.float32, LAYOUT)
-        hidden = _gelu_tanh(mma_v2(gl.convert_layout(value.to(gl.bfloat16), LEFT), projection, hidden))
+        hidden = gelu_tanh(mma_v2(gl.convert_layout(value.to(gl.bfloat16), LEFT), projection, hidden))
         column = column_tile * HIDDEN + gl.arange(0, HIDDEN, layout=gl.SliceLayout(0, LAYOUT))[None, :]
         gl.store(out + fragment_place(row, column, W), hidden.to(gl.bfloat16), is_action)

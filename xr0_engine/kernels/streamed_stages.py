@@ -30,6 +30,7 @@ from xr0_engine.kernels.ring import (
     multiply,
     norm_of,
     norms_of,
+    sigmoid,
     take,
     tile_layout,
     wait,
@@ -136,7 +137,7 @@ def gate_up_stage(loop, stage, number, last, ring, x, sums, bias, out, W: gl.con
             gate, up = add_pairs(multiply(factors, take(ring, number, W), W), W)
             gate = gate * row_scale + gate_bias[None, :]
             up = up * row_scale + up_bias[None, :]
-            y = gate / (1.0 + gl.exp(-gate)) * up
+            y = gate * sigmoid(gate) * up
             gl.store(out + fragment_place(row, columns[None, :], W), y.to(gl.bfloat16), row < rows)
             number += 1
             chunk += gl.num_programs(0)

@@ -13,6 +13,7 @@ from triton.experimental.gluon import language as gl
 
 from xr0_engine.kernels.arguments import STATS_COLUMNS
 from xr0_engine.kernels.device import with_last
+from xr0_engine.kernels.ring import gelu_tanh, sigmoid
 
 WIDE = gl.constexpr(8)
 """Columns of a thread that lie beside each other: 16 bytes of what is written."""
@@ -191,18 +192,6 @@ def finish_rows(y, rows, n, product, R: gl.constexpr, S: gl.constexpr):
 
 
 @gluon.jit
-def _sigmoid(x):
-    """1 / (1 + exp(-x)) by the unit's own exponential and reciprocal, each within two last bits: what comes of it is
-    rounded to 16 bits."""
-    power = gl.inline_asm_elementwise(
-        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * -1.4426950408889634], dtype=gl.float32, is_pure=True, pack=1
-    )
-    return gl.inline_asm_elementwise(
-        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + power], dtype=gl.float32, is_pure=True, pack=1
-    )
-
-
-@gluon.jit
 def _columns(S: gl.constexpr):
     return gl.arange(0, S.WEIGHTS, layout=gl.SliceLayout(0, row_layout(S)))
 
@@ -265,8 +254,7 @@ def end_linear(
     if ACTIVATION == "gelu":
         y = 0.5 * y * (1.0 + gl.erf(y * 0.7071067811865476))
     elif ACTIVATION == "gelu_tanh":
-        # As device.py: gelu_tanh.
-        y = y * _sigmoid(y * gl.fma(y * y, 0.07135481282603588, 1.5957691216057308))
+        y = gelu_tanh(y)
     if end.residual is not None:
         y = y + base + extra
     written = y.to(end.out.dtype.element_ty)
@@ -302,7 +290,7 @@ def end_swiglu(
     gate, up = _halves(finish_rows(y, rows, gl.minimum(n, walk.weights - 1), product, R, S), R, S.WEIGHTS, S)
     column = column_tile * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(0, row_layout(S)))
     out_place = rows.row * end.out_m + rows.batch * end.out_b
-    value = (gate * _sigmoid(gate) * up).to(end.out.dtype.element_ty)
+    value = (gate * sigmoid(gate) * up).to(end.out.dtype.element_ty)
     gl.store(
         end.out + out_place[:, None] + column[None, :], value, rows.inside[:, None] & (column < end.outputs)[None, :]
     )
