@@ -8,6 +8,7 @@ import pytest
 
 from tests.support import ROOT
 from xr0_engine.bench import results
+from xr0_engine.bench.cases import find_case
 from xr0_engine.bench.predict.figures import find_chip
 from xr0_engine.bench.tell.predicted import CELLS, Row, stages
 
@@ -80,6 +81,25 @@ def table_line(chip: str, case: str) -> str:
     steps = (facts["ms"]["total"][1] for facts in (chained, streamed, table))
     cells += [f"{table['ms']['flow'][1]:.2f}", " → ".join(f"{step:.2f}" for step in steps), f"{low:.2f} to {high:.2f}"]
     return f"| {chip}, {case} | {' | '.join(cells)} | {table['bound_ms']['total']:.2f} |"
+
+
+def kept_line(chip: str, case: str) -> str:
+    """By a table, of a first call, and by today's of a later one, whose prompt's head is kept."""
+    first, later = (
+        results.read(FOLDER / f"predicted-{STREAMED_DAY}-{way}-{chip}-{case}.json").facts for way in ("tables", "kept")
+    )
+    assert (later["part"], later["table"]) == ("streamed", first["table"])
+    assert later["kept_tokens"] == find_case(case).preamble_tokens
+    parts = ("vision", "prefill", "flow", "total")
+    cells = [f"{first['ms'][part][1]:.2f} → {later['ms'][part][1]:.2f}" for part in parts]
+    low, _, high = later["ms"]["total"]
+    bounds = [f"{facts['bound_ms']['total']:.2f}" for facts in (first, later)]
+    return f"| {chip}, {case} | {' | '.join(cells)} | {low:.2f} to {high:.2f} | {' → '.join(dict.fromkeys(bounds))} |"
+
+
+@pytest.mark.parametrize(("chip", "case"), list(product(CHIPS, CASES)))
+def test_the_document_says_what_a_later_call_is_predicted_to_take(chip, case):
+    assert kept_line(chip, case) in DOCUMENT.read_text(encoding="utf-8").splitlines()
 
 
 @pytest.mark.parametrize(("chip", "case"), list(product(CHIPS, CASES)))
