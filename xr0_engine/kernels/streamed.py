@@ -46,7 +46,7 @@ from xr0_engine.kernels.ring import (
     step_chunks,
 )
 from xr0_engine.kernels.shapes import strided
-from xr0_engine.kernels.streamed_attention import KEYS, Cache, Turn, attention_stage
+from xr0_engine.kernels.streamed_attention import KEYS, Cache, Turn, attention_stage, release_cache
 from xr0_engine.kernels.streamed_end import Output, euler_stage, tokens_stage, wide_stage
 from xr0_engine.kernels.streamed_stages import (
     End,
@@ -210,6 +210,8 @@ def _streamed_flow(
             )  # fmt: skip
             number = tokens_stage(loop, stage, number, chunk + TOKENS, ring, embedded, to_start, W)
             chunk += TOKENS
+    if W.KEPT:
+        release_cache(kv_keys, kv_values, layers * kv_keys_l, W)
     leave(barrier, stage)
 
 

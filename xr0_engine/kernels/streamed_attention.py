@@ -27,6 +27,8 @@ DEPTH = gl.constexpr(32)
 HELD, HELD_VALUES = gl.constexpr(5), gl.constexpr(4)
 """Blocks of keys and of values that a program holds while it waits."""
 QUERIES = gl.constexpr(16)
+LINE = gl.constexpr(64)
+"""Numbers of a cache line."""
 
 
 class Cache(NamedTuple):
@@ -169,6 +171,24 @@ def _turned(by, eps, W: gl.constexpr):
     one = scale * gl.fma(first, by.first_cos, -second * by.second_sin)
     other = scale * gl.fma(second, by.second_cos, first * by.first_sin)
     return one.to(gl.bfloat16), other.to(gl.bfloat16)
+
+
+@gluon.jit
+def release_cache(keys, values, elements, W: gl.constexpr):
+    """What the L2 cache was told to keep is as any other data from here on: that of a robot which does not come again
+    would stay there instead of what others need. keys, values: of all layers, elements each."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    THREADS: gl.constexpr = 32 * WARPS
+    lines = gl.cdiv(elements, LINE)
+    thread = gl.program_id(0) * THREADS + gl.arange(0, THREADS, layout=LAYOUT)
+    for first in tl.range(0, lines, gl.num_programs(0) * THREADS, disable_licm=True):
+        place = gl.minimum(first + thread, lines - 1).to(gl.int64) * (2 * LINE)
+        for cache in gl.static_range(2):
+            start = (values if cache else keys).to(gl.int64)
+            gl.inline_asm_elementwise(
+                "applypriority.global.L2::evict_normal [$1], 128; mov.b32 $0, 0;", "=r,l", [start + place],
+                dtype=gl.int32, is_pure=False, pack=1,
+            )  # fmt: skip
 
 
 @gluon.jit
