@@ -31,8 +31,8 @@ def asked(monkeypatch):
     """What the model is asked for; it gives a line a stage."""
     given = []
 
-    def predict_case(setup, chip, tactics, flow, done):
-        given.append((chip.name, dict(tactics), flow))
+    def predict_case(setup, chip, table, flow, done):
+        given.append((chip.name, dict(table.tactics), flow))
         done(1, 1)
         return [line("vision", 1e-3), line("prefill", 2e-3), line("flow", 3e-3)]
 

@@ -23,6 +23,7 @@ from xr0_engine.bench.cases import Setup, find_case
 from xr0_engine.bench.predict.figures import find_chip
 from xr0_engine.bench.predict.step import predict_step, record, total_ms
 from xr0_engine.bench.step.workload import Workload
+from xr0_engine.fused.ops import Tactic
 
 chip = find_chip("h200")
 config, work = Workload.of_case(Setup(find_case("libero"), "4b"))
@@ -37,6 +38,13 @@ for flow in ("chained", "layered", "persistent", "streamed"):
         "stages": sum(line.count for line in lines if line.stage == "flow"),
         "layers": sum(line.count for line in lines if "lambda_attention" in line.name),
         "ms": {stage: total_ms(lines, stage) for stage in ("vision", "prefill", "flow", "")},
+    }
+key, near = "linear 194x2560x4096 bfloat16", {"linear 202x2560x4096 bfloat16": Tactic(64, 64, 64, 1, 4, 3)}
+key = key.replace("194", str(work.padded_tokens))
+for name, kept in (("neighbour", ()), ("kept", (key,))):
+    found = record(config, work, torch.bfloat16, near, chip, "chained", kept)
+    told[name] = {str(op.tactic) for op in found if op.shape == (work.padded_tokens, 2560, 4096)} == {
+        str(tactic) for tactic in near.values()
     }
 json.dump(told, sys.stdout)
 """
@@ -80,6 +88,12 @@ def test_a_stage_has_a_range_and_the_step_is_their_sum(told, flow):
     ms = told[flow]["ms"]
     assert all(0 < low < central < high for low, central, high in ms.values())
     assert ms[""][1] == pytest.approx(sum(ms[stage][1] for stage in ("vision", "prefill", "flow")))
+
+
+def test_a_key_whose_default_was_not_beaten_keeps_it(told):
+    """As the engine has it: what its neighbour's tactic is for is another number of rows."""
+    assert told["neighbour"]
+    assert not told["kept"]
 
 
 @pytest.mark.parametrize("kept", [False, True])

@@ -43,6 +43,15 @@ def test_the_fastest_that_compiles_is_chosen_and_the_default_is_told_beside_it(s
     assert choice.microseconds[candidates.name(FAST)] < choice.microseconds[candidates.name(SLOW)]
 
 
+def test_what_spills_with_something_else_around_it_is_left_out(search, monkeypatch):
+    """As a product whose residual has pictures' extra rows in some layers."""
+    other = replace(OP, options={"residual": 1})
+    monkeypatch.setattr(search, "_code", lambda op, tactic: None if (op, tactic) == (other, FAST) else CODE)
+    monkeypatch.setattr(candidates, "tiles", lambda *asked: [SLOW, FAST])
+    assert search.choose(OP, "linear").tactic == FAST
+    assert search.choose(OP, "linear", [other]).tactic == SLOW
+
+
 def test_a_little_faster_is_not_enough(search, monkeypatch):
     monkeypatch.setattr(tables, "MATTERS", 0.01)
     assert search.choose(OP, "linear").tactic == SLOW

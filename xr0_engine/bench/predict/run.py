@@ -42,8 +42,7 @@ def measure(setup: Setup, chip_name: str, flow: str | None, table: Path | None, 
     if way not in get_args(Flow):
         raise ValueError(f"flow: expected {', '.join(get_args(Flow))}; got {way!r}")
     way = cast(Flow, way)
-    tactics = known.tactics
-    lines = _with_progress(lambda done: predict_case(setup, chip, tactics, way, done), f"compiling for sm_{chip.arch}")
+    lines = _with_progress(lambda done: predict_case(setup, chip, known, way, done), f"compiling for sm_{chip.arch}")
     return _result(setup, chip, way, table, lines, command)
 
 

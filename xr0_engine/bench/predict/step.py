@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -24,6 +24,7 @@ from xr0_engine.config import ModelConfig
 from xr0_engine.fused.backends import LOOP, LOOP_STAGES, loop_shapes
 from xr0_engine.fused.ops import Flow, FusedOps, Shape, Tactic, tactic_key
 from xr0_engine.fused.paper import recording, variant
+from xr0_engine.fused.tactics import TacticTable
 
 Done = Callable[[int, int], None]
 Spread = tuple[float, float, float]
@@ -59,8 +60,10 @@ class Op:
 class LaunchOps(StagedOps):
     """Fused ops of the kernels, on paper: keeps what each op launches. recorded: what recording() yields."""
 
-    def __init__(self, recorded: list[Any], tactics: Mapping[str, Tactic], arch: int) -> None:
-        super().__init__("triton", META, tactics, arch)
+    def __init__(
+        self, recorded: list[Any], tactics: Mapping[str, Tactic], arch: int, kept: Collection[str] = ()
+    ) -> None:
+        super().__init__("triton", META, tactics, arch, kept=kept)
         self.recorded = recorded
         self.ops: list[Op] = []
         self._taken = 0
@@ -94,14 +97,21 @@ class LaunchOps(StagedOps):
 
 
 def record(
-    config: ModelConfig, work: Workload, dtype: torch.dtype, tactics: Mapping[str, Tactic], chip: Chip, flow: Flow
+    config: ModelConfig,
+    work: Workload,
+    dtype: torch.dtype,
+    tactics: Mapping[str, Tactic],
+    chip: Chip,
+    flow: Flow,
+    kept: Collection[str] = (),
 ) -> list[Op]:
-    """The ops of a step with these tactics, elsewhere defaults, in order."""
+    """The ops of a step with these tactics, elsewhere defaults, in order. kept: keys that stay with their default,
+    whatever their neighbours have."""
     parts = parts_on_meta(config, dtype)
 
     def written(flow: Flow, tactics: Mapping[str, Tactic]) -> list[Op]:
         with recording() as recorded:
-            ops = LaunchOps(recorded, tactics, chip.arch)
+            ops = LaunchOps(recorded, tactics, chip.arch, kept)
             step_on_meta(parts, work, ops, work.padded_tokens, config.vision.frame_dim, flow)
             ops.take_glue()
         return ops.ops
@@ -255,10 +265,10 @@ def predict_step(ops: Sequence[Op], chip: Chip, codes: Mapping[Hashable, Code]) 
     return lines
 
 
-def predict_case(setup: Setup, chip: Chip, tactics: Mapping[str, Tactic], flow: Flow, done: Done) -> list[Line]:
+def predict_case(setup: Setup, chip: Chip, table: TacticTable, flow: Flow, done: Done) -> list[Line]:
     """Raises ValueError for what is wrong in setup."""
     config, work = Workload.of_case(setup, kept=True)
-    ops = record(config, work, resolve_dtype(setup.dtype), tactics, chip, flow)
+    ops = record(config, work, resolve_dtype(setup.dtype), table.tactics, chip, flow, table.kept)
     return predict_step(ops, chip, compile_ops(ops, chip.arch, done))
 
 

@@ -9,7 +9,7 @@ Last, whole steps tell how the flow is to run.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -61,15 +61,16 @@ class Search:
         self._refusals: tuple[type[Exception], ...] = (ValueError, NotImplementedError, *compiler_faults("triton"))
         self.codes: dict[Hashable, Code] = {}
 
-    def choose(self, op: Op, kind: str) -> Choice:
-        """kind: the op's own, or that of the stage of a flow loop that it is."""
+    def choose(self, op: Op, kind: str, alike: Collection[Op] = ()) -> Choice:
+        """kind: the op's own, or that of the stage of a flow loop that it is. alike: ops of the same key with something
+        else around them, which the tactic has to be fit for as well."""
         default, barrier = self._ops.default(kind, op.shape, op.options), kind.startswith(LOOP)
         ranked = self._ranked(op, kind, default, barrier)
         found: dict[Tactic, float] = {}
         for tactic, least in _of_many_tiles(ranked)[:MOST_TRIED]:
             if len(found) >= MOST_COMPILED or (found and least >= min(found.values())):
                 break
-            if (code := self._code(op, tactic)) is not None:
+            if (code := self._code(op, tactic)) is not None and all(self._code(each, tactic) for each in alike):
                 found[tactic] = self._seconds(op, tactic, code, barrier)
         if default not in found and (code := self._code(op, default)) is not None:
             found[default] = self._seconds(op, default, code, barrier)
@@ -138,15 +139,17 @@ def predicted_table(
     end = time.monotonic() + 60 * minutes
     given = [(setup, *Workload.of_case(setup, kept=True), resolve_dtype(setup.dtype)) for setup in setups]
 
-    def ops_of(flow: Flow, tactics: Mapping[str, Tactic]) -> list[list[Op]]:
-        return [record(config, work, dtype, tactics, chip, flow) for _, config, work, dtype in given]
+    def ops_of(flow: Flow, tactics: Mapping[str, Tactic], kept: Collection[str] = ()) -> list[list[Op]]:
+        return [record(config, work, dtype, tactics, chip, flow, kept) for _, config, work, dtype in given]
 
     search, counts = Search(chip), dict[str, int]()
     wanted: dict[str, tuple[Op, str]] = {}
+    alike: dict[str, dict[Hashable, Op]] = {}
     for (_, _, _, dtype), ops in zip(given, ops_of("chained", {}), strict=True):
         for op in (op for op in ops if op.tactic is not None):
             key = tactic_key(op.kind, op.shape, dtype, op.options)
             wanted[key], counts[key] = (op, op.kind), counts.get(key, 0) + 1
+            alike.setdefault(key, {})[op.variant] = op
     for ops in ops_of("persistent", {}):
         for op in (op for op in ops if op.phases):
             for key, (body, kind) in _stages(op).items():
@@ -156,11 +159,16 @@ def predicted_table(
         if time.monotonic() > end:
             break
         done(len(choices), len(wanted), key)
-        choices[key] = search.choose(*wanted[key])
+        others = {**alike.get(key, {})}
+        others.pop(wanted[key][0].variant, None)
+        choices[key] = search.choose(*wanted[key], others.values())
     done(len(choices), len(wanted), "whole steps")
     tactics = {key: choice.tactic for key, choice in choices.items() if choice.tactic != choice.default}
+    kept = choices.keys() - tactics.keys()
     alone = {key: tactic for key, tactic in tactics.items() if not key.startswith(LOOP)}
-    if len(alone) < len(tactics) and any(search.refuses(op) for ops in ops_of("persistent", tactics) for op in ops):
+    if len(alone) < len(tactics) and any(
+        search.refuses(op) for ops in ops_of("persistent", tactics, kept) for op in ops
+    ):
         # What fits alone need not fit in a loop, which has the registers of all its stages.
         tactics = alone
     measured: dict[str, Mapping[str, float]] = {key: choice.microseconds for key, choice in choices.items()}
@@ -169,7 +177,7 @@ def predicted_table(
     refusals: tuple[type[Exception], ...] = (NotImplementedError, *compiler_faults("triton"))
     for flow in FLOWS:
         try:
-            given_ops = ops_of(flow, tactics)
+            given_ops = ops_of(flow, tactics, kept)
             for ops in given_ops:
                 search.codes = compile_ops(ops, chip.arch, lambda *_: None, search.codes)
         except refusals:
