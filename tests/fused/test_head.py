@@ -45,12 +45,12 @@ def make_head(dtype: torch.dtype = torch.float32, columns: int = 64, **variant: 
     return FusedHead(head.requires_grad_(False))
 
 
-def make_inputs(head: FusedHead, batch: int) -> FlowInputs:
-    """6 actions; of 21 cached tokens the last row sees some, and the rest is NaN."""
-    config, tokens, dtype = head.config, 21, head.head.sink.weight.dtype
+def make_inputs(head: FusedHead, batch: int, tokens: int = 21) -> FlowInputs:
+    """6 actions; of the cached tokens the last row sees all but five, and the rest is NaN."""
+    config, dtype = head.config, head.head.sink.weight.dtype
     chunk = (batch, 6, config.action_dim)
     begin, end = torch.zeros(batch, dtype=torch.int32), torch.full((batch,), tokens, dtype=torch.int32)
-    begin[-1], end[-1] = 2, 18
+    begin[-1], end[-1] = 2, tokens - 3
     place = torch.arange(tokens)
     outside = ((place < begin[:, None]) | (place >= end[:, None]))[:, None, :, None]
     keys, values = torch.randn(2, config.num_layers, batch, config.num_kv_heads, tokens, config.head_dim).masked_fill(
@@ -129,21 +129,23 @@ def streamed_head(**variant: Any) -> FusedHead:
 
 @pytest.mark.compiled
 @pytest.mark.parametrize(
-    ("batch", "variant"),
+    ("batch", "variant", "cached"),
     [
-        pytest.param(1, {}, id="one row"),
-        pytest.param(2, {"flow_steps": 3, "num_layers": 3}, id="two rows, 3 steps, 3 layers", marks=ONE_CHIP),
-        pytest.param(1, {"num_kv_heads": 4, "mlp_width": 256}, id="heads of their own, K whole", marks=ONE_CHIP),
-        pytest.param(1, {"mlp_width": 768}, id="three parts of K", marks=ONE_CHIP),
-        pytest.param(2, {"stream_norms": False}, id="no norms", marks=ONE_CHIP),
-        pytest.param(1, {**WIDE_AS_THE_STREAMS, "stream_norms": False}, id="xr1"),
-        pytest.param(1, WIDE_AS_THE_STREAMS, id="wide output", marks=ONE_CHIP),
+        pytest.param(1, {}, 21, id="one row"),
+        pytest.param(1, {}, 250, id="keys and values that are held"),
+        pytest.param(1, {"num_layers": 1}, 470, id="keys and values that come later"),
+        pytest.param(2, {"flow_steps": 3, "num_layers": 3}, 21, id="two rows, 3 steps, 3 layers", marks=ONE_CHIP),
+        pytest.param(1, {"num_kv_heads": 4, "mlp_width": 256}, 21, id="heads of their own, K whole", marks=ONE_CHIP),
+        pytest.param(1, {"mlp_width": 768}, 21, id="three parts of K", marks=ONE_CHIP),
+        pytest.param(2, {"stream_norms": False}, 21, id="no norms", marks=ONE_CHIP),
+        pytest.param(1, {**WIDE_AS_THE_STREAMS, "stream_norms": False}, 21, id="xr1"),
+        pytest.param(1, WIDE_AS_THE_STREAMS, 21, id="wide output", marks=ONE_CHIP),
     ],
 )
 @pytest.mark.parametrize("programs", [None, 4])
-def test_a_streamed_loop_computes_the_flow(batch, variant, programs):
+def test_a_streamed_loop_computes_the_flow(batch, variant, cached, programs):
     head = streamed_head(**variant)
-    inputs = make_inputs(head, batch)
+    inputs = make_inputs(head, batch, cached)
     inputs = replace(inputs, prefix_length=torch.arange(batch, dtype=torch.int32, device=DEVICE) + 2)
     expected = head.run(FusedOps("reference", DEVICE), inputs, head.buffers(batch, 6))
     ops, buffers = FusedOps("triton", DEVICE, programs=programs), head.buffers(batch, 6)

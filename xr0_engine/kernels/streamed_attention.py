@@ -24,8 +24,8 @@ KEYS = gl.constexpr(64)
 """Of a block."""
 DEPTH = gl.constexpr(32)
 """Columns that four threads load of a key at a time."""
-HELD, HELD_VALUES = gl.constexpr(5), gl.constexpr(4)
-"""Blocks of keys and of values that a program holds while it waits."""
+HELD, HELD_VALUES, FEWER_VALUES = gl.constexpr(5), gl.constexpr(4), gl.constexpr(2)
+"""Blocks of keys and of values that a program holds while it waits; of more keys than those, fewer values."""
 QUERIES = gl.constexpr(16)
 LINE = gl.constexpr(64)
 """Numbers of a cache line."""
@@ -201,6 +201,7 @@ def attention_stage(loop, stage, cache, turn, out, W: gl.constexpr):
     BLOCKS: gl.constexpr = W.KEYS
     TILES: gl.constexpr = OWN // QUERIES
     POLICY: gl.constexpr = "evict_last" if W.KEPT else ""
+    AHEAD: gl.constexpr = HELD_VALUES if BLOCKS <= HELD else FEWER_VALUES
     SCORES: gl.constexpr = _scores_layout()
     OWN_SCORES: gl.constexpr = _own_layout(OWN)
     ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
@@ -223,7 +224,7 @@ def attention_stage(loop, stage, cache, turn, out, W: gl.constexpr):
                 keys = with_last(keys, _load_keys(cache, batch, group, begin + block * KEYS, end, HALF, POLICY))
         values = ()
         for block in gl.static_range(BLOCKS):
-            if block < HELD_VALUES:
+            if block < AHEAD:
                 values = with_last(values, _load_values(cache, batch, group, begin + block * KEYS, end, DIM, POLICY))
         place = b.raw + batch * tokens * (3 * W.COLUMNS) + head * DIM
         own_row = gl.arange(0, OWN, layout=gl.SliceLayout(1, HEAD))
@@ -287,8 +288,8 @@ def attention_stage(loop, stage, cache, turn, out, W: gl.constexpr):
                 gl.bfloat16, [QUERIES, KEYS], _swizzled(), exponentials.to(gl.bfloat16)
             )
             block_values = gl.allocate_shared_memory(gl.bfloat16, [KEYS, DIM], _swizzled(), values[block])
-            if block + HELD_VALUES < BLOCKS:
-                later = begin + (block + HELD_VALUES) * KEYS
+            if block + AHEAD < BLOCKS:
+                later = begin + (block + AHEAD) * KEYS
                 values = with_last(values, _load_values(cache, batch, group, later, end, DIM, POLICY))
             barrier()
             total = mma_v2(block_seen.load(LEFT), block_values.load(RIGHT), total)

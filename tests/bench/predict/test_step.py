@@ -98,12 +98,12 @@ def test_a_key_whose_default_was_not_beaten_keeps_it(told):
 
 @pytest.mark.parametrize("kept", [False, True])
 def test_keys_that_the_cache_keeps_come_from_memory_once(kept):
-    """Of 400 cached tokens 320 keys and 256 values are there when the wait is over."""
+    """Of 400 cached tokens 320 keys and 128 values are there when the wait is over."""
     arguments = {"W": SimpleNamespace(KEPT=kept), "first_step": 0, "last_step": 5}
     launch = SimpleNamespace(arguments=arguments, grid=(128,))
     work = streamed.stage_work("attention", (1, 8, 12, 8, 400, 128), launch)
     assert work.memory_bytes == 2 * 8 * 400 * 128 * 2 / (5 if kept else 1)
-    assert work.held_bytes == (320 + 256) * 128 * 2
+    assert work.held_bytes == (320 + 128) * 128 * 2
     assert work.l2_bytes + work.held_bytes == 4 * 128 * (16 + 2 * 12) + 2 * 400 * 128 * 2
 
 

@@ -25,7 +25,7 @@ CHUNK_ROWS = 16
 HIDDEN = 64
 """As kernels/streamed_end.py: columns of the next step's input that a program computes at a step's end."""
 QUERIES, WARPS = 16, 8
-KEYS, HELD, HELD_VALUES = 64, 5, 4
+KEYS, HELD, HELD_VALUES, FEWER_VALUES = 64, 5, 4, 2
 """As kernels/streamed_attention.py, kernels/ring.py."""
 
 
@@ -114,7 +114,8 @@ def _attention(shape: Sequence[int], launch: Launch) -> Work:
     cache = 2.0 * batch * groups * cached * dim * HALF
     if launch.arguments["W"].KEPT:
         cache /= launch.arguments["last_step"] - launch.arguments["first_step"]
-    held = min(cached, HELD * KEYS) + min(cached, HELD_VALUES * KEYS)
+    values = HELD_VALUES if cached <= HELD * KEYS else FEWER_VALUES
+    held = min(cached, HELD * KEYS) + min(cached, values * KEYS)
     return Work(
         batch * heads * tiles,
         mma_operations=4.0 * QUERIES * dim * (cached + queries),
