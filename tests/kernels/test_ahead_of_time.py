@@ -112,6 +112,14 @@ def test_products_of_8_bits_are_the_tensor_cores_own(compiled):
         assert len(names) >= (EVERY_PRODUCT if arch == EVERY_PRODUCT_ON else 1)
 
 
+def test_what_a_streamed_loop_has_the_cache_keep_is_let_go(compiled):
+    """Half of every chip's cache has room for the keys and values of XR-0, of XR-1's layers the largest alone."""
+    loops = [entry for entry in compiled if entry["name"] == "_streamed_flow"]
+    keeping = [entry["arch"] for entry in loops if "ld.global.L1::evict_last.L2::cache_hint" in entry["ptx"]]
+    assert sorted(keeping) == sorted([*ARCHS, 120])
+    assert [entry["arch"] for entry in loops if "applypriority.global.L2::evict_normal" in entry["ptx"]] == keeping
+
+
 def test_who_waits_for_the_grid_reads_and_does_nothing_else(compiled):
     """Then its program's threads meet, before any of them touches memory."""
     loops = [(entry["arch"], entry["name"], parse(entry["ptx"])) for entry in compiled if entry["name"] in LOOPS]

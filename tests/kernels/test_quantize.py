@@ -9,13 +9,16 @@ from tests.kernels.products import EPS, statistics, workspace
 from tests.kernels.support import DEVICE, Frame, assert_close, randn, spread
 from tests.kernels.test_linear import make_residual
 from xr0_engine.env import emulated_arch
+from xr0_engine.fused.products import LEAST_CAPABILITY
 from xr0_engine.kernels import fused_reference, reference
 from xr0_engine.kernels.arguments import InputNorm, Tactic, Weight
 from xr0_engine.kernels.linear import linear, swiglu
 from xr0_engine.kernels.qkv import qkv
 from xr0_engine.kernels.quantize import quantize
 
-FLOAT8 = pytest.mark.skipif(emulated_arch() in (80, 86), reason="needs a chip with float8, from sm_89 on")
+FLOAT8 = pytest.mark.skipif(
+    (emulated_arch() or 90) < LEAST_CAPABILITY["fp8"], reason="needs a chip with float8, from sm_89 on"
+)
 FORMATS = [pytest.param(torch.int8, id="int8"), pytest.param(torch.float8_e4m3fn, id="float8", marks=FLOAT8)]
 ONE_STEP = {torch.int8: 1.0, torch.float8_e4m3fn: 32.0}
 """Of 8 bits, where float32 differs in its last bits and a value lies between two: float8's largest are 32 apart."""

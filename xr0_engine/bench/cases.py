@@ -44,7 +44,7 @@ class Case:
 
     profile: of embodiment.py, for other views than the robot type's own. image_size: (height, width) of every view as
     the camera gives it. tokens: length of the prompt with Qwen's own tokenizer, for what is measured without a prompt;
-    preamble_tokens: of these, before the first picture's, which later calls find kept.
+    preamble_tokens: of these, before the first picture's, which later calls find kept; by default as before `Ego View`.
     prefix_length: actions already committed. instruction: None is the one of Engine.example. family: of the checkpoint.
     plan: what its random checkpoint has otherwise than its size says (checkpoint.read_plan); for XR-1 an embodiment.
     """
@@ -53,7 +53,7 @@ class Case:
     robot_type: str
     image_size: tuple[int, int]
     tokens: int
-    preamble_tokens: int
+    preamble_tokens: int = 18
     prefix_length: int = 0
     batch: int = 1
     instruction: str | None = None
@@ -91,29 +91,12 @@ CASES = {
     case.name: case
     for case in (
         Case("libero", "libero_all", (256, 256), tokens=194, preamble_tokens=17),
-        Case("bimanual", "bimanual", (480, 640), tokens=315, preamble_tokens=18),
+        Case("bimanual", "bimanual", (480, 640), tokens=315),
         # Long chunks from two cameras: the bimanual statistics behind LIBERO's views.
         Case("two_views", "bimanual", (480, 640), tokens=226, preamble_tokens=17, profile="libero"),
-        Case(
-            "stress",
-            "bimanual",
-            (480, 640),
-            tokens=378,
-            preamble_tokens=18,
-            prefix_length=6,
-            batch=8,
-            instruction=LONG_INSTRUCTION,
-        ),
+        Case("stress", "bimanual", (480, 640), tokens=378, prefix_length=6, batch=8, instruction=LONG_INSTRUCTION),
         # As the base checkpoint's chunks are, from cameras that the profile makes 256x320 of.
-        Case(
-            "robodojo",
-            "robodojo",
-            (480, 640),
-            tokens=314,
-            preamble_tokens=18,
-            family="xr1",
-            plan={"embodiment": "robodojo"},
-        ),
+        Case("robodojo", "robodojo", (480, 640), tokens=314, family="xr1", plan={"embodiment": "robodojo"}),
         # Three videos of four frames and as many states. 384 tokens are the videos'.
         Case(
             "robocasa365",

@@ -361,12 +361,12 @@ class FusedOps:
         """By the table's tactic, or the default where the table's schedule has not what is asked for, as gates and
         norms of many observations' flows, or a neighbour's tile cannot be, as of more rows. Returns what ran."""
         tactic = self.tactic(kind, shape, dtype, options)
-        own = tactic_key(kind, shape, dtype, options) in self.tactics
-        refusals = (NotImplementedError,) if own else (NotImplementedError, ValueError)
         try:
             self.call(kind, arguments, options, tactic)
-        except refusals:
-            if tactic == (default := self.default(kind, shape, options)):
+        except (NotImplementedError, ValueError) as error:
+            own = tactic_key(kind, shape, dtype, options) in self.tactics
+            default = self.default(kind, shape, options)
+            if tactic == default or (own and isinstance(error, ValueError)):
                 raise
             self.call(kind, arguments, options, default)
             return default

@@ -39,13 +39,11 @@ for flow in ("chained", "layered", "persistent", "streamed"):
         "layers": sum(line.count for line in lines if "lambda_attention" in line.name),
         "ms": {stage: total_ms(lines, stage) for stage in ("vision", "prefill", "flow", "")},
     }
-key, near = "linear 194x2560x4096 bfloat16", {"linear 202x2560x4096 bfloat16": Tactic(64, 64, 64, 1, 4, 3)}
-key = key.replace("194", str(work.padded_tokens))
+shape, near = (work.padded_tokens, 2560, 4096), Tactic(64, 64, 64, 1, 4, 3)
+key, neighbour = (f"linear {rows}x2560x4096 bfloat16" for rows in (shape[0], shape[0] + 8))
 for name, kept in (("neighbour", ()), ("kept", (key,))):
-    found = record(config, work, torch.bfloat16, near, chip, "chained", kept)
-    told[name] = {str(op.tactic) for op in found if op.shape == (work.padded_tokens, 2560, 4096)} == {
-        str(tactic) for tactic in near.values()
-    }
+    found = record(config, work, torch.bfloat16, {neighbour: near}, chip, "chained", kept)
+    told[name] = {op.tactic for op in found if op.shape == shape} == {near}
 json.dump(told, sys.stdout)
 """
 
